@@ -1,0 +1,20 @@
+"""mulora-pipe, in the order in which data flows.
+
+    config.load              one TOML (and the command line) → one validated `Config`
+    data.documents.read      files → documents
+    data.chunks.build        documents → one token stream → chunks of `sequence_len` in a memory-mapped cache
+    data.batches.MicroBatches  chunks → the micro-batches of a step, from nothing but a position
+    model.partition.split    the model's layers → which stage owns which
+    model.stage.Stage        the Hugging Face model without the parts its stage does not own
+    model.weights.load       safetensors → the stage's own tensors, one at a time
+    model.adapters.inject    what is trained: multiplicative LoRA, LoRA, or everything
+    objectives.language_modelling   hidden state → loss, without the logits of a whole chunk
+    training.engine.build    a stage → DeepSpeed's pipeline schedule
+    training.optimizer       gradients in fp32 → one norm over all stages → Kahan-summed AdamW
+    training.trainer.run     steps, evaluation, saves, stop signals
+    training.checkpoint      the state of the last completed step → a folder that is whole or not there
+    artifacts.merge          base + adapter → a merged model
+
+Imports point one way: training → objectives, model, data → config, console; `artifacts` needs neither DeepSpeed nor
+transformers. Nothing below `training` sees the config object: it receives plain values.
+"""

@@ -1,0 +1,199 @@
+"""The schema of a run: every key, its default, unit, bound and meaning, once.
+
+Takes a plain dictionary (from `config_sources`), gives a validated `Config`. The vocabulary is qlora-pipe's; where a
+key of qlora-pipe has no sound meaning here, `REFUSED` names it and says why. Docs and `configs/schema.json` are
+generated from the descriptions below.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import PositiveInt, field_validator, model_validator
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+ADAPTER_TYPES = ("multiplicative_lora", "lora")
+LAYER_RANGES = re.compile(r"\s*\d+\s*(:\s*\d+\s*)?(,\s*\d+\s*(:\s*\d+\s*)?)*")
+
+
+def layer_ranges(text: str) -> list[tuple[int, int]]:
+    """'0:10,20' → [(0, 10), (20, 20)]; both ends inclusive, as in qlora-pipe. Raises ValueError."""
+    if not LAYER_RANGES.fullmatch(text):
+        raise ValueError("write layers as '0:38' (both ends included), '5', or several such separated by commas")
+    ranges = []
+    for part in text.split(","):
+        first, _, last = part.partition(":")
+        low, high = int(first), int(last or first)
+        if high < low:
+            raise ValueError(f"'{part.strip()}' runs backwards: write '{high}:{low}'")
+        ranges.append((low, high))
+    return ranges
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    """A table of the TOML file; a key that is not listed is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Optimizer(Section):
+    """[optimizer]"""
+
+    type: Annotated[Literal["adamw_kahan", "adamw", "adamw8bit"], BeforeValidator(_lower)] = Field(
+        description="'adamw_kahan': AdamW whose update and weight decay both pass through a compensated (Kahan) sum, so that small steps move bf16 weights. "
+        "'AdamW': torch's. 'AdamW8bit': bitsandbytes'.")  # fmt: skip
+    lr: PositiveFloat = Field(description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's moving average")
+    beta2: float = Field(0.99, ge=0, lt=1, description="decay of the squared gradient's moving average")
+    eps: PositiveFloat = Field(1e-6, description="added to the denominator of the update")
+    weight_decay: NonNegativeFloat = Field(0.01, description="decoupled weight decay per unit of learning rate")
+    lr_min: NonNegativeFloat = Field(0.0, description="learning rate at the end of the cosine schedule")
+
+
+class Dataset(Section):
+    """[[datasets]]"""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …")
+    dataset_type: Literal["textfile", "doclist"] = Field(
+        description="'textfile': .txt and .md files, one document each. 'doclist': .json, .jsonl or .parquet with a `text` field.")  # fmt: skip
+    dataset_path: str = Field(description="a file or a glob; ** descends into folders")
+    sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
+    eval_size: float | int = Field(0, ge=0, description="held out for evaluation: a fraction below 1, or a number of chunks (documents if eval_split = 'document')")
+    eval_split: Literal["chunk", "document"] = Field(
+        "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
+    sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
+    subsample: float | None = Field(None, gt=0, le=1, description="fraction of the training chunks to keep, after a seeded shuffle")
+    num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
+
+
+class EvalDataset(Section):
+    """[[eval_datasets]]"""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default eval0, eval1, …")
+    dataset_type: Literal["textfile", "doclist"] = Field(description="as for [[datasets]]")
+    dataset_path: str = Field(description="a file or a glob; all of it is evaluated")
+    sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
+
+
+class Config(Section):
+    """The whole run."""
+
+    model: str = Field(description="folder of the base model: config.json, tokenizer, safetensors")
+    output_dir: str = Field(description="each run makes a folder named by its UTC start time in here")
+
+    adapter_type: Literal["multiplicative_lora", "lora"] = Field(
+        "multiplicative_lora", description="what is trained: 'multiplicative_lora' (h' = h + s·B·A·h on the module's output) or 'lora' (W + s·B·A)")  # fmt: skip
+    full_fine_tune: bool = Field(False, description="train the model's own weights, no adapter")
+    lora_rank: PositiveInt | None = Field(None, description="rank R of the adapter; required unless full_fine_tune")
+    lora_alpha: PositiveFloat | None = Field(None, description="s = lora_alpha / lora_rank; required unless full_fine_tune")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what the adapter reads")
+    target_modules: list[str] | Literal["all-linear"] | None = Field(
+        None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora, 'all-linear' for lora, everything for full_fine_tune")  # fmt: skip
+    layers_to_transform: str | None = Field(
+        None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
+    train_logit_scale: PositiveFloat = Field(1.0, description="multiplies the logits before the softmax in training; recorded in the adapter")
+
+    epochs: PositiveInt | None = Field(None, description="passes over the training data; this or max_steps")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps after which the run ends, also within an epoch")
+    lr_scheduler: Literal["constant", "none", "cosine"] = Field("constant", description="after warmup: constant, or cosine down to lr_min at the end of the run")
+    warmup_steps: NonNegativeFloat = Field(0, description="optimizer steps of linear warmup from lr/warmup_steps to lr; between 0 and 1, a fraction of an epoch")
+    force_constant_lr: PositiveFloat | None = Field(None, description="use this learning rate throughout, whatever schedule or checkpoint say")
+    micro_batch_size_per_gpu: PositiveInt = Field(1, description="rows per micro-batch and replica; not used with batch_size_tokens")
+    batch_size_tokens: PositiveInt | None = Field(None, description="tokens, padding included, per micro-batch and replica")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches per optimizer step and replica")
+    gradient_clipping: NonNegativeFloat = Field(1.0, description="largest norm of the gradient over all stages; 0 for no clipping")
+    group_by_length: bool = Field(False, description="put rows of similar length in one micro-batch")
+    seed: int = Field(42, ge=0, description="of shuffling, initialisation and dropout")
+
+    pipeline_stages: PositiveInt = Field(description="parts the model is cut into; must divide the number of processes, what is left is data parallel")
+    layers_per_stage: list[PositiveInt] | None = Field(None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model")
+    use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
+    activation_checkpointing: bool | Literal["unsloth"] = Field(
+        False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory")  # fmt: skip
+    model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
+    lora_weight_dtype: Dtype = Field("float32", description="of the adapter and its optimizer state; its gradients accumulate in float32 whatever this says")
+    attn_implementation: str | None = Field(None, description="attention by transformers' name: 'flash_attention_2', 'sdpa', 'eager', …; default: sdpa where the model supports it")
+
+    logging_steps: PositiveInt = Field(1, description="optimizer steps between lines of metrics")
+    steps_per_print: PositiveInt = Field(1, description="optimizer steps between lines on the console")
+    eval_steps: PositiveInt | None = Field(None, description="optimizer steps between evaluations")
+    eval_before_first_step: bool = Field(False, description="evaluate before training; not after a resume")
+    eval_after_last_step: bool = Field(False, description="evaluate at the end of the run")
+    eval_gradient_accumulation_steps: PositiveInt = Field(
+        1, description="accepted, without effect: an evaluation set always goes through one full pipeline, and its loss does not depend on how it is cut")  # fmt: skip
+    save_steps: PositiveInt | None = Field(None, description="optimizer steps between saves of the adapter (step<N>/)")
+    save_every_n_epochs: PositiveInt = Field(1, description="epochs between saves of the adapter (epoch<N>/); the end of a run is always saved")
+    save_checkpoint_on_epoch_end: bool = Field(True, description="write a checkpoint at the end of each epoch")
+    checkpoint_every_n_minutes: PositiveFloat | None = Field(None, description="minutes between checkpoints (global_step<N>/)")
+    checkpoint_on_save: bool = Field(False, description="write a checkpoint with each save of the adapter; then not by the minute")
+    keep_states: int = Field(-1, ge=-1, description="newest step<N>/ and global_step<N>/ to keep, each; -1 keeps all")
+    save_dtype: Dtype | None = Field(None, description="of a saved adapter or model; default as trained")
+    resume_from_checkpoint: bool | str = Field(False, description="true: the newest complete checkpoint under output_dir; or the path of a run or a checkpoint")
+    load_optimizer_states: bool = Field(True, description="false starts the optimizer afresh on resuming")
+
+    dataset_combination_mode: Literal["concatenate", "interleave"] = Field("concatenate", description="how several [[datasets]] become one")
+    dataset_interleave_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field("first_exhausted", description="when an interleaved epoch ends")
+    optimizer: Optimizer
+    datasets: list[Dataset] = Field(min_length=1)
+    eval_datasets: list[EvalDataset] = Field([])
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _layers_are_ranges(cls, value: str | None) -> str | None:
+        if value is not None:
+            layer_ranges(value)
+        return value
+
+    @model_validator(mode="after")
+    def _rules_between_keys(self) -> Self:
+        problems = list(self._conflicts())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _conflicts(self) -> Any:
+        """What single keys cannot say: one line per broken rule."""
+        if not self.full_fine_tune:
+            for key in ("lora_rank", "lora_alpha"):
+                if getattr(self, key) is None:
+                    yield f"{key}: required unless full_fine_tune = true"
+        elif self.layers_to_transform is not None:
+            yield "layers_to_transform: has no meaning with full_fine_tune = true; remove one of them"
+        elif "adapter_type" in self.model_fields_set:
+            yield "adapter_type: has no meaning with full_fine_tune = true; remove one of them"
+        if self.epochs is None and self.max_steps is None:
+            yield "epochs: give epochs, max_steps, or both"
+        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_stages:
+            yield f"layers_per_stage: has {len(self.layers_per_stage)} entries, but pipeline_stages = {self.pipeline_stages}"
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            yield f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction of an epoch below 1"
+        if self.optimizer.lr_min > self.optimizer.lr:
+            yield f"optimizer.lr_min: {self.optimizer.lr_min} is above optimizer.lr = {self.optimizer.lr}"
+        names = [d.name for d in (*self.datasets, *self.eval_datasets) if d.name]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
+
+
+# Keys of qlora-pipe that are not built: key → (values that ask for nothing and pass, what to say for the others).
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "load_in_4bit": ((False,), "never had an effect in qlora-pipe; 4-bit bases are not built yet"),
+    "quantization": ((), "4-bit and 8-bit bases are not built yet"),
+    "modules_to_save": (([],), "training further modules in full beside an adapter is not built yet"),
+    "use_dora": ((False,), "DoRA is not built yet"),
+    "scale_weight_norms": ((), "clamping adapter norms is not built yet; the norms are logged at every step"),
+    "load_balancing_loss_coef": ((), "a router loss is not built (it was broken in qlora-pipe)"),
+    "loss_type": (("cross_entropy_loss",), "only 'cross_entropy_loss' is built"),
+    "focal_loss_gamma": ((0, 0.0), "focal losses are not built"),
+    "offload_mlp_to_cpu": ((False, 0), "not built; use more stages or activation_checkpointing = 'unsloth'"),
+    "rejected_sampling": ((False,), "preference training is not built yet"),
+    "rejected_sampling_max_new_tokens": ((), "preference training is not built yet"),
+    "rl": ((), "preference training is not built yet"),
+    "sampling": ((), "preference training is not built yet"),
+    "optimizer.kahan_sum": ((True,), "adamw_kahan always sums with compensation; use type = 'AdamW' for an optimizer without"),
+    "optimizer.use_loraplus": ((False,), "LoRA+ is not built yet"),
+    "optimizer.loraplus_lr_ratio": ((), "LoRA+ is not built yet"),
+}

@@ -1,0 +1,188 @@
+"""From the command line to one validated `Config`: the TOML, a DeepSpeed JSON, `--set`.
+
+Takes paths and `key=value` strings; gives a `Config`. Raises `UserError` with every problem at once, each with the key,
+the value, the rule and, for an unknown key, the nearest valid one.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+from pydantic import ValidationError
+
+from pipeline.config import REFUSED, Config, Dataset, EvalDataset, Optimizer
+from pipeline.console import UserError
+
+# DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
+JSON_KEYS = {
+    "train_micro_batch_size_per_gpu": "micro_batch_size_per_gpu",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "gradient_clipping",
+    "steps_per_print": "steps_per_print",
+}
+SECTIONS = {"optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset}
+# Stands in for a required key that is wrong or missing, so that the rules between the other keys are still checked.
+STAND_INS: dict[str, Any] = {
+    "model": "-", "output_dir": "-", "pipeline_stages": 1, "optimizer": {"type": "adamw", "lr": 1.0},
+    "datasets": [{"dataset_type": "textfile", "dataset_path": "-", "sequence_len": 2}],
+}  # fmt: skip
+
+
+def load(path: str, deepspeed_json: str | None = None, overrides: list[str] | None = None) -> Config:
+    """The validated configuration in `path`, with a DeepSpeed JSON and `key=value` overrides applied."""
+    source = find(path)
+    try:
+        raw = tomli.loads(source.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{source} is not valid TOML: {error}") from error
+    problems = _merge_json(raw, deepspeed_json) if deepspeed_json else []
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return validate(raw, str(source), problems)
+
+
+def find(path: str) -> Path:
+    """`path` in the current folder, else in configs/ beside the program."""
+    configs = Path(__file__).resolve().parent.parent / "configs"
+    for candidate in (Path(path), configs / path):
+        if candidate.is_file():
+            return candidate
+    near = ", ".join(sorted(p.name for p in configs.glob("*.toml")))
+    raise UserError(f"--config {path}: no such file, neither here nor in {configs.name}/ (which has: {near})")
+
+
+def validate(raw: dict[str, Any], where: str, problems: list[str] | None = None) -> Config:
+    """`raw` as a `Config`; one `UserError` naming every problem otherwise."""
+    problems = list(problems or [])
+    raw = _without_refused(raw, problems)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += _explain(error, raw) + _explain_rest(error, raw)
+    if problems:
+        raise UserError(f"{where} has {len(problems)} problem(s):\n" + "\n".join(f"  {p}" for p in problems))
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML: every key that has a value, defaults included."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def schema() -> str:
+    """configs/schema.json: the JSON Schema of a config file, for editors that complete and check TOML."""
+    return json.dumps(Config.model_json_schema(), indent=1) + "\n"
+
+
+def _without_refused(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """`raw` without keys of qlora-pipe that are not built; those that ask for something become problems."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    for key, (harmless, why) in REFUSED.items():
+        table, _, name = key.rpartition(".")
+        section = kept.get(table) if table else kept
+        if isinstance(section, dict) and name in section:
+            value = section.pop(name)
+            if not any(value == h and type(value) is type(h) for h in harmless):
+                problems.append(f"{key} = {_shown(value)}: {why}. Remove the key.")
+    return kept
+
+
+def _explain(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    lines = []
+    for e in error.errors():
+        loc = [part for part in e["loc"] if part not in ("function-after", "bool", "str", "float", "int", "literal['all-linear']", "list[str]", "literal['unsloth']")]  # fmt: skip
+        key = _dotted(loc)
+        if e["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key. {_nearest(loc)}")
+        elif e["type"] == "missing":
+            lines.append(f"{key}: required, but not given")
+        elif not loc:
+            lines += str(e["ctx"]["error"]).split("\n")
+        else:
+            message = e["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} = {_shown(e['input'])}: {message[0].lower()}{message[1:]}")
+    return list(dict.fromkeys(lines))
+
+
+def _explain_rest(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """Broken rules between keys, which pydantic checks only when every single key is right."""
+    wrong = {str(e["loc"][0]) for e in error.errors() if e["loc"]}
+    if not wrong:
+        return []
+    mended = {key: value for key, value in raw.items() if key not in wrong}
+    mended |= {key: value for key, value in STAND_INS.items() if key in wrong}
+    try:
+        Config.model_validate(mended)
+    except ValidationError as rest:
+        return [line for line in _explain(rest, mended) if line.split(":")[0].split(".")[0] not in wrong]
+    return []
+
+
+def _nearest(loc: list[Any]) -> str:
+    model = SECTIONS.get(str(loc[0]), Config) if len(loc) > 1 else Config
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    elsewhere = [s for s, m in SECTIONS.items() if loc[-1] in m.model_fields and m is not model]
+    if elsewhere:
+        return f"It belongs into [{elsewhere[0]}]." if elsewhere[0] == "optimizer" else f"It belongs into [[{elsewhere[0]}]]."
+    if len(loc) > 1 and loc[-1] in Config.model_fields:
+        return "It belongs to the top level, above the first [table]."
+    return f"Did you mean '{close[0]}'?" if close else f"Valid keys: {', '.join(known)}."
+
+
+def _dotted(loc: list[Any]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _merge_json(raw: dict[str, Any], path: str) -> list[str]:
+    """Put a DeepSpeed JSON's keys into `raw`; returns what cannot be taken over."""
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed_config {path}: {error}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"--deepspeed_config {path}: expected an object")
+    problems = []
+    for key, value in given.items():
+        ours = JSON_KEYS.get(key)
+        if ours is None:
+            problems.append(f"{path}: {key} is decided by the trainer and cannot be set; it takes {', '.join(JSON_KEYS)}")
+        elif ours in raw and raw[ours] != value:
+            problems.append(f"{ours}: the TOML says {_shown(raw[ours])}, {path} says {key} = {_shown(value)}; make them agree or remove one")
+        else:
+            raw[ours] = value
+    return problems
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """`optimizer.lr=1e-5`, `datasets.0.sequence_len=512`: the value is TOML; a bare word is a string."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: write key=value, for example --set optimizer.lr=1e-5")
+    try:
+        value = tomli.loads(f"v = {text}")["v"]
+    except tomli.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    target: Any = raw
+    for part in path:
+        if isinstance(target, list):
+            if not part.isdigit() or int(part) >= len(target):
+                raise UserError(f"--set {override}: '{part}' is not one of the {len(target)} entries (0 to {len(target) - 1})")
+            target = target[int(part)]
+        else:
+            target = target.setdefault(part, {})
+    if not isinstance(target, dict):
+        raise UserError(f"--set {override}: '{'.'.join(path)}' has no keys of its own")
+    target[last] = value

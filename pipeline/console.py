@@ -1,0 +1,97 @@
+"""What the user sees: lines from the first rank only, errors they can mend, progress, human units.
+
+Takes plain text and numbers; gives lines on the terminal. Nothing here knows about training.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EXIT_DONE = 0
+EXIT_CONFIG = 2
+EXIT_CHECKPOINT = 3
+EXIT_NON_FINITE = 4
+EXIT_OUT_OF_MEMORY = 5
+EXIT_PEER_LOST = 6
+EXIT_DISK_FULL = 28
+EXIT_STOPPED = 75
+EXIT_ABORTED = 130
+
+
+class UserError(Exception):
+    """A mistake or a state of affairs the user can mend: what, where, how. Ends the program without a traceback."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_CONFIG) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def rank() -> int:
+    """This process's global rank as the launcher set it; 0 when there is no launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text: str = "") -> None:
+    """Print `text` on the first rank only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on the first rank only."""
+    if rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with elapsed and remaining time; yields `advance(n)`. Silent on other ranks.
+
+    On a terminal it is drawn in place; in a log it leaves one line when it ends, so logs stay readable.
+    """
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=console, disable=rank() != 0, redirect_stdout=False, redirect_stderr=False,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.update(task, advance=n)
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes as GiB, MiB or KiB with three digits: `1.25 GiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.3g} {unit}" if n_bytes < 1000 * size else f"{n_bytes / size:.0f} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `4 d 03 h`, `2 h 05 min`, `3 min 20 s` or `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(int(round(seconds)), 60)
+    if minutes < 60:
+        return f"{minutes} min {s:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
+
+
+def run_command(main: Callable[[], int]) -> None:
+    """Run a command's `main` and exit with its code; a `UserError` becomes one message and its own exit code."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_ABORTED
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""The model: which layers a stage owns, the stage itself, its weights, its adapters, its activation memory."""

@@ -1,0 +1,148 @@
+"""What is trained: the multiplicative LoRA, PEFT's LoRA, or the model's own weights.
+
+Takes a stage and the names of the modules to adapt; gives the stage with exactly the trainable parameters it should
+have. Parameters are named by the whole model's module names, and drawn from a generator seeded by that name, so that a
+run has the same adapter whatever the number of stages.
+"""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.config import layer_ranges
+from pipeline.console import UserError
+from pipeline.model.stage import Stage
+
+
+class MultiplicativeLoRA(nn.Module):
+    """h' = h + s·B·A·h on the output h of any linear-like module: W' = (I + s·B·A)·W.
+
+    A [R, D_out] looks for R directions in the output, B [D_out, R] holds the vector that is added for each, s = alpha/R.
+    Needs only the module's output, so the module may hold bf16, 4-bit or 8-bit weights. (jukofyork, creative-writer
+    v0.1, "The multiplicative-LoRA method".) A is Kaiming-uniform, B zero, as in LoRA (Hu et al. 2021, §4.1).
+    """
+
+    def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        width = base_layer.out_features
+        self.A = nn.Parameter(torch.empty(rank, width, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(width, rank, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D_in] → [..., D_out] in the dtype of the base layer's output."""
+        h = self.base_layer(x)
+        z = nn.functional.linear(self.dropout(h).to(self.A.dtype), self.A)
+        return (h + nn.functional.linear(z, self.B) * self.scaling).to(h.dtype)
+
+
+def resolve_layers(text: str | None, n_layers: int) -> list[int]:
+    """'0:38' on 40 layers → [0, …, 38]; None → all. UserError for layers the model does not have."""
+    if text is None:
+        return list(range(n_layers))
+    wanted = sorted({index for low, high in layer_ranges(text) for index in range(low, high + 1)})
+    if wanted[-1] >= n_layers:
+        raise UserError(f"layers_to_transform = '{text}': the model has {n_layers} decoder layers, 0 to {n_layers - 1} (both ends of a range are included)")
+    return wanted
+
+
+def resolve_targets(model: PreTrainedModel, target_modules: list[str] | str, layers: list[int]) -> list[str]:
+    """Full names of the linear modules to adapt, in model order. UserError if a name matches nothing.
+
+    A target matches a module whose name within its layer is the target or ends in '.target'; 'all-linear' matches every
+    linear module of the decoder layers.
+    """
+    prefix = f"{model.base_model_prefix}.layers"
+    found: dict[str, list[str]] = {}
+    for index in layers:
+        for name, module in model.get_submodule(f"{prefix}.{index}").named_modules():
+            if hasattr(module, "in_features") and hasattr(module, "out_features"):
+                found.setdefault(name, []).append(f"{prefix}.{index}.{name}")
+    wanted = list(found) if target_modules == "all-linear" else [
+        name for name in found if any(name == t or name.endswith(f".{t}") for t in target_modules)
+    ]  # fmt: skip
+    if target_modules != "all-linear":
+        for target in target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in wanted):
+                raise UserError(f"target_modules: no linear module '{target}' in the chosen layers; there are {', '.join(sorted(found)) or 'none'}")
+    chosen = {full for name in wanted for full in found[name]}
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def describe_layers(layers: list[int], n_layers: int) -> str:
+    """The resolved layers in words: 'layers 0 to 38 (39 of 40: all but the last)'."""
+    runs: list[list[int]] = []
+    for index in layers:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    words = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    extent = "all" if len(layers) == n_layers else f"{len(layers)} of {n_layers}"
+    if layers == list(range(n_layers - 1)):
+        extent += ": all but the last"
+    return f"layers {words} ({extent})"
+
+
+def inject_multiplicative(stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int) -> None:
+    """Wrap those of `targets` that the stage owns in a `MultiplicativeLoRA`."""
+    for name in _owned(stage, targets):
+        base_layer = stage.model.get_submodule(name)
+        device = next(base_layer.parameters()).device
+        adapter = MultiplicativeLoRA(base_layer, rank, alpha, dropout, dtype, device)
+        _draw(adapter.A, f"{name}.A", seed)
+        parent, _, leaf = name.rpartition(".")
+        setattr(stage.model.get_submodule(parent), leaf, adapter)
+
+
+def inject_lora(stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int) -> None:
+    """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`."""
+    owned = _owned(stage, targets)
+    if not owned:
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=owned, bias="none"), stage.model)
+    for name in owned:
+        module = stage.model.get_submodule(name)
+        module.lora_A.to(dtype)
+        module.lora_B.to(dtype)
+        _draw(module.lora_A["default"].weight, f"{name}.A", seed)
+
+
+def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
+    """Full fine-tuning: every parameter, or those with one of `target_modules` as a part of their name."""
+    for name, parameter in stage.model.named_parameters():
+        wanted = target_modules is None or any(t in name.split(".") for t in target_modules)
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
+
+
+def trainable(stage: Stage) -> dict[str, nn.Parameter]:
+    """Trained parameters by their name in the whole model; an adapter's end in '.A' and '.B'."""
+    return {_plain(name): p for name, p in stage.model.named_parameters() if p.requires_grad}
+
+
+def _plain(name: str) -> str:
+    """PEFT's 'x.lora_A.default.weight' → 'x.A'."""
+    for letter in "AB":
+        name = name.removesuffix(f".lora_{letter}.default.weight") + f".{letter}" if name.endswith(f".lora_{letter}.default.weight") else name
+    return name
+
+
+def _owned(stage: Stage, targets: list[str]) -> list[str]:
+    prefix = f"{stage.model.base_model_prefix}.layers."
+    return [name for name in targets if int(name.removeprefix(prefix).split(".")[0]) in stage.layer_indices]
+
+
+@torch.no_grad()
+def _draw(parameter: nn.Parameter, name: str, seed: int) -> None:
+    """Kaiming-uniform with a = √5 (U(±1/√fan_in)), from a generator of the parameter's own."""
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    parameter.copy_(values)

@@ -1,0 +1,111 @@
+"""Which decoder layers each stage owns.
+
+Takes the cost of each layer, of the embedding and of the head; gives one contiguous range of layers per stage, balanced
+so that the slowest stage is as fast as can be (the pipeline runs at its pace), or the user's own split, checked.
+
+Costs are floating-point operations per token of a training step, counted as two per weight and use. Frozen weights need
+the gradient of their input only; trained ones that of their weight as well.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from pipeline.console import UserError
+
+
+class Costs(NamedTuple):
+    """Per token: forward and backward FLOPs of each layer and of the head; bytes of weights of each, and the embedding's."""
+
+    layers: list[float]
+    head: float
+    layer_bytes: list[int]
+    embedding_bytes: int
+    head_bytes: int
+
+
+def costs(base: nn.Module, head: nn.Module, *, first_adapted: int | None, recompute: bool, sequence_len: int, key_width: int,
+          active_share_of_experts: float = 1.0) -> Costs:  # fmt: skip
+    """Count from the modules' shapes (`meta` tensors do).
+
+    `first_adapted`: index of the first layer with an adapter; below it nothing runs backward. None: all weights train.
+    `recompute`: layers run forward once more in backward. Attention costs 2·T·key_width forward (causal).
+    """
+    per_layer = []
+    for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
+        dense = sum(p.numel() for name, p in layer.named_parameters() if p.dim() >= 2 and ".experts." not in f".{name}")
+        experts = sum(p.numel() for name, p in layer.named_parameters() if ".experts." in f".{name}")
+        forward = 2 * (dense + experts * active_share_of_experts) + 2 * sequence_len * key_width
+        if first_adapted is None:
+            backward = 2 * forward
+        else:
+            backward = forward if index >= first_adapted else 0
+        per_layer.append(float(forward + backward + (forward if recompute and backward else 0)))
+    head_flops = 2.0 * sum(p.numel() for p in head.parameters())
+    return Costs(
+        layers=per_layer,
+        head=head_flops * (2 if first_adapted is not None else 3),
+        layer_bytes=[_bytes(layer) for layer in base.layers],  # type: ignore[union-attr]
+        embedding_bytes=_bytes(base.embed_tokens),  # type: ignore[arg-type]
+        head_bytes=_bytes(head),
+    )
+
+
+def split(cost: Costs, n_stages: int) -> list[tuple[int, int]]:
+    """Contiguous ranges [first, end) that minimise the largest stage cost; ties go to the split with the smallest spread.
+
+    Exact, by dynamic programming over (stage, first layer). Raises UserError with fewer layers than stages.
+    """
+    n = len(cost.layers)
+    if n_stages > n:
+        raise UserError(f"pipeline_stages = {n_stages}: the model has only {n} decoder layers, and each stage needs one")
+    prefix = [0.0]
+    for flops in cost.layers:
+        prefix.append(prefix[-1] + flops)
+
+    def stage_cost(first: int, end: int) -> float:
+        return prefix[end] - prefix[first] + (cost.head if end == n else 0.0)
+
+    # best[end] = (largest cost, sum of squares, ends of the stages so far) for layers [0, end) in `stage` stages.
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(1, n_stages + 1):
+        ends = [n] if stage == n_stages else range(stage, n - (n_stages - stage) + 1)
+        step = {}
+        for end in ends:
+            options = []
+            for first, (largest, squares, cuts) in best.items():
+                if first < end:
+                    c = stage_cost(first, end)
+                    options.append((max(largest, c), squares + c * c, (*cuts, end)))
+            step[end] = min(options)
+        best = step
+    cuts = best[n][2]
+    return list(zip((0, *cuts[:-1]), cuts, strict=True))
+
+
+def explicit(layers_per_stage: list[int], n_layers: int) -> list[tuple[int, int]]:
+    """The user's own split as ranges; UserError if it does not add up."""
+    if sum(layers_per_stage) != n_layers:
+        raise UserError(
+            f"layers_per_stage = {layers_per_stage} adds up to {sum(layers_per_stage)} layers, but the model has {n_layers}"
+        )
+    ends = [sum(layers_per_stage[: i + 1]) for i in range(len(layers_per_stage))]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def shares(cost: Costs, ranges: list[tuple[int, int]]) -> list[float]:
+    """Each stage's share of the cost, between 0 and 1."""
+    each = [sum(cost.layers[a:b]) + (cost.head if b == len(cost.layers) else 0.0) for a, b in ranges]
+    return [c / sum(each) for c in each]
+
+
+def stage_bytes(cost: Costs, ranges: list[tuple[int, int]]) -> list[int]:
+    """Bytes of weights on each stage, with the embedding on the first and the head on the last."""
+    sizes = [sum(cost.layer_bytes[a:b]) for a, b in ranges]
+    sizes[0] += cost.embedding_bytes
+    sizes[-1] += cost.head_bytes
+    return sizes
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

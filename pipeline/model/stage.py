@@ -1,0 +1,163 @@
+"""A pipeline stage: the Hugging Face model itself, without the parts its stage does not own.
+
+Takes a model folder and the layers owned; gives a module that maps (token ids or hidden state, positions) to (hidden
+state, positions), or on the last stage to the normed hidden state. Masks, RoPE, sliding windows and layer types stay
+the model's own, so there is no class per model family: layers of other stages become a pass-through under their own
+index, and a small table holds the one family that needs a word.
+
+One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once per floating-point output, and every
+float received must get a gradient; integers (here the positions) follow behind it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pipeline.console import UserError
+from pipeline.kernels.cross_entropy import LogitTransform
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class PassThrough(nn.Module):
+    """Stands where another stage's module was; returns its first argument."""
+
+    def __init__(self, replaced: nn.Module | None = None) -> None:
+        super().__init__()
+        # Some models choose each layer's mask by this attribute of the layer.
+        if hasattr(replaced, "attention_type"):
+            self.attention_type = replaced.attention_type
+
+    def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
+        return first
+
+
+def _granite_embeds_once(base: nn.Module) -> None:
+    """Granite multiplies `inputs_embeds` by a constant; the hidden state of an earlier stage has had it already."""
+    base.embedding_multiplier = 1.0  # type: ignore[assignment]
+
+
+# model_type → what a stage that receives a hidden state must change in the base model.
+LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
+    "granite": _granite_embeds_once,
+    "granitemoe": _granite_embeds_once,
+    "granitemoeshared": _granite_embeds_once,
+}
+
+
+def read_model_config(folder: str) -> PretrainedConfig:
+    """config.json of a model folder. Never runs code from it."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"model = '{folder}': transformers cannot read its config.json: {error}") from error
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    """The whole model with parameters on `meta` and real buffers (RoPE tables, embedding scales): no memory to speak of.
+
+    Raises UserError for a structure that stages cannot be cut from.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+            )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {error}") from error
+    base = model.base_model
+    missing = [name for name in ("embed_tokens", "layers", "norm") if not isinstance(getattr(base, name, None), nn.Module)]
+    head = model.get_output_embeddings()
+    if base is model or missing or not isinstance(base.layers, nn.ModuleList) or not isinstance(head, nn.Linear):
+        raise UserError(
+            f"model_type '{config.model_type}' cannot be cut into stages: {type(model).__name__} has no "
+            f"{', '.join(missing) or 'linear output head'}; what fits has embed_tokens, layers, norm and a linear head "
+            "(cohere, cohere2, llama, mistral, mixtral, qwen2, qwen3, gemma2, gemma3_text, phi3, granite, olmo2, glm4 and their like)"
+        )
+    model.config.use_cache = False
+    return model
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """What the model does to its raw logits: Cohere's scale, Granite's division, Gemma's soft cap."""
+    before = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(before=before, cap=getattr(config, "final_logit_softcapping", None))
+
+
+class Stage(nn.Module):
+    """Layers [first_layer, end_layer) of the model, with the embedding on the first stage and norm and head on the last.
+
+    Parameters keep the names of the whole model (`stage.model.named_parameters()`), so they mean the same on any stage.
+    """
+
+    def __init__(self, model: PreTrainedModel, first_layer: int, end_layer: int) -> None:
+        super().__init__()
+        base = model.base_model
+        n_layers = len(base.layers)
+        self.layer_indices = range(first_layer, end_layer)
+        self.is_first, self.is_last = first_layer == 0, end_layer == n_layers
+        for index in range(n_layers):
+            if index not in self.layer_indices:
+                base.layers[index] = PassThrough(base.layers[index])
+        if not self.is_last:
+            base.norm = PassThrough()
+            model.set_output_embeddings(PassThrough())
+        if not self.is_first:
+            base.embed_tokens = PassThrough()
+            if quirk := LATER_STAGE_QUIRKS.get(model.config.model_type):
+                quirk(base)
+        self.model = model
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """First stage: (ids [B, T] int64, positions [B, T] int64); later ones: (hidden [B, T, D], positions).
+
+        Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
+        """
+        x, positions_BT = inputs
+        given = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
+        hidden_BTD = self.model.base_model(**given, position_ids=positions_BT, use_cache=False)[0]
+        if self.is_last:
+            return hidden_BTD
+        if torch.is_grad_enabled() and not hidden_BTD.requires_grad:
+            # Nothing to train up to here: DeepSpeed still calls backward on the output, which then ends at this leaf.
+            hidden_BTD = hidden_BTD.detach().requires_grad_()
+        return hidden_BTD, positions_BT
+
+    @property
+    def layers(self) -> dict[int, nn.Module]:
+        """The decoder layers this stage owns, by their index in the whole model."""
+        return {index: self.model.base_model.layers[index] for index in self.layer_indices}
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head; on the last stage only."""
+        return self.model.get_output_embeddings()  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def check_head(stage: Stage, tokens: int = 4) -> None:
+    """Compare our logits on the last stage with those of the model's own forward; raise UserError if they differ.
+
+    Catches a model that does something to its logits which `logit_transform` does not know.
+    """
+    config, weight = stage.model.config, stage.head.weight
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, tokens, config.hidden_size, generator=generator).to(weight)
+    positions = torch.arange(tokens, device=weight.device).unsqueeze(0)
+    stage.eval()
+    theirs = stage.model(inputs_embeds=hidden, position_ids=positions, use_cache=False).logits.float()
+    normed = stage.model.base_model(inputs_embeds=hidden, position_ids=positions, use_cache=False)[0]
+    ours, _ = logit_transform(config).apply(stage.head(normed))
+    # The two may round in another order after the product: a few units in the last place of the dtype.
+    if (ours - theirs).abs().max() > 8 * torch.finfo(weight.dtype).eps * theirs.abs().max().clamp_min(1e-3):
+        raise UserError(
+            f"model_type '{config.model_type}' changes its logits in a way this program does not know; "
+            "training it would minimise another loss than the model's own"
+        )

@@ -1,0 +1,140 @@
+"""DeepSpeed: the schedule, the wires and the launcher; nothing of the numerics.
+
+Takes a stage, an objective and an optimizer; gives DeepSpeed's pipeline engine over them. Its configuration has no
+dtype, clipping or ZeRO block: those would cast parameters, wrap the optimizer and clip by the first stage's norm.
+"""
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
+from torch import nn
+
+from pipeline.console import UserError
+from pipeline.training.optimizer import PipelineOptimizer
+
+MINIMUM_DEEPSPEED = (0, 19, 3)
+
+
+class Place(NamedTuple):
+    """Where this process stands: its rank, stage and replica, and how many there are of each."""
+
+    rank: int
+    world: int
+    stage: int
+    stages: int
+    replica: int
+    replicas: int
+    topology: ProcessTopology
+    device: torch.device
+
+
+def check_version() -> None:
+    """Before 0.19.3 DeepSpeed scaled accumulated gradients in three other ways."""
+    version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
+    if version < MINIMUM_DEEPSPEED:
+        raise UserError(f"DeepSpeed {deepspeed.__version__} scales accumulated gradients differently; install ≥ 0.19.3")
+
+
+def launched_by() -> str:
+    """A name all processes of this launch share and no other launch has: the launcher's process id and start time."""
+    parent = psutil.Process(os.getppid())
+    return f"{parent.pid}-{int(parent.create_time() * 1000)}"
+
+
+def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
+    """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_SIZE", str(world))
+    if world % stages:
+        raise UserError(
+            f"pipeline_stages = {stages} does not divide the {world} process(es) started; "
+            f"start with --num_gpus {stages} (or a multiple of it) or set pipeline_stages = {world}"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    accelerator = get_accelerator()
+    local = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local)
+    rank = int(os.environ.get("RANK", "0"))
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+        init_method=f"file://{rendezvous}", rank=rank, world_size=world, auto_mpi_discovery=False,
+        timeout=timedelta(minutes=30), verbose=False,
+    )  # fmt: skip
+    replicas = world // stages
+    if column_major:
+        topology = ProcessTopology(axes=["data", "pipe"], dims=[replicas, stages])
+    else:
+        topology = PipeDataParallelTopology(num_pp=stages, num_dp=replicas)
+    coordinate = topology.get_coord(rank)
+    return Place(rank, world, coordinate.pipe, stages, coordinate.data, replicas, topology, torch.device(accelerator.device_name(local)))
+
+
+def build(
+    module: nn.Module, place: Place, objective: Callable[..., torch.Tensor], optimizer: PipelineOptimizer,
+    gradient_accumulation_steps: int, dynamic_shape: bool,
+) -> PipelineEngine:  # fmt: skip
+    """DeepSpeed's engine with `module` as this process's one pipeline layer, and `optimizer` connected to its groups."""
+    _broadcast_only_trained(module)
+    others = [nn.Identity() for _ in range(place.stages)]
+    layers = [*others[: place.stage], module, *others[place.stage + 1 :]]
+    with _quiet():
+        pipeline = deepspeed.pipe.PipelineModule(
+            layers, topology=place.topology, loss_fn=objective, partition_method="uniform",
+            activation_checkpoint_interval=0, dynamic_shape=dynamic_shape,
+        )  # fmt: skip
+        engine, *_ = deepspeed.initialize(
+            model=pipeline, optimizer=optimizer, dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # counted by DeepSpeed's own timers only
+                "gradient_accumulation_steps": gradient_accumulation_steps,
+                "gradient_clipping": 0.0,
+                "steps_per_print": None,
+            },
+        )  # fmt: skip
+    engine.pipeline_enable_backward_allreduce = False
+    optimizer.connect(engine.grid.get_pipe_parallel_group(), engine.grid.get_data_parallel_group())
+    return engine
+
+
+def new_group(ranks: list[int]) -> Any:
+    """A process group; every rank must call this with the same `ranks`."""
+    return dist.new_group(ranks=ranks)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _broadcast_only_trained(module: nn.Module) -> None:
+    """DeepSpeed broadcasts every parameter over the replicas when it starts, the frozen base too (70 GB for 35B).
+
+    It skips parameters with this attribute (0.19.8, `_broadcast_model`); replicas read the same files anyway.
+    `tests/test_engine.py` fails when the attribute is no longer looked at.
+    """
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its layout with print(); ours says the same in one table."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

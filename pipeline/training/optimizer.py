@@ -1,0 +1,136 @@
+"""One optimizer step over all stages: gradients in fp32, one norm, one clip coefficient, one rounding, one update.
+
+Takes a stage's trained parameters; gives the optimizer DeepSpeed's engine calls `step()` on. DeepSpeed itself neither
+reduces, clips nor casts: its norm sees the first stage only, and its accumulation is in the parameter's dtype.
+
+A micro-batch's gradient is added to an fp32 accumulator as soon as autograd has it, and freed. At the step the
+accumulators are averaged over the data-parallel replicas, their norm is taken over all stages, and each is clipped and
+rounded once to its parameter's dtype for the update.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipeline.console import EXIT_NON_FINITE, UserError
+from pipeline.training.adamw_kahan import AdamWKahan
+
+# Where a stop can come in the middle of an update, a save must wait for its end: this lock is held during the update.
+UPDATE_LOCK = threading.RLock()
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not a number; nothing has been updated or saved."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, EXIT_NON_FINITE)
+
+
+def make_inner(kind: str, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Optimizer:
+    """'adamw_kahan', 'adamw' (torch) or 'adamw8bit' (bitsandbytes) over `parameters`, which may be none."""
+    groups = [{"params": parameters}]
+    if kind == "adamw_kahan":
+        return AdamWKahan(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+class PipelineOptimizer(Optimizer):
+    """`inner` over gradients that are accumulated in fp32, reduced over replicas and clipped by the norm over all stages.
+
+    `parameters`: this stage's trained ones by global name. `clip`: largest norm, 0 for none. `tied`: names of
+    parameters that exist on the first and on the last stage; their gradients are summed over `tied_group`, and they
+    count once in the norm (`counts_tied` on one of the two stages).
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], inner: Optimizer, clip: float) -> None:
+        super().__init__([{"params": list(parameters.values())}], {})
+        self.parameters_by_name = parameters
+        self.inner = inner
+        self.param_groups = inner.param_groups
+        self.clip = clip
+        self.completed_steps = 0
+        self.grad_norm = math.nan
+        self.clip_coefficient = 1.0
+        self.pipe_group: Any = None
+        self.replica_group: Any = None
+        self.tied_group: Any = None
+        self.tied: frozenset[str] = frozenset()
+        self.counts_tied = True
+        self.on_gradients: Callable[[dict[str, Tensor]], None] | None = None
+        self._sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.register_post_accumulate_grad_hook(self._adder(name))
+
+    def connect(self, pipe_group: Any, replica_group: Any) -> None:
+        """The process groups over which the norm is summed (stages) and gradients are averaged (replicas)."""
+        self.pipe_group, self.replica_group = pipe_group, replica_group
+
+    def tie(self, names: frozenset[str], group: Any, counts: bool) -> None:
+        """Sum the gradients of `names` over `group` at each step; they enter the norm where `counts` is true."""
+        self.tied, self.tied_group, self.counts_tied = names, group, counts
+
+    def set_lr(self, lr: float) -> None:
+        """For the next step, in every group."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Reduce, measure, clip, round, update. Raises NonFiniteError before anything is changed."""
+        self._reduce()
+        self.grad_norm = math.sqrt(self._sum_of_squares())
+        if not math.isfinite(self.grad_norm):
+            raise NonFiniteError(f"the gradient's norm is {self.grad_norm}")
+        self.clip_coefficient = min(1.0, self.clip / (self.grad_norm + 1e-6)) if self.clip else 1.0
+        if self.on_gradients:
+            self.on_gradients(self._sums)
+        with UPDATE_LOCK:
+            for name, parameter in self.parameters_by_name.items():
+                parameter.grad = self._sums[name].mul_(self.clip_coefficient).to(parameter.dtype)
+            if self.parameters_by_name:
+                self.inner.step()
+            self.completed_steps += 1
+        for name, parameter in self.parameters_by_name.items():
+            parameter.grad = None
+            self._sums[name].zero_()
+
+    def _adder(self, name: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            self._sums[name].add_(parameter.grad)  # type: ignore[arg-type]
+            parameter.grad = None
+
+        return add
+
+    def _reduce(self) -> None:
+        replicas = dist.get_world_size(self.replica_group) if self.replica_group is not None else 1
+        for name, gradient in self._sums.items():
+            if replicas > 1:
+                dist.all_reduce(gradient, group=self.replica_group)
+                gradient.div_(replicas)
+            if name in self.tied:
+                dist.all_reduce(gradient, group=self.tied_group)
+
+    def _sum_of_squares(self) -> float:
+        """Over all stages, in fp64: a sum of many fp32 norms must not depend on how they are split."""
+        counted = [g for name, g in self._sums.items() if self.counts_tied or name not in self.tied]
+        squares = sum((torch.linalg.vector_norm(g).double() ** 2 for g in counted), torch.zeros((), dtype=torch.float64))
+        if self.pipe_group is None or dist.get_world_size(self.pipe_group) == 1:
+            return float(squares)
+        device = next(iter(self._sums.values())).device if self._sums else _communication_device()
+        total = torch.as_tensor(squares, dtype=torch.float64).to(device)
+        dist.all_reduce(total, group=self.pipe_group)
+        return float(total)
+
+
+def _communication_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
