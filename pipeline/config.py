@@ -8,8 +8,17 @@ generated from the descriptions below.
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 ADAPTER_TYPES = ("multiplicative_lora", "lora")
@@ -57,23 +66,33 @@ class Optimizer(Section):
 class Dataset(Section):
     """[[datasets]]"""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …"
+    )
     dataset_type: Literal["textfile", "doclist"] = Field(
         description="'textfile': .txt and .md files, one document each. 'doclist': .json, .jsonl or .parquet with a `text` field.")  # fmt: skip
     dataset_path: str = Field(description="a file or a glob; ** descends into folders")
     sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
-    eval_size: float | int = Field(0, ge=0, description="held out for evaluation: a fraction below 1, or a number of chunks (documents if eval_split = 'document')")
+    eval_size: float | int = Field(
+        0,
+        ge=0,
+        description="held out for evaluation: a fraction below 1, or a number of chunks (documents if eval_split = 'document')",
+    )
     eval_split: Literal["chunk", "document"] = Field(
         "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
     sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
-    subsample: float | None = Field(None, gt=0, le=1, description="fraction of the training chunks to keep, after a seeded shuffle")
+    subsample: float | None = Field(
+        None, gt=0, le=1, description="fraction of the training chunks to keep, after a seeded shuffle"
+    )
     num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
 
 
 class EvalDataset(Section):
     """[[eval_datasets]]"""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default eval0, eval1, …")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default eval0, eval1, …"
+    )
     dataset_type: Literal["textfile", "doclist"] = Field(description="as for [[datasets]]")
     dataset_path: str = Field(description="a file or a glob; all of it is evaluated")
     sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
@@ -89,34 +108,63 @@ class Config(Section):
         "multiplicative_lora", description="what is trained: 'multiplicative_lora' (h' = h + s·B·A·h on the module's output) or 'lora' (W + s·B·A)")  # fmt: skip
     full_fine_tune: bool = Field(False, description="train the model's own weights, no adapter")
     lora_rank: PositiveInt | None = Field(None, description="rank R of the adapter; required unless full_fine_tune")
-    lora_alpha: PositiveFloat | None = Field(None, description="s = lora_alpha / lora_rank; required unless full_fine_tune")
+    lora_alpha: PositiveFloat | None = Field(
+        None, description="s = lora_alpha / lora_rank; required unless full_fine_tune"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what the adapter reads")
     target_modules: list[str] | Literal["all-linear"] | None = Field(
         None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora, 'all-linear' for lora, everything for full_fine_tune")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
-    train_logit_scale: PositiveFloat = Field(1.0, description="multiplies the logits before the softmax in training; recorded in the adapter")
+    train_logit_scale: PositiveFloat = Field(
+        1.0, description="multiplies the logits before the softmax in training; recorded in the adapter"
+    )
 
     epochs: PositiveInt | None = Field(None, description="passes over the training data; this or max_steps")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps after which the run ends, also within an epoch")
-    lr_scheduler: Literal["constant", "none", "cosine"] = Field("constant", description="after warmup: constant, or cosine down to lr_min at the end of the run")
-    warmup_steps: NonNegativeFloat = Field(0, description="optimizer steps of linear warmup from lr/warmup_steps to lr; between 0 and 1, a fraction of an epoch")
-    force_constant_lr: PositiveFloat | None = Field(None, description="use this learning rate throughout, whatever schedule or checkpoint say")
-    micro_batch_size_per_gpu: PositiveInt = Field(1, description="rows per micro-batch and replica; not used with batch_size_tokens")
-    batch_size_tokens: PositiveInt | None = Field(None, description="tokens, padding included, per micro-batch and replica")
+    max_steps: PositiveInt | None = Field(
+        None, description="optimizer steps after which the run ends, also within an epoch"
+    )
+    lr_scheduler: Literal["constant", "none", "cosine"] = Field(
+        "constant", description="after warmup: constant, or cosine down to lr_min at the end of the run"
+    )
+    warmup_steps: NonNegativeFloat = Field(
+        0,
+        description="optimizer steps of linear warmup from lr/warmup_steps to lr; between 0 and 1, a fraction of an epoch",
+    )
+    force_constant_lr: PositiveFloat | None = Field(
+        None, description="use this learning rate throughout, whatever schedule or checkpoint say"
+    )
+    micro_batch_size_per_gpu: PositiveInt = Field(
+        1, description="rows per micro-batch and replica; not used with batch_size_tokens"
+    )
+    batch_size_tokens: PositiveInt | None = Field(
+        None, description="tokens, padding included, per micro-batch and replica"
+    )
     gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches per optimizer step and replica")
-    gradient_clipping: NonNegativeFloat = Field(1.0, description="largest norm of the gradient over all stages; 0 for no clipping")
+    gradient_clipping: NonNegativeFloat = Field(
+        1.0, description="largest norm of the gradient over all stages; 0 for no clipping"
+    )
     group_by_length: bool = Field(False, description="put rows of similar length in one micro-batch")
     seed: int = Field(42, ge=0, description="of shuffling, initialisation and dropout")
 
-    pipeline_stages: PositiveInt = Field(description="parts the model is cut into; must divide the number of processes, what is left is data parallel")
-    layers_per_stage: list[PositiveInt] | None = Field(None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model")
+    pipeline_stages: PositiveInt = Field(
+        description="parts the model is cut into; must divide the number of processes, what is left is data parallel"
+    )
+    layers_per_stage: list[PositiveInt] | None = Field(
+        None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model"
+    )
     use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
     activation_checkpointing: bool | Literal["unsloth"] = Field(
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
-    lora_weight_dtype: Dtype = Field("float32", description="of the adapter and its optimizer state; its gradients accumulate in float32 whatever this says")
-    attn_implementation: str | None = Field(None, description="attention by transformers' name: 'flash_attention_2', 'sdpa', 'eager', …; default: sdpa where the model supports it")
+    lora_weight_dtype: Dtype = Field(
+        "float32",
+        description="of the adapter and its optimizer state; its gradients accumulate in float32 whatever this says",
+    )
+    attn_implementation: str | None = Field(
+        None,
+        description="attention by transformers' name: 'flash_attention_2', 'sdpa', 'eager', …; default: sdpa where the model supports it",
+    )
 
     logging_steps: PositiveInt = Field(1, description="optimizer steps between lines of metrics")
     steps_per_print: PositiveInt = Field(1, description="optimizer steps between lines on the console")
@@ -126,17 +174,29 @@ class Config(Section):
     eval_gradient_accumulation_steps: PositiveInt = Field(
         1, description="accepted, without effect: an evaluation set always goes through one full pipeline, and its loss does not depend on how it is cut")  # fmt: skip
     save_steps: PositiveInt | None = Field(None, description="optimizer steps between saves of the adapter (step<N>/)")
-    save_every_n_epochs: PositiveInt = Field(1, description="epochs between saves of the adapter (epoch<N>/); the end of a run is always saved")
+    save_every_n_epochs: PositiveInt = Field(
+        1, description="epochs between saves of the adapter (epoch<N>/); the end of a run is always saved"
+    )
     save_checkpoint_on_epoch_end: bool = Field(True, description="write a checkpoint at the end of each epoch")
-    checkpoint_every_n_minutes: PositiveFloat | None = Field(None, description="minutes between checkpoints (global_step<N>/)")
-    checkpoint_on_save: bool = Field(False, description="write a checkpoint with each save of the adapter; then not by the minute")
+    checkpoint_every_n_minutes: PositiveFloat | None = Field(
+        None, description="minutes between checkpoints (global_step<N>/)"
+    )
+    checkpoint_on_save: bool = Field(
+        False, description="write a checkpoint with each save of the adapter; then not by the minute"
+    )
     keep_states: int = Field(-1, ge=-1, description="newest step<N>/ and global_step<N>/ to keep, each; -1 keeps all")
     save_dtype: Dtype | None = Field(None, description="of a saved adapter or model; default as trained")
-    resume_from_checkpoint: bool | str = Field(False, description="true: the newest complete checkpoint under output_dir; or the path of a run or a checkpoint")
+    resume_from_checkpoint: bool | str = Field(
+        False, description="true: the newest complete checkpoint under output_dir; or the path of a run or a checkpoint"
+    )
     load_optimizer_states: bool = Field(True, description="false starts the optimizer afresh on resuming")
 
-    dataset_combination_mode: Literal["concatenate", "interleave"] = Field("concatenate", description="how several [[datasets]] become one")
-    dataset_interleave_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field("first_exhausted", description="when an interleaved epoch ends")
+    dataset_combination_mode: Literal["concatenate", "interleave"] = Field(
+        "concatenate", description="how several [[datasets]] become one"
+    )
+    dataset_interleave_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted", description="when an interleaved epoch ends"
+    )
     optimizer: Optimizer
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
@@ -193,7 +253,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "rejected_sampling_max_new_tokens": ((), "preference training is not built yet"),
     "rl": ((), "preference training is not built yet"),
     "sampling": ((), "preference training is not built yet"),
-    "optimizer.kahan_sum": ((True,), "adamw_kahan always sums with compensation; use type = 'AdamW' for an optimizer without"),
+    "optimizer.kahan_sum": (
+        (True,),
+        "adamw_kahan always sums with compensation; use type = 'AdamW' for an optimizer without",
+    ),
     "optimizer.use_loraplus": ((False,), "LoRA+ is not built yet"),
     "optimizer.loraplus_lr_ratio": ((), "LoRA+ is not built yet"),
 }

@@ -127,7 +127,11 @@ def _nearest(loc: list[Any]) -> str:
     close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     elsewhere = [s for s, m in SECTIONS.items() if loc[-1] in m.model_fields and m is not model]
     if elsewhere:
-        return f"It belongs into [{elsewhere[0]}]." if elsewhere[0] == "optimizer" else f"It belongs into [[{elsewhere[0]}]]."
+        return (
+            f"It belongs into [{elsewhere[0]}]."
+            if elsewhere[0] == "optimizer"
+            else f"It belongs into [[{elsewhere[0]}]]."
+        )
     if len(loc) > 1 and loc[-1] in Config.model_fields:
         return "It belongs to the top level, above the first [table]."
     return f"Did you mean '{close[0]}'?" if close else f"Valid keys: {', '.join(known)}."
@@ -157,9 +161,13 @@ def _merge_json(raw: dict[str, Any], path: str) -> list[str]:
     for key, value in given.items():
         ours = JSON_KEYS.get(key)
         if ours is None:
-            problems.append(f"{path}: {key} is decided by the trainer and cannot be set; it takes {', '.join(JSON_KEYS)}")
+            problems.append(
+                f"{path}: {key} is decided by the trainer and cannot be set; it takes {', '.join(JSON_KEYS)}"
+            )
         elif ours in raw and raw[ours] != value:
-            problems.append(f"{ours}: the TOML says {_shown(raw[ours])}, {path} says {key} = {_shown(value)}; make them agree or remove one")
+            problems.append(
+                f"{ours}: the TOML says {_shown(raw[ours])}, {path} says {key} = {_shown(value)}; make them agree or remove one"
+            )
         else:
             raw[ours] = value
     return problems
@@ -179,7 +187,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     for part in path:
         if isinstance(target, list):
             if not part.isdigit() or int(part) >= len(target):
-                raise UserError(f"--set {override}: '{part}' is not one of the {len(target)} entries (0 to {len(target) - 1})")
+                raise UserError(
+                    f"--set {override}: '{part}' is not one of the {len(target)} entries (0 to {len(target) - 1})"
+                )
             target = target[int(part)]
         else:
             target = target.setdefault(part, {})

@@ -5,6 +5,7 @@ Takes plain text and numbers; gives lines on the terminal. Nothing here knows ab
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,8 @@ EXIT_PEER_LOST = 6
 EXIT_DISK_FULL = 28
 EXIT_STOPPED = 75
 EXIT_ABORTED = 130
+
+OTHER_RANKS_WAIT_S = 5.0
 
 
 class UserError(Exception):
@@ -86,11 +89,18 @@ def duration(seconds: float) -> str:
 
 
 def run_command(main: Callable[[], int]) -> None:
-    """Run a command's `main` and exit with its code; a `UserError` becomes one message and its own exit code."""
+    """Run a command's `main` and exit with its code; a `UserError` becomes one message and its own exit code.
+
+    Every rank raises the same UserError; the first one says it. The others leave it time to: the launcher ends all
+    processes as soon as one has failed.
+    """
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(OTHER_RANKS_WAIT_S)
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_ABORTED

@@ -25,7 +25,9 @@ class MultiplicativeLoRA(nn.Module):
     v0.1, "The multiplicative-LoRA method".) A is Kaiming-uniform, B zero, as in LoRA (Hu et al. 2021, §4.1).
     """
 
-    def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, base_layer: nn.Module, rank: int, alpha: float, dropout: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.scaling = alpha / rank
@@ -47,7 +49,9 @@ def resolve_layers(text: str | None, n_layers: int) -> list[int]:
         return list(range(n_layers))
     wanted = sorted({index for low, high in layer_ranges(text) for index in range(low, high + 1)})
     if wanted[-1] >= n_layers:
-        raise UserError(f"layers_to_transform = '{text}': the model has {n_layers} decoder layers, 0 to {n_layers - 1} (both ends of a range are included)")
+        raise UserError(
+            f"layers_to_transform = '{text}': the model has {n_layers} decoder layers, 0 to {n_layers - 1} (both ends of a range are included)"
+        )
     return wanted
 
 
@@ -69,7 +73,9 @@ def resolve_targets(model: PreTrainedModel, target_modules: list[str] | str, lay
     if target_modules != "all-linear":
         for target in target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in wanted):
-                raise UserError(f"target_modules: no linear module '{target}' in the chosen layers; there are {', '.join(sorted(found)) or 'none'}")
+                raise UserError(
+                    f"target_modules: no linear module '{target}' in the chosen layers; there are {', '.join(sorted(found)) or 'none'}"
+                )
     chosen = {full for name in wanted for full in found[name]}
     return [name for name, _ in model.named_modules() if name in chosen]
 
@@ -89,7 +95,9 @@ def describe_layers(layers: list[int], n_layers: int) -> str:
     return f"layers {words} ({extent})"
 
 
-def inject_multiplicative(stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int) -> None:
+def inject_multiplicative(
+    stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int
+) -> None:
     """Wrap those of `targets` that the stage owns in a `MultiplicativeLoRA`."""
     for name in _owned(stage, targets):
         base_layer = stage.model.get_submodule(name)
@@ -100,14 +108,18 @@ def inject_multiplicative(stage: Stage, targets: list[str], rank: int, alpha: fl
         setattr(stage.model.get_submodule(parent), leaf, adapter)
 
 
-def inject_lora(stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int) -> None:
+def inject_lora(
+    stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int
+) -> None:
     """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`."""
     owned = _owned(stage, targets)
     if not owned:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=owned, bias="none"), stage.model)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=owned, bias="none"), stage.model
+    )
     for name in owned:
         module = stage.model.get_submodule(name)
         module.lora_A.to(dtype)
@@ -116,9 +128,15 @@ def inject_lora(stage: Stage, targets: list[str], rank: int, alpha: float, dropo
 
 
 def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
-    """Full fine-tuning: every parameter, or those with one of `target_modules` as a part of their name."""
+    """Full fine-tuning: every parameter, or those with one of `target_modules` as a part of their name.
+
+    A tied head and embedding are one weight, wherever they are: naming one of them names both.
+    """
+    targets = set(target_modules or ())
+    if stage.model.config.tie_word_embeddings and targets & {"embed_tokens", "lm_head"}:
+        targets |= {"embed_tokens", "lm_head"}
     for name, parameter in stage.model.named_parameters():
-        wanted = target_modules is None or any(t in name.split(".") for t in target_modules)
+        wanted = target_modules is None or bool(targets & set(name.split(".")))
         parameter.requires_grad_(wanted and parameter.is_floating_point())
 
 
@@ -130,7 +148,11 @@ def trainable(stage: Stage) -> dict[str, nn.Parameter]:
 def _plain(name: str) -> str:
     """PEFT's 'x.lora_A.default.weight' → 'x.A'."""
     for letter in "AB":
-        name = name.removesuffix(f".lora_{letter}.default.weight") + f".{letter}" if name.endswith(f".lora_{letter}.default.weight") else name
+        name = (
+            name.removesuffix(f".lora_{letter}.default.weight") + f".{letter}"
+            if name.endswith(f".lora_{letter}.default.weight")
+            else name
+        )
     return name
 
 

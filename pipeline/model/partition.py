@@ -58,7 +58,9 @@ def split(cost: Costs, n_stages: int) -> list[tuple[int, int]]:
     """
     n = len(cost.layers)
     if n_stages > n:
-        raise UserError(f"pipeline_stages = {n_stages}: the model has only {n} decoder layers, and each stage needs one")
+        raise UserError(
+            f"pipeline_stages = {n_stages}: the model has only {n} decoder layers, and each stage needs one"
+        )
     prefix = [0.0]
     for flops in cost.layers:
         prefix.append(prefix[-1] + flops)

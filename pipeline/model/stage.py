@@ -53,7 +53,9 @@ LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
 def read_model_config(folder: str) -> PretrainedConfig:
     """config.json of a model folder. Never runs code from it."""
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format")
+        raise UserError(
+            f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
@@ -73,7 +75,9 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
     except (ValueError, ImportError) as error:
         raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {error}") from error
     base = model.base_model
-    missing = [name for name in ("embed_tokens", "layers", "norm") if not isinstance(getattr(base, name, None), nn.Module)]
+    missing = [
+        name for name in ("embed_tokens", "layers", "norm") if not isinstance(getattr(base, name, None), nn.Module)
+    ]
     head = model.get_output_embeddings()
     if base is model or missing or not isinstance(base.layers, nn.ModuleList) or not isinstance(head, nn.Linear):
         raise UserError(

@@ -86,7 +86,9 @@ def _load_by_name(
                 if source not in done:
                     tensor = file.get_tensor(source)
                     if tensor.shape != wanted[name].shape:
-                        raise UserError(f"{path.name}: {source} has shape {list(tensor.shape)}, but config.json makes it {list(wanted[name].shape)}")
+                        raise UserError(
+                            f"{path.name}: {source} has shape {list(tensor.shape)}, but config.json makes it {list(wanted[name].shape)}"
+                        )
                     to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
                     done = {source: tensor.to(device=device, dtype=to if tensor.is_floating_point() else None)}
                 _assign(model, name, done[source])
@@ -113,7 +115,9 @@ def _load_converted(stage: Stage, files: dict[str, Path], device: torch.device, 
 
     mapping = get_model_conversion_mapping(stage.model)
     if not mapping:
-        raise UserError(f"the model folder has no tensor for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}")
+        raise UserError(
+            f"the model folder has no tensor for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+        )
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # one tensor at a time instead of a pool of threads
     opened = {path: safe_open(path, framework="pt") for path in sorted(set(_files_of(stage, files)))}
     handles = {path: handle.__enter__() for path, handle in opened.items()}

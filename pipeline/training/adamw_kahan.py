@@ -43,7 +43,9 @@ class AdamWKahan(Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
 
-    def _update(self, parameter: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def _update(
+        self, parameter: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0, dtype=torch.int64)

@@ -81,7 +81,16 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     else:
         topology = PipeDataParallelTopology(num_pp=stages, num_dp=replicas)
     coordinate = topology.get_coord(rank)
-    return Place(rank, world, coordinate.pipe, stages, coordinate.data, replicas, topology, torch.device(accelerator.device_name(local)))
+    return Place(
+        rank,
+        world,
+        coordinate.pipe,
+        stages,
+        coordinate.data,
+        replicas,
+        topology,
+        torch.device(accelerator.device_name(local)),
+    )
 
 
 def build(
@@ -109,6 +118,14 @@ def build(
     engine.pipeline_enable_backward_allreduce = False
     optimizer.connect(engine.grid.get_pipe_parallel_group(), engine.grid.get_data_parallel_group())
     return engine
+
+
+def agree(place: Place, problem: str | None) -> None:
+    """Raise the same UserError on every rank if any of them has a problem."""
+    problems: list[str | None] = [None] * place.world
+    dist.all_gather_object(problems, problem)
+    if found := list(dict.fromkeys(p for p in problems if p)):
+        raise UserError("; ".join(found))
 
 
 def new_group(ranks: list[int]) -> Any:

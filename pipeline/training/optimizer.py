@@ -32,7 +32,9 @@ class NonFiniteError(UserError):
         super().__init__(message, EXIT_NON_FINITE)
 
 
-def make_inner(kind: str, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Optimizer:
+def make_inner(
+    kind: str, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> Optimizer:
     """'adamw_kahan', 'adamw' (torch) or 'adamw8bit' (bitsandbytes) over `parameters`, which may be none."""
     groups = [{"params": parameters}]
     if kind == "adamw_kahan":
@@ -123,7 +125,9 @@ class PipelineOptimizer(Optimizer):
     def _sum_of_squares(self) -> float:
         """Over all stages, in fp64: a sum of many fp32 norms must not depend on how they are split."""
         counted = [g for name, g in self._sums.items() if self.counts_tied or name not in self.tied]
-        squares = sum((torch.linalg.vector_norm(g).double() ** 2 for g in counted), torch.zeros((), dtype=torch.float64))
+        squares = sum(
+            (torch.linalg.vector_norm(g).double() ** 2 for g in counted), torch.zeros((), dtype=torch.float64)
+        )
         if self.pipe_group is None or dist.get_world_size(self.pipe_group) == 1:
             return float(squares)
         device = next(iter(self._sums.values())).device if self._sums else _communication_device()

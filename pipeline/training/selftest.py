@@ -37,22 +37,34 @@ def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
     seen: dict[str, Tensor] = {}
     optimizer = PipelineOptimizer({"w": toy.w}, torch.optim.SGD([toy.w], lr=0.0), clip=0.0)
     optimizer.on_gradients = lambda sums: seen.update({name: g.clone() for name, g in sums.items()})
-    engine = engines.build(toy, place, lambda y, _: y.sum(), optimizer, gradient_accumulation_steps, dynamic_shape=False)
+    engine = engines.build(
+        toy, place, lambda y, _: y.sum(), optimizer, gradient_accumulation_steps, dynamic_shape=False
+    )
     inputs = [float(1 + index + place.replica) for index in range(gradient_accumulation_steps)]
     nothing = torch.zeros(1)
     engine.train_batch(iter([(torch.tensor([[x]]), nothing) for x in inputs]))
 
     # d(Π w · x)/dw = w^(stages − 1) · x, averaged over micro-batches and replicas.
-    everyone = [1 + index + replica for index in range(gradient_accumulation_steps) for replica in range(place.replicas)]
+    everyone = [
+        1 + index + replica for index in range(gradient_accumulation_steps) for replica in range(place.replicas)
+    ]
     expected = WEIGHT ** (place.stages - 1) * sum(everyone) / len(everyone)
     problems = []
     if not math.isclose(float(seen["w"]), expected, rel_tol=1e-5):
-        problems.append(f"stage {place.stage}'s gradient is {float(seen['w']) / expected:.4g} times the mean over micro-batches")
+        problems.append(
+            f"stage {place.stage}'s gradient is {float(seen['w']) / expected:.4g} times the mean over micro-batches"
+        )
     if toy.passes != gradient_accumulation_steps:
-        problems.append(f"stage {place.stage} ran forward {toy.passes} times for {gradient_accumulation_steps} micro-batches")
+        problems.append(
+            f"stage {place.stage} ran forward {toy.passes} times for {gradient_accumulation_steps} micro-batches"
+        )
     if not math.isclose(optimizer.grad_norm, expected * math.sqrt(place.stages), rel_tol=1e-5):
-        problems.append(f"the gradient's norm is {optimizer.grad_norm:.6g}, over all stages it should be {expected * math.sqrt(place.stages):.6g}")
+        problems.append(
+            f"the gradient's norm is {optimizer.grad_norm:.6g}, over all stages it should be {expected * math.sqrt(place.stages):.6g}"
+        )
     gathered: list[list[str]] = [[] for _ in range(place.world)]
     dist.all_gather_object(gathered, problems)
     if found := sorted({p for each in gathered for p in each}):
-        raise UserError(f"DeepSpeed {engines.deepspeed.__version__} would train something else than asked: " + "; ".join(found))
+        raise UserError(
+            f"DeepSpeed {engines.deepspeed.__version__} would train something else than asked: " + "; ".join(found)
+        )

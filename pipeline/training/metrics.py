@@ -1,0 +1,105 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, and the console's line a step.
+
+Takes numbers by TensorBoard tag; gives one JSON object a line (`step`, then the tags, full precision) and the same as
+events. Only the first process writes. A resumed run goes on in the same files, from which later steps are removed.
+"""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.console import duration, gib, rank, say
+
+
+class Metrics:
+    """The two files of a run. `resumed_at`: the step to go on from, 0 for a new run."""
+
+    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+        self._file: Any = None
+        self._events: Any = None
+        if rank() != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        _keep_until(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(run_dir), purge_step=resumed_at + 1 if resumed_at else None)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one line and the events of `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+
+    def sync(self) -> None:
+        """Put everything on disk, as a checkpoint is about to say that it is there."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._events.flush()
+
+    def close(self) -> None:
+        """The run is over."""
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines of later steps (and a line cut short by a kill) from an existing file."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            pass
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.rename(path)
+
+
+class Clock:
+    """Time spent in steps, without evaluations and saves, and what is left at that pace."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._spent = 0.0
+        self._steps = 0
+        self._since = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> float:
+        """The step has ended; returns its seconds."""
+        seconds = time.perf_counter() - self._since
+        self._spent += seconds
+        self._steps += 1
+        return seconds
+
+    def line(self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float, memory: int) -> None:
+        """Say one line about `step`."""
+        left = self._spent / self._steps * (self._total - step)
+        say(
+            f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.3g}  {tokens_per_s:,.0f} tokens/s  "
+            f"{gib(memory)}  {duration(self._spent)} elapsed, {duration(left)} left"
+        )
+
+
+def peak_memory() -> int:
+    """Bytes: the largest amount this process has held, on its GPU where there is one, else of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

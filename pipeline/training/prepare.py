@@ -1,0 +1,198 @@
+"""Everything of a run that needs no weights, no other process and no GPU: `--check` is this and nothing more.
+
+Takes the config; gives what it resolves to (layers, targets, stages, rows) or one UserError. All processes call it with
+the same outcome; the first to come builds the data cache, the others find it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from pipeline.config import Config
+from pipeline.console import UserError, gib, say
+from pipeline.data import chunks
+from pipeline.data.batches import MicroBatches
+from pipeline.data.evaluation import EvaluationBatches
+from pipeline.data.mixture import mix
+from pipeline.data.split import Rows, split
+from pipeline.model import adapters, partition
+from pipeline.model.stage import DTYPES, empty_model, read_model_config
+from pipeline.model.weights import tensor_files
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model without weights, the modules to adapt (with whether any has a bias), and each stage's range of layers."""
+
+    shell: PreTrainedModel
+    targets: list[str]
+    biased_targets: bool
+    ranges: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows for training, by dataset, and for evaluation, by name."""
+
+    train: list[Rows]
+    evaluation: dict[str, Rows]
+
+
+def plan_model(config: Config) -> ModelPlan:
+    """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to."""
+    model_config = read_model_config(config.model)
+    tensor_files(config.model)
+    shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
+    n_layers = len(shell.base_model.layers)
+    targets: list[str] = []
+    first_adapted = None
+    if config.full_fine_tune:
+        say(
+            f"training: the model's own weights{'' if config.target_modules is None else f', those of {config.target_modules}'}"
+        )
+        if config.target_modules == "all-linear":
+            raise UserError(
+                "target_modules = 'all-linear': with full_fine_tune, give names of modules, or leave the key out to train everything"
+            )
+    else:
+        layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
+        names = config.target_modules or (
+            ["down_proj"] if config.adapter_type == "multiplicative_lora" else "all-linear"
+        )
+        targets = adapters.resolve_targets(shell, names, layers)
+        first_adapted = layers[0]
+        rank, alpha = config.lora_rank or 1, config.lora_alpha or 1.0
+        where = "the output of" if config.adapter_type == "multiplicative_lora" else "the weights of"
+        modules = "all linear modules" if names == "all-linear" else ", ".join(names)
+        say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(layers, n_layers)}")
+        say(f"          rank {rank}, s = alpha/rank = {alpha:g}/{rank} = {alpha / rank:g}, {config.lora_weight_dtype}")
+    cost = partition.costs(
+        shell.base_model, shell.get_output_embeddings(), first_adapted=first_adapted,
+        recompute=bool(config.activation_checkpointing), sequence_len=max(d.sequence_len for d in config.datasets),
+        key_width=_key_width(model_config), active_share_of_experts=_active_share(model_config),
+    )  # fmt: skip
+    if config.layers_per_stage:
+        ranges, why = partition.explicit(config.layers_per_stage, n_layers), "as layers_per_stage says"
+    else:
+        ranges, why = (
+            partition.split(cost, config.pipeline_stages),
+            "balanced by floating-point operations, the head's included",
+        )
+    say(f"stages:   {why}")
+    for stage, ((first, end), share, size) in enumerate(
+        zip(ranges, partition.shares(cost, ranges), partition.stage_bytes(cost, ranges), strict=True)
+    ):
+        extra = (" + embedding" if stage == 0 else "") + (" + head" if stage == len(ranges) - 1 else "")
+        say(
+            f"  stage {stage}: layers {first} to {end - 1} ({end - first}){extra}, {gib(size)} of weights, {share:.0%} of the work"
+        )
+    biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
+    return ModelPlan(shell, targets, biased, ranges)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The model's own tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model = '{folder}': cannot read its tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def read_data(config: Config, tokenizer: Any) -> Data:
+    """Tokenise (or find in the cache), cut and split every dataset; says what became of the text."""
+    cache = Path(config.output_dir) / "dataset_cache"
+    train, evaluation = [], {}
+    for number, dataset in enumerate(config.datasets):
+        name = dataset.name or f"dataset{number}"
+        streams = chunks.build(
+            name=name, dataset_type=dataset.dataset_type, dataset_path=dataset.dataset_path, sequence_len=dataset.sequence_len,
+            tokenizer=tokenizer, cache_dir=cache, eval_size=dataset.eval_size, eval_split=dataset.eval_split,
+        )  # fmt: skip
+        rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
+        for report in streams.reports:
+            say(f"data:     {report}")
+        say(f"data:     {rows}")
+        train.append(rows.train)
+        if rows.eval is not None:
+            evaluation[name] = rows.eval
+    for number, held_out in enumerate(config.eval_datasets):
+        name = held_out.name or f"eval{number}"
+        streams = chunks.build(
+            name=name, dataset_type=held_out.dataset_type, dataset_path=held_out.dataset_path,
+            sequence_len=held_out.sequence_len, tokenizer=tokenizer, cache_dir=cache,
+        )  # fmt: skip
+        say(f"data:     {streams.train.report}")
+        evaluation[name] = split(streams).train
+    return Data(train, evaluation)
+
+
+def micro_batches(config: Config, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:
+    """The training micro-batches of one data-parallel replica."""
+    epoch_rows = mix(
+        data.train, seed=config.seed, mode=config.dataset_combination_mode,
+        weights=[d.sample_weight for d in config.datasets],
+        stopping_strategy=config.dataset_interleave_stopping_strategy, weigh_tokens=config.batch_size_tokens is not None,
+    )  # fmt: skip
+    return MicroBatches(
+        [rows.store for rows in data.train], epoch_rows, seed=config.seed, micro_batch_size=config.micro_batch_size_per_gpu,
+        batch_size_tokens=config.batch_size_tokens, gradient_accumulation_steps=config.gradient_accumulation_steps,
+        dp_rank=replica, dp_world=replicas, group_by_length=config.group_by_length,
+    )  # fmt: skip
+
+
+def evaluation_batches(config: Config, data: Data, replica: int = 0, replicas: int = 1) -> dict[str, EvaluationBatches]:
+    """The evaluation micro-batches of one data-parallel replica, by dataset."""
+    return {
+        name: EvaluationBatches(
+            rows, micro_batch_size=config.micro_batch_size_per_gpu, batch_size_tokens=config.batch_size_tokens,
+            dp_rank=replica, dp_world=replicas,
+        )
+        for name, rows in data.evaluation.items()
+    }  # fmt: skip
+
+
+def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None:
+    """Say the size of a step and of the run as equations."""
+    _, info = batches.step(batches_start := _start())
+    per_step = batches.micro_batches_per_step
+    steps = batches.steps_left(batches_start)
+    say(
+        f"a step:   {per_step} micro-batches ({config.gradient_accumulation_steps} accumulated × {replicas} replica(s)) "
+        f"= {len(info.rows)} chunks = {info.tokens:,} tokens"
+    )
+    epochs = f"{config.epochs} epoch(s) of {steps} steps" if config.epochs else "max_steps"
+    limit = f", at most {config.max_steps} steps" if config.max_steps else ""
+    say(
+        f"the run:  {epochs}{limit}; warmup {config.warmup_steps:g}, then {config.lr_scheduler} at lr {config.optimizer.lr:g}"
+    )
+
+
+def _start() -> Any:
+    from pipeline.data.batches import Position
+
+    return Position()
+
+
+def _key_width(config: PretrainedConfig) -> int:
+    """Heads × head size: what attention's own work is proportional to."""
+    heads = getattr(config, "num_attention_heads", 1)
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def _active_share(config: PretrainedConfig) -> float:
+    """Experts used per token over experts there are; 1 for a dense model."""
+    there = (
+        getattr(config, "num_local_experts", None)
+        or getattr(config, "num_experts", None)
+        or getattr(config, "n_routed_experts", None)
+    )
+    used = getattr(config, "num_experts_per_tok", None)
+    return used / there if there and used else 1.0
+
+
+def dtype(name: str) -> torch.dtype:
+    """A config's dtype as torch's."""
+    return DTYPES[name]

@@ -1,0 +1,96 @@
+"""Saves of what is trained: an adapter, or a whole model, as a folder that appears whole or not at all.
+
+Takes a stage and its trained parameters; every process calls, one replica of each stage contributes, the first process
+puts the folder in place.
+"""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.artifacts.adapter_files import write_adapter, write_json
+from pipeline.artifacts.base_files import files_to_copy
+from pipeline.artifacts.safetensors_stream import read_header
+from pipeline.artifacts.whole_folder import whole_folder
+from pipeline.console import EXIT_DISK_FULL
+from pipeline.model.stage import Stage
+from pipeline.training.checkpoint import CheckpointError
+from pipeline.training.engine import Place
+
+Write = Callable[[Path], None]
+
+
+def save_adapter(
+    folder: Path, place: Place, tensors: dict[str, Tensor], dtype: torch.dtype | None, **facts: Any
+) -> None:
+    """Gather the stages' adapter tensors and write them as one adapter. `facts` as for `write_adapter`."""
+    own = {name: t.detach().to("cpu", dtype) for name, t in tensors.items()} if place.replica == 0 else {}
+    parts: list[dict[str, Tensor]] | None = [{} for _ in range(place.world)] if place.rank == 0 else None
+    dist.gather_object(own, parts)
+    everything = {name: t for part in parts or [] for name, t in part.items()}
+    _together(folder, place, lambda _: None, lambda temporary: write_adapter(temporary, everything, **facts))
+
+
+def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torch.dtype | None) -> None:
+    """Each stage writes its weights as one shard; configuration and tokenizer are copied from `base`."""
+    shard_name = f"model-{place.stage + 1:05d}-of-{place.stages:05d}.safetensors"
+
+    def write_shard(temporary: Path) -> None:
+        if place.replica == 0:
+            tensors = {
+                name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).contiguous()
+                for name, t in stage.model.state_dict().items()
+                if not (name == "lm_head.weight" and stage.model.config.tie_word_embeddings)
+            }
+            save_file(tensors, temporary / shard_name, metadata={"format": "pt"})
+            (temporary / shard_name).chmod(0o644)
+
+    def finish(temporary: Path) -> None:
+        shards = [read_header(path) for path in sorted(temporary.glob("model-*.safetensors"))]
+        index = {
+            "metadata": {"total_size": sum(t.n_bytes for shard in shards for t in shard.tensors)},
+            "weight_map": {t.name: t.file.name for shard in shards for t in shard.tensors},
+        }
+        write_json(temporary / "model.safetensors.index.json", index)
+        for file in files_to_copy(base):
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / file, temporary / file)
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        write_json(
+            temporary / "config.json", {**config, "dtype": str(dtype or stage.model.dtype).removeprefix("torch.")}
+        )
+
+    _together(folder, place, write_shard, finish)
+
+
+def _together(folder: Path, place: Place, each: Write, first: Write) -> None:
+    """`each` on every process, then `first` on the first, into one folder that appears whole. Fails on all or on none."""
+    with whole_folder(folder, replace=True) if place.rank == 0 else nullcontext() as temporary:
+        told: list[Any] = [str(temporary)]
+        dist.broadcast_object_list(told)
+        _all_well(place, lambda: each(Path(told[0])), folder)
+        _all_well(place, lambda: first(Path(told[0])) if place.rank == 0 else None, folder)
+    dist.barrier()
+
+
+def _all_well(place: Place, write: Callable[[], None], folder: Path) -> None:
+    problem = None
+    try:
+        write()
+    except OSError as error:
+        problem = ("the disk is full" if error.errno == errno.ENOSPC else str(error), error.errno == errno.ENOSPC)
+    problems: list[Any] = [None] * place.world
+    dist.all_gather_object(problems, problem)
+    if found := [p for p in problems if p]:
+        message = f"cannot write {folder}: {found[0][0]}"
+        raise CheckpointError(message, EXIT_DISK_FULL) if found[0][1] else CheckpointError(message)

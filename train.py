@@ -1,0 +1,109 @@
+"""Train: `deepspeed train.py --config config_creative_writer.toml`.
+
+Takes a TOML file; gives a run's folder with adapters, checkpoints and metrics. `--check` resolves everything that needs
+no weights and ends; `--preview N` prints N chunks as the model will read them. Exit codes: 0 done, 2 config or data,
+3 checkpoint, 4 a loss or gradient that is not finite, 5 out of memory, 6 a process was lost, 28 disk full, 75 stopped
+and resumable, 130 aborted.
+"""
+
+from pipeline.training.stop import Watcher, hold_signals
+
+HELD = hold_signals()  # before torch and its libraries start threads of their own
+
+import argparse  # noqa: E402
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from pipeline import config_sources  # noqa: E402
+from pipeline.config import Config  # noqa: E402
+from pipeline.console import EXIT_DONE, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, UserError, run_command, say  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    """The command line. `--local_rank` comes from the launcher; `--deepspeed` is qlora-pipe's and means nothing here."""
+    parser = argparse.ArgumentParser(
+        description="Train an adapter or a model over pipeline stages.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="TOML", help="in the current folder or in configs/")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="a DeepSpeed JSON as qlora-pipe takes it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optimizer.lr=1e-5"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="validate and resolve everything that needs no weights, then end"
+    )
+    parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
+    parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, metavar="PATH",
+                        help="go on from the newest complete checkpoint, or from that of PATH")  # fmt: skip
+    parser.add_argument("--no_quantiles", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, validate, then check, preview or train."""
+    arguments = parse()
+    watcher = Watcher(HELD)
+    config = config_sources.load(arguments.config, arguments.deepspeed_config, arguments.set)
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
+    if arguments.check or arguments.preview is not None:
+        return look(config, arguments.preview)
+    resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
+    return train(config, arguments.config, resume, watcher)
+
+
+def look(config: Config, preview_chunks: int | None) -> int:
+    """`--check` and `--preview`: nothing distributed, no weights."""
+    from pipeline.data.preview import preview
+    from pipeline.training import prepare
+
+    prepare.plan_model(config)
+    tokenizer = prepare.load_tokenizer(config.model)
+    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))
+    prepare.evaluation_batches(config, data)
+    prepare.describe_steps(config, batches, replicas=1)
+    if preview_chunks is not None:
+        say("\n" + "\n".join(preview(batches, tokenizer, preview_chunks)))
+    return EXIT_DONE
+
+
+def train(config: Config, config_path: str, resume: bool | str, watcher: Watcher) -> int:
+    """The run itself. Errors of the data and the config come before any process waits for another."""
+    import torch
+
+    from pipeline.training import assemble, checkpoint, engine, prepare, selftest
+
+    engine.check_version()
+    plan = prepare.plan_model(config)
+    data = prepare.read_data(config, prepare.load_tokenizer(config.model))
+    folder = None
+    if resume:
+        where = Path(config.output_dir) if resume is True else Path(resume)
+        folder = str(checkpoint.find(where, newest_run=resume is True)[0])
+    rendezvous = Path(config.output_dir).resolve() / f".rendezvous-{engine.launched_by()}"
+    place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
+    try:
+        prepare.describe_steps(
+            config, prepare.micro_batches(config, data, place.replica, place.replicas), place.replicas
+        )
+        selftest.run(place, config.gradient_accumulation_steps)
+        run = assemble.trainer(config, plan, data, place, watcher, folder, config_path)
+        return run.run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on rank {place.rank}: {str(error).splitlines()[0]}\n"
+            "Try activation_checkpointing = 'unsloth', a shorter sequence_len, or more stages.",
+            EXIT_OUT_OF_MEMORY,
+        ) from error
+    except torch.distributed.DistError as error:
+        raise UserError(
+            f"rank {place.rank} lost another process: {str(error).splitlines()[0]}", EXIT_PEER_LOST
+        ) from error
+    finally:
+        rendezvous.unlink(missing_ok=True)
+        engine.shutdown()
+
+
+if __name__ == "__main__":
+    run_command(main)
