@@ -39,7 +39,9 @@ class LogitTransform(NamedTuple):
         return squashed * (self.cap * self.after), (1 - squashed * squashed) * (self.before * self.after)
 
 
-def reference(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, transform: LogitTransform) -> Tensor:
+def reference(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, transform: LogitTransform
+) -> Tensor:
     """The same through plain PyTorch and full logits; for tests and benchmarks. Returns fp32 [N], 0 where ignored."""
     logits, _ = transform.apply(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
     return torch.nn.functional.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="none")
@@ -58,7 +60,9 @@ def linear_cross_entropy(
     return function.apply(hidden_ND, weight_VD, bias_V, labels_N, transform, block_tokens)
 
 
-def _block(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+def _block(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
     """One block of tokens: nll [n], softmax − one-hot [n, V] (zero rows where ignored), d logits / d raw, and the mask."""
     logits, slope = transform.apply(torch.nn.functional.linear(hidden, weight, bias))
     counted = labels != IGNORED
@@ -74,7 +78,7 @@ class _FrozenHead(torch.autograd.Function):
     """Saves d nll / d hidden, [N, D] in hidden's dtype, and nothing else."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, transform, block_tokens):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, bias, labels, transform, block_tokens):  # noqa: ANN205
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
@@ -87,7 +91,7 @@ class _FrozenHead(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx, upstream_N):  # noqa: ANN001, ANN205
+    def backward(ctx, upstream_N):  # noqa: ANN205
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream_N.unsqueeze(1)).to(gradient.dtype), None, None, None, None, None
 
@@ -96,7 +100,7 @@ class _TrainableHead(torch.autograd.Function):
     """Saves its inputs; recomputes each block's logits in backward. The weight's gradient is summed in fp32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, transform, block_tokens):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, bias, labels, transform, block_tokens):  # noqa: ANN205
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.transform, ctx.block_tokens = transform, block_tokens
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -106,7 +110,7 @@ class _TrainableHead(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx, upstream_N):  # noqa: ANN001, ANN205
+    def backward(ctx, upstream_N):  # noqa: ANN205
         hidden, weight, bias, labels = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)

@@ -44,15 +44,16 @@ def _lower(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A table of the TOML file; a key that is not listed is an error."""
+    """A table of the TOML file; a key that is not listed is an error, and so are `true` for 1, '3' for 3, and inf."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Optimizer(Section):
     """[optimizer]"""
 
     type: Annotated[Literal["adamw_kahan", "adamw", "adamw8bit"], BeforeValidator(_lower)] = Field(
+        json_schema_extra={"enum": ["adamw_kahan", "AdamW", "AdamW8bit", "adamw", "adamw8bit"]},
         description="'adamw_kahan': AdamW whose update and weight decay both pass through a compensated (Kahan) sum, so that small steps move bf16 weights. "
         "'AdamW': torch's. 'AdamW8bit': bitsandbytes'.")  # fmt: skip
     lr: PositiveFloat = Field(description="peak learning rate")
@@ -221,10 +222,10 @@ class Config(Section):
             for key in ("lora_rank", "lora_alpha"):
                 if getattr(self, key) is None:
                     yield f"{key}: required unless full_fine_tune = true"
-        elif self.layers_to_transform is not None:
-            yield "layers_to_transform: has no meaning with full_fine_tune = true; remove one of them"
-        elif "adapter_type" in self.model_fields_set:
-            yield "adapter_type: has no meaning with full_fine_tune = true; remove one of them"
+        else:
+            for key in ("layers_to_transform", "adapter_type"):
+                if key in self.model_fields_set:
+                    yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_stages:
@@ -233,7 +234,8 @@ class Config(Section):
             yield f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction of an epoch below 1"
         if self.optimizer.lr_min > self.optimizer.lr:
             yield f"optimizer.lr_min: {self.optimizer.lr_min} is above optimizer.lr = {self.optimizer.lr}"
-        names = [d.name for d in (*self.datasets, *self.eval_datasets) if d.name]
+        datasets: list[Dataset | EvalDataset] = [*self.datasets, *self.eval_datasets]
+        names = [d.name for d in datasets if d.name]
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 

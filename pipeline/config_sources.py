@@ -4,8 +4,10 @@ Takes paths and `key=value` strings; gives a `Config`. Raises `UserError` with e
 the value, the rule and, for an unknown key, the nearest valid one.
 """
 
+import copy
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import tomli
 import tomli_w
 from pydantic import ValidationError
 
-from pipeline.config import REFUSED, Config, Dataset, EvalDataset, Optimizer
+from pipeline.config import REFUSED, Config, Dataset, EvalDataset, Optimizer, Section
 from pipeline.console import UserError
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
@@ -23,7 +25,7 @@ JSON_KEYS = {
     "gradient_clipping": "gradient_clipping",
     "steps_per_print": "steps_per_print",
 }
-SECTIONS = {"optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset}
+SECTIONS: dict[str, type[Section]] = {"optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset}
 # Stands in for a required key that is wrong or missing, so that the rules between the other keys are still checked.
 STAND_INS: dict[str, Any] = {
     "model": "-", "output_dir": "-", "pipeline_stages": 1, "optimizer": {"type": "adamw", "lr": 1.0},
@@ -61,15 +63,16 @@ def validate(raw: dict[str, Any], where: str, problems: list[str] | None = None)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += _explain(error, raw) + _explain_rest(error, raw)
+        problems += _explain(error) + _explain_rest(error, raw)
     if problems:
         raise UserError(f"{where} has {len(problems)} problem(s):\n" + "\n".join(f"  {p}" for p in problems))
     return config
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML: every key that has a value, defaults included."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
+    """The resolved configuration as TOML: every key that has a value, defaults included. `load` reads it back."""
+    adapter_only = {"adapter_type"} if config.full_fine_tune else set()
+    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude=adapter_only))
 
 
 def schema() -> str:
@@ -90,39 +93,48 @@ def _without_refused(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]
     return kept
 
 
-def _explain(error: ValidationError, raw: dict[str, Any]) -> list[str]:
-    lines = []
+def _explain(error: ValidationError) -> list[str]:
+    lines: dict[str, list[str]] = {}  # what is wrong → the rules it breaks, of which one would do
     for e in error.errors():
         loc = [part for part in e["loc"] if part not in ("function-after", "bool", "str", "float", "int", "literal['all-linear']", "list[str]", "literal['unsloth']")]  # fmt: skip
         key = _dotted(loc)
         if e["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key. {_nearest(loc)}")
+            lines[f"{key}: unknown key. {_nearest(loc)}"] = []
         elif e["type"] == "missing":
-            lines.append(f"{key}: required, but not given")
+            lines[f"{key}: required, but not given"] = []
         elif not loc:
-            lines += str(e["ctx"]["error"]).split("\n")
+            lines |= {line: [] for line in str(e["ctx"]["error"]).split("\n")}
         else:
             message = e["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {_shown(e['input'])}: {message[0].lower()}{message[1:]}")
-    return list(dict.fromkeys(lines))
+            lines.setdefault(f"{key} = {_shown(e['input'])}: ", []).append(message[0].lower() + message[1:])
+    return [what + ", or ".join(rules) for what, rules in lines.items()]
 
 
 def _explain_rest(error: ValidationError, raw: dict[str, Any]) -> list[str]:
     """Broken rules between keys, which pydantic checks only when every single key is right."""
-    wrong = {str(e["loc"][0]) for e in error.errors() if e["loc"]}
-    if not wrong:
-        return []
-    mended = {key: value for key, value in raw.items() if key not in wrong}
+    mended, wrong = copy.deepcopy(raw), set()
+    for e in error.errors():
+        if e["type"] == "extra_forbidden":
+            table: Any = mended
+            for part in e["loc"][:-1]:
+                table = table[part]
+            del table[e["loc"][-1]]
+        elif e["loc"]:
+            wrong.add(str(e["loc"][0]))
+    mended = {key: value for key, value in mended.items() if key not in wrong}
     mended |= {key: value for key, value in STAND_INS.items() if key in wrong}
     try:
         Config.model_validate(mended)
     except ValidationError as rest:
-        return [line for line in _explain(rest, mended) if line.split(":")[0].split(".")[0] not in wrong]
+        # A rule that speaks of a wrong key would be judging the stand-in.
+        about_wrong = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, wrong))})\b") if wrong else None
+        known = set(_explain(error))
+        return [line for line in _explain(rest) if line not in known and not (about_wrong and about_wrong.search(line))]
     return []
 
 
 def _nearest(loc: list[Any]) -> str:
-    model = SECTIONS.get(str(loc[0]), Config) if len(loc) > 1 else Config
+    model: type[Section] = SECTIONS.get(str(loc[0]), Config) if len(loc) > 1 else Config
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     elsewhere = [s for s, m in SECTIONS.items() if loc[-1] in m.model_fields and m is not model]
@@ -176,7 +188,7 @@ def _merge_json(raw: dict[str, Any], path: str) -> list[str]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     """`optimizer.lr=1e-5`, `datasets.0.sequence_len=512`: the value is TOML; a bare word is a string."""
     key, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise UserError(f"--set {override}: write key=value, for example --set optimizer.lr=1e-5")
     try:
         value = tomli.loads(f"v = {text}")["v"]
@@ -191,7 +203,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                     f"--set {override}: '{part}' is not one of the {len(target)} entries (0 to {len(target) - 1})"
                 )
             target = target[int(part)]
-        else:
+        elif isinstance(target, dict):
             target = target.setdefault(part, {})
     if not isinstance(target, dict):
         raise UserError(f"--set {override}: '{'.'.join(path)}' has no keys of its own")

@@ -94,9 +94,9 @@ def write_config(path: Path, **changes: Any) -> Path:
     return path
 
 
-def start(processes: int, *arguments: str, **extra: str) -> subprocess.Popen[str]:
-    """`deepspeed --num_gpus N train.py …` in a session of its own."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), str(ROOT / "train.py"), *arguments]
+def start(processes: int, *arguments: str, script: Path = ROOT / "train.py", **extra: str) -> subprocess.Popen[str]:
+    """`deepspeed --num_gpus N train.py …` (or another script) in a session of its own."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), str(script), *arguments]
     return subprocess.Popen(
         command, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -104,7 +104,16 @@ def start(processes: int, *arguments: str, **extra: str) -> subprocess.Popen[str
 
 def train(processes: int, *arguments: str, expect: int = 0, timeout: float = 240, **extra: str) -> str:
     """Run the training command to its end and return what it printed; fails if it ends with another code."""
-    process = start(processes, *arguments, **extra)
+    return finish(start(processes, *arguments, **extra), expect, timeout)
+
+
+def launch(processes: int, script: Path, *arguments: str, timeout: float = 240) -> str:
+    """Run another script under the `deepspeed` launcher to its end and return what it printed; fails if it fails."""
+    return finish(start(processes, *arguments, script=script), 0, timeout)
+
+
+def finish(process: subprocess.Popen[str], expect: int, timeout: float) -> str:
+    """Wait for a process of `start` and return what it printed; fails if it ends with another code than `expect`."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -16,7 +16,9 @@ def token_losses(hidden_BTD: Tensor, labels_BT: Tensor, head: nn.Linear, transfo
     return losses_N.view_as(labels_BT)
 
 
-def training_loss(hidden_BTD: Tensor, labels: tuple[Tensor, Tensor], head: nn.Linear, transform: LogitTransform) -> Tensor:
+def training_loss(
+    hidden_BTD: Tensor, labels: tuple[Tensor, Tensor], head: nn.Linear, transform: LogitTransform
+) -> Tensor:
     """fp32 scalar: loss_scale · Σ token losses. `labels` = (labels [B, T], loss_scale []).
 
     loss_scale carries the step's token count, so that the mean over micro-batches and replicas is the mean over tokens.

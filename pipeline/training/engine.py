@@ -22,7 +22,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from torch import nn
 
-from pipeline.console import UserError
+from pipeline.console import UserError, say
 from pipeline.training.optimizer import PipelineOptimizer
 
 MINIMUM_DEEPSPEED = (0, 19, 3)
@@ -70,11 +70,13 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local)
     rank = int(os.environ.get("RANK", "0"))
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
-        init_method=f"file://{rendezvous}", rank=rank, world_size=world, auto_mpi_discovery=False,
-        timeout=timedelta(minutes=30), verbose=False,
-    )  # fmt: skip
+    _mention_locks()
+    with _quiet():
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+            init_method=f"file://{rendezvous}", rank=rank, world_size=world, auto_mpi_discovery=False,
+            timeout=timedelta(minutes=30), verbose=False,
+        )  # fmt: skip
     replicas = world // stages
     if column_major:
         topology = ProcessTopology(axes=["data", "pipe"], dims=[replicas, stages])
@@ -139,6 +141,13 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def _mention_locks() -> None:
+    """torch's extension builder waits for ever, silently, on the lock of a build that was killed."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    for lock in Path(folder).glob("**/lock") if folder else ():
+        say(f"another process is compiling a DeepSpeed extension; if nothing happens for minutes, delete {lock}")
+
+
 def _broadcast_only_trained(module: nn.Module) -> None:
     """DeepSpeed broadcasts every parameter over the replicas when it starts, the frozen base too (70 GB for 35B).
 
@@ -152,6 +161,6 @@ def _broadcast_only_trained(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its layout with print(); ours says the same in one table."""
+    """DeepSpeed prints what it builds and its layout with print(); ours says the same in one table."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

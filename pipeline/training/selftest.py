@@ -6,12 +6,14 @@ the norm is not the whole pipeline's. (The scale of accumulated gradients change
 """
 
 import math
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.console import UserError
+from pipeline.console import UserError, run_command, say
 from pipeline.training import engine as engines
 from pipeline.training.optimizer import PipelineOptimizer
 
@@ -68,3 +70,17 @@ def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
         raise UserError(
             f"DeepSpeed {engines.deepspeed.__version__} would train something else than asked: " + "; ".join(found)
         )
+
+
+def main() -> int:
+    """`make setup`: the toy on one stage, which also has DeepSpeed compile what it compiles at its first start."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = engines.initialise(1, Path(folder) / "rendezvous", column_major=False)
+        run(place, gradient_accumulation_steps=2)
+        engines.shutdown()
+    say(f"DeepSpeed {engines.deepspeed.__version__} with torch {torch.__version__} trains what it is asked to")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which is made from requirements.txt when it is missing or out of date.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin
+# DeepSpeed compiles a small extension at its first start. Inside the virtual environment it cannot collide with another
+# version's; without the stale lock of a killed build, the start does not hang.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup train test test-all lint bench docs clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## make .venv from requirements.txt and build DeepSpeed's extension
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install -q -r requirements-dev.txt
+	rm -f $(TORCH_EXTENSIONS_DIR)/*/*/lock $(TORCH_EXTENSIONS_DIR)/*/lock
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pipeline.training.selftest
+	touch $@
+
+train: setup ## the main job on sample books: train, stop, resume, evaluate, fold (about 2 minutes)
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python quickstart.py
+
+test: setup ## the tests (minutes)
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pytest -m "not slow"
+
+test-all: setup ## the tests with the slow ones
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pytest --timeout 1800
+
+lint: setup ## ruff and mypy
+	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
+
+bench: setup ## the benchmarks that run on this machine
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python benchmarks/head.py
+
+docs: setup ## regenerate configs/schema.json and docs/config.md from the schema
+	$(RUN)/python docs/generate.py
+
+clean: ## remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
