@@ -96,10 +96,10 @@ def train(config: Config, config_path: str, resume: bool | str, watcher: Watcher
             "Try activation_checkpointing = 'unsloth', a shorter sequence_len, or more stages.",
             EXIT_OUT_OF_MEMORY,
         ) from error
-    except torch.distributed.DistError as error:
-        raise UserError(
-            f"rank {place.rank} lost another process: {str(error).splitlines()[0]}", EXIT_PEER_LOST
-        ) from error
+    except RuntimeError as error:
+        if not engine.is_lost_peer(error):
+            raise
+        raise UserError(f"another process of the run is gone: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
     finally:
         rendezvous.unlink(missing_ok=True)
         engine.shutdown()

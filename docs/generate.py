@@ -88,7 +88,7 @@ def _kind(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         return f"list of {_kind(field['items'])}"
     bounds = (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
-    limits = [f"{sign} {field[bound]:g}" for bound, sign in bounds if bound in field]
+    limits = [f"{sign} {field[bound]:.12g}" for bound, sign in bounds if bound in field]
     pattern = f" matching `{field['pattern']}`" if "pattern" in field else ""
     return " ".join([field["type"] + pattern, " and ".join(limits)]).strip()
 

@@ -83,7 +83,7 @@ class Dataset(Section):
         "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
     sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
     subsample: float | None = Field(
-        None, gt=0, le=1, description="fraction of the training chunks to keep, after a seeded shuffle"
+        None, gt=0, le=1, description="fraction of the chunks to keep (of those held out too), after a seeded shuffle"
     )
     num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
 
@@ -146,7 +146,7 @@ class Config(Section):
         1.0, description="largest norm of the gradient over all stages; 0 for no clipping"
     )
     group_by_length: bool = Field(False, description="put rows of similar length in one micro-batch")
-    seed: int = Field(42, ge=0, description="of shuffling, initialisation and dropout")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="of shuffling, initialisation and dropout")
 
     pipeline_stages: PositiveInt = Field(
         description="parts the model is cut into; must divide the number of processes, what is left is data parallel"

@@ -164,7 +164,8 @@ def _owned(stage: Stage, targets: list[str]) -> list[str]:
 @torch.no_grad()
 def _draw(parameter: nn.Parameter, name: str, seed: int) -> None:
     """Kaiming-uniform with a = √5 (U(±1/√fan_in)), from a generator of the parameter's own."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # One 32-bit number: torch's CPU generator ignores the upper half of a seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     values = torch.empty(parameter.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     parameter.copy_(values)

@@ -42,11 +42,16 @@ def load(stage: Stage, folder: str, dtype: torch.dtype, device: torch.device) ->
     files = tensor_files(folder)
     _separate_tied_head(stage)
     wanted = dict(stage.model.state_dict(keep_vars=True))
+    shared = _shares_head(stage)
+    if shared:
+        del wanted["lm_head.weight"]
     sources = {name: source for name in wanted if (source := _source(name, stage.model, files))}
     if len(sources) == len(wanted):
         _load_by_name(stage.model, wanted, sources, files, dtype, device)
     else:
         _load_converted(stage, files, device, missing=sorted(set(wanted) - set(sources)))
+    if shared:
+        stage.head.weight = stage.model.get_input_embeddings().weight
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(False)
         if parameter.is_meta:
@@ -57,6 +62,11 @@ def _separate_tied_head(stage: Stage) -> None:
     """On a last stage without the embedding, give a tied head a parameter of its own: it reads the embedding's tensor."""
     if stage.is_last and not stage.is_first:
         stage.head.weight = nn.Parameter(stage.head.weight.detach(), requires_grad=False)
+
+
+def _shares_head(stage: Stage) -> bool:
+    """Whether head and embedding are one parameter: tied, and both on this stage."""
+    return stage.is_first and stage.is_last and tied_source(stage.model, "lm_head.weight") is not None
 
 
 def tied_source(model: PreTrainedModel, name: str) -> str | None:

@@ -5,6 +5,7 @@ from. A problem that one process finds is raised on all of them.
 """
 
 import json
+import time
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -102,7 +103,8 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     """Over this stage's trained parameters, which may be none."""
     parameters = adapters.trainable(stage)
     counts: list[int] = [0] * place.world
-    dist.all_gather_object(counts, sum(p.numel() for p in parameters.values()))
+    second_copy = stage.model.config.tie_word_embeddings and not stage.is_first  # a tied head is the embedding once more
+    dist.all_gather_object(counts, sum(p.numel() for name, p in parameters.items() if not (second_copy and name == HEAD)))
     total = sum(counts) // place.replicas
     if not total:
         raise UserError(f"nothing to train: target_modules = {config.target_modules} matches no parameter")
@@ -132,10 +134,7 @@ def open_run(config: Config, place: engine.Place, resume: str | None) -> Path:
     """The run's folder, the same on all ranks: a new one by UTC time, or that of the checkpoint."""
     chosen: list[Any] = [None]
     if place.rank == 0:
-        run_dir = (
-            Path(resume).parent if resume else Path(config.output_dir) / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
-        )
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir = Path(resume).parent if resume else _new_folder(Path(config.output_dir))
         (run_dir / STOP_FILE).unlink(missing_ok=True)
         checkpoint.clear_rubbish(run_dir)
         (run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -143,6 +142,17 @@ def open_run(config: Config, place: engine.Place, resume: str | None) -> Path:
     dist.broadcast_object_list(chosen)
     say(f"run:      {chosen[0]}")
     return Path(chosen[0])
+
+
+def _new_folder(output_dir: Path) -> Path:
+    """A folder named by the UTC time; runs that start within one second wait for their own."""
+    while True:
+        run_dir = output_dir / datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            time.sleep(0.2)
 
 
 def _restore(

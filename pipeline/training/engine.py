@@ -50,13 +50,16 @@ def check_version() -> None:
 
 def launched_by() -> str:
     """A name all processes of this launch share and no other launch has: the launcher's process id and start time."""
-    parent = psutil.Process(os.getppid())
-    return f"{parent.pid}-{int(parent.create_time() * 1000)}"
+    launcher = psutil.Process(os.getppid() if "WORLD_SIZE" in os.environ else os.getpid())
+    return f"{launcher.pid}-{int(launcher.create_time() * 1000)}"
 
 
 def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world)
+    if here != world:
+        raise UserError(f"{world} processes over several machines, {here} of them here: a run lives on one machine")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("LOCAL_SIZE", str(world))
     if world % stages:
@@ -128,6 +131,11 @@ def agree(place: Place, problem: str | None) -> None:
     dist.all_gather_object(problems, problem)
     if found := list(dict.fromkeys(p for p in problems if p)):
         raise UserError("; ".join(found))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process has gone: gloo says so in words only."""
+    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "reset by peer" in str(error)
 
 
 def new_group(ranks: list[int]) -> Any:

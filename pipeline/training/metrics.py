@@ -6,7 +6,6 @@ events. Only the first process writes. A resumed run goes on in the same files, 
 
 import json
 import os
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -102,4 +101,6 @@ def peak_memory() -> int:
     """Bytes: the largest amount this process has held, on its GPU where there is one, else of main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's ru_maxrss: a process inherits that from the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024

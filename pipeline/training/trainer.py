@@ -82,7 +82,7 @@ class Trainer:
     def run(self) -> int:
         """To the end of the run (exit code 0) or to a stop (75)."""
         self._now_complete()
-        self.watcher.attach(self.run_dir, self.checkpoint)
+        self.watcher.attach(self.run_dir, self._save_between_boundaries)
         if self.step == 0 and self.cadence.eval_before_first_step:
             self._evaluate(may_be_best=False)
             self._now_complete()
@@ -192,11 +192,19 @@ class Trainer:
             self._checkpoint_now()
         return stop or save_quit
 
+    def _save_between_boundaries(self) -> None:
+        """The watcher's way out of a step that does not end in time."""
+        self.checkpoint()
+        self._say_stopped(self.optimizer.completed_steps)
+
     def _stopped(self) -> int:
         self.watcher.detach()
         self.metrics.close()
-        say(f"stopped after step {self.step}; resume with\n  {self.resume_line}")
+        self._say_stopped(self.step)
         return EXIT_STOPPED
+
+    def _say_stopped(self, step: int) -> None:
+        say(f"stopped after step {step}; resume with\n  {self.resume_line}")
 
     def _finish(self) -> None:
         self._checkpoint_now()

@@ -1,0 +1,124 @@
+"""The written result, read again from the disk and checked against base and adapter.
+
+Takes the plan, the folder written and the digests taken while writing; gives the largest deviation found, or refuses.
+Every tensor's bytes must be those that were computed, and some rows of every changed tensor are recomputed in fp64 by a
+path of their own.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.artifacts.fold_plan import Change, FoldPlan
+from pipeline.artifacts.fold_rows import BLOCK_ITEMS
+from pipeline.artifacts.safetensors_stream import (
+    FLOATS,
+    StoredTensor,
+    forget_cached,
+    read_floats,
+    read_header,
+    read_pieces,
+)
+from pipeline.console import EXIT_CHECKPOINT, UserError
+
+ROWS = 16  # of each changed tensor: the first, the last, and others drawn evenly
+UNIT_FP32 = 2.0**-24
+# Rounding errors of a sum of n terms grow as √n·u with overwhelming probability, not as the worst case n·u
+# (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019, theorem 2.4): λ·√n·u fails with probability 2·exp(−λ²/2), 3e-14 for
+# λ = 8, and the Cauchy-Schwarz bound it is used with below is far from reached.
+LAMBDA = 8.0
+
+
+def check_result(
+    plan: FoldPlan, folder: Path, digests: Mapping[str, Mapping[str, str]], advance: Callable[[int], None]
+) -> float:
+    """Check every file of `plan` in `folder`; `digests` by file and tensor. `advance(bytes)` moves the progress bar.
+
+    Gives the largest deviation of a checked value from fp64, in units of what rounding allows (at most 1).
+    Raises UserError (exit code 3) where the disk does not hold what was computed.
+    """
+    worst = 0.0
+    for name, specs in plan.files.items():
+        forget_cached(folder / name)
+        written = {tensor.name: tensor for tensor in read_header(folder / name).tensors}
+        if {(t.name, t.dtype, t.shape) for t in written.values()} != {(s.name, s.dtype, s.shape) for s in specs}:
+            raise _refusal(f"{name} does not hold the tensors that were to be written")
+        for tensor in written.values():
+            digest = hashlib.sha256()
+            for piece in read_pieces(tensor):
+                digest.update(piece)
+                advance(len(piece))
+            if digest.hexdigest() != digests[name][tensor.name]:
+                raise _refusal(f"{tensor.name} in {name} reads back with other bytes than were written")
+            if tensor.name in plan.changes:
+                worst = max(worst, _deviation(plan.changes[tensor.name], tensor, plan.kind == "multiplicative_lora"))
+    return worst
+
+
+def _deviation(change: Change, written: StoredTensor, multiplicative: bool) -> float:
+    """The largest |W' − W'₆₄| / bound over some rows of a tensor. Raises UserError where it is above 1."""
+    n_rows = change.pair.B.shape[0]
+    rng = np.random.default_rng(0)
+    rows = sorted({0, n_rows - 1, *rng.choice(n_rows, size=min(n_rows, ROWS), replace=False).tolist()})
+    before, projection, column_norms = _fp64_of_base(change, rows, multiplicative)
+    A, B = change.pair.A.double(), change.pair.B[rows].double()
+    expected = before + change.scaling * (B @ projection)
+    # The fp32 error of s·B·(A·W): by Cauchy-Schwarz |A|·|W| is at most the product of A's row and W's column norms.
+    inner = torch.linalg.norm(A, dim=1)[:, None] * column_norms if multiplicative else A.abs()
+    terms = A.shape[0] + (A.shape[1] if multiplicative else 1)
+    fp32 = LAMBDA * math.sqrt(terms) * UNIT_FP32 * abs(change.scaling) * (B.abs() @ inner)
+    fp32 = fp32 + 2 * UNIT_FP32 * (expected.abs() + fp32)  # the final addition, and the rounding of ΔW itself
+    bound = fp32 + half_spacing(expected.abs() + fp32, FLOATS[written.dtype])
+    found = torch.cat(_take_rows(written, change.columns, rows)).double()
+    ratio = float(((found - expected).abs() / bound).max())
+    if not ratio <= 1.0:
+        raise _refusal(f"{written.name} deviates from the fold in fp64 by {ratio:.3g} times what rounding allows")
+    return ratio
+
+
+def _fp64_of_base(
+    change: Change, rows: list[int], multiplicative: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the base weight, fp64: the chosen rows [N, D_in], M = A·W (or A) [R, D_in], and W's column norms [D_in]."""
+    A = change.pair.A.double()
+    if not multiplicative:
+        return torch.cat(_take_rows(change.tensor, change.columns, rows)).double(), A, torch.zeros(change.columns)
+    projection = torch.zeros(A.shape[0], change.columns, dtype=torch.float64)
+    squares = torch.zeros(change.columns, dtype=torch.float64)
+    first = 0
+    for block in read_floats(change.tensor, change.columns, BLOCK_ITEMS // 2):
+        wide = block.double()
+        projection += A[:, first : first + len(wide)] @ wide
+        squares += wide.square().sum(0)
+        first += len(wide)
+    return torch.cat(_take_rows(change.tensor, change.columns, rows)).double(), projection, squares.sqrt()
+
+
+def _take_rows(tensor: StoredTensor, columns: int, rows: list[int]) -> list[torch.Tensor]:
+    """The chosen rows of a stored matrix, each [1, columns], read from their places alone."""
+    row_bytes = FLOATS[tensor.dtype].itemsize * columns
+    taken = []
+    for row in rows:
+        one = StoredTensor(
+            tensor.name, tensor.dtype, (1, columns), tensor.file, tensor.start + row * row_bytes, row_bytes
+        )
+        taken += list(read_floats(one, columns, columns))
+    return taken
+
+
+def half_spacing(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half the distance between neighbouring values of `dtype` at `magnitude` (fp64, ≥ 0), subnormals included."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(magnitude.clamp(min=info.tiny)).exponent - 1
+    return 0.5 * info.eps * torch.exp2(exponent.double())
+
+
+def _refusal(what: str) -> UserError:
+    return UserError(
+        f"the check of the result failed: {what}. Disk or memory is at fault, or this program; the output was removed.",
+        exit_code=EXIT_CHECKPOINT,
+    )

@@ -1,0 +1,186 @@
+"""Safetensors as streams: headers read without data, tensors read and written piece by piece.
+
+Takes a file, or the names, dtypes and shapes of a file to be and their bytes in pieces; gives `StoredTensor` entries
+that know where their bytes lie, or a file on disk (fsynced) and the SHA-256 of every tensor in it. No more than one
+piece is in memory. Format: 8 bytes header length (little-endian), a JSON header, the data without gaps
+(https://github.com/huggingface/safetensors#format). dtypes are safetensors' names: `BF16`, `F32`, `I64`, ...
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.console import UserError
+
+ITEM_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+PIECE_BYTES = 4 * 2**20  # of a tensor in memory at a time: enough for the speed of a disk, small beside real tensors
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its name, its safetensors dtype and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: `n_bytes` bytes from byte `start` of `file`, counted from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors file without its data. `tensors` are in the order of their bytes."""
+
+    file: Path
+    metadata: dict[str, str] | None
+    tensors: tuple[StoredTensor, ...]
+
+
+def read_header(file: Path) -> Header:
+    """The header of `file`, checked against the file's size: every byte belongs to exactly one tensor.
+
+    Raises UserError where the file is truncated, or not safetensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise UserError(f"{file} is not a whole safetensors file ({size} bytes). Was a download cut short?")
+        raw = stream.read(length)
+    try:
+        entries: dict[str, dict] = json.loads(raw)
+        metadata = entries.pop("__metadata__", None)
+        tensors = [
+            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + begin, end - begin)
+            for name, entry in entries.items()
+            for begin, end in [entry["data_offsets"]]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not a safetensors file: its header does not read ({error}).") from None
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.n_bytes))
+    _check_layout(file, tensors, 8 + length, size)
+    return Header(file, metadata, tuple(tensors))
+
+
+def _check_layout(file: Path, tensors: Sequence[StoredTensor], data_start: int, size: int) -> None:
+    position = data_start
+    for tensor in tensors:
+        bits = ITEM_BITS.get(tensor.dtype)
+        if bits is None:
+            raise UserError(f"{file}: {tensor.name!r} has the dtype {tensor.dtype}, which is not known here.")
+        if tensor.start != position or math.prod(tensor.shape) * bits != tensor.n_bytes * 8:
+            raise UserError(f"{file}: the header places {tensor.name!r} wrongly. The file is damaged.")
+        position += tensor.n_bytes
+    if position != size:
+        raise UserError(
+            f"{file} has {size} bytes where its header describes {position}. Was a download or a copy cut short?"
+        )
+
+
+def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterator[bytearray]:
+    """The bytes of `tensor` in order, at most `piece_bytes` at a time. Raises UserError where the file ends early."""
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        left = tensor.n_bytes
+        while left:
+            piece = bytearray(min(left, piece_bytes))
+            if stream.readinto(piece) != len(piece):
+                raise UserError(f"{tensor.file} ends within {tensor.name!r}: it changed while it was read.")
+            left -= len(piece)
+            yield piece
+
+
+def read_floats(tensor: StoredTensor, row_items: int, piece_items: int) -> Iterator[torch.Tensor]:
+    """The values of a floating-point `tensor` in order as [rows, row_items] blocks in its own dtype.
+
+    A block has about `piece_items` values and at least one row; `row_items` must divide the number of values.
+    """
+    rows = max(1, piece_items // max(1, row_items))
+    row_bytes = row_items * ITEM_BITS[tensor.dtype] // 8
+    for piece in read_pieces(tensor, max(1, rows * row_bytes)):
+        yield torch.frombuffer(piece, dtype=FLOATS[tensor.dtype]).view(-1, row_items)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of `tensor` as little-endian bytes, row-major, without a copy where it is contiguous on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_safetensors(
+    file: Path,
+    specs: Iterable[TensorSpec],
+    pieces: Callable[[str], Iterable[bytes | bytearray | memoryview]],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Write a new safetensors file; `pieces(name)` gives a tensor's bytes when its turn comes. fsynced on return.
+
+    Larger item sizes come first (readers view the data in place, which needs alignment), otherwise the order of
+    `specs` is kept. Gives the SHA-256 of each tensor's bytes as they were written. Raises FileExistsError where
+    `file` exists, ValueError where names repeat or a tensor's bytes are not as many as its spec says.
+    """
+    ordered = sorted(specs, key=lambda spec: -ITEM_BITS[spec.dtype])
+    digests: dict[str, str] = {}
+    with file.open("xb") as stream:
+        stream.write(_header_bytes(ordered, metadata))
+        for spec in ordered:
+            digest, written = hashlib.sha256(), 0
+            for piece in pieces(spec.name):
+                stream.write(piece)
+                digest.update(piece)
+                written += len(piece)
+            if written != spec.n_bytes:
+                raise ValueError(f"{spec.name!r}: {written} bytes were given for {spec.n_bytes}")
+            digests[spec.name] = digest.hexdigest()
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digests
+
+
+def _header_bytes(ordered: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    position = 0
+    for spec in ordered:
+        if spec.name in entries or spec.name == "__metadata__":
+            raise ValueError(f"the name {spec.name!r} is taken")
+        end = position + spec.n_bytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, so that wide items are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def forget_cached(file: Path) -> None:
+    """Ask the system to drop its cached copy of `file`, so that the next read comes from the disk (where it can)."""
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

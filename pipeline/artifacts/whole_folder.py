@@ -1,0 +1,147 @@
+"""An output folder that appears whole or not at all.
+
+Takes the final name; gives a temporary folder beside it to write into, and puts that in place when the caller's block
+ends without an error. A process killed on the way leaves the final name as it was; what it left beside it is cleared
+by the next one that writes to the same name.
+
+For an output `runs/merged` the names beside it are `runs/.merged.lock` (held while writing), `runs/.merged.partial-*`
+(being written) and `runs/.merged.replaced-*` (what stood there before, while it is being replaced).
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.console import EXIT_DISK_FULL, UserError, gib
+
+
+@contextmanager
+def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `output`; when the block ends, sync it to disk and give it the name `output`.
+
+    With `replace`, what stands at `output` stays until the new folder is complete, and is deleted then. If the block
+    raises, nothing but the temporary folder is touched, and that is removed.
+    Raises UserError where `output` is a file or (without `replace`) a folder with something in it, where another
+    process is writing to it, and, with exit code 28, where the disk fills up.
+    """
+    output = output.resolve()
+    check_free(output, replace=replace)
+    with disk_full_as_user_error(output), _lock(output):
+        _clear_leftovers(output)
+        check_free(output, replace=replace)  # again: a replacement that was killed half way may have been put back
+        temporary = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync(temporary)
+            _put_in_place(temporary, output)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_free(output: Path, *, replace: bool) -> None:
+    """Raise UserError where a folder cannot be written at `output`; with `replace`, an existing one is no obstacle."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; give the name of a folder.")
+    if output.is_dir() and any(output.iterdir()) and not replace:
+        raise UserError(f"{output} exists and is not empty. Give another name, or --force to replace it.")
+
+
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Raise UserError (exit code 28) where the disk that holds `folder` has less than `needed_bytes` free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"not enough disk space at {folder}: {gib(needed_bytes)} needed, {gib(free)} free. "
+            "Nothing was written. Make room, or name an output on another disk.",
+            exit_code=EXIT_DISK_FULL,
+        )
+
+
+@contextmanager
+def disk_full_as_user_error(output: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into one message and exit code 28."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk filled up while {output.name} was written to {output.parent}. "
+            "What was written has been removed; make room and run again.",
+            exit_code=EXIT_DISK_FULL,
+        ) from None
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """Hold the lock of `output`: the system releases it when the process ends, however it ends."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.parent / f".{output.name}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who removed the file between our open and our lock held it before us: then this lock protects nothing.
+        if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another process is writing to {output}. Wait for it, or give another name.") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _clear_leftovers(output: Path) -> None:
+    """Remove what killed processes left beside `output`. The lock is held, so nobody else is using it."""
+    for partial in _beside(output, "partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for replaced in _beside(output, "replaced"):
+        if output.exists():  # the new folder is in place: only the deletion of the old one was cut short
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:  # killed between the two renames: the old folder goes back
+            os.rename(replaced, output)
+
+
+def _beside(output: Path, role: str) -> list[Path]:
+    prefix = f".{output.name}.{role}-"
+    return sorted(path for path in output.parent.iterdir() if path.name.startswith(prefix) and path.is_dir())
+
+
+def _put_in_place(temporary: Path, output: Path) -> None:
+    replaced = None
+    if output.exists() and any(output.iterdir()):
+        replaced = output.parent / f".{output.name}.replaced-{secrets.token_hex(4)}"
+        os.rename(output, replaced)
+    os.rename(temporary, output)  # over an empty folder this is allowed, and atomic
+    _sync_folder(output.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and `folder` itself."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(parent, name), "rb") as stream:
+                os.fsync(stream.fileno())
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

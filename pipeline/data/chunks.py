@@ -1,0 +1,167 @@
+"""Takes a dataset's files and the tokenizer; gives its chunks, from the cache if these very files were cut before.
+
+The cache is keyed by the content of the files, the tokenizer and the settings. It is built by one process, the others
+wait; a store appears under its name when it is whole, or not at all.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.console import UserError, progress
+from pipeline.data import documents
+from pipeline.data.documents import Document, Source
+from pipeline.data.split import SEED, Streams, held_out_count
+from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
+from pipeline.data.tokenize import fingerprint, tokens
+
+FORMAT = 1  # goes into the key: raise it when the same input would give other chunks
+EVAL_SPLITS = ("chunk", "document")
+
+
+def build(
+    *,
+    name: str,
+    dataset_type: str,
+    dataset_path: str,
+    sequence_len: int,
+    tokenizer: Any,
+    cache_dir: Path,
+    eval_size: float | int = 0,
+    eval_split: str = "chunk",
+) -> Streams:
+    """The chunks of a dataset, tokenised now or found in `cache_dir`. One process at a time builds, the others wait.
+
+    With `eval_split = 'document'` and an `eval_size` (a part of the documents, rounded up, or their number), whole
+    documents drawn by a fixed seed are held out as a stream of their own. UserError: no files, unreadable text, a
+    tokenizer without EOS, too little text for one chunk, nothing left on one side of the split.
+    """
+    if eval_split not in EVAL_SPLITS:
+        raise UserError(f"dataset '{name}': eval_split = '{eval_split}' is not known; use {' or '.join(EVAL_SPLITS)}")
+    marks = special_ids(tokenizer, name)
+    if sequence_len < 2 + (marks.bos is not None):
+        raise UserError(f"dataset '{name}': sequence_len = {sequence_len} leaves nothing to predict; use 3 or more")
+    sources = documents.find(dataset_type, dataset_path)
+    held_out = eval_size if eval_split == "document" else 0
+    key = _key(name, sources, fingerprint(tokenizer), marks, sequence_len, held_out)
+    path = cache_dir / f"{_folder_name(name)}-{key}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(cache_dir):
+        if not path.exists():
+            _write(path, name, sources, sequence_len, tokenizer, marks, held_out)
+    return load(path)
+
+
+def load(path: Path) -> Streams:
+    """The streams that `build` left at `path`. UserError if they are not there or not whole."""
+    if (path / "all").exists():
+        return Streams(path, ChunkStore(path / "all"))
+    return Streams(path, ChunkStore(path / "train"), ChunkStore(path / "eval"))
+
+
+def special_ids(tokenizer: Any, name: str) -> Marks:
+    """The ids that mark the stream. UserError if the tokenizer has no EOS, since nothing would then end a document."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"dataset '{name}': the tokenizer has no EOS token, which closes each document: set \"eos_token\" in the "
+            f"model's tokenizer_config.json"
+        )
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    unknown = None if tokenizer.unk_token_id in named else tokenizer.unk_token_id
+    return Marks(tokenizer.bos_token_id, tokenizer.eos_token_id, unknown, tuple(sorted(tokenizer.all_special_ids)))
+
+
+def _key(
+    name: str, sources: list[Source], tokenizer: str, marks: Marks, sequence_len: int, held_out: float | int
+) -> str:
+    """Names the content: 16 hex digits of the SHA-256 of all that decides the chunks and their documents' names."""
+    total = sum(path.stat().st_size for path, _ in sources)
+    files = []
+    with progress(f"checking {name}", total) if total > 2**30 else nullcontext(lambda n: None) as advance:
+        for path, file_name in sources:
+            with open(path, "rb") as file:
+                files.append((file_name, hashlib.file_digest(file, "sha256").hexdigest()))
+            advance(path.stat().st_size)
+    content = [FORMAT, name, files, tokenizer, marks, sequence_len, held_out, BATCH_TOKENS]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _write(
+    path: Path, name: str, sources: list[Source], sequence_len: int, tokenizer: Any, marks: Marks, held_out: float | int
+) -> None:
+    """Tokenise and cut into `path`, which appears when it is whole."""
+    staging = path.with_name(f".staging-{path.name}")
+    shutil.rmtree(staging, ignore_errors=True)  # a killed process's; no other can be at work here now
+    try:
+        names = ("train", "eval") if held_out else ("all",)
+        writers = [ChunkWriter(staging / stream, name, stream, sequence_len, marks) for stream in names]
+        is_held_out = _draw_documents(name, sources, held_out)
+        total = documents.text_bytes(sources)
+        with progress(f"tokenising {name}", total) as advance:
+            number = 0
+            for document, ids, last in tokens(tokenizer, _counted(documents.read_sources(sources), total, advance)):
+                writers[int(is_held_out[number]) if held_out else 0].add(document, ids, last)
+                number += last
+        for writer in writers:
+            writer.close()
+        os.rename(staging, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _draw_documents(name: str, sources: list[Source], held_out: float | int) -> NDArray[np.bool_]:
+    """Which documents, by number, are held out: drawn with the fixed seed of all splits."""
+    if not held_out:
+        return np.zeros(0, bool)
+    total = sum(1 for _ in documents.read_sources(sources))
+    count = held_out_count(held_out, total, f"dataset '{name}'", "documents")
+    drawn = np.zeros(total, bool)
+    drawn[np.random.default_rng(SEED).permutation(total)[:count]] = True
+    return drawn
+
+
+def _counted(read: Iterator[Document], total: int, advance: Callable[[int], None]) -> Iterator[Document]:
+    """The same documents; advances the bar by the bytes of text read, up to `total`, and to its end after the last."""
+    done = 0
+
+    def pieces(document: Document) -> Iterator[str]:
+        nonlocal done
+        for piece in document.pieces():
+            step = min(len(piece.encode("utf-8")), total - done)
+            done += step
+            advance(step)
+            yield piece
+
+    for document in read:
+        yield Document(document.name, partial(pieces, document))
+    advance(total - done)
+
+
+@contextmanager
+def _alone(cache_dir: Path) -> Iterator[None]:
+    """Hold the cache's lock; the system frees it when a process dies, however it dies."""
+    with open(cache_dir / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _folder_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64] or "dataset"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

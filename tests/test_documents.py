@@ -1,0 +1,176 @@
+"""Documents: what is read is what Python's own readers read; bad input is named with its place."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from pipeline.console import UserError
+from pipeline.data import documents
+
+TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("\r\n\t “é🙂")), max_size=60)
+FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True)
+def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read seven bytes at a time, so that every boundary falls somewhere inside."""
+    monkeypatch.setattr(documents, "READ_BYTES", 7)
+
+
+def texts(dataset_type: str, path: object) -> list[str]:
+    return [document.text for document in documents.read(dataset_type, str(path))]
+
+
+def names(dataset_type: str, path: object) -> list[str]:
+    return [document.name for document in documents.read(dataset_type, str(path))]
+
+
+def as_python_reads(text: str) -> str:
+    """Universal newlines and no byte order mark, by the standard library's text mode."""
+    import io
+
+    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8-sig").read()
+
+
+@FAST
+@given(TEXT)
+@example("\ufeffa mark of the byte order is no text")
+@example("six by\r\nhalf of the end of a line is the seventh")
+@example("at the end\r")
+def test_a_text_file_reads_as_python_reads_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert texts("textfile", tmp_path / "*.txt") == [as_python_reads(text)]
+
+
+@FAST
+@given(st.lists(TEXT, max_size=5), st.booleans())
+def test_json_and_jsonl_read_as_the_standard_library_reads_them(tmp_path: Path, rows: list[str], ascii: bool) -> None:
+    objects = [{"id": [1, {"text": "no"}], "text": text, "more": None} for text in rows]
+    (tmp_path / "a.json").write_text(json.dumps(objects, ensure_ascii=ascii, indent=1), encoding="utf-8")
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=ascii) for row in objects)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    expected = [text.replace("\r\n", "\n").replace("\r", "\n") for text in rows]
+    assert texts("doclist", tmp_path / "a.json") == expected
+    assert texts("doclist", tmp_path / "a.jsonl") == expected
+    assert names("doclist", tmp_path / "a.json") == [f"a.json#{i + 1}" for i in range(len(rows))]
+    assert names("doclist", tmp_path / "a.jsonl") == [f"a.jsonl#{2 * i + 1}" for i in range(len(rows))]  # lines
+
+
+@FAST
+@given(st.lists(TEXT, max_size=40), st.sampled_from([pa.string(), pa.large_string()]), st.integers(1, 20))
+def test_parquet_reads_as_pyarrow_reads_it(tmp_path: Path, rows: list[str], kind: pa.DataType, group: int) -> None:
+    table = pa.table({"n": range(len(rows)), "text": pa.array(rows, kind)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=group)
+    expected = pq.read_table(tmp_path / "a.parquet")["text"].to_pylist()
+    assert texts("doclist", tmp_path / "a.parquet") == [as_python_reads(text) for text in expected]
+    assert names("doclist", tmp_path / "a.parquet") == [f"a.parquet#{i + 1}" for i in range(len(rows))]
+
+
+@FAST
+@given(TEXT, st.binary(max_size=12))
+def test_text_that_is_not_utf8_is_refused_with_the_offset_of_the_first_bad_byte(
+    tmp_path: Path, text: str, junk: bytes
+) -> None:
+    content = text.encode() + b"\xff" + junk
+    with pytest.raises(UnicodeDecodeError) as expected:
+        content.decode("utf-8")
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.txt: not UTF-8 at byte {expected.value.start} \(0x"):
+        texts("textfile", tmp_path / "a.txt")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n' + b'"\xe9"')
+    with pytest.raises(UserError, match=r"a\.jsonl: not UTF-8 at byte 16 "):
+        texts("doclist", tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.json", '{"text": "x"}', "must be a list of objects"),
+        ("a.json", "", "must be a list of objects"),
+        ("a.json", '[{"text": "x"}, {"text": ', "element 2 is not valid JSON"),
+        ("a.json", '[{"text": "x"}', "element 1 is not valid JSON: the list does not end"),
+        ("a.json", '[{"text": "x"} {"text": "y"}]', "after element 1 there should be ',' or '\\]'"),
+        ("a.json", '[{"text": "x"}] more', "after the end of the list there should be nothing, not 'more'"),
+        ("a.json", "[] more", "after the end of the list there should be nothing, not 'more'"),
+        ("a.json", '["x"]', "row 1 has no field 'text' that holds a string; it is 'x'"),
+        ("a.json", '[{"text": "x"}, 12]', "row 2 has no field 'text' that holds a string; it is 12"),
+        ("a.jsonl", '{"text": "x"}\n{"text": 3}', "row 2 has no field 'text' .* object with the fields text"),
+        ("a.jsonl", '{"content": "x", "id": 1}', "row 1 has no field 'text' .* the fields content, id"),
+        ("a.jsonl", '{"text": "x"}\n\n{"text"}', "line 3 is not valid JSON, column 8"),
+        ("a.jsonl", '{"text": "ab\\ud800"}', r"the text of row 1 has half a surrogate pair \(\\ud800\) at character 2"),
+        ("a.parquet", "no such thing", "cannot be read as Parquet"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        texts("doclist", tmp_path / file)
+    assert file in str(error.value)
+
+
+def test_parquet_without_texts_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "c.parquet")
+    for file, message in (("a", "no column 'text'; its columns: content"), ("b", "holds int64"), ("c", "row 2 has no")):
+        with pytest.raises(UserError, match=message):
+            texts("doclist", tmp_path / f"{file}.parquet")
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Path:
+    for path in ("b.txt", "a.md", "C.TXT", "deep/er/d.txt", "deep/e.txt", "cover.jpg", "rows.jsonl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text('{"text": "x"}')
+    return tmp_path
+
+
+def test_globs_are_sorted_and_reach_any_depth(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert names("textfile", shelf / "*.txt") == ["b.txt"]
+    assert names("textfile", shelf / "**/*.txt") == ["b.txt", "deep/e.txt", "deep/er/d.txt"]
+    assert names("textfile", shelf / "deep/e.txt") == ["e.txt"]
+    assert names("textfile", shelf / "d*/*.txt") == ["deep/e.txt"]
+    assert not capsys.readouterr().err
+    assert names("textfile", shelf / "*") == ["C.TXT", "a.md", "b.txt"]
+    assert "left out cover.jpg, rows.jsonl" in capsys.readouterr().err
+
+
+def test_a_relative_path_and_a_name_with_brackets(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shelf)
+    (shelf / "x [1].txt").write_text("text")
+    assert names("textfile", "*.md") == ["a.md"]
+    assert names("textfile", "deep/**/*.txt") == ["e.txt", "er/d.txt"]
+    assert names("textfile", "x [1].txt") == ["x [1].txt"]
+
+
+def test_a_path_that_matches_nothing_lists_what_is_there(shelf: Path) -> None:
+    for dataset_type, path, message in (
+        (
+            "textfile",
+            "*.epub",
+            r"matches no \.txt or \.md file.*holds C\.TXT, a\.md, b\.txt, cover\.jpg, deep/, rows\.jsonl",
+        ),
+        ("textfile", "rows.jsonl", "It matches rows.jsonl: for these set dataset_type = 'doclist'"),
+        ("doclist", "*.txt", "It matches b.txt: for these set dataset_type = 'textfile'"),
+        ("textfile", "*.jpg", "It matches cover.jpg"),
+        ("textfile", "deep", r"It is a folder: write '.*deep/\*\*/\*\.txt'"),
+        ("textfile", "missing/*.txt", "There is no folder '.*missing'; '.*' holds C.TXT"),
+    ):
+        with pytest.raises(UserError, match=message):
+            documents.find(dataset_type, str(shelf / path))
+    with pytest.raises(UserError, match="dataset_type = 'axolotl' is not known; use one of: textfile, doclist"):
+        documents.find("axolotl", "x")
+
+
+def test_documents_are_read_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    reading = documents.read("textfile", str(tmp_path / "*.txt"))
+    assert next(reading).text == "first"
+    with pytest.raises(UserError, match=r"b\.txt"):
+        _ = next(reading).text

@@ -1,0 +1,263 @@
+"""Training over 1, 2 and 3 stages, and over replicas, against the unsplit Hugging Face model in a plain PyTorch loop.
+
+Loss, every gradient, norm, clip coefficient and the weights after five steps, through real processes over gloo. The
+oracle is `tests/unsplit.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optimi
+import pytest
+import torch
+from torch import Tensor
+
+from tests import builders, stage_runs, unsplit
+from tests.stage_runs import STEPS, Case, Result
+
+LR, EPS, ALPHA, RANK = 1e-2, 1e-3, 8, 4
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+# fp32 rounds to 2⁻²⁴ = 6e-8. A gradient is the end of some 4 layers × 12 operations forward and as many backward, each
+# rounded: at worst 100 · 6e-8 = 6e-6 of its norm, on our side and on the oracle's.
+GRADIENT_TOLERANCE = 1.2e-5
+# A loss of 6 has gone through the forward half of these; the sum of its 64 to 600 tokens averages their errors.
+LOSS_TOLERANCE = 6 * 3e-6
+# Adam divides by √v + eps, so noise δg moves an update by at most lr · δg/eps. Norms after clipping are below 0.1:
+# ‖δg‖ < 1.2e-5 · 0.1, which eps = 1e-3 makes 1.2e-3 of lr, where the update of the smallest tensor, 32 numbers, is
+# 0.3 of lr each, 1.7 in norm. (With a tiny eps, elements whose gradient is nearly 0 would show nothing but noise.)
+# A lost micro-batch or a coefficient of one stage's norm would change weights by 1e-2 and more.
+WEIGHT_TOLERANCE = 1.2e-3 / 1.7
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what. `datasets`: (text, sequence_len, part kept)."""
+
+    model: str
+    clip: float
+    accumulation: int = 4
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    layers: str | None = "0:2"
+    datasets: tuple[tuple[str, int, float], ...] = (("ledger", 64, 1.0),)
+    rows: int = 1
+    full: bool = False
+
+
+SETTINGS = {
+    "one micro-batch": Setting("cohere", clip=0.1, accumulation=1, optimizer="adamw_kahan", weight_decay=0.0),
+    "four micro-batches": Setting("granite", clip=0.0),
+    # 22 rows of 48 and 128 tokens, two to a micro-batch: shapes change, and in the third step, the epoch's last, one
+    # micro-batch is filler.
+    "unequal rows": Setting(
+        "gemma2", clip=0.05, rows=2, optimizer="adamw_kahan", datasets=(("ledger", 48, 0.1), ("stops", 128, 0.1))
+    ),
+    "layers 1:2": Setting("cohere2", clip=0.03, layers="1:2"),
+    "in full": Setting("cohere", clip=0.1, layers=None, full=True),
+}
+
+
+class Run(NamedTuple):
+    """A setting on so many processes. Replicas share the setting's micro-batches."""
+
+    setting: str
+    stages: int
+    replicas: int = 1
+    overrides: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        replicas = f" × {self.replicas} replicas" if self.replicas > 1 else ""
+        return " ".join((f"{self.setting}, {self.stages} stages{replicas}", *self.overrides))
+
+
+RUNS = [
+    *(Run(setting, stages) for setting in SETTINGS for stages in (1, 2, 3) if (setting, stages) != ("layers 1:2", 3)),
+    Run("layers 1:2", 2, overrides=("layers_per_stage=[1, 3]",)),  # nothing to train on the first stage,
+    Run("layers 1:2", 2, overrides=("layers_per_stage=[3, 1]",)),  # on the last,
+    Run("layers 1:2", 3, overrides=("layers_per_stage=[1, 2, 1]",)),  # and on both
+    Run("in full", 3, overrides=('target_modules=["lm_head", "norm"]',)),  # and in the middle
+    Run("four micro-batches", 1, replicas=2),
+    Run("unequal rows", 1, replicas=2),
+]
+GRIDS = [
+    Run("unequal rows", 2, 2),
+    Run("in full", 2, 2),
+    Run("in full", 2, 2, ("use_column_major_topology=true",)),
+]
+ALL = [*RUNS, *(pytest.param(run, marks=pytest.mark.slow) for run in GRIDS)]
+over_runs = pytest.mark.parametrize("run", ALL, ids=str)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, texts and a configuration for each setting."""
+    root = tmp_path_factory.mktemp("stages")
+    builders.save_model(root / "cohere", "cohere", logit_scale=1.0)
+    builders.save_model(root / "cohere2", "cohere2", logit_scale=1.0, sliding_window=16)
+    builders.save_model(root / "gemma2", "gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    builders.save_model(
+        root / "granite", "granite", embedding_multiplier=6.0, logits_scaling=0.5, residual_multiplier=0.8
+    )
+    for text, book in (("ledger", "the_salt_ledger"), ("stops", "nine_stops_to_harrow_lane")):
+        (root / f"{text}.txt").write_text((builders.BOOKS / f"{book}.md").read_text(encoding="utf-8")[:12000])
+    for name, s in SETTINGS.items():
+        adapter = {"lora_rank": None, "lora_alpha": None, "target_modules": None, "full_fine_tune": True}
+        builders.write_config(
+            root / f"{name}.toml", model=str(root / s.model), output_dir=str(root / "runs"), layers_to_transform=s.layers,
+            micro_batch_size_per_gpu=s.rows, gradient_accumulation_steps=s.accumulation, gradient_clipping=s.clip,
+            optimizer={"type": s.optimizer, "lr": LR, "eps": EPS, "weight_decay": s.weight_decay},
+            datasets=[{"dataset_type": "textfile", "dataset_path": str(root / f"{text}.txt"), "sequence_len": length,
+                       "subsample": part} for text, length, part in s.datasets],
+            **(adapter if s.full else {}),
+        )  # fmt: skip
+    return root
+
+
+def case(root: Path, run: Run) -> Case:
+    """`run` for the worker."""
+    accumulation = SETTINGS[run.setting].accumulation // run.replicas
+    return Case(
+        str(run),
+        root / f"{run.setting}.toml",
+        [f"pipeline_stages={run.stages}", f"gradient_accumulation_steps={accumulation}",
+         f"output_dir={str(root / 'runs' / str(run))!r}", *run.overrides],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(root: Path) -> Callable[[Run], Result]:
+    """What a run computed. All runs of one number of processes are one launch."""
+
+    @cache
+    def launched(processes: int, slow: bool) -> dict[str, Result]:
+        runs = [run for run in (GRIDS if slow else RUNS) if run.stages * run.replicas == processes]
+        return stage_runs.run(processes, [case(root, run) for run in runs], root / f"{processes} processes")
+
+    return lambda run: launched(run.stages * run.replicas, run in GRIDS)[str(run)]
+
+
+@pytest.fixture(scope="module")
+def oracle(root: Path, result: Callable[[Run], Result]) -> Callable[[Run], unsplit.Trace]:
+    """What the unsplit model computes for a run, from the adapter that run began with."""
+
+    @cache
+    def trained(setting: str, overrides: tuple[str, ...], run: Run) -> unsplit.Trace:
+        s = SETTINGS[setting]
+        given = case(root, run)
+        steps, _ = unsplit.rows(given.config, given.overrides, STEPS, run.replicas)
+        model = unsplit.load(root / s.model)
+        if s.full:
+            leaves = unsplit.in_full(model, ("embed_tokens", "norm") if overrides else None)
+        else:
+            leaves = unsplit.with_multiplicative(model, result(run).initial, ALPHA / RANK)
+        return unsplit.train(model, leaves, steps, optimizer(s), s.clip)
+
+    def get(run: Run) -> unsplit.Trace:
+        overrides = tuple(o for o in run.overrides if o.startswith("target_modules"))
+        return trained(run.setting, overrides, first_of(run))
+
+    return get
+
+
+def first_of(run: Run) -> Run:
+    """The run among those equal to `run` whose adapter and rows the oracle takes: one computation serves them all."""
+    if any(o.startswith("target_modules") for o in run.overrides):
+        return run
+    return next(r for r in RUNS if r.setting == run.setting)
+
+
+def optimizer(setting: Setting) -> Callable[[list[Tensor]], Any]:
+    """PyTorch's AdamW, or torch-optimi's for adamw_kahan."""
+    kind = torch.optim.AdamW if setting.optimizer == "adamw" else optimi.AdamW
+    return lambda leaves: kind(leaves, lr=LR, betas=(0.9, 0.99), eps=EPS, weight_decay=setting.weight_decay)
+
+
+def one_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tied head on a stage of its own must be bit-equal to the embedding, and then counts as that."""
+    if HEAD in tensors:
+        assert torch.equal(tensors[HEAD], tensors[EMBEDDING])
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+
+
+def distance(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
+    """‖ours − theirs‖/‖scale‖, and 0 for two zeros."""
+    difference = torch.linalg.vector_norm(ours.double() - theirs.double())
+    return float(difference / torch.linalg.vector_norm(scale.double())) if difference else 0.0
+
+
+@over_runs
+def test_loss(run: Run, result: Callable[[Run], Result], oracle: Callable[[Run], unsplit.Trace]) -> None:
+    """The mean over the step's target tokens, however they are cut into micro-batches."""
+    assert result(run).losses == pytest.approx(oracle(run).losses, rel=0, abs=LOSS_TOLERANCE)
+
+
+@over_runs
+def test_every_gradient(run: Run, result: Callable[[Run], Result], oracle: Callable[[Run], unsplit.Trace]) -> None:
+    """Of each step; a tied weight's is the sum of both ends."""
+    for step, expected in enumerate(oracle(run).gradients, start=1):
+        ours = one_head(result(run).gradients(step))
+        assert ours.keys() == expected.keys()
+        far = {n: d for n in expected if (d := distance(ours[n], expected[n], expected[n])) > GRADIENT_TOLERANCE}
+        assert not far, f"step {step}"
+
+
+@over_runs
+def test_norm_and_clip(run: Run, result: Callable[[Run], Result], oracle: Callable[[Run], unsplit.Trace]) -> None:
+    """Of all stages together, known to every rank, and by PyTorch's formula."""
+    expected, clip = oracle(run), SETTINGS[run.setting].clip
+    assert result(run).agreed("norms") == pytest.approx(expected.norms, rel=GRADIENT_TOLERANCE)
+    assert result(run).agreed("coefficients") == pytest.approx(expected.coefficients, rel=GRADIENT_TOLERANCE)
+    assert (min(expected.coefficients) < 0.9) == bool(clip), "the setting should clip, or not"
+
+
+@over_runs
+def test_weights_after_five_steps(
+    run: Run, result: Callable[[Run], Result], oracle: Callable[[Run], unsplit.Trace]
+) -> None:
+    """Relative to how far they have moved."""
+    before, after, expected = one_head(result(run).initial), one_head(result(run).weights), oracle(run).weights
+    assert after.keys() == expected.keys()
+    far = {n: d for n in after if (d := distance(after[n], expected[n], expected[n] - before[n])) > WEIGHT_TOLERANCE}
+    assert not far
+    smallest = min(float((expected[n] - before[n]).norm() / expected[n].numel() ** 0.5) for n in expected)
+    assert smallest > 0.1 * LR, "every tensor should have moved by about the learning rate"
+
+
+def test_stages_without_anything_to_train(result: Callable[[Run], Result], root: Path) -> None:
+    """The runs above did contain them: no adapter of layers 1 and 2 is on these stages."""
+    from safetensors.torch import load_file
+
+    for layout, empty in (("[1, 3]", {0}), ("[3, 1]", {1}), ("[1, 2, 1]", {0, 2})):
+        stages = layout.count(",") + 1
+        folder = result(Run("layers 1:2", stages, overrides=(f"layers_per_stage={layout}",))).folder
+        assert {r for r in range(stages) if not load_file(folder / f"{r}.safetensors")} == empty
+
+
+def test_two_replicas_are_twice_the_accumulation(result: Callable[[Run], Result]) -> None:
+    """One stage on two processes with GAS 2 against one process with GAS 4, without an oracle between."""
+    for setting in ("four micro-batches", "unequal rows"):
+        two, one = result(Run(setting, 1, replicas=2)), result(Run(setting, 1))
+        assert two.losses == pytest.approx(one.losses, rel=0, abs=LOSS_TOLERANCE)
+        for step in range(1, STEPS + 1):
+            for name, gradient in one.gradients(step).items():
+                assert distance(two.gradients(step)[name], gradient, gradient) < GRADIENT_TOLERANCE, name
+        for name, weight in one.weights.items():
+            assert distance(two.weights[name], weight, weight - one.initial[name]) < WEIGHT_TOLERANCE, name
+
+
+def test_the_adapter_begins_alike_on_any_number_of_stages(result: Callable[[Run], Result]) -> None:
+    """A bit-equal on 1, 2 and 3 stages, uniform in ±1/√D_out, no two layers alike; B zero."""
+    one, *more = (result(Run("one micro-batch", stages)).initial for stages in (1, 2, 3))
+    for other in more:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    drawn = torch.stack([tensor.flatten() for name, tensor in one.items() if name.endswith(".A")])
+    bound = 32**-0.5
+    # The largest of 384 uniform numbers falls short of the bound by more than 5% with a probability of 3e-9.
+    assert len(drawn) == 3 and 0.95 * bound < float(drawn.abs().max()) <= bound
+    assert all(len(column.unique()) == 3 for column in drawn.T)
+    assert not any(tensor.any() for name, tensor in one.items() if name.endswith(".B"))

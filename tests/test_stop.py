@@ -1,0 +1,92 @@
+"""Stop signals to every process of the tree, signal files and lost processes: one saved state, no orphan."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from builders import metrics, only_run, save_model, start, write_config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_model(folder)
+    return folder
+
+
+def started(folder: Path, base: Path) -> tuple[subprocess.Popen[str], list[int], Path]:
+    """A long run over two stages that has done a step: its launcher, its ranks' process ids, its folder."""
+    toml = write_config(folder / "c.toml", model=str(base), output_dir=str(folder / "runs"), max_steps=100000, epochs=1000)
+    launcher = start(2, "--config", str(toml))
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert launcher.poll() is None, launcher.communicate()
+        files = list((folder / "runs").glob("2*/metrics.jsonl"))
+        if files and files[0].read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    ranks = [p.pid for p in below if "--local_rank" in " ".join(p.cmdline()) and "launcher.launch" not in " ".join(p.cmdline())]
+    assert len(ranks) == 2
+    return launcher, ranks, only_run(folder / "runs")
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("whom", ["one rank", "the group", "launch.py", "the deepspeed command", "killed launcher", "save_quit"])
+def test_a_stop_ends_in_a_saved_state_and_no_orphan(tmp_path: Path, base: Path, whom: str) -> None:
+    launcher, ranks, run = started(tmp_path, base)
+    launch_py = psutil.Process(ranks[0]).ppid()
+    if whom == "one rank":
+        os.kill(ranks[1], signal.SIGTERM)
+    elif whom == "the group":
+        os.killpg(launcher.pid, signal.SIGINT)  # Ctrl-C in a terminal
+    elif whom == "launch.py":
+        os.kill(launch_py, signal.SIGTERM)
+    elif whom == "the deepspeed command":
+        os.kill(launcher.pid, signal.SIGTERM)
+    elif whom == "killed launcher":
+        os.kill(launch_py, signal.SIGKILL)
+    else:
+        (run / "save_quit").touch()
+    assert gone(ranks, 30), "orphans"
+    output, _ = launcher.communicate(timeout=60)
+    if whom in ("one rank", "save_quit"):
+        assert launcher.returncode == 75, output
+    assert "--resume_from_checkpoint" in output
+    done = max(line["step"] for line in metrics(run))
+    assert (run / f"global_step{done}/manifest.json").exists()
+    assert not list(run.glob(".staging-*"))
+    if whom == "save_quit":
+        assert (run / f"step{done}/adapter_model.safetensors").exists() and not (run / "save_quit").exists()
+
+
+def test_a_killed_rank_ends_the_run(tmp_path: Path, base: Path) -> None:
+    launcher, ranks, _ = started(tmp_path, base)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert gone(ranks, 40)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+
+
+def test_a_file_named_save_saves_and_goes_on(tmp_path: Path, base: Path) -> None:
+    launcher, ranks, run = started(tmp_path, base)
+    (run / "save").touch()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (list(run.glob("global_step*")) and list(run.glob("step*"))):
+        time.sleep(0.1)
+    assert list(run.glob("global_step*")) and list(run.glob("step*")) and launcher.poll() is None
+    os.kill(ranks[0], signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 75
