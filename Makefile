@@ -39,7 +39,7 @@ bench: setup ## the benchmarks that run on this machine
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python benchmarks/head.py
 
 docs: setup ## regenerate configs/schema.json and docs/config.md from the schema
-	$(RUN)/python docs/generate.py
+	$(RUN)/python -m docs.generate
 
 clean: ## remove runs and caches, keep .venv
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,20 +30,31 @@ class LogitTransform(NamedTuple):
     cap: float | None = None
     after: float = 1.0
 
-    def apply(self, raw: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Transformed logits of `raw` and the derivative d logits / d raw, both fp32 (the latter a number when constant)."""
+    def apply(self, raw: Tensor) -> Tensor:
+        """Transformed logits of `raw`, fp32, differentiable."""
         logits = raw.float() * self.before
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits * self.after
+
+    def apply_in_place(self, logits: Tensor) -> Tensor | float:
+        """Transform fp32 `logits` where they are; returns d logits / d raw (a number where it is constant)."""
+        slope = self.before * self.after
         if self.cap is None:
-            return logits * self.after, self.before * self.after
-        squashed = torch.tanh(logits / self.cap)
-        return squashed * (self.cap * self.after), (1 - squashed * squashed) * (self.before * self.after)
+            if slope != 1.0:
+                logits.mul_(slope)
+            return slope
+        logits.mul_(self.before / self.cap).tanh_()
+        derivative = logits.square().neg_().add_(1).mul_(slope)
+        logits.mul_(self.cap * self.after)
+        return derivative
 
 
 def reference(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, transform: LogitTransform
 ) -> Tensor:
     """The same through plain PyTorch and full logits; for tests and benchmarks. Returns fp32 [N], 0 where ignored."""
-    logits, _ = transform.apply(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+    logits = transform.apply(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
     return torch.nn.functional.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="none")
 
 
@@ -62,16 +73,23 @@ def linear_cross_entropy(
 
 def _block(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
-) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
-    """One block of tokens: nll [n], softmax − one-hot [n, V] (zero rows where ignored), d logits / d raw, and the mask."""
-    logits, slope = transform.apply(torch.nn.functional.linear(hidden, weight, bias))
+) -> tuple[Tensor, Tensor]:
+    """One block of tokens: nll [n] and d nll / d raw logits [n, V], fp32; both zero where the label is ignored.
+
+    In place throughout: besides the product in the weight's dtype there is one fp32 block (two with a soft cap).
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    slope = transform.apply_in_place(logits)
     counted = labels != IGNORED
     target = labels.clamp_min(0).unsqueeze(1)
-    log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-    nll = (log_sum - logits.gather(1, target)).squeeze(1) * counted
-    error = logits.sub_(log_sum).exp_()
+    largest = logits.amax(dim=1, keepdim=True)
+    at_target = logits.gather(1, target) - largest
+    error = logits.sub_(largest).exp_()
+    total = error.sum(dim=1, keepdim=True)
+    nll = (total.log() - at_target).squeeze(1) * counted
+    error.div_(total)
     error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype))
-    return nll, error * counted.unsqueeze(1), slope, counted
+    return nll, error.mul_(slope).mul_(counted.unsqueeze(1))
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -84,9 +102,9 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         for start in range(0, len(hidden), block_tokens):
             part = slice(start, start + block_tokens)
-            nll[part], error, slope, _ = _block(hidden[part], weight, bias, labels[part], transform)
+            nll[part], error = _block(hidden[part], weight, bias, labels[part], transform)
             if gradient is not None:
-                gradient[part] = (error * slope).to(weight.dtype) @ weight
+                gradient[part] = error.to(weight.dtype) @ weight
         ctx.save_for_backward(*([gradient] if gradient is not None else []))
         return nll
 
@@ -117,8 +135,8 @@ class _TrainableHead(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
         for start in range(0, len(hidden), ctx.block_tokens):
             part = slice(start, start + ctx.block_tokens)
-            _, error, slope, _ = _block(hidden[part], weight, bias, labels[part], ctx.transform)
-            raw = error * slope * upstream_N[part].unsqueeze(1)
+            _, raw = _block(hidden[part], weight, bias, labels[part], ctx.transform)
+            raw.mul_(upstream_N[part].unsqueeze(1))
             if d_bias is not None:
                 d_bias += raw.sum(0)
             raw = raw.to(weight.dtype)

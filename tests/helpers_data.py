@@ -14,7 +14,10 @@ from pipeline.data.store import ChunkStore, ChunkWriter, Marks
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 MARKS = Marks(bos=1, eos=2, unknown=0, others=(3,))
 KINDS = ("gpt2", "llama3", "sentencepiece", "sentencepiece_first", "llama2", "gemma", "unigram", "wordpiece")
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def prose(words: int, seed: int = 0) -> str:
@@ -31,7 +34,7 @@ def prose(words: int, seed: int = 0) -> str:
         if draw.random() < 0.1:
             sentence.append(str(draw.randint(0, 99999)))
         end = draw.choice([". "] * 6 + ["!\n", "? ", ".\n\n", "…\n\n# Chapter\n\n"])
-        parts += sentence[:-1] + [sentence[-1] + end]
+        parts += [*sentence[:-1], sentence[-1] + end]
     return " ".join(parts).replace("  ", " ").replace("\n ", "\n")
 
 

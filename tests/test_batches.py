@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import asdict
+from itertools import chain, pairwise
 from typing import Any
 
 import datasets
@@ -14,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.console import UserError
-from pipeline.data.batches import MicroBatch, MicroBatches, Position, StepInfo
+from pipeline.data.batches import MicroBatches, Position, StepInfo
 from pipeline.data.evaluation import EvaluationBatches
-from pipeline.data.microbatch import cut
+from pipeline.data.microbatch import MicroBatch, cut
 from pipeline.data.mixture import interleave, mix, shuffled
 from pipeline.data.split import Rows
 from pipeline.data.store import ChunkStore
@@ -92,7 +93,7 @@ def order(taken: list[tuple[list[list[MicroBatch]], StepInfo]]) -> Order:
 @FAST
 @given(run=runs(), division=divisions)
 def test_every_row_is_seen_once_an_epoch_by_one_rank(stores: list[ChunkStore], run: Any, division: Any) -> None:
-    which, counts, _ = run
+    _, counts, _ = run
     ranks = loaders(stores, run, *division)
     everything = {(index, chunk) for index, count in enumerate(counts) for chunk in range(count)}
     for epoch in (0, 1):
@@ -113,7 +114,7 @@ def test_every_row_is_seen_once_an_epoch_by_one_rank(stores: list[ChunkStore], r
 def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens(
     stores: list[ChunkStore], run: Any, division: Any
 ) -> None:
-    """Averaged over accumulation steps and ranks, as DeepSpeed does it, each target token weighs 1 / targets of the step."""
+    """Averaged over accumulation steps and ranks, as DeepSpeed does, a target token weighs 1 / targets of the step."""
     gas, dp = division
     for step, info in steps(loaders(stores, run, gas, dp), Position(), 1):
         targets = sum(int((batch.labels[:, 1:] != -100).sum()) for batches in step for batch in batches)
@@ -162,7 +163,7 @@ def test_tensors_hold_the_rows_and_nothing_else(stores: list[ChunkStore], run: A
 def test_micro_batches_are_as_large_as_the_budget_allows(widths: list[int], budget: int) -> None:
     starts = cut(np.array(widths), 1, budget).tolist()
     assert starts[0] == 0 and starts[-1] == len(widths)
-    for begin, end in zip(starts, starts[1:], strict=False):
+    for begin, end in pairwise(starts):
         assert 0 < (end - begin) * max(widths[begin:end]) <= budget
         if end < len(widths):
             assert (end + 1 - begin) * max(widths[begin : end + 1]) > budget
@@ -199,7 +200,7 @@ def test_a_resumed_run_goes_on_exactly_whatever_it_is_divided_into(
     assert order(first[: stop + 1]) + rest == order(first)
     again = steps(loaders(stores, run, *before), position, 3)
     for (step, _), (expected, _) in zip(again, first[stop + 1 :], strict=True):
-        for batch, other in zip(sum(step, []), sum(expected, []), strict=True):
+        for batch, other in zip(chain(*step), chain(*expected), strict=True):
             assert torch.equal(batch.input_ids, other.input_ids) and torch.equal(batch.labels, other.labels)
             assert (batch.loss_scale, batch.rows) == (other.loss_scale, other.rows)
 
@@ -236,7 +237,7 @@ def test_the_order_of_a_seed_stays_as_it_is() -> None:
 @FAST
 @given(run=runs(one_length=False), seed=st.integers(0, 99))
 def test_rows_are_grouped_by_length_and_the_largest_comes_first(stores: list[ChunkStore], run: Any, seed: int) -> None:
-    which, counts, _ = run
+    which, _, _ = run
     loader = loaders(stores, run, 1, 1, group_by_length=True, seed=seed)[0]
     for epoch in (0, 1):
         batches = [step[0][0] for step, _ in steps([loader], Position(epoch), epoch + 1)]
@@ -315,11 +316,11 @@ def test_rows_that_one_epoch_leaves_out_come_in_another(stores: list[ChunkStore]
 
 
 def test_weights_are_of_rows_or_of_tokens(stores: list[ChunkStore]) -> None:
-    """Drawn until 8000 rows of a set are used up, shares are binomial: 4 standard deviations are at most 4·√(¼/8000)."""
+    """Of n draws a share's standard deviation is √(p(1 − p)/n) ≤ √(¼/n); n is at least 9600, a whole set."""
     sets = [Rows(stores[0], np.tile(np.arange(24), 400)), Rows(stores[3], np.tile(np.arange(24), 400))]
     for weigh_tokens, expected in ((False, 0.75), (True, 3 / 33 / (3 / 33 + 1 / 130))):
         rows = mix(sets, seed=0, mode="interleave", weights=[3, 1], weigh_tokens=weigh_tokens)(0)
-        assert abs((rows[:, 0] == 0).mean() - expected) < 4 * math.sqrt(0.25 / 8000)
+        assert abs((rows[:, 0] == 0).mean() - expected) < 4 * math.sqrt(0.25 / 9600)
 
 
 def test_repeated_rows_come_as_often_as_they_are_repeated(stores: list[ChunkStore]) -> None:

@@ -1,4 +1,4 @@
-"""Tokens, streams, chunks, cache and split, against encoding whole, a plain re-cutting, and Hugging Face's own splitting."""
+"""Tokens, chunks, cache and split, against encoding whole, a plain re-cutting, and Hugging Face's own splitting."""
 
 import json
 import multiprocessing
@@ -22,13 +22,41 @@ from transformers import ByT5Tokenizer
 
 from pipeline.console import UserError
 from pipeline.data import chunks, documents, tokenize
-from pipeline.data.split import Streams, split, whole as whole_rows
+from pipeline.data.split import Streams, split
+from pipeline.data.split import whole as whole_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WORDS = prose(300, seed=1).split(" ")
-ODD = ["\n", "\n\n", "  ", " " * 9, "\t", "\r\n", " \n", "\n  ", "12345", "1" * 30, " " * 30, "\n" * 30, "a" * 30, "…", "—",
-       "</s>", "<s>", "日本語", "。", "🙂", "e\u0301", "’s", "...", "ka" * 20, "▁", "\u00a0", "_"]  # fmt: skip
+ODD = [  # fmt: skip
+    "\n",
+    "\n\n",
+    "  ",
+    " " * 9,
+    "\t",
+    "\r\n",
+    " \n",
+    "\n  ",
+    "12345",
+    "1" * 30,
+    " " * 30,
+    "\n" * 30,
+    "a" * 30,
+    "…",
+    "—",
+    "</s>",
+    "<s>",
+    "日本語",
+    "。",
+    "🙂",
+    "e\u0301",
+    "’s",
+    "...",
+    "ka" * 20,
+    "▁",
+    "\u00a0",
+    "_",
+]
 TEXT = st.lists(st.one_of(st.sampled_from([word + " " for word in WORDS]), st.sampled_from(ODD)), max_size=250).map(
     "".join
 )
@@ -191,7 +219,8 @@ def test_the_report_is_one_line_that_adds_up(tmp_path: Path) -> None:
     report = build(folder, sequence_len=11).train.report
     chunks_, tail = divmod(tokens + 2, 10)
     assert str(report) == (
-        f"books: 2 documents, {tokens} tokens + 2 EOS = {chunks_} chunks × 10 (after BOS) + {tail} dropped from the tail; "
+        f"books: 2 documents, {tokens} tokens + 2 EOS = {chunks_} chunks × 10 (after BOS) + {tail} dropped "
+        f"from the tail; "
         f"1 empty documents left out; 1 special tokens are spelled out in the text"
     )
     without = build(folder, sequence_len=11, tokenizer=tokenizer("gpt2", bos=False)).train.report
@@ -206,7 +235,7 @@ def test_unknown_tokens_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the tokenizer has no EOS token.*tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"the tokenizer has no EOS token.*tokenizer_config\.json"):
         build(shelve(tmp_path / "shelf", prose(100)), tokenizer=tokenizer("gpt2", eos=False))
 
 
@@ -295,14 +324,14 @@ def _build_slowly(shelf: Path, log: Path) -> None:
         time.sleep(1)
         yield from tokens(*arguments)
 
-    chunks.tokens = slow
+    chunks.tokens = slow  # type: ignore
     build(shelf)
 
 
 def test_of_several_processes_one_builds_and_a_killed_one_is_in_nobodys_way(shelf: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    spawn = multiprocessing.get_context("fork")
-    killed = spawn.Process(target=_build_slowly, args=(shelf, log))
+    fork = multiprocessing.get_context("fork")
+    killed = fork.Process(target=_build_slowly, args=(shelf, log))
     killed.start()
     deadline = time.monotonic() + 20
     while not log.exists() and time.monotonic() < deadline:
@@ -311,7 +340,7 @@ def test_of_several_processes_one_builds_and_a_killed_one_is_in_nobodys_way(shel
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert [path.name for path in (shelf / "cache").glob(".staging*/*")] == ["all"]
-    processes = [spawn.Process(target=_build_slowly, args=(shelf, log)) for _ in range(3)]
+    processes = [fork.Process(target=_build_slowly, args=(shelf, log)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -319,6 +348,37 @@ def test_of_several_processes_one_builds_and_a_killed_one_is_in_nobodys_way(shel
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert log.read_text() == "began\n" * 2  # the killed one's, and one
     assert not list((shelf / "cache").glob(".staging*")) and len(build(shelf).train)
+
+
+def _build_as(rank: int, shelf: Path, log: Path) -> None:
+    os.environ["RANK"] = str(rank)
+    time.sleep(0.5 * (rank == 0))  # the first rank comes last
+    tokens = chunks.tokens
+
+    def noted(*arguments: Any) -> Any:
+        with open(log, "a") as file:
+            file.write(f"{rank}\n")
+        return tokens(*arguments)
+
+    chunks.tokens = noted  # type: ignore
+    build(shelf)
+
+
+def test_the_first_rank_builds_since_it_shows_progress(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_build_as, args=(rank, shelf, tmp_path / "log")) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "0\n"
+    shutil.rmtree(shelf / "cache")
+    monkeypatch.setattr(chunks, "LET_FIRST_RANK_S", 0.1)
+    monkeypatch.setenv("RANK", "1")
+    assert len(build(shelf).train)  # alone, another rank builds after all
 
 
 # The split
@@ -352,7 +412,7 @@ def test_whole_documents_are_held_out(shelf: Path) -> None:
     assert [report.stream for report in streams.reports] == ["train", "eval"]
     sides = [{span.name for chunk in range(len(s)) for span in s.spans(chunk)} for s in (streams.train, streams.eval)]
     assert len(sides[0]) == 7 and len(sides[1]) == 3 and not sides[0] & sides[1]  # a part is rounded up: 2.5 → 3
-    held_out = [whole("gpt2", (shelf / name).read_text()) + [2] for name in sorted(sides[1])]
+    held_out = [[*whole("gpt2", (shelf / name).read_text()), 2] for name in sorted(sides[1])]
     stream = [id for ids in held_out for id in ids]
     body = np.concatenate([streams.eval[chunk][1:] for chunk in range(len(streams.eval))])
     assert body.tolist() == stream[: len(body)] and streams.eval.report.tail_tokens == len(stream) - len(body)

@@ -51,7 +51,7 @@ def test_a_row_with_all_its_boundaries(tmp_path: Path) -> None:
     store = helpers_data.ChunkStore(folder)
     lines = preview(MicroBatches([store], mix([Rows(store, np.array([1]))], seed=0), seed=0), backend, 3)
     end_of_a, start_of_c = backend.decode(ids["a.txt"][-2:]), backend.decode(ids["c.txt"][:2])
-    assert lines[:2] + ["\n".join(lines[2:-1]), lines[-1]] == [
+    assert [*lines[:2], "\n".join(lines[2:-1]), lines[-1]] == [
         f"row 1: chunk 1 of 'books', {body + 1} tokens, {body} of them predicted, 0 padding, documents: 3",
         "─" * len(lines[0]),
         f"⟦BOS <s>⟧⟦… a.txt⟧{end_of_a}⟦EOS </s>⟧⟦b.txt⟧“ka”⟦EOS </s>⟧⟦c.txt⟧{start_of_c}",

@@ -1,9 +1,9 @@
 """Takes stores of chunks and each epoch's rows; gives the micro-batches of each optimizer step, per data-parallel rank.
 
 Nothing here is carried from step to step: `step(position)` is a function of the rows, the seed and the position, so
-resuming is calling it with the position that was saved. Every row of an epoch is seen exactly once. What an epoch's last
-step lacks is made up with filler, which has no targets; nothing is repeated and nothing dropped. The order of the rows
-does not depend on accumulation steps, ranks or stages (nor, where all rows have one length, on the size of a
+resuming is calling it with the position that was saved. Every row of an epoch is seen exactly once. What an epoch's
+last step lacks is made up with filler, which has no targets; nothing is repeated and nothing dropped. The order of the
+rows does not depend on accumulation steps, ranks or stages (nor, where all rows have one length, on the size of a
 micro-batch), and the position counts rows, so a run may go on with other values of these.
 
 B rows, T tokens.
@@ -53,10 +53,10 @@ class _Epoch:
 class MicroBatches:
     """The micro-batches of a run for data-parallel rank `dp_rank` of `dp_world`.
 
-    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, chunk). A micro-batch has `micro_batch_size` rows, or,
+    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, chunk). A micro-batch has `micro_batch_size` rows or,
     with `batch_size_tokens`, as many as fit when padded. With one row length there is no padding and every micro-batch
-    has the same shape. With several, `group_by_length` puts rows of like length together, and the largest micro-batch is
-    the run's first, so that too little memory shows at once. UserError if a row alone exceeds `batch_size_tokens`.
+    has the same shape. With several, `group_by_length` puts rows of like length together, and the largest micro-batch
+    is the run's first, so that too little memory shows at once. UserError if a row exceeds `batch_size_tokens`.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class MicroBatches:
         ]
         self.fixed_shape: tuple[int, int] | None = (fits[0], int(self._widths[0])) if one_length else None
         self._epochs: dict[int, _Epoch] = {}
+        self._hashes: dict[int, str] = {}
 
     def shapes(self, epochs: int) -> set[tuple[int, int]]:
         """All (B, T) that the first `epochs` epochs have."""
@@ -110,8 +111,8 @@ class MicroBatches:
     def step(self, position: Position) -> tuple[list[MicroBatch], StepInfo]:
         """This rank's micro-batches (one for each accumulation step) of the step at `position`, and the step's facts.
 
-        Micro-batches go to the ranks in turn. `loss_scale` is micro_batches_per_step / target_tokens of the step: averaged
-        over accumulation steps and ranks, the loss is the mean over all target tokens of the step, however divided.
+        Micro-batches go to the ranks in turn. `loss_scale` is micro_batches_per_step / target_tokens of the step:
+        averaged over accumulation steps and ranks, the loss is the mean over the step's target tokens, however divided.
         """
         info = self.info(position)
         plan, starts = self._epoch(position.epoch), self._starts(position)
@@ -156,10 +157,12 @@ class MicroBatches:
     def order_hash(self, epoch: int) -> str:
         """16 hex digits that tell one order of rows from another. A saved position means nothing in another order."""
         plan = self._epoch(epoch)
-        content = [plan.rows.tobytes(), self._lengths.tobytes()]
-        if not self.fixed_shape:
-            content.append(plan.starts.tobytes())
-        return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+        if epoch not in self._hashes:
+            content = [plan.rows.tobytes(), self._lengths.tobytes()]
+            if not self.fixed_shape:
+                content.append(plan.starts.tobytes())
+            self._hashes[epoch] = hashlib.sha256(b"".join(content)).hexdigest()[:16]
+        return self._hashes[epoch]
 
     def _epoch(self, epoch: int) -> _Epoch:
         """The plan of an epoch; the last two asked for are kept."""
@@ -202,7 +205,8 @@ class MicroBatches:
         if plan.starts[first] != position.rows:
             raise UserError(
                 f"the data position, row {position.rows:,} of epoch {position.epoch}, is inside a micro-batch: it was "
-                f"saved with another micro_batch_size_per_gpu, batch_size_tokens or group_by_length; set these as they were"
+                f"saved with another micro_batch_size_per_gpu, batch_size_tokens or group_by_length; "
+                f"set these as they were"
             )
         return plan.starts[first:]
 

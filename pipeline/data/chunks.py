@@ -10,16 +10,17 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.console import UserError, progress
+from pipeline.console import UserError, progress, rank
 from pipeline.data import documents
 from pipeline.data.documents import Document, Source
 from pipeline.data.split import SEED, Streams, held_out_count
@@ -27,6 +28,7 @@ from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
 from pipeline.data.tokenize import fingerprint, tokens
 
 FORMAT = 1  # goes into the key: raise it when the same input would give other chunks
+LET_FIRST_RANK_S = 5.0
 EVAL_SPLITS = ("chunk", "document")
 
 
@@ -57,7 +59,7 @@ def build(
     key = _key(name, sources, fingerprint(tokenizer), marks, sequence_len, held_out)
     path = cache_dir / f"{_folder_name(name)}-{key}"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir):
+    with _alone(cache_dir, path):
         if not path.exists():
             _write(path, name, sources, sequence_len, tokenizer, marks, held_out)
     return load(path)
@@ -150,11 +152,26 @@ def _counted(read: Iterator[Document], total: int, advance: Callable[[int], None
 
 
 @contextmanager
-def _alone(cache_dir: Path) -> Iterator[None]:
-    """Hold the cache's lock; the system frees it when a process dies, however it dies."""
+def _alone(cache_dir: Path, path: Path) -> Iterator[None]:
+    """Hold the cache's lock; the system frees it when a process dies, however it dies.
+
+    Where `path` has to be built, other ranks let the first go first for some seconds: it is the one that shows progress.
+    """
     with open(cache_dir / ".lock", "a") as file:
+        patience = time.monotonic() + (LET_FIRST_RANK_S if rank() else 0)
+        while time.monotonic() < patience and not path.exists() and not _is_held(file):
+            time.sleep(0.02)
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _is_held(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
 
 
 def _folder_name(name: str) -> str:

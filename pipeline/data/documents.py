@@ -26,7 +26,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class Source(NamedTuple):
-    """A file of a dataset: where it is, and the name it is reported under, its path from the glob's first wildcard on."""
+    """A file of a dataset: where it is, and the name it is reported under: its path from the first wildcard on."""
 
     path: Path
     name: str
