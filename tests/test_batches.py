@@ -1,12 +1,12 @@
-"""Mixtures and micro-batches as properties: nothing lost, nothing twice, the same order however it is divided."""
+"""Micro-batches as properties: nothing lost, nothing twice, the same order however it is divided."""
 
 import math
 from collections import Counter
 from dataclasses import asdict
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
-import datasets
 import helpers_data
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from pipeline.console import UserError
 from pipeline.data.batches import MicroBatches, Position, StepInfo
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.microbatch import MicroBatch, cut
-from pipeline.data.mixture import interleave, mix, shuffled
+from pipeline.data.mixture import mix, shuffled
 from pipeline.data.split import Rows
 from pipeline.data.store import ChunkStore
 
@@ -267,80 +267,24 @@ def test_a_position_that_means_nothing_here_is_refused(stores: list[ChunkStore])
     assert len(hashes) == 3
 
 
+def test_other_text_of_the_same_length_has_another_hash(stores: list[ChunkStore], tmp_path: Path) -> None:
+    other = helpers_data.store(tmp_path / "other", 33, 24, "set33", document_len=36)
+    both = [MicroBatches([s], mix([Rows(s, np.arange(24))], seed=0), seed=0).order_hash(0) for s in (stores[0], other)]
+    renamed = helpers_data.store(tmp_path / "renamed", 33, 24, "another name")
+    assert both[0] != both[1]
+    assert both[0] == MicroBatches([renamed], mix([Rows(renamed, np.arange(24))], seed=0), seed=0).order_hash(0)
+
+
 def test_rows_are_traced_to_their_documents(stores: list[ChunkStore]) -> None:
     loader = loaders(stores, ([0], [24], {"seed": 0}), 2, 1)[0]
     # 32 ids a chunk, 38 a document: chunk 1 (ids 32–63) ends 0.txt and begins 1.txt; chunk 2 (64–95) 1.txt and 2.txt.
     assert loader.documents([(0, 1), None, (0, 2)]) == ["set33: 0.txt", "set33: 1.txt", "set33: 2.txt"]
 
 
-# Mixtures
-
-
-@FAST
-@given(
-    sizes=st.lists(st.integers(1, 24), min_size=2, max_size=4),
-    weights=st.lists(st.floats(0.1, 10), min_size=4, max_size=4),
-    strategy=st.sampled_from(["first_exhausted", "all_exhausted"]),
-    seed=st.integers(0, 2**32),
-)
-def test_interleaving_is_hugging_faces(sizes: list[int], weights: list[float], strategy: str, seed: int) -> None:
-    chances = np.array(weights[: len(sizes)]) / sum(weights[: len(sizes)])
-    sets = [datasets.Dataset.from_dict({"set": [index] * size}) for index, size in enumerate(sizes)]
-    expected = datasets.interleave_datasets(sets, probabilities=chances.tolist(), seed=seed, stopping_strategy=strategy)
-    assert interleave(np.array(sizes), chances, strategy, [seed]).tolist() == expected["set"][:]
-
-
-@FAST
-@given(st.data(), st.sampled_from(["first_exhausted", "all_exhausted"]), st.integers(0, 99))
-def test_an_interleaved_epoch_takes_rows_in_turns_of_their_set(
-    stores: list[ChunkStore], data: st.DataObject, strategy: str, seed: int
-) -> None:
-    counts = data.draw(st.lists(st.integers(1, 24), min_size=2, max_size=4))
-    sets = [Rows(store, 23 - np.arange(count)) for store, count in zip(stores, counts, strict=False)]
-    epoch_rows = mix(sets, seed=seed, mode="interleave", stopping_strategy=strategy)
-    for epoch in (0, 1):
-        seen = [Counter(chunk for index, chunk in epoch_rows(epoch).tolist() if index == i) for i in range(len(sets))]
-        full = [len(chunks) == len(rows) for chunks, rows in zip(seen, sets, strict=True)]
-        assert any(full) if strategy == "first_exhausted" else all(full)
-        for chunks, rows in zip(seen, sets, strict=True):
-            assert set(chunks) <= set(rows.chunks.tolist())
-            assert max(chunks.values(), default=0) - min(chunks.values(), default=0) <= 1  # none again before all were
-            assert strategy == "all_exhausted" or max(chunks.values(), default=0) <= 1
-
-
-def test_rows_that_one_epoch_leaves_out_come_in_another(stores: list[ChunkStore]) -> None:
-    sets = [Rows(stores[0], np.arange(24)), Rows(stores[1], np.arange(3))]
-    epoch_rows = mix(sets, seed=3, mode="interleave")
-    seen = [{chunk for index, chunk in epoch_rows(epoch).tolist() if index == 0} for epoch in range(30)]
-    assert max(map(len, seen)) < 24 and set().union(*seen) == set(range(24))
-
-
-def test_weights_are_of_rows_or_of_tokens(stores: list[ChunkStore]) -> None:
-    """Of n draws a share's standard deviation is √(p(1 − p)/n) ≤ √(¼/n); n is at least 9600, a whole set."""
-    sets = [Rows(stores[0], np.tile(np.arange(24), 400)), Rows(stores[3], np.tile(np.arange(24), 400))]
-    for weigh_tokens, expected in ((False, 0.75), (True, 3 / 33 / (3 / 33 + 1 / 130))):
-        rows = mix(sets, seed=0, mode="interleave", weights=[3, 1], weigh_tokens=weigh_tokens)(0)
-        assert abs((rows[:, 0] == 0).mean() - expected) < 4 * math.sqrt(0.25 / 9600)
-
-
 def test_repeated_rows_come_as_often_as_they_are_repeated(stores: list[ChunkStore]) -> None:
     rows = mix([Rows(stores[0], np.tile(np.arange(5), 3))], seed=0)
     loader = MicroBatches(stores[:1], rows, seed=0, micro_batch_size=2)
     assert Counter(order(steps([loader], Position(), 1))) == {(0, chunk): 3 for chunk in range(5)}
-
-
-def test_what_cannot_be_mixed_is_refused(stores: list[ChunkStore]) -> None:
-    sets = [Rows(stores[0], np.arange(2)), Rows(stores[1], np.arange(2))]
-    for options, message in (
-        ({"mode": "stack"}, "dataset_combination_mode = 'stack' is not known; use one of: concatenate, interleave"),
-        ({"stopping_strategy": "never"}, "dataset_interleave_stopping_strategy = 'never' is not known"),
-        ({"mode": "interleave", "weights": [1, 0]}, "dataset 'set64': sample_weight = 0 must be a positive number"),
-        ({"mode": "interleave", "weights": [1, float("nan")]}, "sample_weight = nan must be"),
-    ):
-        with pytest.raises(UserError, match=message):
-            mix(sets, seed=0, **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no rows to train on"):
-        mix([], seed=0)
 
 
 # Evaluation

@@ -1,6 +1,6 @@
-"""Tokens, chunks, cache and split, against encoding whole, a plain re-cutting, and Hugging Face's own splitting."""
+"""Chunks and their cache, against cutting the whole stream in one go; memory, against what encoding whole needs."""
 
-import json
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -11,168 +11,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import helpers_data
 import numpy as np
 import pytest
-from helpers_data import KINDS, prose, tokenizer
+from helpers_data import ROOT, WILD, build, measure, prose, shelve, tokenizer, whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import ByT5Tokenizer
 
 from pipeline.console import UserError
-from pipeline.data import chunks, documents, tokenize
-from pipeline.data.split import Streams, split
-from pipeline.data.split import whole as whole_rows
+from pipeline.data import chunks
 
-ROOT = Path(__file__).resolve().parent.parent
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-WORDS = prose(300, seed=1).split(" ")
-ODD = [  # fmt: skip
-    "\n",
-    "\n\n",
-    "  ",
-    " " * 9,
-    "\t",
-    "\r\n",
-    " \n",
-    "\n  ",
-    "12345",
-    "1" * 30,
-    " " * 30,
-    "\n" * 30,
-    "a" * 30,
-    "…",
-    "—",
-    "</s>",
-    "<s>",
-    "日本語",
-    "。",
-    "🙂",
-    "e\u0301",
-    "’s",
-    "...",
-    "ka" * 20,
-    "▁",
-    "\u00a0",
-    "_",
-]
-TEXT = st.lists(st.one_of(st.sampled_from([word + " " for word in WORDS]), st.sampled_from(ODD)), max_size=250).map(
-    "".join
-)
-
-
-def whole(kind: str, text: str, **special: bool) -> list[int]:
-    """The ids of a text by transformers' own call."""
-    ids: list[int] = tokenizer(kind, **special)(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def build(folder: Path, **changes: Any) -> Streams:
-    """`chunks.build` of all text files of a folder."""
-    given = {"name": "books", "dataset_type": "textfile", "dataset_path": str(folder / "*.txt"), "sequence_len": 32}
-    return chunks.build(**({**given, "tokenizer": tokenizer(), "cache_dir": folder / "cache"} | changes))
-
-
-def shelve(folder: Path, *texts: str) -> Path:
-    """The texts as files 0.txt, 1.txt, … of an emptied folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for number, text in enumerate(texts):
-        (folder / f"{number:03}.txt").write_text(text, encoding="utf-8", newline="")
-    return folder
-
-
-# Tokens
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None)
-@given(TEXT)
-def test_encoding_in_segments_is_encoding_whole(kind: str, text: str) -> None:
-    encode = tokenize.encoder(tokenizer(kind))
-    pieces = [text[i : i + 50] for i in range(0, len(text), 50)]
-    segments = list(tokenize.segments(encode, pieces, segment_chars=200, window_chars=64))
-    assert [id for ids in encode(segments) for id in ids] == whole(kind, text)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_book_is_cut_into_segments_of_bounded_size(kind: str) -> None:
-    text = prose(20_000, seed=4)
-    encode = tokenize.encoder(tokenizer(kind))
-    segments = list(tokenize.segments(encode, [text], segment_chars=4000, window_chars=500))
-    assert max(map(len, segments)) <= 4000 + 500  # the last may reach over the window
-    assert [id for ids in encode(segments) for id in ids] == whole(kind, text)
-
-
-def test_text_without_a_place_to_cut_is_encoded_whole() -> None:
-    text = "ka" * 3000
-    segments = list(tokenize.segments(tokenize.encoder(tokenizer()), [text], segment_chars=200, window_chars=64))
-    assert segments == [text]
-
-
-def test_a_place_where_cutting_changes_tokens_is_passed_over() -> None:
-    """A tokenizer with one token for 'ro mo' must not be cut between the two."""
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {character: id for id, character in enumerate("mor \n")} | {"ro": 5, "mo": 6, "ro ": 7, "ro mo": 8}
-    backend = Tokenizer(models.BPE(vocabulary, [("r", "o"), ("m", "o"), ("ro", " "), ("ro ", "mo")]))
-    encode = lambda texts: [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]  # noqa: E731
-    text = "ro mo" * 40 + "\n" + "ro mo" * 20
-    segments = list(tokenize.segments(encode, [text], segment_chars=100, window_chars=40))
-    assert [id for ids in encode(segments) for id in ids] == backend.encode(text).ids
-    assert segments == ["ro mo" * 40 + "\n", "ro mo" * 20]
-
-
-@FAST
-@given(st.lists(TEXT, max_size=8), st.integers(1, 400), st.integers(1, 3))
-def test_documents_are_tokenised_in_order_whatever_the_batches(texts: list[str], batch_chars: int, batch: int) -> None:
-    read = [documents.Document(str(i), lambda text=text: iter([text])) for i, text in enumerate(texts)]  # type: ignore[misc]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "BATCH_CHARS", batch_chars)
-        patch.setattr(tokenize, "BATCH_SEGMENTS", batch)
-        patch.setattr(tokenize.segments, "__defaults__", (200, 64))
-        found: list[tuple[str, list[int]]] = []
-        ended = True
-        for name, ids, last in tokenize.tokens(tokenizer(), read):
-            if ended:
-                found.append((name, []))
-            found[-1][1].extend(ids.tolist())
-            assert found[-1][0] == name
-            ended = last
-    assert found == [(str(i), whole("gpt2", text)) for i, text in enumerate(texts)]
-
-
-def test_the_state_left_in_a_tokenizer_changes_neither_tokens_nor_fingerprint() -> None:
-    plain, used = tokenizer(), helpers_data.tokenizer.__wrapped__("gpt2")
-    before = tokenize.fingerprint(used)
-    used(["one", "a longer one"], padding="max_length", truncation=True, max_length=4)
-    text = prose(100)
-    assert tokenize.fingerprint(used) == before == tokenize.fingerprint(plain)
-    assert tokenize.encoder(used)([text, "a"]) == [whole("gpt2", text), whole("gpt2", "a")]
-    assert len({tokenize.fingerprint(tokenizer(kind)) for kind in KINDS}) == len(KINDS)
-    assert tokenize.fingerprint(tokenizer("gpt2", bos=False)) != before
-
-
-def test_a_tokenizer_written_in_python_is_encoded_whole_too() -> None:
-    """ByT5's: no backend in Rust, no BOS."""
-    used = ByT5Tokenizer()
-    assert not used.is_fast
-    text = prose(300) + "日本 🙂"
-    read = [documents.Document("a", lambda: iter([text])), documents.Document("b", lambda: iter([]))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize.segments, "__defaults__", (200, 64))
-        found = [(name, ids.tolist()) for name, ids, _ in tokenize.tokens(used, read)]
-    assert len(found) > 5
-    assert [id for _, ids in found for id in ids] == [byte + 3 for byte in text.encode()]  # as its paper defines them
-    assert len(tokenize.fingerprint(used)) == 64
 
 
 # Streams and chunks
 
 
 @FAST
-@given(st.lists(TEXT, min_size=1, max_size=6), st.integers(3, 70), st.booleans(), st.integers(1, 200))
+@given(st.lists(WILD, min_size=1, max_size=6), st.integers(3, 70), st.booleans(), st.integers(1, 200))
 def test_every_token_of_every_document_is_in_one_chunk_in_order_or_in_the_counted_tail(
     tmp_path: Path, texts: list[str], sequence_len: int, bos: bool, batch_tokens: int
 ) -> None:
@@ -210,6 +66,8 @@ def test_every_token_of_every_document_is_in_one_chunk_in_order_or_in_the_counte
     report = store.report
     assert (len(store), report.tail_tokens) == (count, len(stream) - count * body)
     assert report.text_tokens + report.eos_tokens == report.chunks * body + report.tail_tokens
+    chunk_bytes = b"".join(store[chunk].tobytes() for chunk in range(count))
+    assert report.sha256 == hashlib.sha256(chunk_bytes).hexdigest()
     assert report.documents == len(dict.fromkeys(owners)) and report.documents + report.empty_documents == len(texts)
 
 
@@ -314,6 +172,20 @@ def test_an_interrupted_build_leaves_nothing(shelf: Path, monkeypatch: pytest.Mo
     assert [path.name for path in (shelf / "cache").iterdir()] == [".lock"]
 
 
+def test_a_full_disk_is_one_message_and_leaves_nothing(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr("pipeline.data.store._ArrowFile.write", full)
+    with pytest.raises(
+        UserError, match=r"no space left for its chunks in '.*cache'; they take 4 bytes a token"
+    ) as error:
+        build(shelf)
+    assert error.value.exit_code == 28
+    assert [path.name for path in (shelf / "cache").iterdir()] == [".lock"]
+
+
 def _build_slowly(shelf: Path, log: Path) -> None:
     """Build, noting in `log` that tokenising began; it takes a while."""
     tokens = chunks.tokens
@@ -381,112 +253,7 @@ def test_the_first_rank_builds_since_it_shows_progress(
     assert len(build(shelf).train)  # alone, another rank builds after all
 
 
-# The split
-
-
-@pytest.mark.parametrize("eval_size", [0.01, 0.25, 0.9, 1, 7])
-@pytest.mark.parametrize("subsample", [None, 0.3, 1.0])
-def test_the_split_by_chunk_is_hugging_faces(shelf: Path, eval_size: float, subsample: float | None) -> None:
-    streams = build(shelf)
-    rows = datasets.Dataset.from_dict({"chunk": list(range(len(streams.train)))})
-    expected = rows.train_test_split(test_size=eval_size, shuffle=True, seed=42)
-    parts = {name: part.shuffle(seed=42) for name, part in expected.items()}
-    if subsample:
-        parts = {name: part.select(range(int(len(part) * subsample))) for name, part in parts.items()}
-    if not all(len(part) for part in parts.values()):
-        with pytest.raises(UserError, match=r"subsample = 0\.3 of \d+ chunks leaves none"):
-            split(streams, eval_size, subsample)
-        return
-    found = split(streams, eval_size, subsample)
-    assert found.eval is not None
-    assert found.train.chunks.tolist() == sorted(parts["train"]["chunk"])
-    assert found.eval.chunks.tolist() == sorted(parts["test"]["chunk"])
-
-
-def test_whole_documents_are_held_out(shelf: Path) -> None:
-    streams = build(shelf, eval_size=0.25, eval_split="document")
-    assert streams.eval is not None
-    found = split(streams, 0.25, num_repeats=2)
-    assert found.train.chunks.tolist() == list(range(len(streams.train))) * 2
-    assert found.eval is not None and found.eval.store is streams.eval
-    assert [report.stream for report in streams.reports] == ["train", "eval"]
-    sides = [{span.name for chunk in range(len(s)) for span in s.spans(chunk)} for s in (streams.train, streams.eval)]
-    assert len(sides[0]) == 7 and len(sides[1]) == 3 and not sides[0] & sides[1]  # a part is rounded up: 2.5 → 3
-    held_out = [[*whole("gpt2", (shelf / name).read_text()), 2] for name in sorted(sides[1])]
-    stream = [id for ids in held_out for id in ids]
-    body = np.concatenate([streams.eval[chunk][1:] for chunk in range(len(streams.eval))])
-    assert body.tolist() == stream[: len(body)] and streams.eval.report.tail_tokens == len(stream) - len(body)
-    assert streams.train.report.documents == 7
-
-
-def test_documents_of_a_list_can_be_held_out(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": prose(60, seed=i)}) + "\n" for i in range(6)))
-    rows = {"dataset_type": "doclist", "dataset_path": str(tmp_path / "a.jsonl")}
-    streams = build(tmp_path, eval_size=2, eval_split="document", **rows)
-    assert streams.eval is not None and (streams.train.report.documents, streams.eval.report.documents) == (4, 2)
-
-
-def test_a_split_that_leaves_one_side_empty_is_refused(shelf: Path) -> None:
-    streams = build(shelf)
-    count = len(streams.train)
-    for eval_size, message in (
-        (count, f"would hold out {count} of {count} chunks and leave 0 to train on"),
-        (count + 1, f"would hold out {count + 1} of {count} chunks and leave 0 to train on"),
-        (-1, "would hold out -1"),
-        (1.5, "must be 0, a part below 1, or a whole number of chunks"),
-    ):
-        with pytest.raises(UserError, match=message):
-            split(streams, eval_size)
-    for subsample in (0.0, 1.01):
-        with pytest.raises(UserError, match="must be greater than 0 and at most 1"):
-            split(streams, 0, subsample)
-    assert whole_rows(streams).chunks.tolist() == list(range(count))
-    assert len(whole_rows(streams, 0.5)) == count // 2
-    with pytest.raises(UserError, match="num_repeats = 0 must be 1 or more"):
-        split(streams, num_repeats=0)
-    with pytest.raises(UserError, match="would hold out 10 of 10 documents"):
-        build(shelf, eval_size=10, eval_split="document")
-    with pytest.raises(UserError, match="eval_split = 'page' is not known; use chunk or document"):
-        build(shelf, eval_split="page")
-    with pytest.raises(UserError, match="sequence_len = 2 leaves nothing to predict"):
-        build(shelf, sequence_len=2)
-    with pytest.raises(UserError, match=r"1 documents held for 'eval' give \d+ tokens, fewer than the 2,999"):
-        build(shelf, sequence_len=3000, eval_size=1, eval_split="document")
-
-
 # Memory and names
-
-MEASURE = """
-import json, resource, sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-from helpers_data import prose, tokenizer
-from pipeline.data import chunks
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-used, folder = tokenizer(), Path({folder!r})
-settings = dict(name="books", dataset_type={kind!r}, sequence_len=8192, tokenizer=used, cache_dir=folder / "cache")
-(folder / "small.txt").write_text(prose(40_000))
-chunks.build(**settings | dict(dataset_type="textfile", dataset_path=str(folder / "small.txt")))
-before = peak()
-store = chunks.build(**settings, dataset_path=str(folder / {file!r})).train
-print(json.dumps([before, peak(), store.report.text_tokens]))
-"""
-
-
-def measure(folder: Path, file: str, megabytes: int) -> tuple[float, float]:
-    """(MiB at the peak after 0.3 MB of text, MiB at the peak after `megabytes` of it in one document)."""
-    text = prose(100_000, seed=3) + "🙂"  # four bytes a character in memory for the whole text, if it were held
-    with open(folder / file, "w", encoding="utf-8") as out:
-        out.write('{"text": "' if file.endswith("jsonl") else "")
-        for _ in range(megabytes * 10**6 // len(text.encode())):
-            out.write(json.dumps(text, ensure_ascii=False)[1:-1] if file.endswith("jsonl") else text)
-        out.write('"}' if file.endswith("jsonl") else "")
-    kind = "doclist" if file.endswith("jsonl") else "textfile"
-    code = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), kind=kind, file=file)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=500)
-    before, after, tokens = json.loads(done.stdout)
-    assert tokens > megabytes * 10**5
-    return before, after
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
-"""Documents: what is read is what Python's own readers read; bad input is named with its place."""
+"""Documents are what Python's own readers read, their tokens what encoding whole gives; bad input is named."""
 
 import json
 from pathlib import Path
 
+import helpers_data
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers_data import KINDS, WILD, prose, tokenizer, whole
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
 from pipeline.console import UserError
-from pipeline.data import documents
+from pipeline.data import documents, tokenize
 
 TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("\r\n\t “é🙂")), max_size=60)
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -174,3 +177,88 @@ def test_documents_are_read_one_after_the_other(tmp_path: Path) -> None:
     assert next(reading).text == "first"
     with pytest.raises(UserError, match=r"b\.txt"):
         _ = next(reading).text
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(WILD)
+def test_encoding_in_segments_is_encoding_whole(kind: str, text: str) -> None:
+    encode = tokenize.encoder(tokenizer(kind))
+    pieces = [text[i : i + 50] for i in range(0, len(text), 50)]
+    segments = list(tokenize.segments(encode, pieces, segment_chars=200, window_chars=64))
+    assert [id for ids in encode(segments) for id in ids] == whole(kind, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_book_is_cut_into_segments_of_bounded_size(kind: str) -> None:
+    text = prose(20_000, seed=4)
+    encode = tokenize.encoder(tokenizer(kind))
+    segments = list(tokenize.segments(encode, [text], segment_chars=4000, window_chars=500))
+    assert max(map(len, segments)) <= 4000 + 500  # the last may reach over the window
+    assert [id for ids in encode(segments) for id in ids] == whole(kind, text)
+
+
+def test_text_without_a_place_to_cut_is_encoded_whole() -> None:
+    text = "ka" * 3000
+    segments = list(tokenize.segments(tokenize.encoder(tokenizer()), [text], segment_chars=200, window_chars=64))
+    assert segments == [text]
+
+
+def test_a_place_where_cutting_changes_tokens_is_passed_over() -> None:
+    """A tokenizer with one token for 'ro mo' must not be cut between the two."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {character: id for id, character in enumerate("mor \n")} | {"ro": 5, "mo": 6, "ro ": 7, "ro mo": 8}
+    backend = Tokenizer(models.BPE(vocabulary, [("r", "o"), ("m", "o"), ("ro", " "), ("ro ", "mo")]))
+    encode = lambda texts: [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]  # noqa: E731
+    text = "ro mo" * 40 + "\n" + "ro mo" * 20
+    segments = list(tokenize.segments(encode, [text], segment_chars=100, window_chars=40))
+    assert [id for ids in encode(segments) for id in ids] == backend.encode(text).ids
+    assert segments == ["ro mo" * 40 + "\n", "ro mo" * 20]
+
+
+@FAST
+@given(st.lists(WILD, max_size=8), st.integers(1, 400), st.integers(1, 3))
+def test_documents_are_tokenised_in_order_whatever_the_batches(texts: list[str], batch_chars: int, batch: int) -> None:
+    read = [documents.Document(str(i), lambda text=text: iter([text])) for i, text in enumerate(texts)]  # type: ignore[misc]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "BATCH_CHARS", batch_chars)
+        patch.setattr(tokenize, "BATCH_SEGMENTS", batch)
+        patch.setattr(tokenize.segments, "__defaults__", (200, 64))
+        found: list[tuple[str, list[int]]] = []
+        ended = True
+        for name, ids, last in tokenize.tokens(tokenizer(), read):
+            if ended:
+                found.append((name, []))
+            found[-1][1].extend(ids.tolist())
+            assert found[-1][0] == name
+            ended = last
+    assert found == [(str(i), whole("gpt2", text)) for i, text in enumerate(texts)]
+
+
+def test_the_state_left_in_a_tokenizer_changes_neither_tokens_nor_fingerprint() -> None:
+    plain, used = tokenizer(), helpers_data.tokenizer.__wrapped__("gpt2")
+    before = tokenize.fingerprint(used)
+    used(["one", "a longer one"], padding="max_length", truncation=True, max_length=4)
+    text = prose(100)
+    assert tokenize.fingerprint(used) == before == tokenize.fingerprint(plain)
+    assert tokenize.encoder(used)([text, "a"]) == [whole("gpt2", text), whole("gpt2", "a")]
+    assert len({tokenize.fingerprint(tokenizer(kind)) for kind in KINDS}) == len(KINDS)
+    assert tokenize.fingerprint(tokenizer("gpt2", bos=False)) != before
+
+
+def test_a_tokenizer_written_in_python_is_encoded_whole_too() -> None:
+    """ByT5's: no backend in Rust, no BOS."""
+    used = ByT5Tokenizer()
+    assert not used.is_fast
+    text = prose(300) + "日本 🙂"
+    read = [documents.Document("a", lambda: iter([text])), documents.Document("b", lambda: iter([]))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize.segments, "__defaults__", (200, 64))
+        found = [(name, ids.tolist()) for name, ids, _ in tokenize.tokens(used, read)]
+    assert len(found) > 5
+    assert [id for _, ids in found for id in ids] == [byte + 3 for byte in text.encode()]  # as its paper defines them
+    assert len(tokenize.fingerprint(used)) == 64

@@ -17,20 +17,10 @@ from torch import Tensor
 
 from tests import builders, stage_runs, unsplit
 from tests.stage_runs import STEPS, Case, Result
+from tests.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
 
-LR, EPS, ALPHA, RANK = 1e-2, 1e-3, 8, 4
+EPS, ALPHA, RANK = 1e-3, 8, 4
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-# fp32 rounds to 2⁻²⁴ = 6e-8. A gradient is the end of some 4 layers × 12 operations forward and as many backward, each
-# rounded: at worst 100 · 6e-8 = 6e-6 of its norm, on our side and on the oracle's.
-GRADIENT_TOLERANCE = 1.2e-5
-# A loss of 6 has gone through the forward half of these; the sum of its 64 to 600 tokens averages their errors.
-LOSS_TOLERANCE = 6 * 3e-6
-# Adam divides by √v + eps, so noise δg moves an update by at most lr · δg/eps. Norms after clipping are below 0.1:
-# ‖δg‖ < 1.2e-5 · 0.1, which eps = 1e-3 makes 1.2e-3 of lr, where the update of the smallest tensor, 32 numbers, is
-# 0.3 of lr each, 1.7 in norm. (With a tiny eps, elements whose gradient is nearly 0 would show nothing but noise.)
-# A lost micro-batch or a coefficient of one stage's norm would change weights by 1e-2 and more.
-WEIGHT_TOLERANCE = 1.2e-3 / 1.7
 
 
 @dataclass(frozen=True)
@@ -39,6 +29,7 @@ class Setting:
 
     model: str
     clip: float
+    lr: float = 1e-2
     accumulation: int = 4
     optimizer: str = "adamw"
     weight_decay: float = 0.1
@@ -57,7 +48,7 @@ SETTINGS = {
         "gemma2", clip=0.05, rows=2, optimizer="adamw_kahan", datasets=(("ledger", 48, 0.1), ("stops", 128, 0.1))
     ),
     "layers 1:2": Setting("cohere2", clip=0.03, layers="1:2"),
-    "in full": Setting("cohere", clip=0.1, layers=None, full=True),
+    "in full": Setting("cohere", clip=0.1, lr=1e-3, layers=None, full=True),
 }
 
 
@@ -68,6 +59,11 @@ class Run(NamedTuple):
     stages: int
     replicas: int = 1
     overrides: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The overrides that change what is trained, not where."""
+        return tuple(override for override in self.overrides if override.startswith("target_modules"))
 
     def __str__(self) -> str:
         replicas = f" × {self.replicas} replicas" if self.replicas > 1 else ""
@@ -109,7 +105,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         builders.write_config(
             root / f"{name}.toml", model=str(root / s.model), output_dir=str(root / "runs"), layers_to_transform=s.layers,
             micro_batch_size_per_gpu=s.rows, gradient_accumulation_steps=s.accumulation, gradient_clipping=s.clip,
-            optimizer={"type": s.optimizer, "lr": LR, "eps": EPS, "weight_decay": s.weight_decay},
+            optimizer={"type": s.optimizer, "lr": s.lr, "eps": EPS, "weight_decay": s.weight_decay},
             datasets=[{"dataset_type": "textfile", "dataset_path": str(root / f"{text}.txt"), "sequence_len": length,
                        "subsample": part} for text, length, part in s.datasets],
             **(adapter if s.full else {}),
@@ -142,38 +138,26 @@ def result(root: Path) -> Callable[[Run], Result]:
 
 @pytest.fixture(scope="module")
 def oracle(root: Path, result: Callable[[Run], Result]) -> Callable[[Run], unsplit.Trace]:
-    """What the unsplit model computes for a run, from the adapter that run began with."""
+    """What the unsplit model computes for a run. One computation serves all layouts, from the first one's adapter."""
 
     @cache
-    def trained(setting: str, overrides: tuple[str, ...], run: Run) -> unsplit.Trace:
-        s = SETTINGS[setting]
-        given = case(root, run)
-        steps, _ = unsplit.rows(given.config, given.overrides, STEPS, run.replicas)
+    def trained(first: Run) -> unsplit.Trace:
+        s, given = SETTINGS[first.setting], case(root, first)
+        steps, _ = unsplit.rows(given.config, given.overrides, STEPS)
         model = unsplit.load(root / s.model)
         if s.full:
-            leaves = unsplit.in_full(model, ("embed_tokens", "norm") if overrides else None)
+            leaves = unsplit.in_full(model, ("embed_tokens", "norm") if first.targets else None)
         else:
-            leaves = unsplit.with_multiplicative(model, result(run).initial, ALPHA / RANK)
+            leaves = unsplit.with_multiplicative(model, result(first).initial, ALPHA / RANK)
         return unsplit.train(model, leaves, steps, optimizer(s), s.clip)
 
-    def get(run: Run) -> unsplit.Trace:
-        overrides = tuple(o for o in run.overrides if o.startswith("target_modules"))
-        return trained(run.setting, overrides, first_of(run))
-
-    return get
-
-
-def first_of(run: Run) -> Run:
-    """The run among those equal to `run` whose adapter and rows the oracle takes: one computation serves them all."""
-    if any(o.startswith("target_modules") for o in run.overrides):
-        return run
-    return next(r for r in RUNS if r.setting == run.setting)
+    return lambda run: trained(next(r for r in RUNS if (r.setting, r.targets) == (run.setting, run.targets)))
 
 
 def optimizer(setting: Setting) -> Callable[[list[Tensor]], Any]:
     """PyTorch's AdamW, or torch-optimi's for adamw_kahan."""
     kind = torch.optim.AdamW if setting.optimizer == "adamw" else optimi.AdamW
-    return lambda leaves: kind(leaves, lr=LR, betas=(0.9, 0.99), eps=EPS, weight_decay=setting.weight_decay)
+    return lambda leaves: kind(leaves, lr=setting.lr, betas=(0.9, 0.99), eps=EPS, weight_decay=setting.weight_decay)
 
 
 def one_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,12 +165,6 @@ def one_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if HEAD in tensors:
         assert torch.equal(tensors[HEAD], tensors[EMBEDDING])
     return {name: tensor for name, tensor in tensors.items() if name != HEAD}
-
-
-def distance(ours: Tensor, theirs: Tensor, scale: Tensor) -> float:
-    """‖ours − theirs‖/‖scale‖, and 0 for two zeros."""
-    difference = torch.linalg.vector_norm(ours.double() - theirs.double())
-    return float(difference / torch.linalg.vector_norm(scale.double())) if difference else 0.0
 
 
 @over_runs
@@ -201,7 +179,7 @@ def test_every_gradient(run: Run, result: Callable[[Run], Result], oracle: Calla
     for step, expected in enumerate(oracle(run).gradients, start=1):
         ours = one_head(result(run).gradients(step))
         assert ours.keys() == expected.keys()
-        far = {n: d for n in expected if (d := distance(ours[n], expected[n], expected[n])) > GRADIENT_TOLERANCE}
+        far = {n: d for n, g in expected.items() if (d := size(ours[n] - g)) > step * GRADIENT_TOLERANCE * size(g)}
         assert not far, f"step {step}"
 
 
@@ -209,8 +187,8 @@ def test_every_gradient(run: Run, result: Callable[[Run], Result], oracle: Calla
 def test_norm_and_clip(run: Run, result: Callable[[Run], Result], oracle: Callable[[Run], unsplit.Trace]) -> None:
     """Of all stages together, known to every rank, and by PyTorch's formula."""
     expected, clip = oracle(run), SETTINGS[run.setting].clip
-    assert result(run).agreed("norms") == pytest.approx(expected.norms, rel=GRADIENT_TOLERANCE)
-    assert result(run).agreed("coefficients") == pytest.approx(expected.coefficients, rel=GRADIENT_TOLERANCE)
+    assert result(run).agreed("norms") == pytest.approx(expected.norms, rel=STEPS * GRADIENT_TOLERANCE)
+    assert result(run).agreed("coefficients") == pytest.approx(expected.coefficients, rel=STEPS * GRADIENT_TOLERANCE)
     assert (min(expected.coefficients) < 0.9) == bool(clip), "the setting should clip, or not"
 
 
@@ -218,13 +196,13 @@ def test_norm_and_clip(run: Run, result: Callable[[Run], Result], oracle: Callab
 def test_weights_after_five_steps(
     run: Run, result: Callable[[Run], Result], oracle: Callable[[Run], unsplit.Trace]
 ) -> None:
-    """Relative to how far they have moved."""
-    before, after, expected = one_head(result(run).initial), one_head(result(run).weights), oracle(run).weights
-    assert after.keys() == expected.keys()
-    far = {n: d for n in after if (d := distance(after[n], expected[n], expected[n] - before[n])) > WEIGHT_TOLERANCE}
-    assert not far
-    smallest = min(float((expected[n] - before[n]).norm() / expected[n].numel() ** 0.5) for n in expected)
-    assert smallest > 0.1 * LR, "every tensor should have moved by about the learning rate"
+    """All of them, by what noise in the gradients can do; and that is little of the way they went."""
+    ours, expected, before = one_head(result(run).weights), oracle(run), one_head(result(run).initial)
+    assert ours.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        tolerance = unsplit.weight_tolerance(expected, name, SETTINGS[run.setting].lr, EPS)
+        assert size(ours[name] - weight) <= tolerance, name
+        assert tolerance < 0.005 * size(weight - before[name]), f"{name} has not moved enough to tell"
 
 
 def test_stages_without_anything_to_train(result: Callable[[Run], Result], root: Path) -> None:
@@ -244,9 +222,7 @@ def test_two_replicas_are_twice_the_accumulation(result: Callable[[Run], Result]
         assert two.losses == pytest.approx(one.losses, rel=0, abs=LOSS_TOLERANCE)
         for step in range(1, STEPS + 1):
             for name, gradient in one.gradients(step).items():
-                assert distance(two.gradients(step)[name], gradient, gradient) < GRADIENT_TOLERANCE, name
-        for name, weight in one.weights.items():
-            assert distance(two.weights[name], weight, weight - one.initial[name]) < WEIGHT_TOLERANCE, name
+                assert size(two.gradients(step)[name] - gradient) <= step * GRADIENT_TOLERANCE * size(gradient), name
 
 
 def test_the_adapter_begins_alike_on_any_number_of_stages(result: Callable[[Run], Result]) -> None:

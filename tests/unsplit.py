@@ -19,6 +19,13 @@ from pipeline.training import prepare
 
 Rows = list[Tensor]  # token ids, int64 [T], of each row
 
+UNIT = 2**-24  # fp32 rounds a number by this part of it at most
+# A gradient is the end of some 4 layers × 12 operations forward and as many backward, each rounded, on our side and on
+# the oracle's. By step k it has also inherited what its weights drifted apart in k − 1 steps, which is as much again each.
+GRADIENT_TOLERANCE = 2 * 100 * UNIT
+# A loss of 6 has gone through the forward half of them.
+LOSS_TOLERANCE = 6 * 2 * 50 * UNIT
+
 
 @dataclass
 class Trace:
@@ -43,6 +50,24 @@ def rows(config_path: Path, overrides: list[str], steps: int, replicas: int = 1)
         position = info.next_position
     held_out = {name: [as_tensor(r.store[int(c)]) for c in r.chunks] for name, r in data.evaluation.items()}
     return training, held_out
+
+
+def size(tensor: Tensor) -> float:
+    """Its 2-norm, in fp64."""
+    return float(torch.linalg.vector_norm(tensor.double()))
+
+
+def weight_tolerance(trace: Trace, name: str, lr: float, eps: float) -> float:
+    """How far apart, in norm, noise in the gradients and rounding can bring a weight in the steps of `trace`.
+
+    An update m/(√v + ε) moves by at most δg/ε · 5/4 with a gradient's δg: 1 through m, and through v at most
+    √v/(√v + ε)² ≤ 1/(4ε). (So ε must not be tiny: elements whose gradient is nearly 0 would show nothing but noise.)
+    The decay and the update round the weight once each, on both sides.
+    """
+    steps = len(trace.losses)
+    largest = max(c * size(g[name]) for c, g in zip(trace.coefficients, trace.gradients, strict=True))
+    noise = lr * 5 / 4 * steps * GRADIENT_TOLERANCE * largest / eps
+    return noise + steps * 2 * 2 * UNIT * size(trace.weights[name])
 
 
 def as_tensor(ids: Any) -> Tensor:

@@ -53,10 +53,11 @@ class _Epoch:
 class MicroBatches:
     """The micro-batches of a run for data-parallel rank `dp_rank` of `dp_world`.
 
-    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, chunk). A micro-batch has `micro_batch_size` rows or,
-    with `batch_size_tokens`, as many as fit when padded. With one row length there is no padding and every micro-batch
-    has the same shape. With several, `group_by_length` puts rows of like length together, and the largest micro-batch
-    is the run's first, so that too little memory shows at once. UserError if a row exceeds `batch_size_tokens`.
+    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, chunk). A micro-batch has `micro_batch_size`
+    rows, or as many as `batch_size_tokens` holds when padded. With one row length there is no padding and every
+    micro-batch has the same shape. With several, `group_by_length` puts rows of like length together, and the largest
+    micro-batch is the run's first, so that too little memory shows at once. UserError if a row exceeds
+    `batch_size_tokens`.
     """
 
     def __init__(
@@ -155,10 +156,10 @@ class MicroBatches:
         return list(dict.fromkeys(names))
 
     def order_hash(self, epoch: int) -> str:
-        """16 hex digits that tell one order of rows from another. A saved position means nothing in another order."""
+        """16 hex digits that tell an epoch's rows and their order from others, where a position means nothing."""
         plan = self._epoch(epoch)
         if epoch not in self._hashes:
-            content = [plan.rows.tobytes(), self._lengths.tobytes()]
+            content = [plan.rows.tobytes(), *(store.report.sha256.encode() for store in self.stores)]
             if not self.fixed_shape:
                 content.append(plan.starts.tobytes())
             self._hashes[epoch] = hashlib.sha256(b"".join(content)).hexdigest()[:16]

@@ -4,6 +4,7 @@ The cache is keyed by the content of the files, the tokenizer and the settings. 
 wait; a store appears under its name when it is whole, or not at all.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.console import UserError, progress, rank
+from pipeline.console import EXIT_DISK_FULL, UserError, progress, rank
 from pipeline.data import documents
 from pipeline.data.documents import Document, Source
 from pipeline.data.split import SEED, Streams, held_out_count
@@ -87,7 +88,7 @@ def special_ids(tokenizer: Any, name: str) -> Marks:
 def _key(
     name: str, sources: list[Source], tokenizer: str, marks: Marks, sequence_len: int, held_out: float | int
 ) -> str:
-    """Names the content: 16 hex digits of the SHA-256 of all that decides the chunks and their documents' names."""
+    """Names the content: 20 hex digits of the SHA-256 of all that decides the chunks and their documents' names."""
     total = sum(path.stat().st_size for path, _ in sources)
     files = []
     with progress(f"checking {name}", total) if total > 2**30 else nullcontext(lambda n: None) as advance:
@@ -96,7 +97,7 @@ def _key(
                 files.append((file_name, hashlib.file_digest(file, "sha256").hexdigest()))
             advance(path.stat().st_size)
     content = [FORMAT, name, files, tokenizer, marks, sequence_len, held_out, BATCH_TOKENS]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
 def _write(
@@ -119,6 +120,13 @@ def _write(
             writer.close()
         os.rename(staging, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"dataset '{name}': no space left for its chunks in '{path.parent}'; they take 4 bytes a token",
+            EXIT_DISK_FULL,
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -155,7 +163,7 @@ def _counted(read: Iterator[Document], total: int, advance: Callable[[int], None
 def _alone(cache_dir: Path, path: Path) -> Iterator[None]:
     """Hold the cache's lock; the system frees it when a process dies, however it dies.
 
-    Where `path` has to be built, other ranks let the first go first for some seconds: it is the one that shows progress.
+    Where `path` has to be built, other ranks give the first some seconds to begin: it is the one that shows progress.
     """
     with open(cache_dir / ".lock", "a") as file:
         patience = time.monotonic() + (LET_FIRST_RANK_S if rank() else 0)

@@ -8,6 +8,7 @@ On disk a store is a folder: `chunks.arrow` (int32, fixed-size lists), `document
 stream) and `report.json`. The chunks stay on disk: a run holds no more of them than the pages it touches.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ class Report:
     eos_tokens: int
     chunks: int
     tail_tokens: int
+    sha256: str  # of the chunks
 
     def __str__(self) -> str:
         """One line, as an equation."""
@@ -87,7 +89,8 @@ class ChunkWriter:
     def __init__(self, folder: Path, name: str, stream: str, sequence_len: int, marks: Marks) -> None:
         folder.mkdir(parents=True)
         self.folder, self.name, self.stream, self.sequence_len = folder, name, stream, sequence_len
-        self.bos, self.eos, self.unknown = marks.bos, marks.eos, marks.unknown
+        self.bos, self.eos = marks.bos, marks.eos
+        self.unknown = -1 if marks.unknown is None else marks.unknown
         self.special = [id for id in (marks.bos, marks.eos, *marks.others) if id is not None and id != marks.unknown]
         self.body = sequence_len - (marks.bos is not None)
         self.rows = max(1, BATCH_TOKENS // sequence_len)
@@ -97,7 +100,8 @@ class ChunkWriter:
         self.ends_in_eos = False
         self.names: list[str] = []
         self.starts: list[int] = []
-        self.counts = dict.fromkeys(_COUNTS, 0)
+        self.counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
+        self.content = hashlib.sha256()
         schema = pa.schema([("input_ids", pa.list_(pa.int32(), sequence_len))])
         self._chunks = _ArrowFile(folder / "chunks.arrow", schema)
         self._documents = _ArrowFile(folder / "documents.arrow", _DOCUMENTS)
@@ -132,7 +136,10 @@ class ChunkWriter:
         self._write_documents()
         self._chunks.close()
         self._documents.close()
-        report = Report(self.name, self.stream, self.sequence_len, self.bos, self.eos, tail_tokens=tail, **self.counts)
+        report = Report(
+            name=self.name, stream=self.stream, sequence_len=self.sequence_len, bos=self.bos, eos=self.eos,
+            tail_tokens=tail, sha256=self.content.hexdigest(), **self.counts,
+        )  # fmt: skip
         if not report.chunks:
             of_stream = "" if self.stream == "all" else f" held for '{self.stream}'"
             raise UserError(
@@ -166,7 +173,9 @@ class ChunkWriter:
         if count:
             body = stream[: count * self.body].reshape(count, self.body)
             rows = body if self.bos is None else np.insert(body, 0, self.bos, axis=1)
-            values = pa.array(np.ascontiguousarray(rows).reshape(-1), pa.int32())
+            rows = np.ascontiguousarray(rows, dtype="<i4")
+            self.content.update(rows.tobytes())
+            values = pa.array(rows.reshape(-1), pa.int32())
             self._chunks.write([pa.FixedSizeListArray.from_arrays(values, self.sequence_len)])
         rest = stream[count * self.body :].copy()
         self.pending, self.pending_tokens = [rest], len(rest)
@@ -187,11 +196,11 @@ class ChunkStore:
         try:
             content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             sizes = {name: (folder / name).stat().st_size for name in content["sizes"]}
-        except (OSError, ValueError, KeyError) as error:
+            self.report = Report(**content["report"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not a whole store of chunks ({error}); {_MEND}") from None
         if sizes != content["sizes"]:
             raise UserError(f"{folder}: files have not the size they were written with; {_MEND}")
-        self.report = Report(**content["report"])
         self.name, self.sequence_len = self.report.name, self.report.sequence_len
         self._chunks = _opened(folder / "chunks.arrow")
         self._rows = max(1, BATCH_TOKENS // self.sequence_len)

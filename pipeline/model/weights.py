@@ -69,6 +69,17 @@ def _shares_head(stage: Stage) -> bool:
     return stage.is_first and stage.is_last and tied_source(stage.model, "lm_head.weight") is not None
 
 
+def check_saved_as_run(model: PreTrainedModel) -> None:
+    """Raise UserError for a model whose checkpoint is not what it runs (experts one by one): it cannot be saved in parts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise UserError(
+            f"full_fine_tune: transformers stores '{model.config.model_type}' in another form than it runs, and writing "
+            "that form from several stages is not built yet; train an adapter"
+        )
+
+
 def tied_source(model: PreTrainedModel, name: str) -> str | None:
     """The name under which a tied checkpoint stores `name`: the embedding's, for a tied head; else None."""
     if not model.config.tie_word_embeddings or not name.startswith("lm_head."):

@@ -20,7 +20,7 @@ from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, split
 from pipeline.model import adapters, partition
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.model.weights import tensor_files
+from pipeline.model.weights import check_saved_as_run, tensor_files
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def plan_model(config: Config) -> ModelPlan:
     targets: list[str] = []
     first_adapted = None
     if config.full_fine_tune:
+        check_saved_as_run(shell)
         say(
             f"training: the model's own weights{'' if config.target_modules is None else f', those of {config.target_modules}'}"
         )

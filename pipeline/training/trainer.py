@@ -225,7 +225,7 @@ class Trainer:
             )
         self.metrics.log(self.step, results)
         mean = sum(loss for tag, loss in results.items() if tag.endswith("/loss")) / len(self.evaluations)
-        if self.best_loss is None or mean < self.best_loss:
+        if math.isfinite(mean) and (self.best_loss is None or mean < self.best_loss):
             self.best_loss = mean
             if may_be_best:
                 self.save_artifact(self.run_dir / "best_loss")
