@@ -185,7 +185,7 @@ def report(summary: dict, seconds: float) -> None:
     print(f"\n{'held-out chapters':34} {'loss':>8} {'perplexity':>11}")
     for name, key in (("base", "base_eval_loss"), ("with the adapter, two stages", "adapter_eval_loss"),
                       ("merged, plain transformers", "merged_eval_loss")):  # fmt: skip
-        print(f"{name:34} {summary[key]:8.4f} {2.718281828**summary[key]:11.2f}")
+        print(f"{name:34} {summary[key]:8.4f} {2.718281828 ** summary[key]:11.2f}")
     print(
         f"\n{summary['steps']} steps over {summary['stages']} stages, stopped and resumed at step "
         f"{summary['resumed_at_step']}, {summary['tokens_per_s']:,.0f} tokens/s (median), {seconds:.0f} s in all\n"

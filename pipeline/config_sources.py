@@ -26,6 +26,8 @@ JSON_KEYS = {
     "steps_per_print": "steps_per_print",
 }
 SECTIONS: dict[str, type[Section]] = {"optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset}
+# What pydantic puts into the place of an error to say which member of a union it tried.
+BRANCHES = {"function-after", "bool", "str", "float", "int", "list[str]", "literal['all-linear']", "literal['unsloth']"}
 # Stands in for a required key that is wrong or missing, so that the rules between the other keys are still checked.
 STAND_INS: dict[str, Any] = {
     "model": "-", "output_dir": "-", "pipeline_stages": 1, "optimizer": {"type": "adamw", "lr": 1.0},
@@ -96,7 +98,7 @@ def _without_refused(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]
 def _explain(error: ValidationError) -> list[str]:
     lines: dict[str, list[str]] = {}  # what is wrong → the rules it breaks, of which one would do
     for e in error.errors():
-        loc = [part for part in e["loc"] if part not in ("function-after", "bool", "str", "float", "int", "literal['all-linear']", "list[str]", "literal['unsloth']")]  # fmt: skip
+        loc = [part for part in e["loc"] if part not in BRANCHES]
         key = _dotted(loc)
         if e["type"] == "extra_forbidden":
             lines[f"{key}: unknown key. {_nearest(loc)}"] = []

@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
     """Seconds as `4 d 03 h`, `2 h 05 min`, `3 min 20 s` or `4.2 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, s = divmod(int(round(seconds)), 60)
+    minutes, s = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {s:02d} s"
     hours, minutes = divmod(minutes, 60)

@@ -62,7 +62,9 @@ def model_config(kind: str = "cohere", layers: int = 4, **changes: Any) -> Any:
     return getattr(transformers, names[kind])(**{**small, **changes})
 
 
-def save_model(folder: Path, kind: str = "cohere", layers: int = 4, seed: int = 0, dtype: Any = torch.float32, **changes: Any) -> Any:
+def save_model(
+    folder: Path, kind: str = "cohere", layers: int = 4, seed: int = 0, dtype: Any = torch.float32, **changes: Any
+) -> Any:
     """A tiny model with random weights of useful size (not the near-zero of an untrained one), saved by transformers."""
     from transformers import AutoModelForCausalLM
 
@@ -98,7 +100,12 @@ def start(processes: int, *arguments: str, script: Path = ROOT / "train.py", **e
     """`deepspeed --num_gpus N train.py …` (or another script) in a session of its own."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), str(script), *arguments]
     return subprocess.Popen(
-        command, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 

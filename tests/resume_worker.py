@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.training.stop import Watcher, hold_signals  # noqa: E402
+from pipeline.training.stop import Watcher, hold_signals
 
 HELD = hold_signals()
 

@@ -20,20 +20,20 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
-from deepspeed.runtime.pipe.module import PipelineModule  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from safetensors.torch import save_file
+from torch import Tensor
 
-from pipeline import config_sources  # noqa: E402
-from pipeline.console import UserError  # noqa: E402
-from pipeline.model.activation import HostMemory  # noqa: E402
-from pipeline.model.stage import Stage  # noqa: E402
-from pipeline.training import assemble, engine, evaluation, prepare, selftest  # noqa: E402
-from pipeline.training.metrics import Clock  # noqa: E402
-from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer  # noqa: E402
-from pipeline.training.stop import Watcher  # noqa: E402
+from pipeline import config_sources
+from pipeline.console import UserError
+from pipeline.model.activation import HostMemory
+from pipeline.model.stage import Stage
+from pipeline.training import assemble, engine, evaluation, prepare, selftest
+from pipeline.training.metrics import Clock
+from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer
+from pipeline.training.stop import Watcher
 
 
 def main() -> None:

@@ -27,7 +27,10 @@ def save(run: Path, step: int, world: int = 2) -> Path:
 
     def one(rank: int) -> None:
         try:
-            tensors = {f"weights/{rank}": torch.full((1000,), float(step)), f"rng/{rank}/cpu": torch.zeros(8, dtype=torch.uint8)}
+            tensors = {
+                f"weights/{rank}": torch.full((1000,), float(step)),
+                f"rng/{rank}/cpu": torch.zeros(8, dtype=torch.uint8),
+            }
             checkpoint.save(run, "launch", rank, world, step, tensors, FACTS)
         except BaseException as error:
             errors.append(error)
@@ -45,7 +48,11 @@ def save(run: Path, step: int, world: int = 2) -> Path:
 def test_a_checkpoint_holds_every_process_s_tensors(tmp_path: Path) -> None:
     folder = save(tmp_path, 7)
     manifest = checkpoint.verify(folder)
-    assert (manifest["step"], manifest["rows"], set(manifest["files"])) == (7, 3, {"rank-0.safetensors", "rank-1.safetensors"})
+    assert (manifest["step"], manifest["rows"], set(manifest["files"])) == (
+        7,
+        3,
+        {"rank-0.safetensors", "rank-1.safetensors"},
+    )
     tensors = {key: value() for key, value in checkpoint.read(folder, manifest)}
     assert set(tensors) == {"weights/0", "weights/1", "rng/0/cpu", "rng/1/cpu"}
     assert torch.equal(tensors["weights/1"], torch.full((1000,), 7.0))
@@ -72,7 +79,9 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["a flipped bit", "cut short", "shards swapped", "a shard missing", "half a manifest"])
-def test_damage_is_noticed_and_the_next_older_one_taken(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_noticed_and_the_next_older_one_taken(
+    tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(tmp_path, 2)
     damage(save(tmp_path, 4), how)
     folder, manifest = checkpoint.find(tmp_path, newest_run=False)
@@ -96,7 +105,9 @@ def test_the_newest_run_that_has_a_checkpoint_is_taken_and_other_folders_are_not
     assert checkpoint.find(tmp_path, newest_run=True)[0] == tmp_path / "20260101_00-00-00" / "global_step9"
 
 
-def test_one_process_s_failure_fails_all_and_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_s_failure_fails_all_and_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 2)
     write = checkpoint._write_shard
 
@@ -137,7 +148,14 @@ def test_pruning_keeps_the_newest_and_ignores_other_names(tmp_path: Path) -> Non
     (tmp_path / "steps_by_hand").mkdir()
     checkpoint.prune(tmp_path, "global_step", 2)
     checkpoint.prune(tmp_path, "step", -1)
-    assert {p.name for p in tmp_path.iterdir()} == {"global_step10", "global_step100", "step9", "step10", "step100", "steps_by_hand"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "global_step10",
+        "global_step100",
+        "step9",
+        "step10",
+        "step100",
+        "steps_by_hand",
+    }
 
 
 KILLED = """

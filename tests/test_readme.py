@@ -24,7 +24,9 @@ def test_make_train_does_the_main_job(tmp_path: Path) -> None:
     assert "    make train" in README and re.search(r"^train: setup.*\n\t.*python quickstart\.py$", makefile, re.M)
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", "runs", ".*_cache", ".hypothesis"))
-    done = subprocess.run([sys.executable, "quickstart.py"], cwd=tree, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "quickstart.py"], cwd=tree, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tree / "runs/quickstart/summary.json").read_text())
     assert list(summary) == SUMMARY_KEYS
@@ -73,7 +75,9 @@ def test_the_founding_run_is_ready_for_two_48_gib_gpus(tmp_path: Path, command_r
     stages = re.findall(r"stage \d: layers (\d+) to (\d+) .*, ([\d.]+) GiB of weights, (\d+)% of the work", done.stdout)
     assert [int(first) for first, *_ in stages] == [0, int(stages[0][1]) + 1] and int(stages[-1][1]) == 39
     # 40 layers of 822 M weights and an embedding of 2097 M on both ends (tied, frozen), bf16: 69.1 GiB in all.
-    assert sum(float(size) for *_, size, _ in stages) == pytest.approx(40 * 2 * 822.1e6 / 2**30 + 2 * 2 * 2097e6 / 2**30, rel=0.01)
+    assert sum(float(size) for *_, size, _ in stages) == pytest.approx(
+        40 * 2 * 822.1e6 / 2**30 + 2 * 2 * 2097e6 / 2**30, rel=0.01
+    )
     assert all(float(size) < 40 for *_, size, _ in stages)  # of 48, with room for activations
     assert "16 micro-batches (16 accumulated × 1 replica(s)) = " in done.stdout
     if "preview" in command:

@@ -33,11 +33,19 @@ def config(folder: Path, base: Path, **changes: Any) -> str:
     return str(write_config(folder / "config.toml", **{**settings, **changes}))
 
 
-def run_plan(folder: Path, processes: int, plan: list[dict[str, Any]], expect: int = 0, name: str = "plan") -> dict[str, Any]:
+def run_plan(
+    folder: Path, processes: int, plan: list[dict[str, Any]], expect: int = 0, name: str = "plan"
+) -> dict[str, Any]:
     """Run tests/resume_worker.py over `plan`; returns its codes and run folders."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(plan))
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes), "tests/resume_worker.py", str(path)]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        str(processes),
+        "tests/resume_worker.py",
+        str(path),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == expect, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     result = path.with_suffix(".runs.json")
@@ -83,7 +91,9 @@ def test_stopped_after_any_step_and_resumed_is_bit_equal(tmp_path: Path, base: P
     # The state is named by the whole model's parameters: two stages → one → three, to rounding.
     half = result["runs"][5]  # stopped after step 3 and resumed: it still has that checkpoint
     no_dropout = ["lora_dropout=0.0"]
-    straight = run_plan(tmp_path, 2, [{"config": toml, "overrides": no_dropout, "resume": f"{half}/global_step3"}], name="two")
+    straight = run_plan(
+        tmp_path, 2, [{"config": toml, "overrides": no_dropout, "resume": f"{half}/global_step3"}], name="two"
+    )
     reference = final_state(straight["runs"][0])
     one = run_plan(tmp_path, 1, [
         {"config": toml, "overrides": ["pipeline_stages=1", *no_dropout], "resume": f"{half}/global_step3", "stop_after": 5},
@@ -121,5 +131,3 @@ def test_a_step_that_hangs_is_left_with_the_last_completed_step_saved(tmp_path: 
     assert (run / "global_step3/manifest.json").exists()
     both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")
     assert_equal(final_state(both["runs"][0]), final_state(both["runs"][1]))
-
-

@@ -20,7 +20,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started(folder: Path, base: Path) -> tuple[subprocess.Popen[str], list[int], Path]:
     """A long run over two stages that has done a step: its launcher, its ranks' process ids, its folder."""
-    toml = write_config(folder / "c.toml", model=str(base), output_dir=str(folder / "runs"), max_steps=100000, epochs=1000)
+    toml = write_config(
+        folder / "c.toml", model=str(base), output_dir=str(folder / "runs"), max_steps=100000, epochs=1000
+    )
     launcher = start(2, "--config", str(toml))
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
@@ -30,7 +32,11 @@ def started(folder: Path, base: Path) -> tuple[subprocess.Popen[str], list[int],
             break
         time.sleep(0.1)
     below = psutil.Process(launcher.pid).children(recursive=True)
-    ranks = [p.pid for p in below if "--local_rank" in " ".join(p.cmdline()) and "launcher.launch" not in " ".join(p.cmdline())]
+    ranks = [
+        p.pid
+        for p in below
+        if "--local_rank" in " ".join(p.cmdline()) and "launcher.launch" not in " ".join(p.cmdline())
+    ]
     assert len(ranks) == 2
     return launcher, ranks, only_run(folder / "runs")
 
@@ -44,7 +50,9 @@ def gone(pids: list[int], within_s: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("whom", ["one rank", "the group", "launch.py", "the deepspeed command", "killed launcher", "save_quit"])
+@pytest.mark.parametrize(
+    "whom", ["one rank", "the group", "launch.py", "the deepspeed command", "killed launcher", "save_quit"]
+)
 def test_a_stop_ends_in_a_saved_state_and_no_orphan(tmp_path: Path, base: Path, whom: str) -> None:
     launcher, ranks, run = started(tmp_path, base)
     launch_py = psutil.Process(ranks[0]).ppid()

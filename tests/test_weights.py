@@ -1,7 +1,6 @@
 """Weights from safetensors into a stage: its own, bit for bit, in memory of about its own size; or a clear refusal."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,8 +192,9 @@ def test_truncated_file_is_a_user_error(tmp_path: Path) -> None:
 # Memory
 
 MEASURE = """
-import sys, threading, time, torch
+import os, sys, threading, time, torch
 from pathlib import Path
+import transformers.core_model_loading, transformers.conversion_mapping  # what is imported is not what is measured
 from pipeline.model import weights
 from pipeline.model.stage import Stage, empty_model, read_model_config
 
@@ -202,54 +202,60 @@ def resident():
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) * 1024, int(lines["RssFile"].split()[0]) * 1024
 
-folder, first, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-import transformers.core_model_loading, transformers.conversion_mapping  # what is imported is not what is measured
-stage = Stage(empty_model(read_model_config(folder), torch.bfloat16, None), first, end)
-before, peak, done = resident(), [0, 0], threading.Event()
+def measure(folder, first, end):
+    stage = Stage(empty_model(read_model_config(folder), torch.bfloat16, None), first, end)
+    before, peak, done = resident(), [0, 0], threading.Event()
 
-def watch():
-    while not done.is_set():
-        peak[:] = map(max, peak, resident())
-        time.sleep(0.0005)
+    def watch():
+        while not done.is_set():
+            peak[:] = map(max, peak, resident())
+            time.sleep(0.0005)
 
-thread = threading.Thread(target=watch)
-thread.start()
-weights.load(stage, folder, torch.bfloat16, torch.device("cpu"))
-time.sleep(0.005)
-done.set()
-thread.join()
-own = sum(p.numel() * p.element_size() for p in stage.parameters())
-assert own and all(p.dtype == torch.bfloat16 for p in stage.parameters())
-print(own, peak[0] - before[0], peak[1] - before[1])
+    thread = threading.Thread(target=watch)
+    thread.start()
+    weights.load(stage, folder, torch.bfloat16, torch.device("cpu"))
+    time.sleep(0.005)
+    done.set()
+    thread.join()
+    assert all(p.dtype == torch.bfloat16 for p in stage.parameters())
+    own = sum(p.numel() * p.element_size() for p in stage.parameters())
+    print(own, peak[0] - before[0], peak[1] - before[1], flush=True)
+
+for folder in sys.argv[3:]:  # each in a process of its own, so that none finds memory which another has freed
+    if not (child := os.fork()):
+        measure(folder, int(sys.argv[1]), int(sys.argv[2]))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 MIB = 2**20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_loading_a_stage_needs_about_its_own_size(tmp_path: Path, kind: str) -> None:
-    """A quarter of the layers of a model of 200 MiB as stored in fp32, loaded in bf16, in a process of its own.
+def test_loading_a_stage_needs_about_its_own_size(tmp_path: Path) -> None:
+    """A quarter of the layers of a model of 170 MiB as stored in fp32, loaded in bf16, in a process of its own.
 
-    Anonymous memory: the stage's own weights, and what is on its way: one tensor in fp32 and bf16; for experts, which
-    transformers stacks, those of a layer (both projections read in fp32, joined, and cast: thrice their bf16 size
-    each). Pages of the files are not anonymous, but those touched should be the stage's own: twice its bf16 size.
+    Anonymous memory: the stage's own weights, and what is on its way: one tensor in fp32 and bf16, less than a layer's
+    bf16 size; for experts, which transformers stacks, those of one layer in fp32, joined and cast: thrice that size.
+    Pages of the files are not anonymous, but those touched should be the stage's own: twice its bf16 size.
     """
-    size = {"hidden_size": 512, "intermediate_size": 1280, "head_dim": 128, "num_attention_heads": 4}
-    experts = {"num_local_experts": 4, "intermediate_size": 320} if kind == "mixtral" else {}
-    model = AutoModelForCausalLM.from_config(builders.model_config(kind, layers=16, **{**size, **experts}))
-    stored = sum(p.numel() * 4 for p in model.parameters())
-    model.save_pretrained(tmp_path, max_shard_size="50MB")
-    per_layer = sum(p.numel() * 2 for p in model.model.layers[0].parameters())
-    del model
-    assert 150 * MIB < stored < 260 * MIB
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), "4", "8"]
-    root = {**builders.environment(), "PYTHONPATH": str(builders.ROOT), "MALLOC_ARENA_MAX": "1"}
-    result = subprocess.run(command, env={**os.environ, **root}, capture_output=True, text=True, timeout=120)
+    size = {"hidden_size": 512, "head_dim": 128, "num_attention_heads": 4, "layers": 16}
+    kinds: dict[str, dict[str, Any]] = {
+        "llama": {"intermediate_size": 1280}, "mixtral": {"num_local_experts": 4, "intermediate_size": 320},
+    }  # fmt: skip
+    for kind, changes in kinds.items():
+        model = AutoModelForCausalLM.from_config(builders.model_config(kind, **{**size, **changes}))
+        stored = sum(p.numel() * 4 for p in model.parameters())
+        assert 150 * MIB < stored < 200 * MIB
+        model.save_pretrained(tmp_path / kind, max_shard_size="50MB")
+        del model
+    command = [sys.executable, "-c", MEASURE, "4", "8", *(str(tmp_path / kind) for kind in kinds)]
+    environment = {**builders.environment(), "PYTHONPATH": str(builders.ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    own, anonymous, of_files = map(int, result.stdout.split())
-    assert own == 4 * per_layer and own * 8 == pytest.approx(stored, rel=0.02)
-    on_its_way = per_layer * (3 if kind == "mixtral" else 1)
-    slack = 8 * MIB  # the interpreter's own: parsed headers, code of functions called for the first time
-    print(own / MIB, anonymous / MIB, of_files / MIB, per_layer / MIB)
-    assert anonymous <= own + on_its_way + slack
-    assert of_files <= 2 * own + on_its_way + slack
+    for kind, line in zip(kinds, result.stdout.splitlines()[-2:], strict=True):
+        own, anonymous, of_files = map(int, line.split())
+        assert own * 8 == pytest.approx(stored, rel=0.02), "a quarter, in half the bytes"
+        on_its_way = own / 4 * (3 if kind == "mixtral" else 1)
+        slack = 8 * MIB  # the interpreter's own: parsed headers, code that runs for the first time
+        assert own * 0.9 <= anonymous <= own + on_its_way + slack, (kind, own, anonymous)
+        assert of_files <= 2 * own + on_its_way + slack, (kind, own, of_files)

@@ -32,7 +32,7 @@ class MultiplicativeLoRA(nn.Module):
         self.base_layer = base_layer
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout)
-        width = base_layer.out_features
+        width = int(base_layer.out_features)  # type: ignore[arg-type]
         self.A = nn.Parameter(torch.empty(rank, width, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(width, rank, dtype=dtype, device=device))
 
@@ -50,7 +50,8 @@ def resolve_layers(text: str | None, n_layers: int) -> list[int]:
     wanted = sorted({index for low, high in layer_ranges(text) for index in range(low, high + 1)})
     if wanted[-1] >= n_layers:
         raise UserError(
-            f"layers_to_transform = '{text}': the model has {n_layers} decoder layers, 0 to {n_layers - 1} (both ends of a range are included)"
+            f"layers_to_transform = '{text}': the model has {n_layers} decoder layers, 0 to {n_layers - 1} "
+            "(both ends of a range are included)"
         )
     return wanted
 
@@ -74,7 +75,8 @@ def resolve_targets(model: PreTrainedModel, target_modules: list[str] | str, lay
         for target in target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in wanted):
                 raise UserError(
-                    f"target_modules: no linear module '{target}' in the chosen layers; there are {', '.join(sorted(found)) or 'none'}"
+                    f"target_modules: no linear module '{target}' in the chosen layers; "
+                    f"there are {', '.join(sorted(found)) or 'none'}"
                 )
     chosen = {full for name in wanted for full in found[name]}
     return [name for name, _ in model.named_modules() if name in chosen]

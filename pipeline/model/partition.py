@@ -36,10 +36,8 @@ def costs(base: nn.Module, head: nn.Module, *, first_adapted: int | None, recomp
         dense = sum(p.numel() for name, p in layer.named_parameters() if p.dim() >= 2 and ".experts." not in f".{name}")
         experts = sum(p.numel() for name, p in layer.named_parameters() if ".experts." in f".{name}")
         forward = 2 * (dense + experts * active_share_of_experts) + 2 * sequence_len * key_width
-        if first_adapted is None:
-            backward = 2 * forward
-        else:
-            backward = forward if index >= first_adapted else 0
+        trained_below = first_adapted is None or index >= first_adapted
+        backward = (2 * forward if first_adapted is None else forward) if trained_below else 0
         per_layer.append(float(forward + backward + (forward if recompute and backward else 0)))
     head_flops = 2.0 * sum(p.numel() for p in head.parameters())
     return Costs(

@@ -30,8 +30,8 @@ class PassThrough(nn.Module):
     def __init__(self, replaced: nn.Module | None = None) -> None:
         super().__init__()
         # Some models choose each layer's mask by this attribute of the layer.
-        if hasattr(replaced, "attention_type"):
-            self.attention_type = replaced.attention_type
+        if (attention_type := getattr(replaced, "attention_type", None)) is not None:
+            self.attention_type = attention_type
 
     def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
         return first
@@ -83,7 +83,8 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
         raise UserError(
             f"model_type '{config.model_type}' cannot be cut into stages: {type(model).__name__} has no "
             f"{', '.join(missing) or 'linear output head'}; what fits has embed_tokens, layers, norm and a linear head "
-            "(cohere, cohere2, llama, mistral, mixtral, qwen2, qwen3, gemma2, gemma3_text, phi3, granite, olmo2, glm4 and their like)"
+            "(cohere, cohere2, llama, mistral, mixtral, qwen2, qwen3, gemma2, gemma3_text, phi3, granite, olmo2, glm4 "
+            "and their like)"
         )
     model.config.use_cache = False
     return model

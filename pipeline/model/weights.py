@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,7 +24,12 @@ def tensor_files(folder: str) -> dict[str, Path]:
     root = Path(folder)
     index = root / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: root / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            files = {name: root / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{index} is not an index of safetensors files ({error!r}); the download is incomplete"
+            ) from error
         lost = sorted({file.name for file in files.values() if not file.is_file()})
         if lost:
             raise UserError(f"{index} names files that are not there: {', '.join(lost)}; the download is incomplete")
@@ -33,8 +38,16 @@ def tensor_files(folder: str) -> dict[str, Path]:
     if not single.is_file():
         found = ", ".join(sorted(p.name for p in root.glob("*.bin"))[:3]) or "no weights at all"
         raise UserError(f"model = '{folder}': needs model.safetensors or model.safetensors.index.json; found {found}")
-    with safe_open(single, framework="pt") as file:
+    with _open(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def _open(path: Path) -> Any:
+    """safetensors' reader of `path`, for `with`."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not readable: {error}; the download is incomplete") from error
 
 
 def load(stage: Stage, folder: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -99,8 +112,10 @@ def _load_by_name(
 ) -> None:  # fmt: skip
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     done: dict[str, torch.Tensor] = {}
-    for path in sorted(set(files[s] for s in sources.values())):
-        with safe_open(path, framework="pt") as file:
+    for path in sorted({files[s] for s in sources.values()}):
+        with _open(path) as file:
+            if absent := set(source for source in sources.values() if files[source] == path) - set(file.keys()):
+                raise UserError(f"{path} lacks {', '.join(sorted(absent)[:4])}, which the index says it has")
             for name, source in sources.items():
                 if files[source] != path:
                     continue
@@ -140,18 +155,20 @@ def _load_converted(stage: Stage, files: dict[str, Path], device: torch.device, 
             f"the model folder has no tensor for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
         )
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # one tensor at a time instead of a pool of threads
-    opened = {path: safe_open(path, framework="pt") for path in sorted(set(_files_of(stage, files)))}
+    opened = {path: _open(path) for path in sorted(set(_files_of(stage, files)))}
     handles = {path: handle.__enter__() for path, handle in opened.items()}
     try:
         slices = {name: handles[files[name]].get_slice(name) for name in _names_of(stage, files)}
-        if tied := tied_source(stage.model, "lm_head.weight"):
-            if stage.is_last and tied in files and "lm_head.weight" not in slices:
-                slices["lm_head.weight"] = handles[files[tied]].get_slice(tied)
+        tied = tied_source(stage.model, "lm_head.weight")
+        if tied in files and stage.is_last and "lm_head.weight" not in slices:
+            slices["lm_head.weight"] = handles[files[tied]].get_slice(tied)
         config = LoadStateDictConfig(device_map={"": device}, dtype=stage.model.dtype, weight_mapping=mapping)
-        convert_and_load_state_dict_in_model(stage.model, slices, config)
+        report, _ = convert_and_load_state_dict_in_model(stage.model, slices, config)
     finally:
         for handle in opened.values():
             handle.__exit__(None, None, None)
+    for name, found, right in sorted(report.mismatched_keys):
+        raise UserError(f"{name} has shape {list(found)}, but config.json makes it {list(right)}")
 
 
 def _names_of(stage: Stage, files: dict[str, Path]) -> Iterable[str]:

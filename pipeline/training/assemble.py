@@ -50,7 +50,7 @@ def trainer(
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
     evaluations = prepare.evaluation_batches(config, data, place.replica, place.replicas)
     transform = logit_transform(stage.model.config)
-    head = stage.head if stage.is_last else None
+    head: Any = stage.head if stage.is_last else None  # only the last stage computes a loss
     pipeline_engine = engine.build(
         stage, place,
         partial(language_modelling.training_loss, head=head, transform=transform._replace(after=config.train_logit_scale)),
@@ -103,8 +103,12 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     """Over this stage's trained parameters, which may be none."""
     parameters = adapters.trainable(stage)
     counts: list[int] = [0] * place.world
-    second_copy = stage.model.config.tie_word_embeddings and not stage.is_first  # a tied head is the embedding once more
-    dist.all_gather_object(counts, sum(p.numel() for name, p in parameters.items() if not (second_copy and name == HEAD)))
+    second_copy = (
+        stage.model.config.tie_word_embeddings and not stage.is_first
+    )  # a tied head is the embedding once more
+    dist.all_gather_object(
+        counts, sum(p.numel() for name, p in parameters.items() if not (second_copy and name == HEAD))
+    )
     total = sum(counts) // place.replicas
     if not total:
         raise UserError(f"nothing to train: target_modules = {config.target_modules} matches no parameter")

@@ -135,7 +135,9 @@ def agree(place: Place, problem: str | None) -> None:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process has gone: gloo says so in words only."""
-    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "reset by peer" in str(error)
+    return (
+        isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "reset by peer" in str(error)
+    )
 
 
 def new_group(ranks: list[int]) -> Any:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
 from pipeline.console import UserError, gib, say
 from pipeline.data import chunks
-from pipeline.data.batches import MicroBatches
+from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, split
@@ -43,55 +42,65 @@ class Data:
 
 def plan_model(config: Config) -> ModelPlan:
     """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to."""
-    model_config = read_model_config(config.model)
     tensor_files(config.model)
-    shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
-    n_layers = len(shell.base_model.layers)
-    targets: list[str] = []
-    first_adapted = None
+    shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
     if config.full_fine_tune:
-        check_saved_as_run(shell)
-        say(
-            f"training: the model's own weights{'' if config.target_modules is None else f', those of {config.target_modules}'}"
-        )
-        if config.target_modules == "all-linear":
-            raise UserError(
-                "target_modules = 'all-linear': with full_fine_tune, give names of modules, or leave the key out to train everything"
-            )
+        targets, first_adapted = [], None
+        check_full_fine_tune(config, shell)
     else:
-        layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
-        names = config.target_modules or (
-            ["down_proj"] if config.adapter_type == "multiplicative_lora" else "all-linear"
+        targets, first_adapted = resolve_adapter(config, shell)
+    biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
+    return ModelPlan(shell, targets, biased, cut_into_stages(config, shell, first_adapted))
+
+
+def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
+    """Say that the model's own weights are trained; UserError where that is not possible."""
+    check_saved_as_run(shell)
+    if config.target_modules == "all-linear":
+        raise UserError(
+            "target_modules = 'all-linear': with full_fine_tune, give names of modules, "
+            "or leave the key out to train everything"
         )
-        targets = adapters.resolve_targets(shell, names, layers)
-        first_adapted = layers[0]
-        rank, alpha = config.lora_rank or 1, config.lora_alpha or 1.0
-        where = "the output of" if config.adapter_type == "multiplicative_lora" else "the weights of"
-        modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-        say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(layers, n_layers)}")
-        say(f"          rank {rank}, s = alpha/rank = {alpha:g}/{rank} = {alpha / rank:g}, {config.lora_weight_dtype}")
+    which = "" if config.target_modules is None else f", those of {', '.join(config.target_modules)}"
+    say(f"training: the model's own weights{which}")
+
+
+def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], int]:
+    """Full names of the modules to adapt, and the first adapted layer; says them in words."""
+    n_layers = len(shell.base_model.layers)
+    layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
+    multiplicative = config.adapter_type == "multiplicative_lora"
+    names = config.target_modules or (["down_proj"] if multiplicative else "all-linear")
+    targets = adapters.resolve_targets(shell, names, layers)
+    where = "the output of" if multiplicative else "the weights of"
+    modules = "all linear modules" if names == "all-linear" else ", ".join(names)
+    rank, alpha = config.lora_rank or 1, config.lora_alpha or 1.0
+    say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(layers, n_layers)}")
+    say(f"          rank {rank}, s = alpha/rank = {alpha:g}/{rank} = {alpha / rank:g}, {config.lora_weight_dtype}")
+    return targets, layers[0]
+
+
+def cut_into_stages(config: Config, shell: PreTrainedModel, first_adapted: int | None) -> list[tuple[int, int]]:
+    """Each stage's range of layers; says it with the stage's weights and share of the work."""
     cost = partition.costs(
         shell.base_model, shell.get_output_embeddings(), first_adapted=first_adapted,
         recompute=bool(config.activation_checkpointing), sequence_len=max(d.sequence_len for d in config.datasets),
-        key_width=_key_width(model_config), active_share_of_experts=_active_share(model_config),
+        key_width=_key_width(shell.config), active_share_of_experts=_active_share(shell.config),
     )  # fmt: skip
     if config.layers_per_stage:
-        ranges, why = partition.explicit(config.layers_per_stage, n_layers), "as layers_per_stage says"
+        ranges = partition.explicit(config.layers_per_stage, len(cost.layers))
+        say("stages:   as layers_per_stage says")
     else:
-        ranges, why = (
-            partition.split(cost, config.pipeline_stages),
-            "balanced by floating-point operations, the head's included",
-        )
-    say(f"stages:   {why}")
-    for stage, ((first, end), share, size) in enumerate(
-        zip(ranges, partition.shares(cost, ranges), partition.stage_bytes(cost, ranges), strict=True)
-    ):
+        ranges = partition.split(cost, config.pipeline_stages)
+        say("stages:   balanced by floating-point operations, the head's included")
+    shares, sizes = partition.shares(cost, ranges), partition.stage_bytes(cost, ranges)
+    for stage, ((first, end), share, size) in enumerate(zip(ranges, shares, sizes, strict=True)):
         extra = (" + embedding" if stage == 0 else "") + (" + head" if stage == len(ranges) - 1 else "")
         say(
-            f"  stage {stage}: layers {first} to {end - 1} ({end - first}){extra}, {gib(size)} of weights, {share:.0%} of the work"
+            f"  stage {stage}: layers {first} to {end - 1} ({end - first}){extra}, "
+            f"{gib(size)} of weights, {share:.0%} of the work"
         )
-    biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
-    return ModelPlan(shell, targets, biased, ranges)
+    return ranges
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -157,9 +166,9 @@ def evaluation_batches(config: Config, data: Data, replica: int = 0, replicas: i
 
 def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None:
     """Say the size of a step and of the run as equations."""
-    _, info = batches.step(batches_start := _start())
+    info = batches.info(Position())
     per_step = batches.micro_batches_per_step
-    steps = batches.steps_left(batches_start)
+    steps = batches.steps_per_epoch(0)
     say(
         f"a step:   {per_step} micro-batches ({config.gradient_accumulation_steps} accumulated × {replicas} replica(s)) "
         f"= {len(info.rows)} chunks = {info.tokens:,} tokens"
@@ -169,12 +178,6 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     say(
         f"the run:  {epochs}{limit}; warmup {config.warmup_steps:g}, then {config.lr_scheduler} at lr {config.optimizer.lr:g}"
     )
-
-
-def _start() -> Any:
-    from pipeline.data.batches import Position
-
-    return Position()
 
 
 def _key_width(config: PretrainedConfig) -> int:
@@ -192,8 +195,3 @@ def _active_share(config: PretrainedConfig) -> float:
     )
     used = getattr(config, "num_experts_per_tok", None)
     return used / there if there and used else 1.0
-
-
-def dtype(name: str) -> torch.dtype:
-    """A config's dtype as torch's."""
-    return DTYPES[name]

@@ -62,7 +62,8 @@ def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
         )
     if not math.isclose(optimizer.grad_norm, expected * math.sqrt(place.stages), rel_tol=1e-5):
         problems.append(
-            f"the gradient's norm is {optimizer.grad_norm:.6g}, over all stages it should be {expected * math.sqrt(place.stages):.6g}"
+            f"the gradient's norm is {optimizer.grad_norm:.6g}, "
+            f"over all stages it should be {expected * math.sqrt(place.stages):.6g}"
         )
     gathered: list[list[str]] = [[] for _ in range(place.world)]
     dist.all_gather_object(gathered, problems)

@@ -64,7 +64,7 @@ class Watcher:
 
     def _watch(self) -> None:
         while True:
-            caught = signal.sigtimedwait(self._held, POLL_S) if self._held else time.sleep(POLL_S)
+            caught = signal.sigtimedwait(self._held, POLL_S)
             told = caught is not None or _launcher_chain(self._launcher) != self._launcher
             if caught is not None and caught.si_signo == signal.SIGINT:
                 self._interrupts += 1
