@@ -36,7 +36,7 @@ lint: setup ## ruff and mypy
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
 
 bench: setup ## the benchmarks that run on this machine
-	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python benchmarks/head.py
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.head
 
 docs: setup ## regenerate configs/schema.json and docs/config.md from the schema
 	$(RUN)/python -m docs.generate

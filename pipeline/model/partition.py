@@ -7,6 +7,8 @@ Costs are floating-point operations per token of a training step, counted as two
 the gradient of their input only; trained ones that of their weight as well.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
@@ -52,7 +54,8 @@ def costs(base: nn.Module, head: nn.Module, *, first_adapted: int | None, recomp
 def split(cost: Costs, n_stages: int) -> list[tuple[int, int]]:
     """Contiguous ranges [first, end) that minimise the largest stage cost; ties go to the split with the smallest spread.
 
-    Exact, by dynamic programming over (stage, first layer). Raises UserError with fewer layers than stages.
+    Exact, by dynamic programming over (stage, first layer): once for the largest cost, once for the sum of squares among
+    splits that do not exceed it. Raises UserError with fewer layers than stages.
     """
     n = len(cost.layers)
     if n_stages > n:
@@ -66,20 +69,19 @@ def split(cost: Costs, n_stages: int) -> list[tuple[int, int]]:
     def stage_cost(first: int, end: int) -> float:
         return prefix[end] - prefix[first] + (cost.head if end == n else 0.0)
 
-    # best[end] = (largest cost, sum of squares, ends of the stages so far) for layers [0, end) in `stage` stages.
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
-    for stage in range(1, n_stages + 1):
-        ends = [n] if stage == n_stages else range(stage, n - (n_stages - stage) + 1)
-        step = {}
-        for end in ends:
-            options = []
-            for first, (largest, squares, cuts) in best.items():
-                if first < end:
-                    c = stage_cost(first, end)
-                    options.append((max(largest, c), squares + c * c, (*cuts, end)))
-            step[end] = min(options)
-        best = step
-    cuts = best[n][2]
+    def cheapest(add: Callable[[float, float], float]) -> tuple[float, tuple[int, ...]]:
+        """Least total and its stages' ends, where `add` puts a stage's cost to the total of those before it."""
+        best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the end of the stages so far
+        for stage in range(1, n_stages + 1):
+            ends = [n] if stage == n_stages else range(stage, n - (n_stages - stage) + 1)
+            best = {
+                end: min((add(c, stage_cost(a, end)), (*cuts, end)) for a, (c, cuts) in best.items() if a < end)
+                for end in ends
+            }
+        return best[n]
+
+    slowest, _ = cheapest(max)
+    _, cuts = cheapest(lambda total, c: total + c * c if c <= slowest else math.inf)
     return list(zip((0, *cuts[:-1]), cuts, strict=True))
 
 

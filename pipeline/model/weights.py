@@ -114,7 +114,7 @@ def _load_by_name(
     done: dict[str, torch.Tensor] = {}
     for path in sorted({files[s] for s in sources.values()}):
         with _open(path) as file:
-            if absent := set(source for source in sources.values() if files[source] == path) - set(file.keys()):
+            if absent := {source for source in sources.values() if files[source] == path} - set(file.keys()):
                 raise UserError(f"{path} lacks {', '.join(sorted(absent)[:4])}, which the index says it has")
             for name, source in sources.items():
                 if files[source] != path:

@@ -16,7 +16,7 @@ from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
-from pipeline.data.split import Rows, split
+from pipeline.data.split import Rows, split, whole
 from pipeline.model import adapters, partition
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.model.weights import check_saved_as_run, tensor_files
@@ -45,7 +45,7 @@ def plan_model(config: Config) -> ModelPlan:
     tensor_files(config.model)
     shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
     if config.full_fine_tune:
-        targets, first_adapted = [], None
+        targets, first_adapted = list[str](), None
         check_full_fine_tune(config, shell)
     else:
         targets, first_adapted = resolve_adapter(config, shell)
@@ -135,7 +135,7 @@ def read_data(config: Config, tokenizer: Any) -> Data:
             sequence_len=held_out.sequence_len, tokenizer=tokenizer, cache_dir=cache,
         )  # fmt: skip
         say(f"data:     {streams.train.report}")
-        evaluation[name] = split(streams).train
+        evaluation[name] = whole(streams)
     return Data(train, evaluation)
 
 

@@ -1,0 +1,33 @@
+"""What every benchmark records beside its figures: machine, versions, load."""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+
+
+def machine() -> dict[str, Any]:
+    """Facts a reader needs to judge a figure."""
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu,
+        "threads": torch.get_num_threads(), "load_average": os.getloadavg(), "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }  # fmt: skip
+
+
+def write(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
+    """benchmarks/results/<name>.json."""
+    folder = folder or Path(__file__).resolve().parent / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
+    return path
