@@ -126,14 +126,23 @@ def case(root: Path, run: Run) -> Case:
 
 @pytest.fixture(scope="module")
 def result(root: Path) -> Callable[[Run], Result]:
-    """What a run computed. All runs of one number of processes are one launch."""
+    """What a run computed. All runs of one number of processes are one launch, which is not tried again if it fails."""
 
     @cache
-    def launched(processes: int, slow: bool) -> dict[str, Result]:
+    def launched(processes: int, slow: bool) -> dict[str, Result] | AssertionError:
         runs = [run for run in (GRIDS if slow else RUNS) if run.stages * run.replicas == processes]
-        return stage_runs.run(processes, [case(root, run) for run in runs], root / f"{processes} processes")
+        try:
+            return stage_runs.run(processes, [case(root, run) for run in runs], root / f"{processes} processes")
+        except AssertionError as error:
+            return error
 
-    return lambda run: launched(run.stages * run.replicas, run in GRIDS)[str(run)]
+    def get(run: Run) -> Result:
+        results = launched(run.stages * run.replicas, run in GRIDS)
+        if isinstance(results, AssertionError):
+            raise results
+        return results[str(run)]
+
+    return get
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 Two processes, most of it over two stages, in one launch of `stage_worker.py`; a run that diverges is `train.py` itself.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -47,12 +48,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(weights, root / "broken" / "model.safetensors", metadata={"format": "pt"})
 
     texts = {"dataset_type": "textfile", "dataset_path": str(root / "texts" / "*.txt")}
+    other = {"dataset_type": "textfile", "dataset_path": str(root / "held_out.md"), "name": "other", "sequence_len": 40}
     adam = {"type": "adamw", "lr": LR, "eps": EPS, "weight_decay": 0.1}
     common = {"model": str(root / "cohere"), "output_dir": str(root / "runs"), "optimizer": adam,
               "gradient_accumulation_steps": ACCUMULATION, "gradient_clipping": 0.1, "micro_batch_size_per_gpu": 2}  # fmt: skip
     builders.write_config(
         root / "plain.toml", **common, datasets=[{"name": "book", **texts, "sequence_len": 64, "eval_size": 7}],
-        eval_datasets=[{"name": "other", "dataset_type": "textfile", "dataset_path": str(root / "held_out.md"), "sequence_len": 40}],
+        eval_datasets=[other],
     )  # fmt: skip
     builders.write_config(
         root / "ragged.toml", **common, datasets=[{"name": "short", **texts, "sequence_len": 48, "eval_size": 7},
@@ -196,15 +198,18 @@ def test_a_base_with_nan_is_refused_at_the_first_step(root: Path, results: dict[
 
 
 def test_divergence_ends_with_exit_code_4(root: Path) -> None:
-    """The second step of an absurd learning rate: the step and its documents are named, the first step's save stays."""
-    config = root / "diverging.toml"
-    text = builders.write_config(
-        config, model=str(root / "cohere"), output_dir=str(root / "diverged"), lora_alpha=4000.0, save_steps=1,
-        checkpoint_on_save=True, eval_before_first_step=True, eval_steps=1, gradient_accumulation_steps=1,
+    """The second step of an absurd learning rate: the step and its documents are named, the first step's save stays.
+
+    The evaluation between the two is not a number either, and so no best loss.
+    """
+    texts = {"dataset_type": "textfile", "dataset_path": str(root / "texts" / "*.txt")}
+    config = builders.write_config(
+        root / "diverging.toml", model=str(root / "cohere"), output_dir=str(root / "diverged"), lora_alpha=4000.0, save_steps=1,
+        checkpoint_on_save=True, eval_steps=1, gradient_accumulation_steps=1,
         optimizer={"type": "adamw", "lr": 1e36, "weight_decay": 0.0},
-        datasets=[{"name": "book", "dataset_type": "textfile", "dataset_path": str(root / "texts" / "*.txt"), "sequence_len": 32}],
+        datasets=[{"name": "book", **texts, "sequence_len": 32, "eval_size": 2}],
     )  # fmt: skip
-    output = builders.train(2, "--config", str(text), expect=4)
+    output = builders.train(2, "--config", str(config), expect=4)
     read = unsplit.rows(config, [], 2)[0][1]
     assert len(read) == 1
     assert "error: step 2: the " in output and "Traceback" not in output
@@ -214,7 +219,8 @@ def test_divergence_ends_with_exit_code_4(root: Path) -> None:
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"step1", "global_step1"}
     saved = load_file(run / "step1" / "adapter_model.safetensors")
     assert saved and all(bool(tensor.isfinite().all()) for tensor in saved.values())
-    assert [line["step"] for line in builders.metrics(run)] == [1]
+    steps, evaluated = builders.metrics(run)
+    assert (steps["step"], evaluated["step"]) == (1, 1) and not math.isfinite(evaluated["eval/book/loss"])
 
 
 def documents_of(row: torch.Tensor, root: Path) -> set[str]:

@@ -82,6 +82,7 @@ def build_stage(config: Config, plan: prepare.ModelPlan, place: engine.Place) ->
     problem = None
     try:
         weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
+        stage.to(place.device)  # RoPE tables and other buffers
         if stage.is_last:
             check_head(stage)
     except UserError as error:
