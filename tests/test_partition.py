@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -31,6 +31,8 @@ def stage_costs(cost: Costs, ranges: Ranges) -> list[float]:
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(0, 60), st.integers(1, 5))
+@example([4, 3, 2, 5, 3, 0], 8, 4)  # the best beginning is not the beginning of the best split
+@example([4, 12, 2, 4, 7], 4, 3)  # the smallest spread is not that of the fastest split
 def test_split_is_the_best_of_all_cuts(layers: list[int], head: int, n_stages: int) -> None:
     cost = costs([float(c) for c in layers], float(head))
     if n_stages > len(layers):

@@ -123,7 +123,8 @@ def _load_by_name(
                     tensor = file.get_tensor(source)
                     if tensor.shape != wanted[name].shape:
                         raise UserError(
-                            f"{path.name}: {source} has shape {list(tensor.shape)}, but config.json makes it {list(wanted[name].shape)}"
+                            f"{path.name}: {source} has shape {list(tensor.shape)}, "
+                            f"but config.json makes it {list(wanted[name].shape)}"
                         )
                     to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
                     done = {source: tensor.to(device=device, dtype=to if tensor.is_floating_point() else None)}
