@@ -97,6 +97,7 @@ class EvalDataset(Section):
     dataset_type: Literal["textfile", "doclist"] = Field(description="as for [[datasets]]")
     dataset_path: str = Field(description="a file or a glob; all of it is evaluated")
     sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
+    subsample: float | None = Field(None, gt=0, le=1, description="fraction of the chunks to keep, after a seeded shuffle")
 
 
 class Config(Section):
@@ -234,6 +235,10 @@ class Config(Section):
             yield f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction of an epoch below 1"
         if self.optimizer.lr_min > self.optimizer.lr:
             yield f"optimizer.lr_min: {self.optimizer.lr_min} is above optimizer.lr = {self.optimizer.lr}"
+        trained = self.model_weight_dtype if self.full_fine_tune else self.lora_weight_dtype
+        if trained == "float16":
+            key = "model_weight_dtype" if self.full_fine_tune else "lora_weight_dtype"
+            yield f"{key}: float16 gradients below 6e-8 vanish and nothing here scales losses; train in bfloat16 or float32"
         datasets: list[Dataset | EvalDataset] = [*self.datasets, *self.eval_datasets]
         names = [d.name for d in datasets if d.name]
         for name in sorted({n for n in names if names.count(n) > 1}):

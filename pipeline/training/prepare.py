@@ -135,7 +135,7 @@ def read_data(config: Config, tokenizer: Any) -> Data:
             sequence_len=held_out.sequence_len, tokenizer=tokenizer, cache_dir=cache,
         )  # fmt: skip
         say(f"data:     {streams.train.report}")
-        evaluation[name] = whole(streams)
+        evaluation[name] = whole(streams, held_out.subsample)
     return Data(train, evaluation)
 
 
