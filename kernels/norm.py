@@ -28,8 +28,8 @@ try:
 except ImportError:  # the PyTorch path serves every device
     triton = None
 
-# One program holds whole rows in registers; a longer row would spill.
-MAX_TRITON_K = 32768
+# One program holds whole rows in registers; compiled for sm_80 to sm_90, a longer row spills.
+MAX_TRITON_K = 16384
 # Elements of a program's tile: short rows (query-key norms) go several to a program.
 TILE = 2048
 # Programs that share the sum of a weight gradient. Fixed, so that the order of the sum is the same on every GPU.
@@ -122,10 +122,9 @@ def pytorch_forward(x: Tensor, weight: Tensor, form: NormForm) -> tuple[Tensor, 
     scale = torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + form.eps)
     # What was subtracted from is a new tensor; what was only cast may be x itself.
     value = value.mul_(scale) if form.centred else value * scale
-    if form.cast_before_weight:
-        y = weight * value.to(x.dtype)
-    else:
-        y = value.mul_(_effective_weight(weight, form, wide)).to(x.dtype)
+    normed = value.to(x.dtype) if form.cast_before_weight else value
+    w = weight if form.cast_before_weight else _effective_weight(weight, form, wide)
+    y = (w * normed).to(form.out_dtype(x, weight))
     return (y, scale) if mean is None else (y, mean, scale)
 
 
@@ -139,11 +138,9 @@ def pytorch_backward(
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = statistics[-1]
     normed = (x.to(wide) - statistics[0]).mul_(scale) if form.centred else x.to(wide) * scale
-    product = d_y * normed
-    d_weight = product.sum_to_size(weight.shape).to(weight.dtype) if wants_weight else None
-    w = _effective_weight(weight, form, wide)
-    along = product.mul_(w).mean(-1, keepdim=True)
-    d_value = d_y * w
+    d_weight = (d_y * normed).sum_to_size(weight.shape).to(weight.dtype) if wants_weight else None
+    d_value = d_y * _effective_weight(weight, form, wide)
+    along = (d_value * normed).mean(-1, keepdim=True)
     if form.centred:
         d_value.sub_(d_value.mean(-1, keepdim=True))
     return d_value.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), d_weight
@@ -162,7 +159,7 @@ if triton is not None:
         x, weight, y, mean, scale, n_groups, n_heads, K, eps,
         CENTRED: tl.constexpr, PLUS_ONE: tl.constexpr, CAST_FIRST: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """Program (tile, head): rows group·H + head for ROWS groups, so that all of them share one row of the weight."""
         head = tl.program_id(1)
         group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -190,7 +187,7 @@ if triton is not None:
         d_y, x, weight, mean, scale, d_x, d_weight, n_groups, n_heads, K,
         CENTRED: tl.constexpr, PLUS_ONE: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """Program (p, head): tiles p, p + P, … of that head's rows; its part of the weight's gradient is summed here."""
         head = tl.program_id(1)
         column = tl.arange(0, BLOCK)

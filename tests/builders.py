@@ -111,7 +111,7 @@ def start(processes: int, *arguments: str, script: Path = ROOT / "train.py", **e
 
 def train(processes: int, *arguments: str, expect: int = 0, timeout: float = 240, **extra: str) -> str:
     """Run the training command to its end and return what it printed; fails if it ends with another code."""
-    return finish(start(processes, *arguments, **extra), expect, timeout)
+    return finish(start(processes, *arguments, script=ROOT / "train.py", **extra), expect, timeout)
 
 
 def launch(processes: int, script: Path, *arguments: str, timeout: float = 240) -> str:
