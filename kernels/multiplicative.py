@@ -77,5 +77,5 @@ def _gradient_of_A(gz: Tensor, m: Tensor, weight: Tensor) -> Tensor:
     """(gzᵀ·m)·Wᵀ in fp32 [R, D], over blocks of tokens and of W's rows."""
     gz_m = torch.zeros(gz.shape[1], m.shape[1], dtype=torch.float32, device=m.device)
     for start in range(0, len(m), BLOCK):
-        gz_m.addmm_(gz[start : start + BLOCK].T.float(), m[start : start + BLOCK].float())
+        gz_m += gz[start : start + BLOCK].T.float() @ m[start : start + BLOCK].float()
     return torch.cat([gz_m @ weight[row : row + BLOCK].T.float() for row in range(0, len(weight), BLOCK)], dim=1)

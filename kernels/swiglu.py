@@ -40,25 +40,31 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
 
     Raises ValueError where shapes or dtypes differ, or for an activation that is not one of ACTIVATIONS.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu: gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} differ")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"swiglu: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    _check(gate, up, activation)
     return GatedProduct.apply(gate, up, activation, takes_triton(gate) and takes_triton(up))
 
 
 def recompute(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """m = act(gate) · up once more, without a graph: what `swiglu` returned, from what it saved."""
+    """m = act(gate) · up once more, without a graph: what `swiglu` returned, from what it saved. Raises as it does."""
+    _check(gate, up, activation)
     function = triton_product if takes_triton(gate) and takes_triton(up) else pytorch_product
     with torch.no_grad():
         return function(gate, up, activation)
 
 
 def gradients(d_m: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> tuple[Tensor, Tensor]:
-    """(d_gate, d_up) for the gradient d_m [..., F] of m, in one pass, without a graph."""
+    """(d_gate, d_up) for the gradient d_m [..., F] of m, all of one dtype, in one pass, without a graph."""
+    _check(gate, up, activation)
     triton_serves = all(takes_triton(t) for t in (d_m, gate, up))
     with torch.no_grad():
         return (triton_gradients if triton_serves else pytorch_gradients)(d_m, gate, up, activation)
+
+
+def _check(gate: Tensor, up: Tensor, activation: str) -> None:
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} differ")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"swiglu: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def takes_triton(x: Tensor) -> bool:

@@ -97,7 +97,9 @@ class EvalDataset(Section):
     dataset_type: Literal["textfile", "doclist"] = Field(description="as for [[datasets]]")
     dataset_path: str = Field(description="a file or a glob; all of it is evaluated")
     sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
-    subsample: float | None = Field(None, gt=0, le=1, description="fraction of the chunks to keep, after a seeded shuffle")
+    subsample: float | None = Field(
+        None, gt=0, le=1, description="fraction of the chunks to keep, after a seeded shuffle"
+    )
 
 
 class Config(Section):
@@ -158,6 +160,8 @@ class Config(Section):
     use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
     activation_checkpointing: bool | Literal["unsloth"] = Field(
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory")  # fmt: skip
+    kernels: Literal["all", "none"] | list[Literal["norm", "swiglu", "multiplicative"]] = Field(
+        "none", description="our own forward and backward of norms, gated MLPs and MLPs with a multiplicative adapter, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284)")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
     lora_weight_dtype: Dtype = Field(
         "float32",

@@ -57,7 +57,9 @@ def _candidates(module: nn.Module, wanted: frozenset[str]) -> list[tuple[str, Fo
 
 def _is_norm(module: nn.Module) -> bool:
     own = dict(module.named_parameters())
-    return set(own) == {"weight"} and own["weight"].dim() == 1 and _eps(module) is not None and not list(module.children())
+    return (
+        set(own) == {"weight"} and own["weight"].dim() == 1 and _eps(module) is not None and not list(module.children())
+    )
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -117,7 +119,10 @@ def _computes_the_same(module: nn.Module, candidate: Forward) -> bool:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, PROBE_ROWS, width, generator=generator) * SPREAD + OFFSET
     x = rows.to(weight.device, weight.dtype if weight.is_floating_point() else torch.bfloat16)
+    was_training = module.training
+    module.eval()  # dropout in the adapter would make any two results differ
     theirs, ours = module.forward(x).float(), candidate(x).float()
+    module.train(was_training)
     # Both sum `width` products or squares and round a few times more; a different function differs by far more.
     tolerance = 8 * torch.finfo(x.dtype).eps * theirs.abs().max()
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance)

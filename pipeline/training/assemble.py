@@ -6,6 +6,7 @@ from. A problem that one process finds is raised on all of them.
 
 import json
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from pipeline.config import Config
 from pipeline.config_sources import to_toml
 from pipeline.console import UserError, gib, say
 from pipeline.data.batches import Position
-from pipeline.model import activation, adapters, weights
+from pipeline.model import activation, adapters, fusion, weights
 from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform
 from pipeline.objectives import language_modelling
 from pipeline.training import checkpoint, engine, prepare, saving
@@ -96,8 +97,27 @@ def build_stage(config: Config, plan: prepare.ModelPlan, place: engine.Place) ->
         )
         inject(stage, plan.targets, config.lora_rank or 1, config.lora_alpha or 1.0, config.lora_dropout,
                DTYPES[config.lora_weight_dtype], config.seed)  # fmt: skip
+    wanted = (
+        {"all": list(fusion.KERNELS), "none": []}.get(config.kernels)
+        if isinstance(config.kernels, str)
+        else config.kernels
+    )
+    taken = fusion.apply(stage, frozenset(wanted or ()))
+    if wanted:
+        say_kernels(taken, place)
     activation.apply(stage, config.activation_checkpointing)
     return stage
+
+
+def say_kernels(taken: Counter[str], place: engine.Place) -> None:
+    """How many modules of the whole model took each kernel."""
+    everyone: list[Counter[str]] = [Counter()] * place.world
+    dist.all_gather_object(everyone, taken if place.replica == 0 else Counter())
+    total = sum(everyone, Counter[str]())
+    say(
+        "kernels:  "
+        + (", ".join(f"{name} in {count} modules" for name, count in total.items()) or "no module fits one")
+    )
 
 
 def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> PipelineOptimizer:
