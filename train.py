@@ -12,11 +12,12 @@ HELD = hold_signals()  # before torch and its libraries start threads of their o
 
 import argparse  # noqa: E402
 import os  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from pipeline import config_sources  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, UserError, run_command, say  # noqa: E402
+from pipeline.console import EXIT_DONE, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, RankError, rank, run_command, say  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -49,8 +50,7 @@ def main() -> int:
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     if arguments.check or arguments.preview is not None:
         return look(config, arguments.preview)
-    resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
-    return train(config, arguments.config, resume, watcher)
+    return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
 
 
 def look(config: Config, preview_chunks: int | None) -> int:
@@ -68,41 +68,39 @@ def look(config: Config, preview_chunks: int | None) -> int:
     return EXIT_DONE
 
 
-def train(config: Config, config_path: str, resume: bool | str, watcher: Watcher) -> int:
+def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     """The run itself. Errors of the data and the config come before any process waits for another."""
     import torch
 
-    from pipeline.training import assemble, checkpoint, engine, prepare, selftest
+    from pipeline.training import assemble, engine, prepare, run_folder, selftest
 
     engine.check_version()
     plan = prepare.plan_model(config)
     data = prepare.read_data(config, prepare.load_tokenizer(config.model))
-    folder = None
-    if resume:
-        where = Path(config.output_dir) if resume is True else Path(resume)
-        folder = str(checkpoint.find(where, newest_run=resume is True)[0])
-    rendezvous = Path(config.output_dir).resolve() / f".rendezvous-{engine.launched_by()}"
-    place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
+    resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
+    rendezvous = engine.rendezvous_in(Path(config.output_dir))
+    run = None
     try:
-        prepare.describe_steps(
-            config, prepare.micro_batches(config, data, place.replica, place.replicas), place.replicas
-        )
+        place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
+        batches = prepare.micro_batches(config, data, place.replica, place.replicas)
+        prepare.describe_steps(config, batches, place.replicas)
         selftest.run(place, config.gradient_accumulation_steps)
-        run = assemble.trainer(config, plan, data, place, watcher, folder, config_path)
-        return run.run()
+        run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv[1:])
+        code = run.run()
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on rank {place.rank}: {str(error).splitlines()[0]}\n"
-            "Try activation_checkpointing = 'unsloth', a shorter sequence_len, or more stages.",
-            EXIT_OUT_OF_MEMORY,
-        ) from error
+        if run is not None:  # the last completed step is whole: ask all to save it
+            watcher.request()
+            run.save_between_boundaries()
+        raise RankError(
+            f"out of memory: {str(error).splitlines()[0]}\n"
+            "Try activation_checkpointing = 'unsloth', a shorter sequence_len, or more stages.", EXIT_OUT_OF_MEMORY
+        ) from error  # fmt: skip
     except RuntimeError as error:
-        if not engine.is_lost_peer(error):
+        if not engine.is_failed_collective(error):
             raise
-        raise UserError(f"another process of the run is gone: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
-    finally:
-        rendezvous.unlink(missing_ok=True)
-        engine.shutdown()
+        raise RankError(f"lost the other processes: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
+    engine.shutdown(rendezvous)
+    return code
 
 
 if __name__ == "__main__":

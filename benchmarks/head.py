@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy, reference
 
 from benchmarks import record
-from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy, reference
 
 T, D = 1024, 512
 VOCABULARIES = (8192, 32768, 131072, 262144)

@@ -27,7 +27,9 @@ BLOCK = 1024
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def reference(gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product) -> Tensor:
+def reference(
+    gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product
+) -> Tensor:
     """The same through autograd, as the modules compute it."""
     h = linear(product(gate, up), weight)
     return (h + linear(linear(h.to(A.dtype), A), B) * scaling).to(h.dtype)
@@ -49,7 +51,7 @@ class _GatedDownProj(torch.autograd.Function):
     """Saves gate, up, z and references to the weights."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight, A, B, scaling, product):  # noqa: ANN001, ANN205
+    def forward(ctx, gate, up, weight, A, B, scaling, product):  # noqa: ANN205
         h = linear(product(gate, up), weight)
         z = linear(h.to(A.dtype), A)
         ctx.save_for_backward(gate, up, z, weight, A, B)
@@ -57,7 +59,7 @@ class _GatedDownProj(torch.autograd.Function):
         return (h + linear(z, B) * scaling).to(h.dtype)
 
     @staticmethod
-    def backward(ctx, g):  # noqa: ANN001, ANN205
+    def backward(ctx, g):  # noqa: ANN205
         gate, up, z, weight, A, B = ctx.saved_tensors
         wide = g.to(A.dtype)
         gz = (wide @ B) * ctx.scaling

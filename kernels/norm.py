@@ -5,8 +5,8 @@ x of the same shape. Everything between the load and the store is fp32 (fp64 for
 
 Saves x itself and one fp32 statistic a row (RMSNorm: 1/rms, 4 bytes) or two (LayerNorm: mean and 1/σ, 8 bytes): with
 x in bf16, 2·K + 8 bytes a token, of which 2·K are a tensor that the residual stream has anyway; 16 392 for K = 8192.
-Autograd through the same formulas in PyTorch keeps two fp32 copies more. Price in memory traffic: forward reads x and
-writes y; backward reads x and the gradient and writes one gradient: 5·K elements in all, one kernel each way.
+Under autograd transformers' CohereLayerNorm keeps 8·K + 8 (two fp32 copies). Price in memory traffic: forward reads x
+and writes y; backward reads x and the gradient and writes one gradient: 5·K elements in all, one kernel each way.
 The weight's gradient is computed only where the weight is trained, summed in fp32 in a fixed order.
 
 Formulas: Ba et al. 2016 (arXiv:1607.06450) eq. 3; Zhang & Sennrich 2019 (arXiv:1910.07467) eq. 4. The variants are those

@@ -91,7 +91,9 @@ def pytorch_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, trans
     # (a, b)·cos + (b, a)·(−sin, sin); the transpose has the signs and the sines of a pair exchanged.
     sin_a, sin_b = _pairs(sin, interleaved)
     signed, exchanged = torch.empty_like(sin), torch.empty_like(value)
-    for side, source in zip(_pairs(signed, interleaved), (sin_b, -sin_a) if transposed else (-sin_a, sin_b), strict=True):
+    for side, source in zip(
+        _pairs(signed, interleaved), (sin_b, -sin_a) if transposed else (-sin_a, sin_b), strict=True
+    ):
         side.copy_(source)
     for side, source in zip(_pairs(exchanged, interleaved), reversed(_pairs(value, interleaved)), strict=True):
         side.copy_(source)

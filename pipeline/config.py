@@ -239,10 +239,11 @@ class Config(Section):
             yield f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction of an epoch below 1"
         if self.optimizer.lr_min > self.optimizer.lr:
             yield f"optimizer.lr_min: {self.optimizer.lr_min} is above optimizer.lr = {self.optimizer.lr}"
-        trained = self.model_weight_dtype if self.full_fine_tune else self.lora_weight_dtype
-        if trained == "float16":
-            key = "model_weight_dtype" if self.full_fine_tune else "lora_weight_dtype"
-            yield f"{key}: float16 gradients below 6e-8 vanish and nothing here scales losses; train in bfloat16 or float32"
+        for key in ("model_weight_dtype",) if self.full_fine_tune else ("model_weight_dtype", "lora_weight_dtype"):
+            if getattr(self, key) == "float16":
+                yield f"{key}: float16 gradients below 6e-8 vanish, and nothing here scales losses; use bfloat16 or float32"
+        if self.keep_states == 0:
+            yield "keep_states: 0 would keep nothing; -1 keeps all, 1 the newest"
         datasets: list[Dataset | EvalDataset] = [*self.datasets, *self.eval_datasets]
         names = [d.name for d in datasets if d.name]
         for name in sorted({n for n in names if names.count(n) > 1}):

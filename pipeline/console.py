@@ -33,6 +33,10 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class RankError(UserError):
+    """Found by one process only (out of memory, a lost peer): that process says it, with its rank."""
+
+
 def rank() -> int:
     """This process's global rank as the launcher set it; 0 when there is no launcher."""
     return int(os.environ.get("RANK", "0"))
@@ -92,10 +96,14 @@ def run_command(main: Callable[[], int]) -> None:
     """Run a command's `main` and exit with its code; a `UserError` becomes one message and its own exit code.
 
     Every rank raises the same UserError; the first one says it. The others leave it time to: the launcher ends all
-    processes as soon as one has failed.
+    processes as soon as one has failed. A RankError is said where it is raised, and ends the process at once: other
+    threads and libraries may be waiting for peers.
     """
     try:
         code = main()
+    except RankError as error:
+        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
     except UserError as error:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

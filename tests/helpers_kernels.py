@@ -77,8 +77,8 @@ def kept_for_backward(function: Callable[[], Any]) -> list[Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = function()
     node = (out[0] if isinstance(out, tuple) else out).grad_fn
-    if node is not None:
-        assert not [v for v in vars(node).values() if isinstance(v, Tensor)], "tensors beside the saved ones"
+    held = getattr(node, "__dict__", {}).values()
+    assert not [v for v in held if isinstance(v, Tensor)], "tensors beside the saved ones"
     return kept
 
 
@@ -105,7 +105,7 @@ def through_interpreter(test_file: str) -> None:
     """Run the tests of `test_file` with the Triton kernels interpreted on the CPU; fails with their output."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file],
+        [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", test_file],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     counted = re.search(r"(\d+) passed", done.stdout)

@@ -23,7 +23,7 @@ HELD = hold_signals()
 from safetensors.torch import save_file  # noqa: E402
 
 from pipeline import config_sources  # noqa: E402
-from pipeline.training import assemble, checkpoint, engine, prepare, stop  # noqa: E402
+from pipeline.training import assemble, checkpoint, engine, prepare, run_folder, stop  # noqa: E402
 
 
 def main() -> None:
@@ -35,29 +35,30 @@ def main() -> None:
         rendezvous = plan_path.resolve().with_name(f".rendezvous-{engine.launched_by()}")
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
         resume = case.get("resume")
-        if resume is not None:
-            where = Path(runs[resume]) if isinstance(resume, int) else Path(resume)
-            resume = str(checkpoint.find(where, newest_run=False)[0])
+        resume = runs[resume] if isinstance(resume, int) else resume
+        found = run_folder.find_checkpoint(Path(config.output_dir), resume or False)
         model = prepare.plan_model(config)
         data = prepare.read_data(config, prepare.load_tokenizer(config.model))
-        run = assemble.trainer(config, model, data, place, watcher, resume, case["config"])
+        run = assemble.trainer(config, model, data, place, watcher, found, ["--config", case["config"]])
         arrange(case, run, place)
         codes.append(run.run())
-        runs.append(str(run.run_dir))
-        (run.run_dir / stop.STOP_FILE).unlink(missing_ok=True)
+        runs.append(str(run.saver.run_dir))
+        (run.saver.run_dir / stop.STOP_FILE).unlink(missing_ok=True)
+        run_folder._LOCKS.clear()  # this process may resume its own run
+        watcher._since = None
     if place.rank == 0:
         plan_path.with_suffix(".runs.json").write_text(json.dumps({"codes": codes, "runs": runs}))
-    engine.shutdown()
+    engine.shutdown(rendezvous)
 
 
 def arrange(case: dict[str, Any], run: Any, place: engine.Place) -> None:
     """Make happen what the case says, from inside the steps."""
     after_step = run._after_step
 
-    def step_done(info: Any, last: bool) -> None:
-        after_step(info, last)
+    def step_done(last: bool) -> None:
+        after_step(last)
         if run.step == case.get("stop_after"):
-            (run.run_dir / stop.STOP_FILE).touch()
+            (run.saver.run_dir / stop.STOP_FILE).touch()
 
     run._after_step = step_done
     kind, _, step = case.get("fault", "").partition(":")

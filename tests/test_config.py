@@ -113,7 +113,7 @@ QLORA_PIPE_KEYS: dict[str, dict[str, Any]] = {
         "eval_steps": 10, "logging_steps": 2, "eval_before_first_step": True, "eval_after_last_step": True,
         "eval_gradient_accumulation_steps": 2, "save_steps": 10, "save_every_n_epochs": 2,
         "save_checkpoint_on_epoch_end": False, "checkpoint_every_n_minutes": 30, "checkpoint_on_save": True,
-        "keep_states": 2, "save_dtype": "float16", "model_weight_dtype": "float16", "lora_weight_dtype": "bfloat16",
+        "keep_states": 2, "save_dtype": "float16", "model_weight_dtype": "float32", "lora_weight_dtype": "bfloat16",
         "group_by_length": True, "activation_checkpointing": True, "attn_implementation": "sdpa",
         "offload_mlp_to_cpu": True, "resume_from_checkpoint": True, "dataset_combination_mode": "interleave",
         "dataset_interleave_stopping_strategy": "all_exhausted", "rejected_sampling": True,

@@ -227,3 +227,11 @@ def test_resolved_full_fine_tune_reads_back_as_itself() -> None:
     raw = small(full_fine_tune=True, lora_rank=None, lora_alpha=None)
     config = config_sources.validate(raw, "x")
     assert config_sources.validate(tomli.loads(config_sources.to_toml(config)), "y") == config
+
+
+@pytest.mark.parametrize("changes", [{"model_weight_dtype": "float16"}, {"lora_weight_dtype": "float16"}, {"keep_states": 0}])
+def test_values_that_would_train_or_keep_nothing_are_refused(changes: dict[str, Any]) -> None:
+    """float16 gradients vanish without a loss scale; keeping no save would delete the last one too."""
+    (key,) = changes
+    (line,) = problems({**small(), **changes})
+    assert line.startswith(f"{key}: ")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import save_model
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 
 from pipeline.model import adapters, fusion, weights
 from pipeline.model.stage import Stage, empty_model, read_model_config
@@ -116,3 +117,26 @@ def test_a_module_that_computes_something_else_is_left_alone(tmp_path: Path) -> 
     norm.forward = lambda x: plain(x) * 1.01
     taken = fusion.apply(stage, ALL)
     assert dict(taken) == {"swiglu": 3, "norm": 8}
+
+
+@pytest.mark.parametrize("act_fn", [nn.ReLU(), nn.Tanh(), nn.Identity(), QuickGELUActivation()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_activation_is_not_taken_for_one_of_ours(tmp_path: Path, act_fn: Any, dtype: Any) -> None:
+    """At small weights quick-gelu and even ReLU come within a few percent of SiLU in bf16."""
+    save_model(tmp_path, "llama")
+    shell = empty_model(read_model_config(str(tmp_path)), dtype, None)
+    stage = Stage(shell, 0, 4)
+    weights.load(stage, str(tmp_path), dtype, torch.device("cpu"))
+    for layer in stage.layers.values():
+        mlp: Any = layer.mlp
+        mlp.act_fn = act_fn
+        for parameter in mlp.parameters():
+            parameter.data.mul_(0.1)
+    assert dict(fusion.apply(stage, ALL)) == {"norm": 9}
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh", "silu"])
+def test_each_activation_is_told_from_the_others(hidden_act: str) -> None:
+    from transformers.activations import ACT2FN
+
+    assert fusion._activation(ACT2FN[hidden_act], torch.device("cpu")) == hidden_act

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from pipeline.kernels import norm as kernel
 from pipeline.kernels.norm import Norm, NormForm, layer_norm, rms_norm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,6 +14,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from pipeline.kernels import norm as kernel
 from tests.helpers_kernels import (
     COMPUTE_CAPABILITIES,
     DTYPES,
@@ -52,7 +52,15 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # x's shape and how many of its last dimensions the weight has.
-SHAPES = [((1, 4), 1), ((47, 31), 1), ((3, 47, 123), 1), ((5, 1025), 1), ((1025, 31), 1), ((6, 1), 1), ((2, 7, 4, 31), 2)]
+SHAPES = [
+    ((1, 4), 1),
+    ((47, 31), 1),
+    ((3, 47, 123), 1),
+    ((5, 1025), 1),
+    ((1025, 31), 1),
+    ((6, 1), 1),
+    ((2, 7, 4, 31), 2),
+]
 
 
 def make(shape: tuple[int, ...], weight_dims: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
@@ -98,8 +106,7 @@ def margins(x: Tensor, weight: Tensor, d_y: Tensor, right: tuple[Tensor, ...], f
     x, weight, d_y = (t.double().cpu() for t in (x, weight, d_y))
     w = 1 + weight if form.plus_one else weight
     sigma = (x.var(-1, correction=0, keepdim=True) if form.centred else x.square().mean(-1, keepdim=True)) + form.eps
-    terms = [norm(right[0]), norm(w * d_y / sigma.sqrt()), norm((d_y * x / sigma.sqrt()).abs().sum_to_size(w.shape))]
-    return terms
+    return [norm(right[0]), norm(w * d_y / sigma.sqrt()), norm((d_y * x / sigma.sqrt()).abs().sum_to_size(w.shape))]
 
 
 def assert_as_good(found: tuple[Tensor, ...], kind: Kind, x: Tensor, weight: Tensor, d_y: Tensor) -> None:
@@ -119,7 +126,13 @@ def test_against_fp64(
     path: PathUnderTest, kind: Kind, dtype: torch.dtype, shape: tuple[int, ...], weight_dims: int
 ) -> None:
     x, weight, d_y = make(shape, weight_dims, dtype, path.device)
-    assert_as_good(ours(path, kind.form, x, weight, d_y), kind, x, weight, d_y)
+    found = ours(path, kind.form, x, weight, d_y)
+    assert_as_good(found, kind, x, weight, d_y)
+    if path.use_triton and dtype == torch.float32:  # kernel and reference: the same formulas, sums in another order
+        terms = margins(x, weight, d_y, exact(x, weight, d_y, kind.form), kind.form)
+        reference = ours(path._replace(use_triton=False), kind.form, x, weight, d_y)
+        for a, b, term in zip(found, reference, terms, strict=True):
+            assert norm(a - b) <= 16 * 2**-24 * term
 
 
 @every_path
@@ -139,9 +152,7 @@ def test_public_functions_give_what_transformers_gives_to_the_bit(
     kind: Kind, dtype: torch.dtype, shape: tuple[int, ...], weight_dims: int
 ) -> None:
     x, weight, d_y = make(shape, weight_dims, dtype)
-    torch.testing.assert_close(
-        kind.public(x, weight), transformers_result(kind, x, weight, d_y)[0], rtol=0, atol=0
-    )
+    torch.testing.assert_close(kind.public(x, weight), transformers_result(kind, x, weight, d_y)[0], rtol=0, atol=0)
 
 
 @every_path
@@ -177,25 +188,21 @@ def test_rows_of_zeros_and_no_rows(path: PathUnderTest, kind: Kind, dtype: torch
 @every_kind
 @every_dtype
 def test_non_contiguous_inputs(path: PathUnderTest, kind: Kind, dtype: torch.dtype) -> None:
-    """Strides change nothing: transposed x, every second column, an expanded upstream gradient."""
+    """Transposed x, every second column, an expanded upstream gradient."""
     x, weight, d_y = make((5, 6, 47), 1, dtype, path.device)
     wide = torch.stack((x, x * 3), -1).flatten(-2)
     for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), wide[..., ::2]):
         assert not strided.is_contiguous()
         for upstream in (d_y.transpose(0, 1).contiguous().transpose(0, 1), d_y[:1].expand_as(d_y)):
             found = ours(path, kind.form, strided, weight, upstream)
-            dense = ours(path, kind.form, x, weight, upstream.contiguous())
-            for a, b in zip(found[:2], dense[:2], strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=0)
-            # The weight's gradient may be summed in another order: 30 rows, fp32, rounded once.
-            torch.testing.assert_close(found[2], dense[2], rtol=2 * rounding(dtype), atol=30 * 2**-24 * 30)
+            assert_as_good(found, kind, strided.contiguous(), weight, upstream.contiguous())
 
 
 @every_path
 @every_kind
 @pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True)], ids=str)
 def test_frozen_and_trained_weights(path: PathUnderTest, kind: Kind, trained: tuple[bool, bool]) -> None:
-    x, weight, d_y = make((3, 47, 123), 1, torch.float32, path.device)
+    x, weight, d_y = make((3, 7, 123), 1, torch.float32, path.device)
     both = ours(path, kind.form, x, weight, d_y)[1:]
     x.requires_grad_(trained[0])
     weight.requires_grad_(trained[1])
@@ -214,6 +221,33 @@ def test_weight_gradient_is_summed_in_fp32(path: PathUnderTest) -> None:
     ones = torch.ones(n, 2, dtype=torch.bfloat16, device=path.device)
     found = ours(path, NormForm(0.0, centred=True), x, ones[0], ones)
     assert found[2].tolist() == [n, -n]
+
+
+@every_path
+@every_kind
+def test_a_weight_gradient_of_few_programs(path: PathUnderTest, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are many, a program takes several tiles of them; the last one fewer than the others, or none."""
+    monkeypatch.setattr(kernel, "WEIGHT_GRADIENT_PROGRAMS", 6)
+    for shape, weight_dims in (((521, 31), 1), ((85, 2, 123), 2)):
+        x, weight, d_y = make(shape, weight_dims, torch.float32, path.device)
+        assert_as_good(ours(path, kind.form, x, weight, d_y), kind, x, weight, d_y)
+
+
+@every_path
+def test_llama_rounds_before_the_weight_and_the_others_do_not(path: PathUnderTest) -> None:
+    """A weight of fp32 ones shows what is multiplied: bf16 numbers, returned in fp32."""
+    x, weight, _ = make((3, 47), 1, torch.bfloat16, path.device)
+    y = Norm.apply(x, torch.ones_like(weight, dtype=torch.float32), KINDS["llama"].form, path.use_triton)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.bfloat16().float(), y, rtol=0, atol=0)
+    for kind in ("cohere", "olmo2"):
+        # Rounded first, 1.5·(1 + 2⁻⁷) would be the same for two neighbouring normed values: y takes more values.
+        weight = torch.full_like(weight, 1.01, dtype=torch.float32)
+        found, right = (
+            Norm.apply(x, weight, KINDS[kind].form, path.use_triton),
+            exact(x, weight, x, KINDS[kind].form)[0],
+        )
+        assert norm(found.double().cpu() - right) <= rounding(torch.bfloat16) * norm(right)
 
 
 @every_path
@@ -247,22 +281,6 @@ def test_triton_kernels_through_the_interpreter() -> None:
     through_interpreter("tests/test_kernel_norm.py")
 
 
-@every_path
-@every_kind
-@pytest.mark.parametrize(("shape", "weight_dims"), SHAPES, ids=str)
-def test_kernels_equal_the_reference(
-    path: PathUnderTest, kind: Kind, shape: tuple[int, ...], weight_dims: int
-) -> None:
-    """fp32: the same formulas with sums in another order, so the margins of the test against fp64 without its peer."""
-    if not path.use_triton:
-        pytest.skip("this path is the reference")
-    x, weight, d_y = make(shape, weight_dims, torch.float32, path.device)
-    found, reference = ours(path, kind.form, x, weight, d_y), ours(path._replace(use_triton=False), kind.form, x, weight, d_y)
-    terms = margins(x, weight, d_y, exact(x, weight, d_y, kind.form), kind.form)
-    for a, b, term in zip(found, reference, terms, strict=True):
-        assert norm(a - b) <= 16 * 2**-24 * term
-
-
 @once
 @pytest.mark.parametrize("capability", COMPUTE_CAPABILITIES)
 def test_kernels_compile_without_spilling(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,12 +309,9 @@ def test_works_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @once
-@every_kind
-def test_fake_tensors_of_a_gpu_take_the_pytorch_path(kind: Kind) -> None:
+def test_fake_tensors_of_a_gpu_take_the_pytorch_path() -> None:
     with FakeTensorMode():
-        x = torch.empty(2, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        y = kind.public(x, torch.empty(64, device="cuda", dtype=torch.bfloat16))
-        assert y.shape == x.shape and y.dtype == x.dtype and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+        assert not kernel.takes_triton(torch.empty(2, 3, 64, device="cuda", dtype=torch.bfloat16))
 
 
 # What is kept for backward
@@ -321,7 +336,7 @@ def test_saves_its_input_and_its_statistics(
 
 @once
 def test_bytes_a_token_at_command_r_are_those_of_the_header() -> None:
-    """16 392 bytes with x, 8 without; transformers' module keeps two fp32 tensors more."""
+    """16 392 bytes with x, 8 without; transformers' module keeps two fp32 tensors of x's size."""
     tokens, k = 8192, 8192
     x = torch.empty(1, tokens, k, dtype=torch.bfloat16, device="meta", requires_grad=True)
     module = CohereLayerNorm(k, eps=EPS).to("meta", torch.bfloat16).requires_grad_(False)
@@ -329,7 +344,7 @@ def test_bytes_a_token_at_command_r_are_those_of_the_header() -> None:
     assert n_bytes(kept, apart_from=(module.weight,)) == tokens * 16_392
     assert n_bytes(kept, apart_from=(module.weight, x)) == tokens * 8
     theirs = kept_for_backward(lambda: module(x))
-    assert n_bytes(theirs, apart_from=(module.weight,)) >= tokens * k * 4
+    assert n_bytes(theirs, apart_from=(module.weight,)) == tokens * (8 * k + 8)
 
 
 @once

@@ -21,11 +21,14 @@ def apply(stage: Stage, mode: bool | str) -> None:
         return
     host = HostMemory() if mode == "unsloth" else None
     for layer in stage.layers.values():
-        layer.forward = functools.partial(_recomputed, layer.forward, host)  # type: ignore[method-assign]
+        trains = any(p.requires_grad for p in layer.parameters())
+        layer.forward = functools.partial(_recomputed, layer.forward, host, trains)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Any, host: "HostMemory | None", hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
+def _recomputed(
+    forward: Any, host: "HostMemory | None", trains: bool, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    if not torch.is_grad_enabled() or not (trains or hidden.requires_grad):  # nothing runs backward through here
         return forward(hidden, *args, **kwargs)
     if host is None:
         return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)

@@ -11,6 +11,7 @@ the watching thread while the main thread hangs in a step (stop.py). Loading ver
 next older checkpoint.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,16 +62,23 @@ def save(
     try:
         staging.mkdir(parents=True, exist_ok=True)
         _write_shard(staging, rank, step, tensors, facts)
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        message = f"cannot write the checkpoint of step {step}: {error.strerror} ({staging})"
-        _note(staging, f"rank-{rank}.json", {"error": message})
+        if rank == 0:
+            _commit(staging, folder_of(run_dir, step), world, step)
+    except (OSError, SafetensorError) as error:
+        full = is_disk_full(error)
+        message = f"cannot write the checkpoint of step {step}: {'the disk is full' if full else error} ({staging})"
+        (staging / f"rank-{rank}.safetensors").unlink(missing_ok=True)  # room for the note
+        with contextlib.suppress(OSError):  # the folder could not even be made, or there is no room for a line
+            _note(staging, "FAILED" if rank == 0 else f"rank-{rank}.json", {"error": message, "full": full})
         raise CheckpointError(message, EXIT_DISK_FULL if full else EXIT_CHECKPOINT) from error
-    if rank == 0:
-        _commit(staging, folder_of(run_dir, step), world, step)
-    else:
+    if rank != 0:
         _await(staging, step)
     return folder_of(run_dir, step)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for lack of room; safetensors says so in words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
 
 
 def _write_shard(staging: Path, rank: int, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -92,27 +100,33 @@ def _commit(staging: Path, final: Path, world: int, step: int) -> None:
         for rank in range(world):
             if rank not in sidecars and (found := _read(staging / f"rank-{rank}.json")) is not None:
                 sidecars[rank] = found
-        if errors := [s["error"] for s in sidecars.values() if "error" in s]:
-            _note(staging, "FAILED", {"error": errors[0]})
-            raise CheckpointError(errors[0])
+        if errors := [s for s in sidecars.values() if "error" in s]:
+            _note(staging, "FAILED", errors[0])
+            raise _failure(errors[0])
         if len(sidecars) == world:
             break
     files = {f"rank-{rank}.safetensors": {"sha256": s["sha256"], "size": s["size"]} for rank, s in sidecars.items()}
     _note(staging, MANIFEST, {"format": FORMAT, "step": step, "files": files, **sidecars[0]["facts"]})
     _sync(staging)
+    replaced = final.with_name(f".trash-{final.name}-{os.getpid()}")
     if final.exists():
-        remove(final)
+        final.rename(replaced)
     staging.rename(final)
     _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _await(staging: Path, step: int) -> None:
     """The other processes: until the first one has renamed the folder, or said why it cannot."""
     for _ in _waiting(staging, step, "the first process to commit the checkpoint"):
         if (failed := _read(staging / "FAILED")) is not None:
-            raise CheckpointError(failed["error"])
+            raise _failure(failed)
         if not staging.exists():
             return
+
+
+def _failure(note: dict[str, Any]) -> CheckpointError:
+    return CheckpointError(note["error"], EXIT_DISK_FULL if note.get("full") else EXIT_CHECKPOINT)
 
 
 def _waiting(staging: Path, step: int, what: str) -> Iterator[None]:
@@ -135,9 +149,28 @@ def remove(folder: Path) -> None:
 
 
 def clear_rubbish(run_dir: Path) -> None:
-    """Remove what killed saves and prunings left behind."""
-    for path in [*run_dir.glob(".staging-*"), *run_dir.glob(".trash-*")]:
+    """Remove what killed saves and prunings left behind; a checkpoint that was being replaced goes back."""
+    for path in run_dir.glob(".trash-global_step*"):
+        final = run_dir / path.name.removeprefix(".trash-").rsplit("-", 1)[0]
+        if (path / MANIFEST).exists() and not final.exists():
+            path.rename(final)
+    for path in [*run_dir.glob(".staging-*-*"), *run_dir.glob(".trash-*step*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def abandon_after(run_dir: Path, step: int) -> list[str]:
+    """Rename saves of later steps than `step` to `abandoned-…`: the run goes on from `step`, on another branch than theirs.
+
+    They are kept, but neither resumed from nor counted nor pruned.
+    """
+    renamed = []
+    for prefix in ("step", "global_step"):
+        for number, folder in numbered(run_dir, prefix):
+            if number > step:
+                target = folder.with_name(f"abandoned-{folder.name}-{time.time_ns()}")
+                folder.rename(target)
+                renamed.append(folder.name)
+    return renamed
 
 
 def prune(run_dir: Path, prefix: str, keep: int) -> None:
@@ -206,13 +239,10 @@ def read(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _note(folder: Path, name: str, content: dict[str, Any]) -> None:
     """Write a small JSON file whole."""
-    try:
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=1))
-        _sync(temporary)
-        temporary.rename(folder / name)
-    except FileNotFoundError:
-        pass  # the folder could not even be made; the caller reports that
+    temporary = folder / f".{name}.tmp"
+    temporary.write_text(json.dumps(content, indent=1))
+    _sync(temporary)
+    temporary.rename(folder / name)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

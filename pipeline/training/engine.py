@@ -125,30 +125,44 @@ def build(
     return engine
 
 
-def agree(place: Place, problem: str | None) -> None:
-    """Raise the same UserError on every rank if any of them has a problem."""
-    problems: list[str | None] = [None] * place.world
-    dist.all_gather_object(problems, problem)
+@contextlib.contextmanager
+def agreement(place: Place) -> Iterator[None]:
+    """What one process finds wrong inside, all of them raise when they leave."""
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    problems: list[Any] = [None] * place.world
+    dist.all_gather_object(problems, problem and (str(problem), problem.exit_code))
     if found := list(dict.fromkeys(p for p in problems if p)):
-        raise UserError("; ".join(found))
+        raise UserError("; ".join(message for message, _ in found), found[0][1])
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process has gone: gloo says so in words only."""
+def is_failed_collective(error: BaseException) -> bool:
+    """Whether the processes lost each other: gloo says in words only that another one has gone."""
     return (
         isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "reset by peer" in str(error)
     )
 
 
-def new_group(ranks: list[int]) -> Any:
-    """A process group; every rank must call this with the same `ranks`."""
-    return dist.new_group(ranks=ranks)
+def shutdown(rendezvous: Path) -> None:
+    """Leave the process group, all together: not after an error, when a peer may be waiting in a collective for ever."""
+    first = dist.get_rank() == 0
+    dist.barrier()
+    dist.destroy_process_group()
+    if first:
+        rendezvous.unlink(missing_ok=True)
 
 
-def shutdown() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def rendezvous_in(folder: Path) -> Path:
+    """The file through which this launch's processes find each other; removes those of launches that have died."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder.resolve() / f".rendezvous-{launched_by()}"
+    for left in own.parent.glob(".rendezvous-*-*"):
+        if not psutil.pid_exists(int(left.name.split("-")[1])):
+            left.unlink(missing_ok=True)
+    return own
 
 
 def _mention_locks() -> None:

@@ -5,6 +5,7 @@ the set keeps all stages busy; with a call per micro-batch they would take turns
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -47,8 +48,8 @@ def evaluate(engine: PipelineEngine, row_losses: Callable[..., Tensor], batches:
 
 
 def perplexity(loss: float) -> float:
-    """e^loss, infinite where that does not fit."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """e^loss, or the largest number there is."""
+    return math.exp(min(loss, math.log(sys.float_info.max)))
 
 
 def _fed(batches: EvaluationBatches, advance: Callable[[int], None]) -> Iterator[Inputs]:

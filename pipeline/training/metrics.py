@@ -16,9 +16,9 @@ from pipeline.console import duration, gib, rank, say
 
 
 class Metrics:
-    """The two files of a run. `resumed_at`: the step to go on from, 0 for a new run."""
+    """The two files of a run. `resumed_at`: the step to go on from, 0 for a new run; `settled`: it was evaluated."""
 
-    def __init__(self, run_dir: Path, resumed_at: int) -> None:
+    def __init__(self, run_dir: Path, resumed_at: int, settled: bool) -> None:
         self._file: Any = None
         self._events: Any = None
         if rank() != 0:
@@ -26,7 +26,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run_dir / "metrics.jsonl"
-        _keep_until(path, resumed_at)
+        _keep_until(path, resumed_at, settled)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir), purge_step=resumed_at + 1 if resumed_at else None)
 
@@ -52,14 +52,16 @@ class Metrics:
             self._events.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines of later steps (and a line cut short by a kill) from an existing file."""
+def _keep_until(path: Path, step: int, settled: bool) -> None:
+    """Drop what the resumed run will write again (and a line cut short by a kill) from an existing file."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            content = json.loads(line)
+            repeated = content["step"] == step and not settled and "train/loss" not in content
+            if content["step"] <= step and not repeated:
                 kept.append(line + "\n")
         except ValueError:
             pass

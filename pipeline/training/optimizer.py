@@ -61,6 +61,7 @@ class PipelineOptimizer(Optimizer):
         self.param_groups = inner.param_groups
         self.clip = clip
         self.completed_steps = 0
+        self.updated: torch.cuda.Event | None = None  # on a GPU, when the last update is done
         self.grad_norm = math.nan
         self.clip_coefficient = 1.0
         self.pipe_group: Any = None
@@ -101,6 +102,8 @@ class PipelineOptimizer(Optimizer):
                 parameter.grad = self._sums[name].mul_(self.clip_coefficient).to(parameter.dtype)
             if self.parameters_by_name:
                 self.inner.step()
+                if next(iter(self.parameters_by_name.values())).is_cuda:
+                    self.updated = torch.cuda.current_stream().record_event()
             self.completed_steps += 1
         for name, parameter in self.parameters_by_name.items():
             parameter.grad = None

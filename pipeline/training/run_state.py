@@ -20,20 +20,25 @@ INTEGER = "#int"  # marks an optimizer state that is a Python integer, not a ten
 class Progress(NamedTuple):
     """What the trainer knows besides tensors, after a step: the position in the data and the best evaluation loss.
 
-    `order` tells the order of the epoch's rows from any other; a position means nothing in another order.
+    `order` tells the order of the epoch's rows from any other; a position means nothing in another order. `settled`: what
+    is due at this step (evaluation, saves of what is trained) has been done.
     """
 
     epoch: int
     rows: int
     order: str
     best_loss: float | None
+    settled: bool
 
 
 class RunState:
     """Snapshots of the last completed step. `writes_weights` is true on one replica of each stage."""
 
-    def __init__(self, optimizer: PipelineOptimizer, rank: int, writes_weights: bool, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, optimizer: PipelineOptimizer, device: torch.device, rank: int, writes_weights: bool, facts: dict[str, Any]
+    ) -> None:
         self.optimizer = optimizer
+        self.device = device
         self.rank = rank
         self.writes_weights = writes_weights
         self.facts = facts
@@ -44,18 +49,23 @@ class RunState:
         """The trainer is at the boundary after `step`; what it does next belongs to a later step."""
         with UPDATE_LOCK:
             self._progress = {step: progress}
-            self._rng = {step: rng_state()}
+            self._rng = {step: rng_state(self.device)}
 
     def ahead(self, step: int, progress: Progress) -> None:
         """`step` is about to be computed, and `progress` will be true once it is."""
         with UPDATE_LOCK:
             self._progress[step] = progress
 
+    @property
+    def completed_step(self) -> int:
+        """The last step whose update is done."""
+        return self.optimizer.completed_steps
+
     def snapshot(self) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         """(step, tensors on the CPU, facts) of the last completed step."""
         with UPDATE_LOCK:
             step = self.optimizer.completed_steps
-            rng = self._rng.get(step) or rng_state()
+            rng = self._rng.get(step) or rng_state(self.device)
             tensors = {f"rng/{self.rank}/{name}": state for name, state in rng.items()}
             if self.writes_weights:
                 tensors |= self._trained()
@@ -70,11 +80,29 @@ class RunState:
                     tensors[f"optimizer/{name}/{key}"] = value
                 elif isinstance(value, int):
                     tensors[f"optimizer/{name}/{key}{INTEGER}"] = torch.tensor(value)
-        return {key: value.to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        return self._on_host(tensors)
+
+    def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, taken after the last update and not after what the device has been given since.
+
+        The main thread may hang in a collective whose kernel sits in its stream; these copies use a stream of their own.
+        """
+        if self.device.type != "cuda":
+            return {key: value.to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            if self.optimizer.updated is not None:
+                stream.wait_event(self.optimizer.updated)
+            copies = {}
+            for key, value in tensors.items():
+                pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                copies[key] = pinned.copy_(value, non_blocking=True)
+            stream.synchronize()
+        return copies
 
 
 def restore(
-    folder: Path, manifest: dict[str, Any], optimizer: PipelineOptimizer, rank: int, *,
+    folder: Path, manifest: dict[str, Any], optimizer: PipelineOptimizer, device: torch.device, rank: int, *,
     aliases: dict[str, str], optimizer_states: bool, same_layout: bool,
 ) -> None:  # fmt: skip
     """Put weights, optimizer states and (for the same layout of processes) RNG states back.
@@ -95,8 +123,14 @@ def restore(
         for ours in {name, also.get(name, name)} & own:
             parameter = optimizer.parameters_by_name[ours]
             if kind == "weights":
+                tensor = value()
+                if tensor.shape != parameter.shape:
+                    raise checkpoint.CheckpointError(
+                        f"{folder}: {name} has shape {list(tensor.shape)}, this run makes it {list(parameter.shape)}; "
+                        "was it made with another lora_rank?"
+                    )
                 with torch.no_grad():
-                    parameter.copy_(value())
+                    parameter.copy_(tensor)
                 found.add(ours)
             elif optimizer_states:
                 state = optimizer.inner.state[parameter]
@@ -110,19 +144,19 @@ def restore(
         )
     optimizer.completed_steps = manifest["step"]
     if same_layout and rng:
-        set_rng_state(rng)
+        set_rng_state(rng, device)
 
 
-def rng_state() -> dict[str, Tensor]:
-    """States of torch's generators, as tensors."""
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's generators on the CPU and on `device` (a thread's own current device may be another)."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def set_rng_state(states: dict[str, Tensor]) -> None:
+def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
     """The inverse of `rng_state`."""
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

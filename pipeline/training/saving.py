@@ -4,11 +4,10 @@ Takes a stage and its trained parameters; every process calls, one replica of ea
 puts the folder in place.
 """
 
-import errno
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.artifacts.whole_folder import whole_folder
 from pipeline.console import EXIT_DISK_FULL
 from pipeline.model.stage import Stage
-from pipeline.training.checkpoint import CheckpointError
+from pipeline.training.checkpoint import CheckpointError, is_disk_full
 from pipeline.training.engine import Place
 
 Write = Callable[[Path], None]
@@ -75,20 +74,28 @@ def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torc
 
 def _together(folder: Path, place: Place, each: Write, first: Write) -> None:
     """`each` on every process, then `first` on the first, into one folder that appears whole. Fails on all or on none."""
-    with whole_folder(folder, replace=True) if place.rank == 0 else nullcontext() as temporary:
-        told: list[Any] = [str(temporary)]
+    output = contextlib.ExitStack()
+    told: list[Any] = [None]
+
+    def open_folder() -> None:
+        if place.rank == 0:
+            told[0] = str(output.enter_context(whole_folder(folder, replace=True)))
+
+    with output:
+        _all_well(place, open_folder, folder)
         dist.broadcast_object_list(told)
         _all_well(place, lambda: each(Path(told[0])), folder)
         _all_well(place, lambda: first(Path(told[0])) if place.rank == 0 else None, folder)
-    dist.barrier()
+        _all_well(place, output.close, folder)  # puts the folder in place
 
 
 def _all_well(place: Place, write: Callable[[], None], folder: Path) -> None:
+    """Run `write`; raise CheckpointError on every process if it failed on any."""
     problem = None
     try:
         write()
-    except OSError as error:
-        problem = ("the disk is full" if error.errno == errno.ENOSPC else str(error), error.errno == errno.ENOSPC)
+    except Exception as error:  # whatever it is, the others must hear of it
+        problem = ("the disk is full" if is_disk_full(error) else str(error), is_disk_full(error))
     problems: list[Any] = [None] * place.world
     dist.all_gather_object(problems, problem)
     if found := [p for p in problems if p]:

@@ -76,9 +76,10 @@ def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
 def main() -> int:
     """`make setup`: the toy on one stage, which also has DeepSpeed compile what it compiles at its first start."""
     with tempfile.TemporaryDirectory() as folder:
-        place = engines.initialise(1, Path(folder) / "rendezvous", column_major=False)
+        rendezvous = Path(folder) / "rendezvous"
+        place = engines.initialise(1, rendezvous, column_major=False)
         run(place, gradient_accumulation_steps=2)
-        engines.shutdown()
+        engines.shutdown(rendezvous)
     say(f"DeepSpeed {engines.deepspeed.__version__} with torch {torch.__version__} trains what it is asked to")
     return 0
 

@@ -9,16 +9,19 @@ The main thread ends at the step boundary. If that takes too long (the launcher 
 last completed step and ends the process.
 """
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from pipeline.console import EXIT_ABORTED, EXIT_STOPPED
+from pipeline.console import EXIT_ABORTED, EXIT_STOPPED, UserError
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 STOP_FILE = ".stop"
@@ -45,6 +48,8 @@ class Watcher:
         self._run_dir: Path | None = None
         self._save: Callable[[], None] | None = None
         self._interrupts = 0
+        self._told = False
+        self._since: float | None = None
         self._launcher = _launcher_chain()
         self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
         self._thread.start()
@@ -54,13 +59,17 @@ class Watcher:
         self._save = save
         self._run_dir = run_dir
 
+    def request(self) -> None:
+        """Ask all processes of the run to stop, as a signal would."""
+        self._tell_the_others()
+
     def detach(self) -> None:
         """The run is over: a late signal has nothing to do."""
         self._save = None
 
     def requested(self) -> bool:
         """Whether any process of the run has been told to stop."""
-        return self._run_dir is not None and (self._run_dir / STOP_FILE).exists()
+        return self._told or (self._run_dir is not None and (self._run_dir / STOP_FILE).exists())
 
     def _watch(self) -> None:
         while True:
@@ -73,20 +82,31 @@ class Watcher:
             if told and self._run_dir is None:
                 os._exit(EXIT_ABORTED)
             if told and not self.requested():
-                (self._run_dir / STOP_FILE).touch()  # type: ignore[operator]
-            if self.requested() and self._boundary_is_late():
-                self._save_and_end()
+                self._tell_the_others()
+            if self.requested():
+                self._since = self._since or time.monotonic()
+                if time.monotonic() - self._since > BOUNDARY_GRACE_S:
+                    self._save_and_end()
 
-    def _boundary_is_late(self) -> bool:
-        try:
-            return time.time() - (self._run_dir / STOP_FILE).stat().st_mtime > BOUNDARY_GRACE_S  # type: ignore[operator]
-        except FileNotFoundError:
-            return False
+    def _tell_the_others(self) -> None:
+        self._told = True
+        with contextlib.suppress(OSError):  # a full disk: then this process alone knows, and the step boundary tells
+            (self._run_dir / STOP_FILE).touch()  # type: ignore[operator]
 
     def _save_and_end(self) -> None:
-        if self._save is not None:
-            self._save()
-            os._exit(EXIT_STOPPED)
+        """Whatever happens while saving, the process ends: nobody is left to send it another signal."""
+        if (save := self._save) is None:
+            return
+        code = EXIT_STOPPED
+        try:
+            save()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        os._exit(code)
 
 
 def _launcher_chain(known: tuple[int, ...] | None = None) -> tuple[int, ...]:
