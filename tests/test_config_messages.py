@@ -207,7 +207,8 @@ CHANGES = st.fixed_dictionaries({}, optional={
     "lora_alpha": POSITIVE, "target_modules": st.lists(NAMES, max_size=3) | st.just("all-linear"),
     "lora_dropout": st.floats(0, 0.99), "layers_to_transform": st.sampled_from(["0:3", "1", "0:3,7"]),
     "warmup_steps": st.integers(0, 99) | st.floats(0, 1),
-    "max_steps": st.integers(1, 10**9), "batch_size_tokens": st.integers(1, 10**6), "keep_states": st.integers(-1, 9),
+    "max_steps": st.integers(1, 10**9), "batch_size_tokens": st.integers(1, 10**6),
+    "keep_states": st.just(-1) | st.integers(1, 9),
     "activation_checkpointing": st.booleans() | st.just("unsloth"), "resume_from_checkpoint": st.booleans() | NAMES,
     "adapter_type": st.sampled_from(["lora", "multiplicative_lora"]),
     "save_dtype": st.sampled_from(["float16", "float32"]),
@@ -229,7 +230,9 @@ def test_resolved_full_fine_tune_reads_back_as_itself() -> None:
     assert config_sources.validate(tomli.loads(config_sources.to_toml(config)), "y") == config
 
 
-@pytest.mark.parametrize("changes", [{"model_weight_dtype": "float16"}, {"lora_weight_dtype": "float16"}, {"keep_states": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"model_weight_dtype": "float16"}, {"lora_weight_dtype": "float16"}, {"keep_states": 0}]
+)
 def test_values_that_would_train_or_keep_nothing_are_refused(changes: dict[str, Any]) -> None:
     """float16 gradients vanish without a loss scale; keeping no save would delete the last one too."""
     (key,) = changes

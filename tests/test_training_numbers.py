@@ -3,10 +3,10 @@
 Two processes, most of it over two stages, in one launch of `stage_worker.py`; a run that diverges is `train.py` itself.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,18 +197,20 @@ def test_a_base_with_nan_is_refused_at_the_first_step(root: Path, results: dict[
     assert result.losses == []
 
 
-def test_divergence_ends_with_exit_code_4(root: Path) -> None:
-    """The second step of an absurd learning rate: the step and its documents are named, the first step's save stays.
-
-    The evaluation between the two is not a number either, and so no best loss.
-    """
+def diverging(root: Path, name: str, **changes: Any) -> Path:
+    """An absurd learning rate: after the first step nothing that is computed is a number."""
     texts = {"dataset_type": "textfile", "dataset_path": str(root / "texts" / "*.txt")}
-    config = builders.write_config(
-        root / "diverging.toml", model=str(root / "cohere"), output_dir=str(root / "diverged"), lora_alpha=4000.0, save_steps=1,
-        checkpoint_on_save=True, eval_steps=1, gradient_accumulation_steps=1,
+    return builders.write_config(
+        root / f"{name}.toml", model=str(root / "cohere"), output_dir=str(root / name), lora_alpha=4000.0, save_steps=1,
+        checkpoint_on_save=True, gradient_accumulation_steps=1,
         optimizer={"type": "adamw", "lr": 1e36, "weight_decay": 0.0},
-        datasets=[{"name": "book", **texts, "sequence_len": 32, "eval_size": 2}],
+        datasets=[{"name": "book", **texts, "sequence_len": 32, "eval_size": 2}], **changes,
     )  # fmt: skip
+
+
+def test_divergence_ends_with_exit_code_4(root: Path) -> None:
+    """The second step is not finite: it and its documents are named, the first step's saves stay."""
+    config = diverging(root, "diverged")
     output = builders.train(2, "--config", str(config), expect=4)
     read = unsplit.rows(config, [], 2)[0][1]
     assert len(read) == 1
@@ -219,8 +221,16 @@ def test_divergence_ends_with_exit_code_4(root: Path) -> None:
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"step1", "global_step1"}
     saved = load_file(run / "step1" / "adapter_model.safetensors")
     assert saved and all(bool(tensor.isfinite().all()) for tensor in saved.values())
-    steps, evaluated = builders.metrics(run)
-    assert (steps["step"], evaluated["step"]) == (1, 1) and not math.isfinite(evaluated["eval/book/loss"])
+    assert [line["step"] for line in builders.metrics(run)] == [1]
+
+
+def test_an_evaluation_that_is_not_finite_ends_with_exit_code_4_too(root: Path) -> None:
+    """Before anything of that step is saved, and so that no best loss can be a NaN."""
+    output = builders.train(2, "--config", str(diverging(root, "judged", eval_steps=1)), expect=4)
+    assert "error: step 1: the loss of book is " in output and "Traceback" not in output
+    run = builders.only_run(root / "judged")
+    assert not [path.name for path in run.iterdir() if path.is_dir()]
+    assert not any(key.startswith("eval/") for line in builders.metrics(run) for key in line)
 
 
 def documents_of(row: torch.Tensor, root: Path) -> set[str]:

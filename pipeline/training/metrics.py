@@ -5,6 +5,7 @@ events. Only the first process writes. A resumed run goes on in the same files, 
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ class Metrics:
         """Append one line and the events of `step`."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
         for tag, value in values.items():
             self._events.add_scalar(tag, value, step)
