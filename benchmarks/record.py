@@ -15,7 +15,8 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 
 def machine() -> dict[str, Any]:
     """Facts a reader needs to judge a figure."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu,
