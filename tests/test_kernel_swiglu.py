@@ -126,8 +126,8 @@ def test_halves_of_one_product_and_other_strides(path: PathUnderTest, activation
     halves = torch.cat((gate, up), -1).chunk(2, -1)
     columns = tuple(torch.stack((t, t * 2), -1)[..., 0] for t in (gate, up))
     transposed = tuple(t.transpose(0, 1).contiguous().transpose(0, 1) for t in (gate, up))
-    for g, u in (halves, columns, transposed):
-        assert not g.is_contiguous()
+    for g, u in (halves, columns, transposed, (halves[0], up), (gate, halves[1])):
+        assert not (g.is_contiguous() and u.is_contiguous())
         for upstream in (d_m, d_m[:1].expand_as(d_m), d_m.transpose(0, 1).contiguous().transpose(0, 1)):
             assert_as_good(ours(path, g, u, upstream, activation), gate, up, upstream.contiguous(), activation)
 
@@ -151,6 +151,17 @@ def test_large_gates_saturate(path: PathUnderTest, activation: str, dtype: torch
     torch.testing.assert_close(m, expected, rtol=0, atol=0)
     torch.testing.assert_close(d_up, expected, rtol=0, atol=0)
     assert d_gate.tolist() == [1.0, 1.0, 0.5, 0.0, 0.0]
+
+
+@every_path
+def test_slope_of_the_tanh_form_just_before_it_saturates(path: PathUnderTest) -> None:
+    """1 − s(2u) loses digits there and is multiplied by up to 35. The kernel takes s(−2u): 4 roundings of 1; PyTorch's
+    own derivative has the 35."""
+    gate = torch.linspace(3, 6, 201, device=path.device)
+    ones = torch.ones_like(gate)
+    found = ours(path, gate, ones, ones, "gelu_pytorch_tanh")[1]
+    right = exact(gate, ones, ones, "gelu_pytorch_tanh")[1]
+    assert float((found.double().cpu() - right).abs().max()) <= (4 if path.use_triton else 36) * 2**-24
 
 
 @every_path

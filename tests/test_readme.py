@@ -33,8 +33,10 @@ def test_make_train_does_the_main_job(tmp_path: Path) -> None:
     assert summary["stages"] == 2 and 0 < summary["resumed_at_step"] < summary["steps"]
     # Clearly better on chapters it has not read: a tenth of a nat is a tenth of the perplexity.
     assert summary["adapter_eval_loss"] < summary["base_eval_loss"] - 0.1
-    # The same function in fp32: bf16 adapters applied to activations, or folded in fp32, differ by rounding alone.
-    assert abs(summary["merged_eval_loss"] - summary["adapter_eval_loss"]) < 1e-4
+    # The fold is in fp32; in training A·h and B·z are bf16 products, each right to 2⁻⁹: what the adapter changes is then
+    # right to 2⁻⁸ of itself.
+    effect = summary["base_eval_loss"] - summary["adapter_eval_loss"]
+    assert abs(summary["merged_eval_loss"] - summary["adapter_eval_loss"]) < effect * 2**-8
     run = (tree / summary["adapter"]).parent
     steps = [line["step"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "train/loss" in line]
     assert steps == list(range(1, summary["steps"] + 1))  # none lost and none twice over the stop
