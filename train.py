@@ -17,7 +17,7 @@ from pathlib import Path  # noqa: E402
 
 from pipeline import config_sources  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, RankError, rank, run_command, say  # noqa: E402
+from pipeline.console import EXIT_DONE, UserError, rank, run_command, say  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train an adapter or a model over pipeline stages.", allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="TOML", help="in the current folder or in configs/")
+    parser.add_argument("--config", metavar="TOML", help="in the current folder or in configs/")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="a DeepSpeed JSON as qlora-pipe takes it")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optimizer.lr=1e-5"
@@ -36,10 +36,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
     parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, metavar="PATH",
                         help="go on from the newest complete checkpoint, or from that of PATH")  # fmt: skip
-    parser.add_argument("--no_quantiles", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    for ignored in ("--no_quantiles", "--deepspeed"):
+        parser.add_argument(ignored, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        raise UserError(f"unknown argument(s): {' '.join(unknown)}; --help lists those there are")
+    if arguments.config is None:
+        raise UserError("--config is missing: give a TOML file, in the current folder or in configs/")
+    if arguments.preview is not None and arguments.preview < 1:
+        raise UserError(f"--preview {arguments.preview}: give a number of chunks, 1 or more")
+    return arguments
 
 
 def main() -> int:
@@ -58,8 +65,8 @@ def look(config: Config, preview_chunks: int | None) -> int:
     from pipeline.data.preview import preview
     from pipeline.training import prepare
 
-    prepare.plan_model(config)
-    tokenizer = prepare.load_tokenizer(config.model)
+    plan = prepare.plan_model(config)
+    tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))
     prepare.evaluation_batches(config, data)
     prepare.describe_steps(config, batches, replicas=1)
@@ -70,37 +77,29 @@ def look(config: Config, preview_chunks: int | None) -> int:
 
 def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     """The run itself. Errors of the data and the config come before any process waits for another."""
-    import torch
-
-    from pipeline.training import assemble, engine, prepare, run_folder, selftest
+    from pipeline.training import assemble, engine, failures, prepare, run_folder, selftest
 
     engine.check_version()
+    engine.check_processes(config.pipeline_stages)
     plan = prepare.plan_model(config)
-    data = prepare.read_data(config, prepare.load_tokenizer(config.model))
+    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
     resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
-    run = None
     try:
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
-        batches = prepare.micro_batches(config, data, place.replica, place.replicas)
-        prepare.describe_steps(config, batches, place.replicas)
-        selftest.run(place, config.gradient_accumulation_steps)
-        run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv[1:])
-        code = run.run()
-    except torch.OutOfMemoryError as error:
-        if run is not None:  # the last completed step is whole: ask all to save it
-            watcher.request()
-            run.save_between_boundaries()
-        raise RankError(
-            f"out of memory: {str(error).splitlines()[0]}\n"
-            "Try activation_checkpointing = 'unsloth', a shorter sequence_len, or more stages.", EXIT_OUT_OF_MEMORY
-        ) from error  # fmt: skip
-    except RuntimeError as error:
-        if not engine.is_failed_collective(error):
-            raise
-        raise RankError(f"lost the other processes: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
-    engine.shutdown(rendezvous)
-    return code
+        prepare.describe_steps(
+            config, prepare.micro_batches(config, data, place.replica, place.replicas), place.replicas
+        )
+        with failures.explained(watcher, save=lambda: None):
+            selftest.run(place, config.gradient_accumulation_steps)
+            run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
+        with failures.explained(watcher, run.save_between_boundaries):
+            code = run.run()
+        engine.shutdown()
+        return code
+    finally:
+        if rank() == 0:
+            rendezvous.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ key of qlora-pipe has no sound meaning here, `REFUSED` names it and says why. Do
 generated from the descriptions below.
 """
 
+import os
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -207,6 +208,18 @@ class Config(Section):
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
 
+    @field_validator("model", "output_dir")
+    @classmethod
+    def _home_is_known(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_are_named(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("names no module; leave the key out for the default")
+        return value
+
     @field_validator("layers_to_transform")
     @classmethod
     def _layers_are_ranges(cls, value: str | None) -> str | None:
@@ -245,7 +258,13 @@ class Config(Section):
         if self.keep_states == 0:
             yield "keep_states: 0 would keep nothing; -1 keeps all, 1 the newest"
         datasets: list[Dataset | EvalDataset] = [*self.datasets, *self.eval_datasets]
-        names = [d.name for d in datasets if d.name]
+        implicit = [f"dataset{i}" for i in range(len(self.datasets))] + [
+            f"eval{i}" for i in range(len(self.eval_datasets))
+        ]
+        names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
+        for number, dataset in enumerate(self.datasets):
+            if dataset.eval_split == "document" and not dataset.eval_size:
+                yield f"datasets[{number}].eval_split: 'document' holds nothing out without eval_size"
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,6 +46,7 @@ def _paths() -> list[PathUnderTest]:
 
 PATHS = _paths()
 every_path = pytest.mark.parametrize("path", PATHS, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Nothing about these tests would be different in the interpreter's process.
 once = pytest.mark.skipif(INTERPRETED, reason="does not depend on the interpreter")
 
@@ -101,6 +103,12 @@ def without_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def assert_fake_tensors_avoid_triton(kernel: ModuleType) -> None:
+    """A fake tensor on a GPU, as planning has them, holds no data that a kernel could read."""
+    with FakeTensorMode():
+        assert not kernel.takes_triton(torch.empty(2, 3, 64, 8, device="cuda", dtype=torch.bfloat16))
+
+
 def through_interpreter(test_file: str) -> None:
     """Run the tests of `test_file` with the Triton kernels interpreted on the CPU; fails with their output."""
     pytest.importorskip("triton")
@@ -112,15 +120,13 @@ def through_interpreter(test_file: str) -> None:
     assert done.returncode == 0 and counted and int(counted[1]) > 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-class Compiled(NamedTuple):
-    """What the compiler made of a kernel: PTX, and the bytes of stack a thread spills to."""
+def assert_compiles_lean(
+    capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int
+) -> None:
+    """`kernel`, compiled for a GPU that need not be here, spills no registers and moves 128 bits at a time.
 
-    ptx: str
-    stack_bytes: int
-
-
-def compile_for(capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Compiled:
-    """`kernel` compiled for a GPU that need not be here, integers and pointers divisible by 16 as at real dimensions."""
+    Integers and pointers count as divisible by 16, which they are at real dimensions. TRITON_CACHE_DIR must be set.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -135,6 +141,5 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], constants: 
     cubin.write_bytes(made.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    stack = re.search(r"STACK:(\d+)", usage)
-    assert stack is not None, usage
-    return Compiled(made.asm["ptx"], int(stack[1]))
+    assert "STACK:0 " in usage, usage
+    assert "ld.global.v4" in made.asm["ptx"] and "st.global.v4" in made.asm["ptx"]

@@ -39,7 +39,7 @@ def main() -> None:
         found = run_folder.find_checkpoint(Path(config.output_dir), resume or False)
         model = prepare.plan_model(config)
         data = prepare.read_data(config, prepare.load_tokenizer(config.model))
-        run = assemble.trainer(config, model, data, place, watcher, found, ["--config", case["config"]])
+        run = assemble.trainer(config, model, data, place, watcher, found, ["train.py", "--config", case["config"]])
         arrange(case, run, place)
         codes.append(run.run())
         runs.append(str(run.saver.run_dir))
@@ -48,7 +48,7 @@ def main() -> None:
         watcher._since = None
     if place.rank == 0:
         plan_path.with_suffix(".runs.json").write_text(json.dumps({"codes": codes, "runs": runs}))
-    engine.shutdown(rendezvous)
+    engine.shutdown()
 
 
 def arrange(case: dict[str, Any], run: Any, place: engine.Place) -> None:

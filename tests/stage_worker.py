@@ -56,7 +56,7 @@ def main() -> None:
             train(case, config, place, watcher, facts, tensors)
         save_file(tensors, folder / f"{place.rank}.safetensors")
         (folder / f"{place.rank}.json").write_text(json.dumps(facts))
-    engine.shutdown(rendezvous)
+    engine.shutdown()
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
     plan = prepare.plan_model(config)
     data = prepare.read_data(config, prepare.load_tokenizer(config.model))
-    run = assemble.trainer(config, plan, data, place, watcher, None, ["--config", case["config"]])
+    run = assemble.trainer(config, plan, data, place, watcher, None, ["train.py", "--config", case["config"]])
     optimizer = run.optimizer
     facts |= {"run_dir": str(run.saver.run_dir), "norms": [], "coefficients": [], "evaluations": {}}
 

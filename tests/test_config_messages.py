@@ -204,7 +204,7 @@ def test_layer_ranges_accept_a_text_or_say_how_to_write_it(text: str) -> None:
 NAMES = st.text(alphabet="abz09_.-", min_size=1, max_size=6)
 POSITIVE = st.floats(1e-8, 1e8)
 CHANGES = st.fixed_dictionaries({}, optional={
-    "lora_alpha": POSITIVE, "target_modules": st.lists(NAMES, max_size=3) | st.just("all-linear"),
+    "lora_alpha": POSITIVE, "target_modules": st.lists(NAMES, min_size=1, max_size=3) | st.just("all-linear"),
     "lora_dropout": st.floats(0, 0.99), "layers_to_transform": st.sampled_from(["0:3", "1", "0:3,7"]),
     "warmup_steps": st.integers(0, 99) | st.floats(0, 1),
     "max_steps": st.integers(1, 10**9), "batch_size_tokens": st.integers(1, 10**6),

@@ -1,6 +1,7 @@
 """LayerNorm and RMSNorm against fp64, beside transformers' own modules in the same dtype; what they save."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,28 +9,16 @@ import pytest
 import torch
 from pipeline.kernels.norm import Norm, NormForm, layer_norm, rms_norm
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from pipeline.kernels import norm as kernel
-from tests.helpers_kernels import (
-    COMPUTE_CAPABILITIES,
-    DTYPES,
-    PathUnderTest,
-    assert_no_worse,
-    compile_for,
-    every_path,
-    kept_for_backward,
-    n_bytes,
-    norm,
-    once,
-    rounding,
-    through_interpreter,
-    without_triton,
-)
+from tests import helpers_kernels as helpers
+from tests.helpers_kernels import PathUnderTest, every_dtype, every_path, kept_for_backward, norm, once, rounding
+
+Shape = tuple[int, ...]
 
 
 class Kind(NamedTuple):
@@ -42,28 +31,19 @@ class Kind(NamedTuple):
 
 EPS = 1e-5
 KINDS = {
-    "cohere": Kind(NormForm(EPS, centred=True), CohereLayerNorm, lambda x, w: layer_norm(x, w, EPS)),
-    "llama": Kind(NormForm(EPS, False, False, True), LlamaRMSNorm, lambda x, w: rms_norm(x, w, EPS)),
-    "gemma2": Kind(NormForm(EPS, False, True, False), Gemma2RMSNorm, lambda x, w: rms_norm(x, w, EPS, plus_one=True)),
-    "olmo2": Kind(
-        NormForm(EPS, False, False, False), Olmo2RMSNorm, lambda x, w: rms_norm(x, w, EPS, cast_before_weight=False)
-    ),
+    "cohere": Kind(NormForm(EPS, True), CohereLayerNorm, partial(layer_norm, eps=EPS)),
+    "llama": Kind(NormForm(EPS, False, False, True), LlamaRMSNorm, partial(rms_norm, eps=EPS)),
+    "gemma2": Kind(NormForm(EPS, False, True), Gemma2RMSNorm, partial(rms_norm, eps=EPS, plus_one=True)),
+    "olmo2": Kind(NormForm(EPS, False), Olmo2RMSNorm, partial(rms_norm, eps=EPS, cast_before_weight=False)),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# x's shape and how many of its last dimensions the weight has.
-SHAPES = [
-    ((1, 4), 1),
-    ((47, 31), 1),
-    ((3, 47, 123), 1),
-    ((5, 1025), 1),
-    ((1025, 31), 1),
-    ((6, 1), 1),
-    ((2, 7, 4, 31), 2),
-]
+# x's shape, and how many of its last dimensions the weight has.
+SHAPES = [((1, 4), 1), ((6, 1), 1), ((47, 31), 1), ((1025, 31), 1), ((5, 1025), 1), ((3, 47, 123), 1)]
+SHAPES += [((2, 7, 4, 31), 2)]  # per head
+every_shape = pytest.mark.parametrize(("shape", "weight_dims"), SHAPES, ids=str)
 
 
-def make(shape: tuple[int, ...], weight_dims: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
+def make(shape: Shape, weight_dims: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
     """x, weight, upstream gradient. The rows of x differ in scale and have a mean."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=g) * torch.rand(*shape[:-1], 1, generator=g).add(0.2) + 0.5
@@ -112,45 +92,36 @@ def margins(x: Tensor, weight: Tensor, d_y: Tensor, right: tuple[Tensor, ...], f
 def assert_as_good(found: tuple[Tensor, ...], kind: Kind, x: Tensor, weight: Tensor, d_y: Tensor) -> None:
     right, theirs = exact(x, weight, d_y, kind.form), transformers_result(kind, x, weight, d_y)
     terms = margins(x, weight, d_y, right, kind.form)
-    for ours_, other, gold, term, dtype in zip(found, theirs, right, terms, (x, x, weight), strict=True):
-        assert ours_.dtype == other.dtype
-        once_more = 0.0 if dtype.dtype == torch.float32 else (1 + kind.form.cast_before_weight) * rounding(dtype.dtype)
-        assert_no_worse(ours_, other, gold, 16 * 2**-24 * term + once_more * norm(gold))
+    dtypes = (x.dtype, x.dtype, weight.dtype)
+    for value, other, gold, term, dtype in zip(found, theirs, right, terms, dtypes, strict=True):
+        assert value.dtype == other.dtype
+        once_more = 0.0 if dtype == torch.float32 else (1 + kind.form.cast_before_weight) * rounding(dtype)
+        helpers.assert_no_worse(value, other, gold, 16 * 2**-24 * term + once_more * norm(gold))
 
 
 @every_path
 @every_kind
-@every_dtype
-@pytest.mark.parametrize(("shape", "weight_dims"), SHAPES, ids=str)
-def test_against_fp64(
-    path: PathUnderTest, kind: Kind, dtype: torch.dtype, shape: tuple[int, ...], weight_dims: int
-) -> None:
-    x, weight, d_y = make(shape, weight_dims, dtype, path.device)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "bf16 under fp32 weights"])
+@every_shape
+def test_against_fp64(path: PathUnderTest, kind: Kind, dtypes: str, shape: Shape, weight_dims: int) -> None:
+    """Under trained weights of fp32, Llama's norm returns fp32, the others x's dtype; `assert_as_good` compares dtypes."""
+    x, weight, d_y = make(shape, weight_dims, torch.float32 if dtypes == "fp32" else torch.bfloat16, path.device)
+    weight = weight.float() if "fp32" in dtypes else weight
     found = ours(path, kind.form, x, weight, d_y)
     assert_as_good(found, kind, x, weight, d_y)
-    if path.use_triton and dtype == torch.float32:  # kernel and reference: the same formulas, sums in another order
+    if path.use_triton and dtypes == "fp32":  # kernel and reference: the same formulas, sums in another order
         terms = margins(x, weight, d_y, exact(x, weight, d_y, kind.form), kind.form)
         reference = ours(path._replace(use_triton=False), kind.form, x, weight, d_y)
         for a, b, term in zip(found, reference, terms, strict=True):
             assert norm(a - b) <= 16 * 2**-24 * term
 
 
-@every_path
-@every_kind
-def test_fp32_weights_over_bf16_activations(path: PathUnderTest, kind: Kind) -> None:
-    """Trained norms may be fp32. Llama's then returns fp32, the others x's dtype: `assert_as_good` compares dtypes."""
-    x, weight, d_y = make((3, 47, 123), 1, torch.bfloat16, path.device)
-    weight = weight.float()
-    assert_as_good(ours(path, kind.form, x, weight, d_y), kind, x, weight, d_y)
-
-
 @once
 @every_kind
 @every_dtype
-@pytest.mark.parametrize(("shape", "weight_dims"), SHAPES, ids=str)
-def test_public_functions_give_what_transformers_gives_to_the_bit(
-    kind: Kind, dtype: torch.dtype, shape: tuple[int, ...], weight_dims: int
-) -> None:
+@every_shape
+def test_public_functions_are_transformers(kind: Kind, dtype: torch.dtype, shape: Shape, weight_dims: int) -> None:
+    """To the bit."""
     x, weight, d_y = make(shape, weight_dims, dtype)
     torch.testing.assert_close(kind.public(x, weight), transformers_result(kind, x, weight, d_y)[0], rtol=0, atol=0)
 
@@ -164,8 +135,7 @@ def test_a_mean_far_from_zero(path: PathUnderTest, kind: Kind) -> None:
     found, right = ours(path, kind.form, x, weight, d_y), exact(x, weight, d_y, kind.form)
     # x itself and the mean are exact to 2⁻²⁴·1e4, and the smallest deviation made here is about 0.2.
     lost = 4 * 2**-24 * 1e4 / 0.2 if kind.form.centred else 16 * 2**-24
-    for value, gold in zip(found[:1], right[:1], strict=True):
-        assert norm(value.cpu().double() - gold) <= lost * norm(gold)
+    assert norm(found[0].cpu().double() - right[0]) <= lost * norm(right[0])
 
 
 @every_path
@@ -243,10 +213,8 @@ def test_llama_rounds_before_the_weight_and_the_others_do_not(path: PathUnderTes
     for kind in ("cohere", "olmo2"):
         # One rounding: each of 141 elements within it. Two would put some element outside.
         weight = torch.full_like(weight, 1.01, dtype=torch.float32)
-        found, right = (
-            Norm.apply(x, weight, KINDS[kind].form, path.use_triton),
-            exact(x, weight, x, KINDS[kind].form)[0],
-        )
+        found = Norm.apply(x, weight, KINDS[kind].form, path.use_triton)
+        right = exact(x, weight, x, KINDS[kind].form)[0]
         allowed = rounding(torch.bfloat16) * right.abs() + 2**-20  # 16 roundings of 2⁻²⁴ before it, of numbers of 1
         assert ((found.double().cpu() - right).abs() <= allowed).all()
 
@@ -267,7 +235,7 @@ def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused(path: 
 @once
 @every_kind
 @pytest.mark.parametrize("weight_shape", [(5,), (2, 5)], ids=str)
-def test_gradcheck(kind: Kind, weight_shape: tuple[int, ...]) -> None:
+def test_gradcheck(kind: Kind, weight_shape: Shape) -> None:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(3, 2, 5, generator=g, dtype=torch.float64).requires_grad_()
     weight = torch.randn(weight_shape, generator=g, dtype=torch.float64).requires_grad_()
@@ -279,40 +247,36 @@ def test_gradcheck(kind: Kind, weight_shape: tuple[int, ...]) -> None:
 
 @once
 def test_triton_kernels_through_the_interpreter() -> None:
-    through_interpreter("tests/test_kernel_norm.py")
+    helpers.through_interpreter("tests/test_kernel_norm.py")
 
 
 @once
-@pytest.mark.parametrize("capability", COMPUTE_CAPABILITIES)
+@pytest.mark.parametrize("capability", helpers.COMPUTE_CAPABILITIES)
 def test_kernels_compile_without_spilling(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At Command-R's dimensions (K = 8192) and at a query-key norm's (16 rows of 128 a program), 128-bit loads."""
+    """At Command-R's K = 8192, at a query-key norm's (16 rows of 128 a program) and, frozen, at the longest row."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     bf16 = dict.fromkeys(("x", "weight", "y", "d_y", "d_x"), "*bf16")
     fp32 = dict.fromkeys(("mean", "scale", "d_weight"), "*fp32")
     types = {**bf16, **fp32, **dict.fromkeys(("n_groups", "n_heads", "K"), "i32"), "eps": "fp32"}
-    for x_shape, weight_shape in (((4096, 8192), (8192,)), ((4096, 64, 128), (64, 128))):
+    longest = kernel.MAX_TRITON_K
+    for x_shape, weight_shape in (((4096, 8192), (8192,)), ((4096, 64, 128), (64, 128)), ((4096, longest), (longest,))):
         launch = kernel._Launch.over(torch.empty(x_shape, device="meta"), torch.empty(weight_shape, device="meta"))
         tile = {"ROWS": launch.rows, "BLOCK": launch.block, "CENTRED": True, "PLUS_ONE": False}
-        made = [compile_for(capability, kernel._forward_kernel, types, {**tile, "CAST_FIRST": True}, launch.warps)] + [
-            compile_for(capability, kernel._backward_kernel, types, {**tile, "WEIGHT_GRADIENT": w}, launch.warps)
-            for w in (False, True)
-        ]
-        assert all(m.stack_bytes == 0 and "ld.global.v4" in m.ptx and "st.global.v4" in m.ptx for m in made)
+        constants = {**tile, "CAST_FIRST": True}
+        helpers.assert_compiles_lean(capability, kernel._forward_kernel, types, constants, launch.warps)
+        for trained in {False, weight_shape != (longest,)}:
+            constants = {**tile, "WEIGHT_GRADIENT": trained}
+            helpers.assert_compiles_lean(capability, kernel._backward_kernel, types, constants, launch.warps)
 
 
 @once
-def test_works_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = without_triton("norm", monkeypatch)
+def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = helpers.without_triton("norm", monkeypatch)
     x, weight, _ = make((3, 47), 1, torch.float32)
     assert module.triton is None and not module.takes_triton(x)
     torch.testing.assert_close(module.layer_norm(x, weight, EPS), layer_norm(x, weight, EPS), rtol=0, atol=0)
-
-
-@once
-def test_fake_tensors_of_a_gpu_take_the_pytorch_path() -> None:
-    with FakeTensorMode():
-        assert not kernel.takes_triton(torch.empty(2, 3, 64, device="cuda", dtype=torch.bfloat16))
+    helpers.assert_fake_tensors_avoid_triton(kernel)
 
 
 # What is kept for backward
@@ -321,17 +285,16 @@ def test_fake_tensors_of_a_gpu_take_the_pytorch_path() -> None:
 @every_path
 @every_kind
 @every_dtype
-@pytest.mark.parametrize("train_weight", [False, True], ids=["frozen", "trained"])
-def test_saves_its_input_and_its_statistics(
-    path: PathUnderTest, kind: Kind, dtype: torch.dtype, train_weight: bool
-) -> None:
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_saves_input_and_statistics(path: PathUnderTest, kind: Kind, dtype: torch.dtype, trained: bool) -> None:
     x, weight, _ = make((3, 47, 123), 1, dtype, path.device)
     strided = torch.cat((x, x), -1)[..., :123].requires_grad_()
-    weight.requires_grad_(train_weight)
+    assert kept_for_backward(lambda: Norm.apply(x, weight, kind.form, path.use_triton)) == []  # evaluation
+    weight.requires_grad_(trained)
     statistics = 3 * 47 * (8 if kind.form.centred else 4)
     for taken in (x.requires_grad_(), strided):
         kept = kept_for_backward(lambda taken=taken: Norm.apply(taken, weight, kind.form, path.use_triton))
-        assert n_bytes(kept, apart_from=(taken, weight)) == statistics
+        assert helpers.n_bytes(kept, apart_from=(taken, weight)) == statistics
         assert all(t.dtype == torch.float32 for t in kept[2:]) and len(kept) == (4 if kind.form.centred else 3)
 
 
@@ -342,16 +305,10 @@ def test_bytes_a_token_at_command_r_are_those_of_the_header() -> None:
     x = torch.empty(1, tokens, k, dtype=torch.bfloat16, device="meta", requires_grad=True)
     module = CohereLayerNorm(k, eps=EPS).to("meta", torch.bfloat16).requires_grad_(False)
     kept = kept_for_backward(lambda: layer_norm(x, module.weight, EPS))
-    assert n_bytes(kept, apart_from=(module.weight,)) == tokens * 16_392
-    assert n_bytes(kept, apart_from=(module.weight, x)) == tokens * 8
+    assert helpers.n_bytes(kept, apart_from=(module.weight,)) == tokens * 16_392
+    assert helpers.n_bytes(kept, apart_from=(module.weight, x)) == tokens * 8
     theirs = kept_for_backward(lambda: module(x))
-    assert n_bytes(theirs, apart_from=(module.weight,)) == tokens * (8 * k + 8)
-
-
-@once
-def test_evaluation_keeps_nothing() -> None:
-    x, weight, _ = make((3, 47), 1, torch.float32)
-    assert kept_for_backward(lambda: layer_norm(x, weight, EPS)) == []
+    assert helpers.n_bytes(theirs, apart_from=(module.weight,)) == tokens * (8 * k + 8)
 
 
 # Bad input

@@ -7,18 +7,18 @@ import pytest
 import torch
 from pipeline.kernels.rope import Rope, rope
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
 from pipeline.kernels import rope as kernel
 from tests.helpers_kernels import (
     COMPUTE_CAPABILITIES,
-    DTYPES,
     INTERPRETED,
     PathUnderTest,
+    assert_compiles_lean,
+    assert_fake_tensors_avoid_triton,
     assert_no_worse,
-    compile_for,
+    every_dtype,
     every_path,
     kept_for_backward,
     n_bytes,
@@ -29,7 +29,6 @@ from tests.helpers_kernels import (
     without_triton,
 )
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 both_layouts = pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 # B, H, Hk, T, K, rows of the tables. The interpreter takes a program a token at 10 ms each: few tokens there.
 FEW = [(1, 1, 1, 1, 2, 1), (2, 3, 1, 4, 4, 1), (2, 5, 5, 7, 10, 2), (1, 31, 2, 3, 128, 1), (1, 1025, 1, 2, 6, 1)]
@@ -227,29 +226,23 @@ def test_triton_kernels_through_the_interpreter() -> None:
 def test_kernel_compiles_without_spilling(
     capability: int, interleaved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At Command-R's dimensions, 64 heads of 128: no stack, 128-bit loads and stores."""
+    """At Command-R's dimensions, 64 heads of 128."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = dict.fromkeys(kernel._rotate_kernel.arg_names, "i32") | dict.fromkeys(("x", "out", "cos", "sin"), "*bf16")
     for transposed in (False, True):
         tile = {"TRANSPOSED": transposed, "INTERLEAVED": interleaved, "HEADS": 64, "HALF": 64}
-        made = compile_for(capability, kernel._rotate_kernel, types, tile, 8)
-        assert made.stack_bytes == 0 and "ld.global.v4" in made.ptx and "st.global.v4" in made.ptx
+        assert_compiles_lean(capability, kernel._rotate_kernel, types, tile, 8)
 
 
 @once
-def test_works_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = without_triton("rope", monkeypatch)
     case = make((2, 3, 1, 5, 4, 1), torch.float32, True)
     assert module.triton is None and not module.takes_triton(case.q)
     for a, b in zip(module.rope(*case[:4], True), rope(*case[:4], True), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-@once
-def test_fake_tensors_of_a_gpu_take_the_pytorch_path() -> None:
-    with FakeTensorMode():
-        assert not kernel.takes_triton(torch.empty(2, 3, 64, 8, device="cuda", dtype=torch.bfloat16))
+    assert_fake_tensors_avoid_triton(kernel)
 
 
 # What is kept for backward

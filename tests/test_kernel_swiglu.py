@@ -7,17 +7,17 @@ import pytest
 import torch
 from pipeline.kernels.swiglu import ACTIVATIONS, GatedProduct, gradients, recompute, swiglu
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.activations import ACT2FN
 
 from pipeline.kernels import swiglu as kernel
 from tests.helpers_kernels import (
     COMPUTE_CAPABILITIES,
-    DTYPES,
     INTERPRETED,
     PathUnderTest,
+    assert_compiles_lean,
+    assert_fake_tensors_avoid_triton,
     assert_no_worse,
-    compile_for,
+    every_dtype,
     every_path,
     kept_for_backward,
     n_bytes,
@@ -28,7 +28,6 @@ from tests.helpers_kernels import (
     without_triton,
 )
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 # The interpreter takes a program a row and block at some ms each: few rows there.
 FEW = [(1,), (4, 1), (5, 31), (3, 2, 123), (2, 1025), (1, 1, 2049)]
@@ -233,22 +232,16 @@ def test_kernels_compile_without_spilling(
     for function in (kernel._product_kernel, kernel._gradients_kernel):
         tensors = ("gate", "up", "m", "d_m", "d_gate", "d_up")
         types = dict.fromkeys(function.arg_names, "i32") | dict.fromkeys(tensors, "*bf16")
-        made = compile_for(capability, function, types, {"ACTIVATION": activation, "BLOCK": kernel.BLOCK}, 4)
-        assert made.stack_bytes == 0 and "ld.global.v4" in made.ptx and "st.global.v4" in made.ptx
+        assert_compiles_lean(capability, function, types, {"ACTIVATION": activation, "BLOCK": kernel.BLOCK}, 4)
 
 
 @once
-def test_works_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = without_triton("swiglu", monkeypatch)
     gate, up, _ = make((3, 31), torch.float32)
     assert module.triton is None and not module.takes_triton(gate)
     torch.testing.assert_close(module.swiglu(gate, up), swiglu(gate, up), rtol=0, atol=0)
-
-
-@once
-def test_fake_tensors_of_a_gpu_take_the_pytorch_path() -> None:
-    with FakeTensorMode():
-        assert not kernel.takes_triton(torch.empty(2, 64, device="cuda", dtype=torch.bfloat16))
+    assert_fake_tensors_avoid_triton(kernel)
 
 
 # What is kept for backward

@@ -51,15 +51,21 @@ LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
-    """config.json of a model folder. Never runs code from it."""
+    """config.json of a model folder. Never runs code from it. UserError if there is none, or its weights are quantised."""
+    if not Path(folder).is_dir():
+        raise UserError(f"model = '{folder}': no such folder; download the model first and give its folder")
     if not (Path(folder) / "config.json").is_file():
         raise UserError(
             f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"model = '{folder}': transformers cannot read its config.json: {error}") from error
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
+        raise UserError(f"model = '{folder}' is quantised ({method}), which is not built yet; give the 16-bit model")
+    return config
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:

@@ -32,16 +32,15 @@ from pipeline.training.trainer import Cadence, Trainer
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-Resumed = tuple[Path, dict[str, Any]]
 
 
 def trainer(
     config: Config, plan: prepare.ModelPlan, data: prepare.Data, place: engine.Place, watcher: Watcher,
-    resumed: Resumed | None, arguments: list[str],
+    resumed: run_folder.Resumed | None, command: list[str],
 ) -> Trainer:  # fmt: skip
     """The run, ready to go. `resumed`: the checkpoint to go on from (the first process's counts) and its manifest.
 
-    `arguments`: the command line's, for the line that resumes.
+    `command`: the program and its arguments, for the line that resumes.
     """
     torch.manual_seed(config.seed + place.rank)
     stage = build_stage(config, plan, place)
@@ -55,12 +54,16 @@ def trainer(
         optimizer, config.gradient_accumulation_steps, dynamic_shape=batches.fixed_shape is None,
     )  # fmt: skip
     tie_trained_embeddings(stage, optimizer, place)
-    run_dir, folder, manifest = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    if folder is not None and manifest is not None:
-        put_back(folder, manifest, config, stage, optimizer, place, batches)
-    went = manifest or {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
-    goes_on = folder is not None and folder.parent == run_dir
-    state = RunState(optimizer, place.device, place.rank, place.replica == 0, facts(config, place))
+    trained = names_on_all_stages(optimizer, place)
+    resumed = run_folder.agree_on(resumed, place)
+    if resumed is not None:
+        put_back(*resumed, config, stage, optimizer, place, batches, trained)
+    run_dir = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
+    went: dict[str, Any] = (
+        resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
+    )
+    goes_on = resumed is not None and resumed[0].parent == run_dir
+    state = RunState(optimizer, place.device, place.rank, place.replica == 0, facts(config, place, trained))
     metrics = Metrics(run_dir, went["step"] if goes_on else 0, went["settled"])
     write = artifact_writer(config, stage, optimizer, place, plan)
     saved_already = went["step"] if goes_on else None
@@ -74,7 +77,7 @@ def trainer(
         adapter=None if config.full_fine_tune else (dict(optimizer.parameters_by_name), scaling(config)),
         cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),
         state=state, saver=saver, metrics=metrics, watcher=watcher,
-        resume_line=run_folder.resume_line(arguments, place.world, run_dir),
+        resume_line=run_folder.resume_line(command, place.world, run_dir),
         step=went["step"], position=Position(went["epoch"], went["rows"]), best_loss=went["best_loss"],
         settled=went["settled"],
     )  # fmt: skip
@@ -162,7 +165,7 @@ def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: en
 
 def put_back(
     folder: Path, manifest: dict[str, Any], config: Config, stage: Stage, optimizer: PipelineOptimizer,
-    place: engine.Place, batches: MicroBatches,
+    place: engine.Place, batches: MicroBatches, trained: list[str],
 ) -> None:  # fmt: skip
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration."""
     if lines := run_folder.differences(manifest["config"], config.model_dump(mode="json")):
@@ -171,6 +174,7 @@ def put_back(
     aliases = {HEAD: embedding} if stage.model.config.tie_word_embeddings else {}
     same_layout = manifest["layout"] == [place.stages, place.replicas]
     with engine.agreement(place):
+        run_folder.check_continues(manifest, config.model_dump(mode="json"), set(trained), aliases)
         if manifest["rows"] and batches.order_hash(manifest["epoch"]) != manifest["order"]:
             raise UserError(
                 "the training data or its order is not the checkpoint's, so its position in the data means nothing; "
@@ -213,10 +217,17 @@ def scaling(config: Config) -> float:
     return (config.lora_alpha or 1.0) / (config.lora_rank or 1)
 
 
-def facts(config: Config, place: engine.Place) -> dict[str, Any]:
+def names_on_all_stages(optimizer: PipelineOptimizer, place: engine.Place) -> list[str]:
+    """The trained parameters of the whole model."""
+    names: list[list[str]] = [[] for _ in range(place.world)]
+    dist.all_gather_object(names, list(optimizer.parameters_by_name))
+    return sorted({name for each in names for name in each})
+
+
+def facts(config: Config, place: engine.Place, trained: list[str]) -> dict[str, Any]:
     """What every checkpoint of the run says about itself."""
     return {
-        "config": config.model_dump(mode="json"), "layout": [place.stages, place.replicas],
+        "trained": trained, "config": config.model_dump(mode="json"), "layout": [place.stages, place.replicas],
         "versions": {package: version(package) for package in PACKAGES},
     }  # fmt: skip
 

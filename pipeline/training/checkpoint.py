@@ -29,7 +29,7 @@ from torch import Tensor
 from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, warn
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 POLL_S = 0.02
 PEER_TIMEOUT_S = 600.0
 

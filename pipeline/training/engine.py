@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -54,19 +55,25 @@ def launched_by() -> str:
     return f"{launcher.pid}-{int(launcher.create_time() * 1000)}"
 
 
-def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
-    """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
+def check_processes(stages: int) -> None:
+    """UserError if the processes that were started cannot form `stages` stages; known before anything is read."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world)
     if here != world:
         raise UserError(f"{world} processes over several machines, {here} of them here: a run lives on one machine")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("LOCAL_SIZE", str(world))
     if world % stages:
         raise UserError(
             f"pipeline_stages = {stages} does not divide the {world} process(es) started; "
             f"start with --num_gpus {stages} (or a multiple of it) or set pipeline_stages = {world}"
         )
+
+
+def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
+    """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_processes(stages)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_SIZE", str(world))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     accelerator = get_accelerator()
     local = int(os.environ["LOCAL_RANK"])
@@ -146,13 +153,10 @@ def is_failed_collective(error: BaseException) -> bool:
     )
 
 
-def shutdown(rendezvous: Path) -> None:
+def shutdown() -> None:
     """Leave the process group, all together: not after an error, when a peer may be waiting in a collective for ever."""
-    first = dist.get_rank() == 0
     dist.barrier()
     dist.destroy_process_group()
-    if first:
-        rendezvous.unlink(missing_ok=True)
 
 
 def rendezvous_in(folder: Path) -> Path:
@@ -169,7 +173,10 @@ def _mention_locks() -> None:
     """torch's extension builder waits for ever, silently, on the lock of a build that was killed."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
     for lock in Path(folder).glob("**/lock") if folder else ():
-        say(f"another process is compiling a DeepSpeed extension; if nothing happens for minutes, delete {lock}")
+        if time.time() - lock.stat().st_mtime > 60:
+            say(
+                f"DeepSpeed's extension is being compiled elsewhere, or a build was killed: if this hangs, delete {lock}"
+            )
 
 
 def _broadcast_only_trained(module: nn.Module) -> None:

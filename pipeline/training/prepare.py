@@ -4,6 +4,7 @@ Takes the config; gives what it resolves to (layers, targets, stages, rows) or o
 the same outcome; the first to come builds the data cache, the others find it.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pipeline.data.split import Rows, split, whole
 from pipeline.model import adapters, partition
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.model.weights import check_saved_as_run, tensor_files
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Data:
 
 def plan_model(config: Config) -> ModelPlan:
     """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to."""
+    usable_output_dir(config.output_dir)
+    model_config = read_model_config(config.model)
     tensor_files(config.model)
-    shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
+    shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
     if config.full_fine_tune:
         targets, first_adapted = list[str](), None
         check_full_fine_tune(config, shell)
@@ -53,6 +58,16 @@ def plan_model(config: Config) -> ModelPlan:
     return ModelPlan(shell, targets, biased, cut_into_stages(config, shell, first_adapted))
 
 
+def usable_output_dir(folder: str) -> None:
+    """UserError if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir = '{folder}': cannot write there: {error.strerror}") from error
+
+
 def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
     """Say that the model's own weights are trained; UserError where that is not possible."""
     check_saved_as_run(shell)
@@ -60,6 +75,11 @@ def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
         raise UserError(
             "target_modules = 'all-linear': with full_fine_tune, give names of modules, "
             "or leave the key out to train everything"
+        )
+    parts = {part for name, _ in shell.named_parameters() for part in name.split(".")}
+    if unknown := [name for name in config.target_modules or () if name not in parts]:
+        raise UserError(
+            f"target_modules: no parameter has {', '.join(unknown)} in its name; there are {', '.join(sorted(parts))}"
         )
     which = "" if config.target_modules is None else f", those of {', '.join(config.target_modules)}"
     say(f"training: the model's own weights{which}")
@@ -104,11 +124,21 @@ def cut_into_stages(config: Config, shell: PreTrainedModel, first_adapted: int |
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The model's own tokenizer."""
+    """The model's own tokenizer; UserError if there is none."""
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"model = '{folder}': there is no tokenizer in it (none of {', '.join(TOKENIZER_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model = '{folder}': cannot read its tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_for(plan: ModelPlan, folder: str) -> Any:
+    """`load_tokenizer`, and UserError if it knows more tokens than the model's embedding has rows."""
+    tokenizer, rows = load_tokenizer(folder), plan.shell.config.vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(f"model = '{folder}': its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
+    return tokenizer
 
 
 def read_data(config: Config, tokenizer: Any) -> Data:

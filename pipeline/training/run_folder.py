@@ -19,41 +19,69 @@ from pipeline.training import checkpoint
 from pipeline.training.engine import Place
 from pipeline.training.stop import STOP_FILE
 
+Resumed = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
 LOCK = ".lock"
 RESUME = "--resume_from_checkpoint"
 
 
-def find_checkpoint(output_dir: Path, resume: bool | str) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(output_dir: Path, resume: bool | str) -> Resumed | None:
     """What `resume_from_checkpoint` means: None, or a verified checkpoint and its manifest. CheckpointError if there is none."""
     if not resume:
         return None
     return checkpoint.find(output_dir if resume is True else Path(resume), newest_run=resume is True)
 
 
-def open_run(
-    output_dir: Path, resumed: tuple[Path, dict[str, Any]] | None, place: Place, config_toml: str
-) -> tuple[Path, Path | None, dict[str, Any] | None]:
-    """(the run's folder, the checkpoint to go on from or None, its manifest), the same on all processes.
+def agree_on(resumed: Resumed | None, place: Place) -> Resumed | None:
+    """The first process's checkpoint, on all of them."""
+    told: list[Any] = [resumed]
+    dist.broadcast_object_list(told)
+    return told[0]
 
-    `resumed` counts on the first process only. Raises UserError, everywhere, if another run is at work in the folder.
+
+def check_continues(
+    manifest: dict[str, Any], config: dict[str, Any], trained: set[str], aliases: dict[str, str]
+) -> None:
+    """UserError if the checkpoint is not one of this run: another kind of training, other parameters, another optimizer.
+
+    `trained`: the trained parameters' names over all stages. `aliases`: another name for some of them.
+    """
+    saved = manifest["config"]
+    for key in ("adapter_type", "full_fine_tune"):
+        if saved[key] != config[key]:
+            raise UserError(
+                f"the checkpoint was made with {key} = {saved[key]}, this run has {config[key]}; nothing of it fits"
+            )
+    known = trained | set(aliases) | set(aliases.values())
+    if lost := sorted(set(manifest["trained"]) - known):
+        raise UserError(
+            f"the checkpoint has trained {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}, which this run would drop; "
+            "resume with its target_modules and layers_to_transform"
+        )
+    if saved["optimizer"]["type"] != config["optimizer"]["type"] and config["load_optimizer_states"]:
+        raise UserError(
+            f"the checkpoint's optimizer is {saved['optimizer']['type']}, this run's {config['optimizer']['type']}: their "
+            "states do not fit; set load_optimizer_states = false to start the optimizer afresh"
+        )
+
+
+def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_toml: str) -> Path:
+    """The run's folder, locked, the same on all processes. Call when nothing can be wrong with the checkpoint any more:
+    later saves than its step are put aside. Raises UserError, everywhere, if another run is at work in the folder.
     """
     told: list[Any] = [None, None]
     if place.rank == 0:
         try:
-            told = [(*_take_folder(output_dir, resumed, config_toml), resumed and resumed[1]), None]
+            told = [_take_folder(output_dir, resumed, config_toml), None]
         except UserError as error:
             told = [None, str(error)]
     dist.broadcast_object_list(told)
     if told[1] is not None:
         raise UserError(told[1])
-    run_dir, folder, manifest = told[0]
-    say(f"run:      {run_dir}")
-    return Path(run_dir), folder and Path(folder), manifest
+    say(f"run:      {told[0]}")
+    return Path(told[0])
 
 
-def _take_folder(
-    output_dir: Path, resumed: tuple[Path, dict[str, Any]] | None, config_toml: str
-) -> tuple[str, str | None]:
+def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) -> str:
     folder = resumed[0] if resumed else None
     # A checkpoint that was copied somewhere alone starts a new run: what lies beside it is not ours.
     is_run = folder is not None and (folder.parent / "metrics.jsonl").exists()
@@ -64,7 +92,7 @@ def _take_folder(
     if resumed and (abandoned := checkpoint.abandon_after(run_dir, resumed[1]["step"])):
         say(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
     (run_dir / "config.toml").write_text(config_toml, encoding="utf-8")
-    return str(run_dir), str(folder) if folder else None
+    return str(run_dir)
 
 
 def _new_folder(output_dir: Path) -> Path:
@@ -101,8 +129,9 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return lines
 
 
-def resume_line(arguments: list[str], processes: int, run_dir: Path) -> str:
-    """The command that goes on with this run: the one it was started with, `--set` and all, and where to resume."""
+def resume_line(command: list[str], processes: int, run_dir: Path) -> str:
+    """The command that goes on with this run: the one it was started with (program and arguments), and where to resume."""
+    program, *arguments = command
     kept: list[str] = []
     skip = False
     for argument in arguments:
@@ -112,4 +141,4 @@ def resume_line(arguments: list[str], processes: int, run_dir: Path) -> str:
         skip = argument == RESUME
         if not skip and not argument.startswith((f"{RESUME}=", "--local_rank")):
             kept.append(argument)
-    return shlex.join(["deepspeed", "--num_gpus", str(processes), "train.py", *kept, RESUME, str(run_dir)])
+    return shlex.join(["deepspeed", "--num_gpus", str(processes), program, *kept, RESUME, str(run_dir)])

@@ -76,10 +76,9 @@ def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
 def main() -> int:
     """`make setup`: the toy on one stage, which also has DeepSpeed compile what it compiles at its first start."""
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = Path(folder) / "rendezvous"
-        place = engines.initialise(1, rendezvous, column_major=False)
+        place = engines.initialise(1, Path(folder) / "rendezvous", column_major=False)
         run(place, gradient_accumulation_steps=2)
-        engines.shutdown(rendezvous)
+        engines.shutdown()
     say(f"DeepSpeed {engines.deepspeed.__version__} with torch {torch.__version__} trains what it is asked to")
     return 0
 

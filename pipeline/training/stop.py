@@ -59,9 +59,9 @@ class Watcher:
         self._save = save
         self._run_dir = run_dir
 
-    def request(self) -> None:
-        """Ask all processes of the run to stop, as a signal would."""
-        self._tell_the_others()
+    def request(self, code: int) -> None:
+        """Ask all processes of the run to save and end with `code`, because this one cannot go on."""
+        self._tell_the_others(str(code))
 
     def detach(self) -> None:
         """The run is over: a late signal has nothing to do."""
@@ -88,16 +88,22 @@ class Watcher:
                 if time.monotonic() - self._since > BOUNDARY_GRACE_S:
                     self._save_and_end()
 
-    def _tell_the_others(self) -> None:
+    def _tell_the_others(self, code: str = "") -> None:
         self._told = True
         with contextlib.suppress(OSError):  # a full disk: then this process alone knows, and the step boundary tells
-            (self._run_dir / STOP_FILE).touch()  # type: ignore[operator]
+            (self._run_dir / STOP_FILE).write_text(code)  # type: ignore[operator]
+
+    def _code(self) -> int:
+        """What the process that asked for the stop said to end with."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self._run_dir / STOP_FILE).read_text())  # type: ignore[operator]
+        return EXIT_STOPPED
 
     def _save_and_end(self) -> None:
         """Whatever happens while saving, the process ends: nobody is left to send it another signal."""
         if (save := self._save) is None:
             return
-        code = EXIT_STOPPED
+        code = self._code()
         try:
             save()
         except UserError as error:

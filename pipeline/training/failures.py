@@ -1,0 +1,39 @@
+"""What goes wrong on one process while the others run: said there, with the exit code for it.
+
+Takes the block in which the run happens; turns out of memory, a full disk and lost peers into a `RankError`. Out of
+memory has left the last completed step whole, so all processes are asked to save it first.
+"""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from pipeline.console import EXIT_DISK_FULL, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, RankError, rank
+from pipeline.training.engine import is_failed_collective
+from pipeline.training.stop import Watcher
+
+
+@contextlib.contextmanager
+def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
+    """`save` writes the last completed step, if there is one, together with the other processes."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        print(f"rank {rank()} is out of memory; saving the last completed step", file=sys.stderr, flush=True)
+        watcher.request(EXIT_OUT_OF_MEMORY)
+        save()
+        raise RankError(
+            f"out of memory: {str(error).splitlines()[0]}\n"
+            "Try activation_checkpointing = 'unsloth', a shorter sequence_len, or more stages.", EXIT_OUT_OF_MEMORY
+        ) from error  # fmt: skip
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RankError(f"the disk is full: {error}", EXIT_DISK_FULL) from error
+    except RuntimeError as error:
+        if not is_failed_collective(error):
+            raise
+        raise RankError(f"lost the other processes: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
