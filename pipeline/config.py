@@ -40,6 +40,15 @@ def layer_ranges(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
+def _not_built(value: Any) -> Any:
+    """Values of qlora-pipe's that are refused by name."""
+    if value in ("axolotl", "pretokenized"):
+        raise ValueError("datasets of this type are not built yet; write 'textfile' or 'doclist'")
+    if value == "cpu":
+        raise ValueError("not built; 'unsloth' also keeps the layers' inputs in host memory")
+    return value
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -71,7 +80,7 @@ class Dataset(Section):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …"
     )
-    dataset_type: Literal["textfile", "doclist"] = Field(
+    dataset_type: Annotated[Literal["textfile", "doclist"], BeforeValidator(_not_built)] = Field(
         description="'textfile': .txt and .md files, one document each. 'doclist': .json, .jsonl or .parquet with a `text` field.")  # fmt: skip
     dataset_path: str = Field(description="a file or a glob; ** descends into folders")
     sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
@@ -95,7 +104,9 @@ class EvalDataset(Section):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default eval0, eval1, …"
     )
-    dataset_type: Literal["textfile", "doclist"] = Field(description="as for [[datasets]]")
+    dataset_type: Annotated[Literal["textfile", "doclist"], BeforeValidator(_not_built)] = Field(
+        description="as for [[datasets]]"
+    )
     dataset_path: str = Field(description="a file or a glob; all of it is evaluated")
     sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
     subsample: float | None = Field(
@@ -159,7 +170,7 @@ class Config(Section):
         None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model"
     )
     use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
-    activation_checkpointing: bool | Literal["unsloth"] = Field(
+    activation_checkpointing: Annotated[bool | Literal["unsloth"], BeforeValidator(_not_built)] = Field(
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory")  # fmt: skip
     kernels: Literal["all", "none"] | list[Literal["norm", "swiglu", "multiplicative"]] = Field(
         "none", description="our own forward and backward of norms, gated MLPs and MLPs with a multiplicative adapter, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284)")  # fmt: skip

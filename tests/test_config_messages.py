@@ -238,3 +238,23 @@ def test_values_that_would_train_or_keep_nothing_are_refused(changes: dict[str, 
     (key,) = changes
     (line,) = problems({**small(), **changes})
     assert line.startswith(f"{key}: ")
+
+
+def test_values_of_qlora_pipe_that_are_not_built_are_refused_by_name() -> None:
+    (line,) = problems({**small(), "activation_checkpointing": "cpu"})
+    assert (
+        line == "activation_checkpointing = \"cpu\": not built; 'unsloth' also keeps the layers' inputs in host memory"
+    )
+    for kind in ("axolotl", "pretokenized"):
+        raw = small()
+        raw["datasets"] = [{**raw["datasets"][0], "dataset_type": kind}]
+        (line,) = problems(raw)
+        assert line.startswith(f'datasets[0].dataset_type = "{kind}": datasets of this type are not built yet')
+
+
+def test_names_that_datasets_get_by_default_count_too() -> None:
+    raw = small()
+    first = raw["datasets"][0]
+    raw["datasets"] = [{**first, "name": "dataset1"}, {k: v for k, v in first.items() if k != "name"}]
+    (line,) = problems(raw)
+    assert "'dataset1' is used more than once" in line

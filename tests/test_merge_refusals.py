@@ -20,7 +20,7 @@ from pipeline.artifacts import merge as merge_module
 from pipeline.artifacts import whole_folder as whole_folder_module
 from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.safetensors_stream import read_header
-from pipeline.console import run_command
+from pipeline.console import UserError, run_command
 from tests.helpers_artifacts import FACTS, down_proj, edit_json, files_of, make_base, random_tensors
 
 SQUARE = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.self_attn.o_proj": (32, 32)}
@@ -323,3 +323,10 @@ def test_a_fold_that_computes_something_else_is_found(work: Path, fold: Callable
     real = torch.mm
     monkeypatch.setattr(fold_rows, "torch", SimpleNamespace(**{**vars(torch), "mm": lambda a, b: fault(real(a, b))}))
     refuses(work, fold, "deviates from the fold in fp64 by", code=3)
+
+
+def test_an_output_where_nothing_can_be_written(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "below" / "out"
+    with pytest.raises(UserError, match="cannot write to"), whole_folder_module.whole_folder(output):
+        pass

@@ -84,9 +84,14 @@ def disk_full_as_user_error(output: Path) -> Iterator[None]:
 @contextmanager
 def _lock(output: Path) -> Iterator[None]:
     """Hold the lock of `output`: the system releases it when the process ends, however it ends."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     path = output.parent / f".{output.name}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"cannot write to {output.parent}: {error.strerror}. Give another name.") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Who removed the file between our open and our lock held it before us: then this lock protects nothing.

@@ -117,7 +117,7 @@ class Trainer:
             documents = self.batches.documents(info.rows)
             shown = "\n  ".join(documents[:20]) + (f"\n  and {len(documents) - 20} more" if len(documents) > 20 else "")
             raise NonFiniteError(
-                f"step {self.step + 1}: {error}. Nothing was saved. The step read from\n  {shown}\n"
+                f"step {self.step + 1}: {error}. Nothing of it was saved. The step read from\n  {shown}\n"
                 "Lower the learning rate, or look at these documents (--preview shows chunks)."
             ) from None
         seconds = clock.stop()
@@ -203,7 +203,7 @@ class Trainer:
         for name, batches in self.evaluations.items():
             loss = evaluation.evaluate(self.engine, self.row_losses, batches, name)
             if not math.isfinite(loss):
-                raise NonFiniteError(f"step {self.step}: the loss of {name} is {loss}. Nothing was saved.")
+                raise NonFiniteError(f"step {self.step}: the loss of {name} is {loss}. Nothing of this step was saved.")
             results |= {f"eval/{name}/loss": loss, f"eval/{name}/perplexity": evaluation.perplexity(loss)}
             say(
                 f"step {self.step}  evaluation of {name}: loss {loss:.4f}, perplexity {evaluation.perplexity(loss):.2f}"
