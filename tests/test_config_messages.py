@@ -212,7 +212,7 @@ CHANGES = st.fixed_dictionaries({}, optional={
     "activation_checkpointing": st.booleans() | st.just("unsloth"), "resume_from_checkpoint": st.booleans() | NAMES,
     "adapter_type": st.sampled_from(["lora", "multiplicative_lora"]),
     "save_dtype": st.sampled_from(["float16", "float32"]),
-    "layers_per_stage": st.lists(st.integers(1, 40), min_size=2, max_size=2), "output_dir": st.text(max_size=9),
+    "layers_per_stage": st.lists(st.integers(1, 40), min_size=2, max_size=2), "output_dir": st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=9),
 })  # fmt: skip
 
 
