@@ -202,6 +202,7 @@ def test_layer_ranges_accept_a_text_or_say_how_to_write_it(text: str) -> None:
 
 
 NAMES = st.text(alphabet="abz09_.-", min_size=1, max_size=6)
+PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=9)
 POSITIVE = st.floats(1e-8, 1e8)
 CHANGES = st.fixed_dictionaries({}, optional={
     "lora_alpha": POSITIVE, "target_modules": st.lists(NAMES, min_size=1, max_size=3) | st.just("all-linear"),
@@ -212,7 +213,7 @@ CHANGES = st.fixed_dictionaries({}, optional={
     "activation_checkpointing": st.booleans() | st.just("unsloth"), "resume_from_checkpoint": st.booleans() | NAMES,
     "adapter_type": st.sampled_from(["lora", "multiplicative_lora"]),
     "save_dtype": st.sampled_from(["float16", "float32"]),
-    "layers_per_stage": st.lists(st.integers(1, 40), min_size=2, max_size=2), "output_dir": st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=9),
+    "layers_per_stage": st.lists(st.integers(1, 40), min_size=2, max_size=2), "output_dir": PATHS,
 })  # fmt: skip
 
 
