@@ -5,10 +5,10 @@ dtype, clipping or ZeRO block: those would cast parameters, wrap the optimizer a
 """
 
 import contextlib
+import fcntl
 import io
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from torch import nn
 
-from pipeline.console import UserError, say
+from pipeline.console import UserError
 from pipeline.training.optimizer import PipelineOptimizer
 
 MINIMUM_DEEPSPEED = (0, 19, 3)
@@ -80,8 +80,8 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local)
     rank = int(os.environ.get("RANK", "0"))
-    _mention_locks()
     with _quiet():
+        _load_extension()
         deepspeed.init_distributed(
             accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
             init_method=f"file://{rendezvous}", rank=rank, world_size=world, auto_mpi_discovery=False,
@@ -169,14 +169,21 @@ def rendezvous_in(folder: Path) -> Path:
     return own
 
 
-def _mention_locks() -> None:
-    """torch's extension builder waits for ever, silently, on the lock of a build that was killed."""
+def _load_extension() -> None:
+    """Load (the first time, compile) DeepSpeed's CPU extension, one process at a time.
+
+    torch's builder waits for ever, silently, on the lock file of a build that was killed. The system frees our lock
+    when a process dies, so whoever holds it knows that a lock file it finds is stale.
+    """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    for lock in Path(folder).glob("**/lock") if folder else ():
-        if time.time() - lock.stat().st_mtime > 60:
-            say(
-                f"DeepSpeed's extension is being compiled elsewhere, or a build was killed: if this hangs, delete {lock}"
-            )
+    if not folder or get_accelerator().device_name() != "cpu":
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with (Path(folder) / ".one-at-a-time").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for stale in Path(folder).glob("*/lock"):
+            stale.unlink(missing_ok=True)
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 
 def _broadcast_only_trained(module: nn.Module) -> None:
