@@ -35,8 +35,12 @@ test-all: setup ## the tests with the slow ones
 lint: setup ## ruff and mypy
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
 
-bench: setup ## the benchmarks that run on this machine
+bench: setup ## the benchmarks that run on this machine, which should be idle (with a GPU, gpu_h200 besides)
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.head
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.cpu_training
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.cpu_training --kernels
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.pipeline_schedule
+	if command -v nvidia-smi > /dev/null; then PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.gpu_h200; fi
 
 docs: setup ## regenerate configs/schema.json and docs/config.md from the schema
 	$(RUN)/python -m docs.generate

@@ -33,6 +33,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="validate and resolve everything that needs no weights, then end"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="show each stage's memory and the run's time without weights or GPU, then end"
+    )
+    parser.add_argument("--devices", metavar="2x48GiB", help="with --plan: the GPUs to plan for, e.g. 2xA6000, 48GiB,80GiB")
     parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
     parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, metavar="PATH",
                         help="go on from the newest complete checkpoint, or from that of PATH")  # fmt: skip
@@ -55,6 +59,10 @@ def main() -> int:
     watcher = Watcher(HELD)
     config = config_sources.load(arguments.config, arguments.deepspeed_config, arguments.set)
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
+    if arguments.plan:
+        from pipeline.training import planned
+
+        return planned.show(config, arguments.devices)
     if arguments.check or arguments.preview is not None:
         return look(config, arguments.preview)
     return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
@@ -66,6 +74,7 @@ def look(config: Config, preview_chunks: int | None) -> int:
     from pipeline.training import prepare
 
     plan = prepare.plan_model(config)
+    prepare.check_files(config)
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))
     prepare.evaluation_batches(config, data)
@@ -82,6 +91,7 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     engine.check_version()
     engine.check_processes(config.pipeline_stages)
     plan = prepare.plan_model(config)
+    prepare.check_files(config)
     data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
     resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))

@@ -4,13 +4,13 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "liger_kernel")
 
 
 def machine() -> dict[str, Any]:
@@ -21,14 +21,22 @@ def machine() -> dict[str, Any]:
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu,
         "threads": torch.get_num_threads(), "load_average": os.getloadavg(), "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in PACKAGES},
     }  # fmt: skip
 
 
+def _version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def write(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
-    """benchmarks/results/<name>.json."""
+    """benchmarks/results/<name>.json, or `folder`/<name>.json; its path."""
     folder = folder or Path(__file__).resolve().parent / "results"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
     return path

@@ -1,146 +1,205 @@
 """Cross-entropy of a linear head, without the logits of all tokens.
 
 Takes the normed hidden state [N, D], the head's weight [V, D] and labels [N]; gives the negative log-likelihood of each
-token [N] in fp32. Peak memory beyond weight and hidden state is one block of logits [block, V], forward and backward.
+token [N]. `linear_statistics` gives log-probability, entropy and the most probable tokens by the same blocks.
 
-With a frozen head the gradient of the hidden state is computed in the same pass as the loss, while the block of logits
-is still there: two matrix products in all, where autograd through the logits needs the logits kept, or a third
-product. A trainable head recomputes its blocks in backward, because its own gradient needs the upstream weights.
+A block of tokens at a time: a product makes its logits [n, V] in the weight's dtype, the block's kernel takes the loss
+from them and overwrites them with their gradient (cross_entropy_block.py), a second product makes the hidden state's.
+So with a frozen head loss and gradient cost two products in one pass, where autograd through the logits needs all
+logits kept, or a third product. A trainable head recomputes its blocks in backward, where the upstream weights of its
+own gradient are known.
+
+Memory. Forward holds, beyond weight, hidden state and the hidden state's gradient, one block of logits and a few numbers
+a token: for any vocabulary at most BLOCK_BYTES = 512 MiB (on the PyTorch path 32 MiB more, for rows in fp32). A block is
+1024 tokens, fewer where they would take more than that: in bf16 it is 16.8 MB for V = 8192, 524 MB for V = 256 000.
+Smaller blocks would read the weight too often (at 1024 tokens a product does 1024 operations a byte of the weight; a
+large GPU needs some hundreds), larger ones gain nothing. Backward of a frozen head holds two gradients of the hidden
+state: the saved one, and its multiple that is returned. A trainable head's holds the weight's gradient in fp32, one
+block, and a product to be added to the sum, no larger than the block.
 
 The idea of chunking the head and of a gradient in the forward pass: Liger-Kernel's fused linear cross-entropy (BSD-2)
-and Apple's cut-cross-entropy (Wijmans et al. 2024, arXiv:2411.09009). Gradients of the cross-entropy: softmax − one-hot.
+and Apple's cut-cross-entropy (Wijmans et al. 2024, arXiv:2411.09009).
 
-Letters: N tokens, D hidden, V vocabulary.
+Letters: N tokens, n tokens of a block, D hidden, V vocabulary, k most probable tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from pipeline.kernels.cross_entropy_block import IGNORED, LogitTransform, loss, parts, statistics, wide
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
-IGNORED = -100
-# Large enough that re-reading the head's weight for each block costs less than the products themselves.
-BLOCK_TOKENS = 1024
+__all__ = [
+    "IGNORED", "LogitTransform", "Statistics",
+    "linear_cross_entropy", "linear_statistics", "reference", "tokens_per_block",
+]  # fmt: skip
+
+BLOCK_TOKENS, BLOCK_BYTES = 1024, 512 * 2**20
+# The least that is added to a weight's gradient at a time, in elements: more would save no memory worth its launches.
+PRODUCT_ELEMENTS = 2**22
 
 
-class LogitTransform(NamedTuple):
-    """logits = after · softcap(before · (h·Wᵀ + bias)), softcap(z) = cap · tanh(z / cap) where `cap` is set."""
+class Statistics(NamedTuple):
+    """What the head says at each token, in nats. A label of −100 has log-probability 0; the rest needs no label."""
 
-    before: float = 1.0
-    cap: float | None = None
-    after: float = 1.0
-
-    def apply(self, raw: Tensor) -> Tensor:
-        """Transformed logits of `raw`, fp32, differentiable."""
-        logits = raw.float() * self.before
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits * self.after
-
-    def apply_in_place(self, logits: Tensor) -> Tensor | float:
-        """Transform fp32 `logits` where they are; returns d logits / d raw (a number where it is constant)."""
-        slope = self.before * self.after
-        if self.cap is None:
-            if slope != 1.0:
-                logits.mul_(slope)
-            return slope
-        logits.mul_(self.before / self.cap).tanh_()
-        derivative = logits.square().neg_().add_(1).mul_(slope)
-        logits.mul_(self.cap * self.after)
-        return derivative
+    log_probability_N: Tensor
+    entropy_N: Tensor
+    top_log_probabilities_Nk: Tensor  # descending
+    top_indices_Nk: Tensor  # int64
 
 
 def reference(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, transform: LogitTransform
 ) -> Tensor:
     """The same through plain PyTorch and full logits; for tests and benchmarks. Returns fp32 [N], 0 where ignored."""
-    logits = transform.apply(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+    logits = transform.apply(linear(hidden_ND, weight_VD, bias_V))
     return torch.nn.functional.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="none")
 
 
 def linear_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor,
-    transform: LogitTransform = LogitTransform(), block_tokens: int = BLOCK_TOKENS,
+    transform: LogitTransform = LogitTransform(), block_tokens: int | None = None, weights_N: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Negative log-likelihood per token, fp32 [N]; 0 for labels of −100. Differentiable in hidden, weight and bias.
+    """Negative log-likelihood per token, [N]; 0 for labels of −100. Differentiable in hidden, weight and bias.
 
-    The logits of a block are computed in the weight's dtype, everything after them in fp32.
+    It is the label's negative log-probability: preference losses take −nll, and differentiate it. With `weights_N`,
+    [N], the loss of a token is weight · nll, and a token of weight 0 counts as ignored; the weights get no gradient.
+    Hidden, weight and bias are of one dtype, in which the logits are; all between is fp32, as is the result (fp64 for
+    fp64, which only tests have). `block_tokens` is 1024, or what keeps a block within BLOCK_BYTES.
+    Raises ValueError where shapes, dtypes or block_tokens do not fit.
     """
-    trainable = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    function = _TrainableHead if trainable and torch.is_grad_enabled() else _FrozenHead
-    return function.apply(hidden_ND, weight_VD, bias_V, labels_N, transform, block_tokens)
+    block = _checked_block(hidden_ND, weight_VD, labels_N, weights_N, block_tokens)
+    if weights_N is not None:
+        labels_N = labels_N.masked_fill(weights_N == 0, IGNORED)
+    inputs = (hidden_ND, weight_VD, bias_V, labels_N, transform, block)
+    head_is_trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    if not torch.is_grad_enabled() or not (head_is_trained or hidden_ND.requires_grad):
+        nll_N = _losses(*inputs, None)
+    else:
+        nll_N = (_TrainableHead if head_is_trained else _FrozenHead).apply(*inputs)
+    # The weights reach the gradient as part of what backward multiplies it by: no less one pass, and never in fp16.
+    return nll_N if weights_N is None else nll_N * weights_N.detach().to(nll_N.dtype)
 
 
-def _block(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
-) -> tuple[Tensor, Tensor]:
-    """One block of tokens: nll [n] and d nll / d raw logits [n, V], fp32; both zero where the label is ignored.
+@torch.no_grad()
+def linear_statistics(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor,
+    transform: LogitTransform = LogitTransform(), top_k: int = 0, block_tokens: int | None = None,
+) -> Statistics:  # fmt: skip
+    """Log-probability of the label, entropy, and the `top_k` most probable tokens, in one product; no gradient.
 
-    In place throughout: besides the product in the weight's dtype there is one fp32 block (two with a soft cap).
+    Dtypes and block_tokens as for `linear_cross_entropy`. Raises ValueError where something does not fit, or for a
+    top_k outside 0 … V.
     """
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    slope = transform.apply_in_place(logits)
-    counted = labels != IGNORED
-    target = labels.clamp_min(0).unsqueeze(1)
-    largest = logits.amax(dim=1, keepdim=True)
-    at_target = logits.gather(1, target) - largest
-    error = logits.sub_(largest).exp_()
-    total = error.sum(dim=1, keepdim=True)
-    nll = (total.log() - at_target).squeeze(1) * counted
-    error.div_(total)
-    error.scatter_add_(1, target, torch.full_like(target, -1, dtype=error.dtype))
-    return nll, error.mul_(slope).mul_(counted.unsqueeze(1))
+    block = _checked_block(hidden_ND, weight_VD, labels_N, None, block_tokens)
+    if not 0 <= top_k <= len(weight_VD):
+        raise ValueError(f"linear_statistics: top_k {top_k} is not in 0 … {len(weight_VD)}, the vocabulary")
+    n, options = len(hidden_ND), {"dtype": wide(hidden_ND), "device": hidden_ND.device}
+    found = Statistics(
+        torch.empty(n, **options), torch.empty(n, **options), torch.empty(n, top_k, **options),
+        torch.empty(n, top_k, dtype=torch.int64, device=hidden_ND.device),
+    )  # fmt: skip
+    for part in parts(n, block):
+        raw = linear(hidden_ND[part], weight_VD, bias_V)
+        # The transform is monotone, so the most probable tokens are found among the raw logits.
+        values, found.top_indices_Nk[part] = raw.topk(top_k, largest=transform.before * transform.after > 0)
+        found.log_probability_N[part], found.entropy_N[part], log_total = statistics(raw, labels_N[part], transform)
+        del raw  # before the next block is made
+        values = transform.apply(values)
+        found.top_log_probabilities_Nk[part] = values - values[:, :1] - log_total.unsqueeze(1)
+    return found
+
+
+def tokens_per_block(vocabulary: int, dtype: torch.dtype) -> int:
+    """Tokens of a block where the caller names none: 1024, or as many as BLOCK_BYTES hold, at least one."""
+    return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (vocabulary * dtype.itemsize)))
+
+
+def _checked_block(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, block_tokens: int | None
+) -> int:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        got = f"{list(hidden.shape)} {hidden.dtype} and {list(weight.shape)} {weight.dtype}"
+        raise ValueError(f"cross-entropy: hidden state and weight must be [N, D] and [V, D] of one dtype, are {got}")
+    for name, tensor in (("labels", labels), ("weights", weights)):
+        if tensor is not None and tensor.shape != hidden.shape[:1]:
+            raise ValueError(f"cross-entropy: {name} {list(tensor.shape)} must be one per token, [{len(hidden)}]")
+    if block_tokens is not None and block_tokens < 1:
+        raise ValueError(f"cross-entropy: a block of {block_tokens} tokens; want at least 1")
+    return block_tokens or tokens_per_block(len(weight), weight.dtype)
+
+
+def _losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, block_tokens: int,
+    gradient: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """nll [N]; d nll / d hidden into `gradient` [N, D], if one is given."""
+    nll = torch.empty(len(hidden), dtype=wide(hidden), device=hidden.device)
+    for part in parts(len(hidden), block_tokens):
+        logits = linear(hidden[part], weight, bias)
+        nll[part] = loss(logits, labels[part], transform, None, gradient is not None)
+        if gradient is not None:
+            torch.mm(logits, weight, out=gradient[part])
+        del logits  # before the next block is made
+    return nll
 
 
 class _FrozenHead(torch.autograd.Function):
     """Saves d nll / d hidden, [N, D] in hidden's dtype, and nothing else."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, transform, block_tokens):  # noqa: ANN205
-        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
-        for start in range(0, len(hidden), block_tokens):
-            part = slice(start, start + block_tokens)
-            nll[part], error = _block(hidden[part], weight, bias, labels[part], transform)
-            if gradient is not None:
-                gradient[part] = error.to(weight.dtype) @ weight
-        ctx.save_for_backward(*([gradient] if gradient is not None else []))
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform,
+        block_tokens: int,
+    ) -> Tensor:  # fmt: skip
+        gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        nll = _losses(hidden, weight, bias, labels, transform, block_tokens, gradient)
+        ctx.save_for_backward(gradient)
         return nll
 
     @staticmethod
-    def backward(ctx, upstream_N):  # noqa: ANN205
+    @once_differentiable
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream_N.unsqueeze(1)).to(gradient.dtype), None, None, None, None, None
+        d_hidden = torch.empty_like(gradient)
+        for part in parts(len(gradient), BLOCK_TOKENS):  # on the CPU PyTorch widens what it multiplies
+            torch.mul(gradient[part], upstream_N[part].unsqueeze(1), out=d_hidden[part])
+        return d_hidden, None, None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
-    """Saves its inputs; recomputes each block's logits in backward. The weight's gradient is summed in fp32."""
+    """Saves its inputs; recomputes each block's logits in backward. Gradients of weight and bias are summed in fp32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, transform, block_tokens):  # noqa: ANN205
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform,
+        block_tokens: int,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.transform, ctx.block_tokens = transform, block_tokens
-        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), block_tokens):
-            part = slice(start, start + block_tokens)
-            nll[part] = _block(hidden[part], weight, bias, labels[part], transform)[0]
-        return nll
+        return _losses(hidden, weight, bias, labels, transform, block_tokens, None)
 
     @staticmethod
-    def backward(ctx, upstream_N):  # noqa: ANN205
+    @once_differentiable
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-        for start in range(0, len(hidden), ctx.block_tokens):
-            part = slice(start, start + ctx.block_tokens)
-            _, raw = _block(hidden[part], weight, bias, labels[part], ctx.transform)
-            raw.mul_(upstream_N[part].unsqueeze(1))
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide(weight)) if wants_weight else None
+        d_bias = torch.zeros_like(bias, dtype=wide(weight)) if wants_bias else None
+        for part in parts(len(hidden), ctx.block_tokens):
+            error = linear(hidden[part], weight, bias)
+            loss(error, labels[part], ctx.transform, upstream_N[part], True)
+            if d_hidden is not None:
+                torch.mm(error, weight, out=d_hidden[part])
             if d_bias is not None:
-                d_bias += raw.sum(0)
-            raw = raw.to(weight.dtype)
-            d_hidden[part] = raw @ weight
-            d_weight += raw.T @ hidden[part]
-        d_bias = d_bias.to(bias.dtype) if d_bias is not None else None
-        return d_hidden, d_weight.to(weight.dtype), d_bias, None, None, None
+                d_bias += error.sum(0, dtype=wide(weight))
+            if d_weight is not None:
+                # By rows of the weight, so that what is added takes no more memory than the block (or 8 MB).
+                for rows in parts(len(weight), max(1, max(error.numel(), PRODUCT_ELEMENTS) // weight.shape[1])):
+                    d_weight[rows] += error[:, rows].T @ hidden[part]
+            del error
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None

@@ -1,65 +1,93 @@
 """The end of an MLP with a multiplicative adapter: h = W·m, y = h + s·B·A·h, with m = act(gate)·up.
 
-Takes gate and up [N, F], the frozen down_proj weight W [D, F], A [R, D], B [D, R] and s; gives y [N, D]. Saves for
-backward gate and up, which the gated product's own backward needs anyway, and z = A·h [N, R]: 2F + R numbers a token.
-Autograd through the modules also keeps act(gate) and h (and m, were W trained). Only m is computed again, elementwise.
+Takes gate and up [N, F], the frozen down_proj weight W [D, F], A [R, D], B [D, R] and s; gives y [N, D]. In a parallel
+block (Cohere), whose output is residual + attention + MLP, it takes those two as well and gives the block's output.
 
-Backward, with g = dL/dy:
+Saves for backward gate and up, which the gated product's own backward needs anyway, and z = A·h [N, R]: 2F + R numbers
+a token. Autograd through the modules also keeps act(gate) and h (and m, were W trained). Only m is computed again,
+elementwise. Backward, with g = dL/dy:
 
-    gz = s·g·B            dB = s·gᵀ·z          gh = g + gz·A
+    gz = s·g·B            dB = s·gᵀ·z          gh = g + gz·A        residual and attention: g
     dA = gzᵀ·h = (gzᵀ·m)·Wᵀ                    dm = gh·W
 
 The form of dA is the point: h, a product with the layer's largest matrix, is neither kept nor computed again. Its two
 small products run in fp32 over blocks, so that dA is no less accurate than gzᵀ·h would be.
 
+The epilogue, residual + attention + h + s·z·Bᵀ, is one kernel: it reads three tensors [N, D] and writes one, where
+PyTorch's own operations read seven and write five. Sums are fp32, rounded once. gh has the same form, and takes it too.
+
 Letters: N tokens, D hidden, F feed-forward, R rank.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the PyTorch path serves every device
+    triton = None
 
 # Tokens of m, and rows of W, that are in fp32 at a time (92 MB each at F = 22528).
 BLOCK = 1024
+# Of the epilogue: tokens and columns of a program's tile, and ranks that it multiplies by at a time.
+TILE_N, TILE_D, TILE_R, WARPS = 64, 128, 32, 8
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def reference(
-    gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product
-) -> Tensor:
+    gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product,
+    residual: Tensor | None = None, attention: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The same through autograd, as the modules compute it."""
     h = linear(product(gate, up), weight)
-    return (h + linear(linear(h.to(A.dtype), A), B) * scaling).to(h.dtype)
+    y = (h + linear(linear(h.to(A.dtype), A), B) * scaling).to(h.dtype)
+    return y if residual is None or attention is None else residual + attention + y
 
 
 def gated_down_proj(
-    gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product
-) -> Tensor:
-    """y [..., D] for gate and up [..., F]; differentiable in gate, up, A and B, not in the frozen weight.
+    gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product,
+    residual: Tensor | None = None, attention: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y [..., D] for gate and up [..., F], plus residual and attention [..., D] where they are given, both or none.
 
-    `product(gate, up)` is m = act(gate)·up and must itself be differentiable. Dtypes are those of `reference`.
+    Differentiable in all but the frozen weight. `product(gate, up)` is m = act(gate)·up and must itself be
+    differentiable. y has the dtype of gate and the weight; A and B may have another.
+    Raises ValueError where residual and attention do not have y's shape and dtype, or only one is given.
     """
-    shape = gate.shape[:-1]
-    y = _GatedDownProj.apply(gate.flatten(0, -2), up.flatten(0, -2), weight, A, B, scaling, product)
-    return y.view(*shape, len(weight))
+    shape = (*gate.shape[:-1], len(weight))
+    others = [t for t in (residual, attention) if t is not None]
+    if len(others) == 1 or any(t.shape != shape or t.dtype != gate.dtype for t in others):
+        found = " and ".join(f"{list(t.shape)} {t.dtype}" for t in others)
+        raise ValueError(f"multiplicative: want residual and attention, both {list(shape)} {gate.dtype}; got {found}")
+    rows = [t.reshape(-1, t.shape[-1]) for t in (gate, up, *others)]
+    y = _GatedDownProj.apply(*rows[:2], weight, A, B, scaling, product, *(rows[2:] or (None, None)))
+    return y.view(shape)
 
 
 class _GatedDownProj(torch.autograd.Function):
     """Saves gate, up, z and references to the weights."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight, A, B, scaling, product):  # noqa: ANN205
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product,
+        residual: Tensor | None, attention: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         h = linear(product(gate, up), weight)
         z = linear(h.to(A.dtype), A)
         ctx.save_for_backward(gate, up, z, weight, A, B)
         ctx.scaling, ctx.product = scaling, product
-        return (h + linear(z, B) * scaling).to(h.dtype)
+        return _epilogue(h, z, B, scaling, residual, attention)
 
     @staticmethod
-    def backward(ctx, g):  # noqa: ANN205
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, z, weight, A, B = ctx.saved_tensors
         wide = g.to(A.dtype)
         gz = (wide @ B) * ctx.scaling
@@ -70,9 +98,10 @@ class _GatedDownProj(torch.autograd.Function):
         d_A = _gradient_of_A(gz, m.detach(), weight).to(A.dtype) if ctx.needs_input_grad[3] else None
         d_gate = d_up = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            gh = (wide + gz @ A).to(g.dtype)
+            gh = _epilogue(g, gz, A.T, 1.0, None, None)
             d_gate, d_up = torch.autograd.grad(m, (gate, up), gh @ weight)
-        return d_gate, d_up, None, d_A, d_B, None, None
+        d_residual, d_attention = (g if wanted else None for wanted in ctx.needs_input_grad[7:])
+        return d_gate, d_up, None, d_A, d_B, None, None, d_residual, d_attention
 
 
 def _gradient_of_A(gz: Tensor, m: Tensor, weight: Tensor) -> Tensor:
@@ -81,3 +110,80 @@ def _gradient_of_A(gz: Tensor, m: Tensor, weight: Tensor) -> Tensor:
     for start in range(0, len(m), BLOCK):
         gz_m += gz[start : start + BLOCK].T.float() @ m[start : start + BLOCK].float()
     return torch.cat([gz_m @ weight[row : row + BLOCK].T.float() for row in range(0, len(weight), BLOCK)], dim=1)
+
+
+def _epilogue(
+    h: Tensor, z: Tensor, B: Tensor, scaling: float, residual: Tensor | None, attention: Tensor | None
+) -> Tensor:
+    return (triton_epilogue if takes_triton(h) else pytorch_epilogue)(h, z, B, scaling, residual, attention)
+
+
+def takes_triton(x: Tensor) -> bool:
+    """True for a real CUDA tensor (no fake one) of at most 32 bits an element, where Triton is installed."""
+    return triton is not None and type(x) is Tensor and x.is_cuda and x.dtype != torch.float64
+
+
+# PyTorch: the reference, and the path of the CPU
+
+
+def pytorch_epilogue(
+    h: Tensor, z: Tensor, B: Tensor, scaling: float, residual: Tensor | None, attention: Tensor | None
+) -> Tensor:
+    """residual + attention + h + s·z·Bᵀ for h [N, D], z [N, R], B [D, R], in h's dtype; summed in fp32, rounded once."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    total = torch.addmm(h.to(wide), z.to(wide), B.to(wide).T, alpha=scaling)
+    for other in (residual, attention):
+        if other is not None:
+            total.add_(other)
+    return total.to(h.dtype)
+
+
+# Triton
+
+if triton is not None:
+
+    @triton.jit
+    def _epilogue_kernel(
+        h, z, B, residual, attention, y, N, D, R, scaling, B_row, B_column,
+        BLOCK_SUM: tl.constexpr, PRECISION: tl.constexpr,
+        TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_R: tl.constexpr,
+    ) -> None:  # fmt: skip
+        """Program (columns, tokens). B_row and B_column are strides in elements; all else is dense.
+
+        BLOCK_SUM: residual and attention are there.
+        """
+        row = tl.program_id(1).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)[:, None]
+        column = tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)[None, :]
+        product = tl.zeros([TILE_N, TILE_D], tl.float32)
+        for first in range(0, R, TILE_R):
+            across = first + tl.arange(0, TILE_R)[None, :]
+            down = first + tl.arange(0, TILE_R)[:, None]
+            left = tl.load(z + row * R + across, mask=(row < N) & (across < R), other=0.0).to(tl.float32)
+            right = tl.load(B + column * B_row + down * B_column, mask=(column < D) & (down < R), other=0.0)
+            product = tl.dot(left, right.to(tl.float32), product, input_precision=PRECISION)
+        at, inside = row * D + column, (row < N) & (column < D)
+        total = tl.load(h + at, mask=inside, other=0.0).to(tl.float32) + product * scaling
+        if BLOCK_SUM:
+            total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(attention + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+
+
+def triton_epilogue(
+    h: Tensor, z: Tensor, B: Tensor, scaling: float, residual: Tensor | None, attention: Tensor | None
+) -> Tensor:
+    """As `pytorch_epilogue`, in one kernel; B of any strides."""
+    h, z = h.contiguous(), z.contiguous()
+    (n, d), rank = h.shape, z.shape[1]
+    y = torch.empty_like(h)
+    others = [h if t is None else t.contiguous() for t in (residual, attention)]
+    # A factor of 16 bits is exact in TF32, whose exponent is fp32's and whose mantissa fp16's; fp32 keeps its own products.
+    narrow = z.element_size() == 2 and B.element_size() == 2
+    if y.numel():
+        with torch.cuda.device_of(h):
+            _epilogue_kernel[triton.cdiv(d, TILE_D), triton.cdiv(n, TILE_N)](
+                h, z, B, *others, y, n, d, rank, scaling, *B.stride(),
+                BLOCK_SUM=residual is not None, PRECISION="tf32" if narrow else "ieee",
+                TILE_N=TILE_N, TILE_D=TILE_D, TILE_R=TILE_R, num_warps=WARPS,
+            )  # fmt: skip
+    return y

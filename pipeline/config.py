@@ -170,10 +170,12 @@ class Config(Section):
         None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model"
     )
     use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
-    activation_checkpointing: Annotated[bool | Literal["unsloth"], BeforeValidator(_not_built)] = Field(
-        False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory")  # fmt: skip
-    kernels: Literal["all", "none"] | list[Literal["norm", "swiglu", "multiplicative"]] = Field(
-        "none", description="our own forward and backward of norms, gated MLPs and MLPs with a multiplicative adapter, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284)")  # fmt: skip
+    activation_checkpointing: Annotated[bool | Literal["unsloth", "auto"], BeforeValidator(_not_built)] = Field(
+        False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
+    host_memory_gib: NonNegativeFloat = Field(
+        0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
+    kernels: Literal["all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block"]] = Field(
+        "none", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284)")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
     lora_weight_dtype: Dtype = Field(
         "float32",
@@ -266,6 +268,8 @@ class Config(Section):
         for key in ("model_weight_dtype",) if self.full_fine_tune else ("model_weight_dtype", "lora_weight_dtype"):
             if getattr(self, key) == "float16":
                 yield f"{key}: float16 gradients below 6e-8 vanish, and nothing here scales losses; use bfloat16 or float32"
+        if self.host_memory_gib and self.activation_checkpointing not in ("auto", "unsloth"):
+            yield "host_memory_gib: has a meaning with activation_checkpointing = 'auto' or 'unsloth' only"
         if self.keep_states == 0:
             yield "keep_states: 0 would keep nothing; -1 keeps all, 1 the newest"
         datasets: list[Dataset | EvalDataset] = [*self.datasets, *self.eval_datasets]

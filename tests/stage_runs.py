@@ -98,9 +98,9 @@ class Result:
         return self.agreed("evaluations")[str(steps_done)]  # type: ignore[no-any-return]
 
 
-def run(processes: int, cases: list[Case], folder: Path) -> dict[str, Result]:
-    """Launch the worker over all cases; results by name."""
+def run(processes: int, cases: list[Case], folder: Path, worker: Path = WORKER) -> dict[str, Result]:
+    """Launch the worker (or one that counts more) over all cases; results by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([case.as_json() for case in cases]))
-    builders.launch(processes, WORKER, str(folder / "cases.json"), str(folder))
+    builders.launch(processes, worker, str(folder / "cases.json"), str(folder))
     return {case.name: Result(folder / case.name) for case in cases}

@@ -22,15 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import config_sources
 from pipeline.console import UserError
-from pipeline.model.activation import HostMemory
+from pipeline.model.host_arena import Ticket
 from pipeline.model.stage import Stage
-from pipeline.training import assemble, engine, evaluation, prepare, selftest
+from pipeline.training import assemble, engine, evaluation, prepare, schedule_cuts, selftest
 from pipeline.training.metrics import Clock
 from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.stop import Watcher
@@ -106,15 +107,15 @@ def counted(module: torch.nn.Module, facts: dict[str, Any]) -> Iterator[None]:
     def passed(attention: torch.nn.Module, *_: Any) -> None:
         facts["passes"] += attention.training
 
-    keep = HostMemory.keep
+    keep = Ticket.put
 
-    def kept(self: HostMemory, tensor: Tensor) -> Any:
+    def kept(self: Ticket, tensor: Tensor) -> int:
         facts["kept"] += 1
         return keep(self, tensor)
 
     for layer in stage.layers.values():
         layer.self_attn.register_forward_hook(passed)  # type: ignore[union-attr]
-    with mock.patch.object(HostMemory, "keep", kept):
+    with mock.patch.object(Ticket, "put", kept):
         yield
 
 
@@ -134,6 +135,9 @@ def sabotaged(fault: str, place: engine.Place, gradient_accumulation_steps: int)
         ),
         "each stage has a norm of its own": mock.patch.object(
             PipelineOptimizer, "connect", lambda self, pipe, replicas: connect(self, None, replicas)
+        ),
+        "a gradient is asked for below all that trains": mock.patch.object(
+            schedule_cuts, "_receive_without_gradient", PipelineEngine._exec_recv_activations
         ),
     }
     with patches[fault]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.model import activation, adapters
-from pipeline.model.activation import HostMemory
+from pipeline.model.host_arena import HostArena, Ticket
 from pipeline.model.stage import Stage
 from tests.builders import save_model
 from tests.helpers_stages import build, token_ids
@@ -39,8 +39,14 @@ def stage_with_adapters(folder: Path, first: int, end: int, mode: bool | str, dr
         for i, (name, p) in enumerate(sorted(adapters.trainable(stage).items())):
             if name.endswith(".B"):
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    activation.apply(stage, mode)
+    put_away(stage, mode)
     return stage.train()
+
+
+def put_away(stage: Stage, mode: bool | str) -> None:
+    """As activation_checkpointing = `mode` does."""
+    arena = HostArena(1 << 20, torch.device("cpu")) if mode == "unsloth" else None
+    activation.apply(stage, activation.uniform(mode, stage.layers), arena)
 
 
 def gradients(stage: Stage, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -81,15 +87,14 @@ def test_dropout_is_no_sham(folders: dict) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_only_the_layers_inputs_are_kept(folders: dict, mode: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between forward and backward: of each layer its input, on the device or as a copy in host memory."""
-    copies: list[Any] = []
-    keep = HostMemory.keep
+    copies: list[torch.Size] = []
+    put = Ticket.put
 
-    def recording(self: HostMemory, tensor: Tensor) -> Any:
-        kept = keep(self, tensor)
-        copies.append((tensor.data_ptr(), kept[0].shape, kept[0].data_ptr()))
-        return kept
+    def recording(self: Ticket, tensor: Tensor) -> int:
+        copies.append(tensor.shape)
+        return put(self, tensor)
 
-    monkeypatch.setattr(HostMemory, "keep", recording)
+    monkeypatch.setattr(Ticket, "put", recording)
     stage = stage_with_adapters(folders["cohere"], 1, 4, mode)
     inputs: list[Any] = []
     inside: list[weakref.ref[Tensor]] = []
@@ -101,7 +106,7 @@ def test_only_the_layers_inputs_are_kept(folders: dict, mode: bool | str, monkey
     gc.collect()
     assert len(inside) == 3 and all(ref() is None for ref in inside), "what attention returned is gone"
     if mode == "unsloth":
-        assert [shape for _, shape, _ in copies] == [x.shape] * 3 and all(a != b for a, _, b in copies)
+        assert copies == [x.shape] * 3
         assert inputs[1]() is None and inputs[2]() is None, "the device's own copies are gone"
     else:
         assert not copies
@@ -123,19 +128,5 @@ def test_evaluation_runs_each_layer_once_and_keeps_nothing(folders: dict, mode: 
 def test_false_leaves_the_layers_alone(folders: dict) -> None:
     stage = build(folders["cohere"], 0, 2)
     before = [layer.forward for layer in stage.layers.values()]
-    activation.apply(stage, False)
+    put_away(stage, False)
     assert [layer.forward for layer in stage.layers.values()] == before
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
-def test_host_memory_gives_back_what_it_was_given(dtype: torch.dtype) -> None:
-    host, device = HostMemory(), "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = [(torch.randn(5, 7, 3) * 100).to(device, dtype) for _ in range(3)]
-    kept = [host.keep(t.transpose(0, 1)) for t in tensors]
-    expected = [t.transpose(0, 1).clone() for t in tensors]
-    for t in tensors:
-        t.zero_()  # its memory is used again
-    for k, right in reversed(list(zip(kept, expected, strict=True))):
-        back = host.bring_back(k)
-        assert k[0].device.type == "cpu" and back.device.type == device
-        assert back.dtype == dtype and torch.equal(back, right)

@@ -26,6 +26,7 @@ FAULTS = {
     "gradients are summed over accumulation steps": "stage 1's gradient is 3 times the mean over micro-batches",
     "forward runs twice": "stage 1 ran forward 6 times for 3 micro-batches",
     "each stage has a norm of its own": "over all stages it should be",
+    "a gradient is asked for below all that trains": "stage 1 was asked for a gradient of its input 3 of 3 times",
 }
 
 

@@ -5,8 +5,8 @@ state, positions), or on the last stage to the normed hidden state. Masks, RoPE,
 the model's own, so there is no class per model family: layers of other stages become a pass-through under their own
 index, and a small table holds the one family that needs a word.
 
-One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once per floating-point output, and every
-float received must get a gradient; integers (here the positions) follow behind it.
+One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once per floating-point output; integers
+(here the positions) follow behind it.
 """
 
 from collections.abc import Callable
@@ -134,12 +134,7 @@ class Stage(nn.Module):
         x, positions_BT = inputs
         given = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
         hidden_BTD = self.model.base_model(**given, position_ids=positions_BT, use_cache=False)[0]
-        if self.is_last:
-            return hidden_BTD
-        if torch.is_grad_enabled() and not hidden_BTD.requires_grad:
-            # Nothing to train up to here: DeepSpeed still calls backward on the output, which then ends at this leaf.
-            hidden_BTD = hidden_BTD.detach().requires_grad_()
-        return hidden_BTD, positions_BT
+        return hidden_BTD if self.is_last else (hidden_BTD, positions_BT)
 
     @property
     def layers(self) -> dict[int, nn.Module]:

@@ -18,11 +18,12 @@ from pipeline.config import Config
 from pipeline.config_sources import to_toml
 from pipeline.console import UserError, gib, say
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.model import activation, adapters, fusion, weights
+from pipeline.model import activation, adapters, weights
 from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform
 from pipeline.objectives import language_modelling
-from pipeline.training import engine, prepare, run_folder, saving
-from pipeline.training.metrics import Metrics, peak_memory
+from pipeline.planning.quantities import Plan
+from pipeline.training import engine, planned, prepare, run_folder, saving, stage_parts
+from pipeline.training.metrics import Metrics, loading_is_over, peak_memory, start_measuring_memory
 from pipeline.training.optimizer import PipelineOptimizer, make_inner
 from pipeline.training.run_state import RunState, restore
 from pipeline.training.saver import Saver
@@ -42,8 +43,10 @@ def trainer(
 
     `command`: the program and its arguments, for the line that resumes.
     """
+    followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
-    stage = build_stage(config, plan, place)
+    start_measuring_memory()
+    stage = build_stage(config, plan, followed, place)
     optimizer = build_optimizer(config, stage, place)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
     transform = logit_transform(stage.model.config)
@@ -52,6 +55,7 @@ def trainer(
         stage, place,
         partial(language_modelling.training_loss, head=head, transform=transform._replace(after=config.train_logit_scale)),
         optimizer, config.gradient_accumulation_steps, dynamic_shape=batches.fixed_shape is None,
+        first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
     )  # fmt: skip
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
@@ -69,6 +73,7 @@ def trainer(
     saved_already = went["step"] if goes_on else None
     saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
     say_memory(place)
+    loading_is_over()
     return Trainer(
         engine=pipeline_engine, place=place, optimizer=optimizer, batches=batches,
         evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
@@ -79,13 +84,13 @@ def trainer(
         state=state, saver=saver, metrics=metrics, watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, run_dir),
         step=went["step"], position=Position(went["epoch"], went["rows"]), best_loss=went["best_loss"],
-        settled=went["settled"],
+        settled=went["settled"], outcome=partial(planned.say_outcome, followed, place),
     )  # fmt: skip
 
 
-def build_stage(config: Config, plan: prepare.ModelPlan, place: engine.Place) -> Stage:
+def build_stage(config: Config, plan: prepare.ModelPlan, followed: Plan, place: engine.Place) -> Stage:
     """Our part of the model with its weights, adapters, kernels and activation memory."""
-    first, end = plan.ranges[place.stage]
+    first, end = followed.stages[place.stage].first, followed.stages[place.stage].end
     stage = Stage(plan.shell, first, end)
     with engine.agreement(place):
         check_room(stage, place)
@@ -95,15 +100,11 @@ def build_stage(config: Config, plan: prepare.ModelPlan, place: engine.Place) ->
             check_entry(stage)
         if stage.is_last:
             check_head(stage)
-    if config.full_fine_tune:
-        adapters.unfreeze(stage, config.target_modules if isinstance(config.target_modules, list) else None)
-    else:
-        multiplicative = config.adapter_type == "multiplicative_lora"
-        inject = adapters.inject_multiplicative if multiplicative else adapters.inject_lora
-        inject(stage, plan.targets, config.lora_rank or 1, config.lora_alpha or 1.0, config.lora_dropout,
-               DTYPES[config.lora_weight_dtype], config.seed)  # fmt: skip
-    put_kernels(stage, config.kernels, place)
-    activation.apply(stage, config.activation_checkpointing)
+    stage_parts.put_adapters(stage, config, plan.targets)
+    say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
+    keeping = dict(enumerate(followed.stages[place.stage].keeping, start=first))
+    first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
+    activation.apply(stage, keeping, planned.arena(followed, place.stage, place.device), place.stage > first_trained)
     return stage
 
 
@@ -120,14 +121,12 @@ def check_room(stage: Stage, place: engine.Place) -> None:
         )
 
 
-def put_kernels(stage: Stage, wanted: str | list[Any], place: engine.Place) -> None:
-    """Our kernels where they fit, and a line saying how many modules of the whole model took each."""
-    names = fusion.KERNELS if wanted == "all" else () if wanted == "none" else wanted
-    taken = fusion.apply(stage, frozenset(names))
+def say_kernels(config: Config, taken: Counter[str], place: engine.Place) -> None:
+    """How many modules of the whole model took each kernel."""
     everyone: list[Counter[str]] = [Counter()] * place.world
     dist.all_gather_object(everyone, taken if place.replica == 0 else Counter())
     total = sum(everyone, Counter[str]())
-    if names:
+    if stage_parts.kernel_names(config.kernels):
         say("kernels:  " + (", ".join(f"{name} in {n} modules" for name, n in total.items()) or "no module fits one"))
 
 

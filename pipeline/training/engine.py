@@ -24,6 +24,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTop
 from torch import nn
 
 from pipeline.console import UserError
+from pipeline.training import schedule_cuts
 from pipeline.training.optimizer import PipelineOptimizer
 
 MINIMUM_DEEPSPEED = (0, 19, 3)
@@ -107,9 +108,12 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
 
 def build(
     module: nn.Module, place: Place, objective: Callable[..., torch.Tensor], optimizer: PipelineOptimizer,
-    gradient_accumulation_steps: int, dynamic_shape: bool,
+    gradient_accumulation_steps: int, dynamic_shape: bool, first_trained: int,
 ) -> PipelineEngine:  # fmt: skip
-    """DeepSpeed's engine with `module` as this process's one pipeline layer, and `optimizer` connected to its groups."""
+    """DeepSpeed's engine with `module` as this process's one pipeline layer, and `optimizer` connected to its groups.
+
+    `first_trained`: the first stage that owns a trained parameter, from `first_trained_stage`. Gradients go no further.
+    """
     _broadcast_only_trained(module)
     others = [nn.Identity() for _ in range(place.stages)]
     layers = [*others[: place.stage], module, *others[place.stage + 1 :]]
@@ -129,7 +133,15 @@ def build(
         )  # fmt: skip
     engine.pipeline_enable_backward_allreduce = False
     optimizer.connect(engine.grid.get_pipe_parallel_group(), engine.grid.get_data_parallel_group())
+    schedule_cuts.apply(engine, first_trained)
     return engine
+
+
+def first_trained_stage(trains: bool, place: Place) -> int:
+    """The first stage that trains anything, the same number on every process; the last if none does."""
+    everyone: list[int] = [0] * place.world
+    dist.all_gather_object(everyone, place.stage if trains else place.stages - 1)
+    return min(everyone)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor
 from pipeline.console import progress
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.microbatch import MicroBatch
-
-Inputs = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+from pipeline.training import prefetch
+from pipeline.training.prefetch import Inputs
 
 
 def as_inputs(batch: MicroBatch) -> Inputs:
@@ -33,7 +33,7 @@ def evaluate(engine: PipelineEngine, row_losses: Callable[..., Tensor], batches:
     engine.reset_activation_shape()
     with progress(f"evaluating {name}", len(batches)) as advance:
         outputs = engine.eval_batch(
-            _fed(batches, advance), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
+            _fed(batches, advance, engine.device), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
         )
     engine.reset_activation_shape()
     engine.total_loss = None
@@ -52,7 +52,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, math.log(sys.float_info.max)))
 
 
-def _fed(batches: EvaluationBatches, advance: Callable[[int], None]) -> Iterator[Inputs]:
-    for batch in batches:
+def _fed(batches: EvaluationBatches, advance: Callable[[int], None], device: torch.device) -> Iterator[Inputs]:
+    for inputs in prefetch.ahead(map(as_inputs, batches), device):
         advance(1)
-        yield as_inputs(batch)
+        yield inputs

@@ -27,7 +27,7 @@ def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
         save()
         raise RankError(
             f"out of memory: {str(error).splitlines()[0]}\n"
-            "Try activation_checkpointing = 'unsloth', a shorter sequence_len, or more stages.", EXIT_OUT_OF_MEMORY
+            "Try activation_checkpointing = 'auto', a shorter sequence_len, or more stages.", EXIT_OUT_OF_MEMORY
         ) from error  # fmt: skip
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -4,6 +4,7 @@ Takes numbers by TensorBoard tag; gives one JSON object a line (`step`, then the
 events. Only the first process writes. A resumed run goes on in the same files, from which later steps are removed.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -77,7 +78,7 @@ class Clock:
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
-        self._spent = 0.0
+        self._spent = self._first = 0.0
         self._steps = 0
         self._since = 0.0
 
@@ -89,8 +90,14 @@ class Clock:
         """The step has ended; returns its seconds."""
         seconds = time.perf_counter() - self._since
         self._spent += seconds
+        self._first = self._first if self._steps else seconds
         self._steps += 1
         return seconds
+
+    @property
+    def mean_s(self) -> float:
+        """Seconds of a step; the first, in which much is set up, is left out where there are others."""
+        return (self._spent - self._first) / (self._steps - 1) if self._steps > 1 else self._spent
 
     def line(self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float, memory: int) -> None:
         """Say one line about `step`."""
@@ -101,10 +108,37 @@ class Clock:
         )
 
 
+def start_measuring_memory() -> None:
+    """What the process holds now (libraries, data) is not the model's."""
+    global _held_before
+    _held_before = 0 if torch.cuda.is_available() else _resident("VmRSS")
+
+
+def loading_is_over() -> None:
+    """Peaks from here on are those of training: loading a shard may have held its file's pages."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # some containers forbid it; the peak is then the whole run's
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def added_memory() -> int:
+    """Bytes: the peak since `loading_is_over`, beyond what was held at `start_measuring_memory`."""
+    return peak_memory() - _held_before
+
+
 def peak_memory() -> int:
     """Bytes: the largest amount this process has held, on its GPU where there is one, else of main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     # Not getrusage's ru_maxrss: a process inherits that from the one that started it.
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+_held_before = 0

@@ -46,6 +46,12 @@ def make_inner(
     return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
+def bytes_per_parameter(kind: str, element_size: int) -> int:
+    """What one trained number takes: itself, its fp32 gradient sum, its gradient during the update, optimizer state."""
+    states = {"adamw_kahan": element_size + 4 + 4, "adamw": 2 * element_size, "adamw8bit": 2}[kind]
+    return element_size + 4 + element_size + states
+
+
 class PipelineOptimizer(Optimizer):
     """`inner` over gradients that are accumulated in fp32, reduced over replicas and clipped by the norm over all stages.
 

@@ -45,9 +45,7 @@ class Data:
 
 def plan_model(config: Config) -> ModelPlan:
     """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to."""
-    usable_output_dir(config.output_dir)
     model_config = read_model_config(config.model)
-    tensor_files(config.model)
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
     if config.full_fine_tune:
         targets, first_adapted = list[str](), None
@@ -56,6 +54,12 @@ def plan_model(config: Config) -> ModelPlan:
         targets, first_adapted = resolve_adapter(config, shell)
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
     return ModelPlan(shell, targets, biased, cut_into_stages(config, shell, first_adapted))
+
+
+def check_files(config: Config) -> None:
+    """UserError if the model's weights are not there, or nothing can be written to output_dir. Nothing is read."""
+    usable_output_dir(config.output_dir)
+    tensor_files(config.model)
 
 
 def usable_output_dir(folder: str) -> None:
@@ -107,6 +111,9 @@ def cut_into_stages(config: Config, shell: PreTrainedModel, first_adapted: int |
         recompute=bool(config.activation_checkpointing), sequence_len=max(d.sequence_len for d in config.datasets),
         key_width=_key_width(shell.config), active_share_of_experts=_active_share(shell.config),
     )  # fmt: skip
+    if config.activation_checkpointing == "auto" and not config.layers_per_stage:
+        say("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
+        return partition.split(cost, config.pipeline_stages)
     if config.layers_per_stage:
         ranges = partition.explicit(config.layers_per_stage, len(cost.layers))
         say("stages:   as layers_per_stage says")

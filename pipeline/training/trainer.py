@@ -19,7 +19,7 @@ from pipeline.artifacts.adapter_files import adapter_norms
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, say
 from pipeline.data.batches import MicroBatches, Position, StepInfo
 from pipeline.data.evaluation import EvaluationBatches
-from pipeline.training import evaluation
+from pipeline.training import evaluation, prefetch
 from pipeline.training.engine import Place
 from pipeline.training.metrics import Clock, Metrics, peak_memory
 from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer
@@ -69,6 +69,7 @@ class Trainer:
     metrics: Metrics
     watcher: Watcher
     resume_line: str
+    outcome: Callable[[float], None]  # says what was planned and what became of it, given a step's seconds
     step: int = 0
     position: Position = field(default_factory=Position)
     best_loss: float | None = None
@@ -90,6 +91,8 @@ class Trainer:
             if self._boundary():
                 return self._stopped()
         self._finish()
+        if clock.mean_s:
+            self.outcome(clock.mean_s)
         return EXIT_DONE
 
     def total_steps(self) -> int:
@@ -110,7 +113,8 @@ class Trainer:
         self.state.ahead(self.step + 1, self._progress(info.next_position, settled=False))
         clock.start()
         try:
-            loss = float(self.engine.train_batch(iter([evaluation.as_inputs(batch) for batch in micro_batches])))
+            inputs = prefetch.ahead(map(evaluation.as_inputs, micro_batches), self.place.device)
+            loss = float(self.engine.train_batch(inputs))
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss}")
         except NonFiniteError as error:

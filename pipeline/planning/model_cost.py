@@ -1,0 +1,145 @@
+"""What each part of a model costs: counted on fake tensors by running the code that a training step runs.
+
+Takes the whole model as one stage on `meta`, with adapters and kernels put in; gives its `ModelCost`. Layers that are
+alike (modules, shapes, what is trained, whether a gradient enters) are counted once.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy, tokens_per_block
+from pipeline.model import replay
+from pipeline.model.activation import whole_layer
+from pipeline.model.levels import Level
+from pipeline.model.stage import Stage
+from pipeline.planning.counting import Measured, measure, received
+from pipeline.planning.fake_layers import fake_parameters, layer_alone
+from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Work
+
+TrainedBytes = Callable[[nn.Parameter], int]
+FEW_ROWS = 8  # of a head whose block of logits is next to nothing
+
+
+def model_cost(
+    stage: Stage, *, rows: int, tokens: int, levels: Iterable[Level], trained_bytes: TrainedBytes, transform: LogitTransform
+) -> ModelCost:  # fmt: skip
+    """Count `stage`, which is the whole model on `meta`, for micro-batches of `rows` rows of `tokens` tokens.
+
+    `levels`: those to count, of layers that run backward. `trained_bytes`: what a trained parameter takes with its gradient
+    and optimizer state. Within `counting.as_on_a_gpu()` each kernel counts as the one it is there.
+    """
+    embedding = stage.model.get_input_embeddings()
+    trains = [index for index, layer in stage.layers.items() if _trained(layer)]
+    first = 0 if _trained(embedding) else min(trains, default=len(stage.layers))
+    known: dict[tuple[Any, ...], LayerCost] = {}
+    layers = []
+    for index, layer in stage.layers.items():
+        enters = index > first or _trained(embedding)
+        kind = (enters, *_form(layer))
+        if kind not in known:
+            known[kind] = _layer_cost(stage, index, rows, tokens, enters, set(levels), trained_bytes)
+        layers.append(known[kind])
+    tied = stage.model.config.tie_word_embeddings
+    return ModelCost(
+        layers, _bytes(embedding), _state(embedding, trained_bytes),
+        _head_cost(stage, rows * tokens, trained_bytes, transform, gradient=first < len(layers)),
+        stage.model.config.hidden_size * stage.model.dtype.itemsize, first, tied,
+    )  # fmt: skip
+
+
+def _layer_cost(
+    stage: Stage, index: int, rows: int, tokens: int, enters: bool, levels: set[Level], trained_bytes: TrainedBytes
+) -> LayerCost:
+    layer, n = stage.layers[index], rows * tokens
+    with layer_alone(stage.model, index, tokens, rows=rows, gradients_enter=enters) as run:
+        plain = measure(run)
+        measured = dict(_by_level(layer, run, plain, levels))
+    backward = Work(plain.backward.flops / n, plain.backward.elementwise_bytes / n)
+    costs = {
+        level: LevelCost(
+            m.kept_bytes / n,
+            Work(m.backward.flops / n - backward.flops, m.backward.elementwise_bytes / n - backward.elementwise_bytes),
+        )
+        for level, m in measured.items()
+    }
+    forward = Work(plain.forward.flops / n, plain.forward.elementwise_bytes / n)
+    working = (max(plain.forward_peak_bytes, plain.backward_peak_bytes) - plain.kept_bytes) / n
+    return LayerCost(_bytes(layer), _state(layer, trained_bytes), forward, backward, costs, working)
+
+
+def _by_level(
+    layer: nn.Module, run: Callable[[], Tensor], plain: Measured, levels: set[Level]
+) -> Iterable[tuple[Level, Measured]]:
+    """The layer measured at each of `levels`; none where nothing runs backward through it."""
+    if not plain.backward.kernels:
+        return
+    forward = layer.forward
+    actions = replay.analyse(layer, run) if levels - {Level.INPUT, Level.EVERYTHING} else {}
+    for level in sorted(levels):
+        if level == Level.EVERYTHING:
+            yield level, plain
+            continue
+        again = functools.partial(replay.recompute, forward, layer, actions[level]) if level else (
+            functools.partial(whole_layer, forward)
+        )  # fmt: skip
+        layer.forward = functools.partial(again, replay.OnDevice())  # type: ignore[method-assign]
+        try:
+            yield level, measure(run)
+        finally:
+            layer.forward = forward  # type: ignore[method-assign]
+
+
+def _head_cost(
+    stage: Stage, tokens: int, trained_bytes: TrainedBytes, transform: LogitTransform, gradient: bool
+) -> HeadCost:
+    """The last norm, the head's products and the loss, of one micro-batch.
+
+    One block of logits is counted, and what grows with the tokens beside it with a head of a few rows: the blocks are alike.
+    """
+    norm: Any = stage.model.base_model.norm
+    head = stage.head
+    block = min(tokens, tokens_per_block(head.out_features, stage.model.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_parameters(norm), fake_parameters(head):
+        few = nn.Parameter(torch.empty(FEW_ROWS, head.in_features, dtype=head.weight.dtype), head.weight.requires_grad)
+
+        def of(weight: Tensor, n: int) -> Measured:
+            labels = torch.empty(n, dtype=torch.int64)
+
+            def loss() -> Tensor:
+                hidden = norm(received((1, n, stage.model.config.hidden_size), stage.model.dtype, gradient))
+                return linear_cross_entropy(hidden.flatten(0, 1), weight, None, labels, transform).sum()
+
+            return measure(loss, excluded=[labels])
+
+        one, beside, beside_all = of(head.weight, block), of(few, block), of(few, tokens)
+    work = Work(
+        (one.forward.flops + one.backward.flops) / block,
+        (one.forward.elementwise_bytes + one.backward.elementwise_bytes) / block,
+    )
+    forward = one.forward_peak_bytes + beside_all.forward_peak_bytes - beside.forward_peak_bytes
+    backward = one.backward_peak_bytes + beside_all.backward_peak_bytes - beside.backward_peak_bytes
+    state = _state(head, trained_bytes) + _state(norm, trained_bytes)
+    return HeadCost(_bytes(head) + _bytes(norm), state, work, max(forward, backward))
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of the weights that are loaded; an adapter's are with what is trained."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+
+
+def _state(module: nn.Module, trained_bytes: TrainedBytes) -> int:
+    return sum(trained_bytes(p) for p in module.parameters() if p.requires_grad)
+
+
+def _form(layer: nn.Module) -> tuple[Any, ...]:
+    parameters = ((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return type(layer), getattr(layer, "attention_type", None), *parameters

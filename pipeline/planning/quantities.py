@@ -1,0 +1,116 @@
+"""What the planner knows and what it decides, as plain numbers.
+
+`ModelCost` comes from counting, `Rates` from a calibration or from given figures, `Plan` from solving. All FLOPs and
+bytes of activations are per token (of one micro-batch); weights are bytes.
+"""
+
+from typing import NamedTuple
+
+from pipeline.model.levels import Keeping, Level
+
+
+class Work(NamedTuple):
+    """Of one direction through a part: products in FLOPs, everything else as bytes read and written, per token."""
+
+    flops: float
+    elementwise_bytes: float = 0.0
+
+
+class LevelCost(NamedTuple):
+    """A level's price: bytes kept from forward to backward, and what backward computes once more."""
+
+    kept_bytes: float
+    recomputed: Work
+
+
+class LayerCost(NamedTuple):
+    """One decoder layer. `backward` is without recomputation and zero where nothing runs backward."""
+
+    weight_bytes: int
+    trained_bytes: int  # adapter, its fp32 gradient sum and optimizer state
+    forward: Work
+    backward: Work
+    levels: dict[Level, LevelCost]  # empty where nothing runs backward
+    # Most that is alive within one pass of the layer, in either direction, beyond what is kept where everything is kept.
+    # A layer that keeps less also has alive, in its backward, what it computes again.
+    working_bytes: float
+
+
+class HeadCost(NamedTuple):
+    """Loss and hidden gradient, on the last stage. `working_bytes` is for the whole micro-batch: a block of logits."""
+
+    weight_bytes: int
+    trained_bytes: int
+    work: Work
+    working_bytes: int
+
+
+class ModelCost(NamedTuple):
+    """The whole model. `hidden_bytes`: of one token's hidden state; a stage holds it as received and as handed on."""
+
+    layers: list[LayerCost]
+    embedding_bytes: int
+    embedding_trained_bytes: int
+    head: HeadCost
+    hidden_bytes: int
+    first_trained: int  # below this layer nothing runs backward
+    tied: bool = False  # the head's weight is the embedding's: one stage has it once
+
+
+class Rates(NamedTuple):
+    """Of one device. Where they come from (measured here, given, or a data sheet) is said in `source`."""
+
+    flops_per_s: float
+    memory_bytes_per_s: float
+    copy_out_bytes_per_s: float
+    copy_in_bytes_per_s: float
+    link_bytes_per_s: float
+    source: str
+
+
+class Shape(NamedTuple):
+    """A step of the run: micro-batches of one replica, and tokens of one micro-batch."""
+
+    tokens: int
+    micro_batches: int
+    stages: int
+
+
+class StagePlan(NamedTuple):
+    """One stage of a plan. Bytes are at the schedule's peak; seconds are per micro-batch."""
+
+    first: int
+    end: int
+    keeping: list[Keeping]  # of layers first … end − 1
+    in_flight: int  # micro-batches whose activations are held at once
+    weight_bytes: int
+    trained_bytes: int
+    activation_bytes: (
+        int  # kept on the device, all in-flight micro-batches, hidden states received and handed on included
+    )
+    working_bytes: int  # within a layer, or the head's block, and staging buffers of what comes back from the host
+    host_bytes: int
+    device_bytes: int  # what the device has for the run
+    forward_s: float
+    backward_s: float
+    flops: float  # executed per token, forward, backward and recomputation, head included
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.trained_bytes + self.activation_bytes + self.working_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        return self.device_bytes - self.total_bytes
+
+
+class Plan(NamedTuple):
+    """All stages and what they make together."""
+
+    stages: list[StagePlan]
+    step_s: float
+    bubble: float  # share of the stages' time in which they wait, 0 to 1
+    tokens_per_s: float
+    flops: float  # executed per token
+    least_flops: float  # per token, were nothing recomputed
+    fits: bool

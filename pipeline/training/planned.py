@@ -1,0 +1,220 @@
+"""The plan of a run: the layers of each stage, what each layer keeps, and the memory and time that should follow.
+
+Takes the config and the model's structure; gives a `Plan`, which `--plan` shows, a run follows, and the end of a run is
+compared with. Costs are counted on fake tensors by the code that trains, on `meta`: no weights, no GPU.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.console import EXIT_DONE, UserError, gib, say
+from pipeline.model.host_arena import HostArena
+from pipeline.model.levels import Keeping, Level
+from pipeline.model.stage import DTYPES, Stage, empty_model, logit_transform, read_model_config
+from pipeline.planning import devices, rates, table
+from pipeline.planning.counting import as_on_a_gpu
+from pipeline.planning.model_cost import model_cost
+from pipeline.planning.nearest import nearest
+from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape
+from pipeline.planning.solve import solve
+from pipeline.training import prepare, stage_parts
+from pipeline.training.engine import Place
+from pipeline.training.metrics import added_memory
+from pipeline.training.optimizer import bytes_per_parameter
+from pipeline.training.prepare import ModelPlan
+
+GIB = 1 << 30
+HOST_SHARE = 0.8  # of what is free, what a plan may take: the system and the data need some
+ASSUMED_HOST_BYTES = 128 * GIB  # of a machine of which only the GPUs are named
+
+
+def shape_of(config: Config, stages: int) -> Shape:
+    """A step's micro-batches and the tokens of one, padding included."""
+    rows, tokens = _rows(config)
+    return Shape(rows * tokens, config.gradient_accumulation_steps, stages)
+
+
+def keeping_of(config: Config) -> Keeping | None:
+    """What every layer keeps, where activation_checkpointing says so; None for 'auto'."""
+    mode = config.activation_checkpointing
+    if mode == "auto":
+        return None
+    return Keeping(Level.INPUT if mode else Level.EVERYTHING, on_host=mode == "unsloth")
+
+
+def host_bytes(config: Config) -> int:
+    """Of host memory for kept tensors, all stages together. 'unsloth' without a limit takes what it needs."""
+    unlimited = config.activation_checkpointing == "unsloth" and not config.host_memory_gib
+    return 1 << 62 if unlimited else int(config.host_memory_gib * GIB)
+
+
+def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
+    """The model's cost for micro-batches of so many tokens: the whole model on `meta` with adapters and kernels."""
+    shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
+    stage = Stage(shell.requires_grad_(False), 0, len(shell.base_model.layers)).train()
+    stage_parts.put_adapters(stage, config, targets)
+    stage_parts.put_kernels(stage, config.kernels)
+    rows, _ = _rows(config)
+
+    def trained_bytes(parameter: nn.Parameter) -> int:
+        return parameter.numel() * bytes_per_parameter(config.optimizer.type, parameter.element_size())
+
+    @cache
+    def count(tokens: int) -> ModelCost:
+        with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
+            return model_cost(
+                stage, rows=rows, tokens=tokens // rows, levels=levels, trained_bytes=trained_bytes,
+                transform=logit_transform(shell.config),
+            )  # fmt: skip
+
+    return count
+
+
+def show(config: Config, described: str | None) -> int:
+    """`--plan`: the table for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
+    plan = prepare.plan_model(config)
+    there = _described(described) if described else _devices_here(config, plan)
+    cost_of = costs(config, plan.targets, Level, there.on_gpu)
+    shape, keeping, budget = shape_of(config, len(there.usable)), keeping_of(config), host_bytes(config)
+    ranges = plan.ranges if config.layers_per_stage and shape.stages == config.pipeline_stages else None
+    model = cost_of(shape.tokens)
+    found = solve(model, there.usable, there.rates, shape, budget, ranges=ranges, keeping=keeping)
+    fitting = None if found.fits else nearest(
+        cost_of, min(there.usable), there.rates, shape, 0 if keeping else budget,
+        max_host_bytes=there.host_bytes, chosen_already=keeping is None and ranges is None,
+    )  # fmt: skip
+    say(table.describe(
+        found, model, shape, there.rates, device_names=there.names, total_steps=_total_steps(config, plan),
+        nearest=fitting and fitting.sentence,
+    ))  # fmt: skip
+    return EXIT_DONE
+
+
+def _total_steps(config: Config, plan: ModelPlan) -> int | None:
+    """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
+    try:
+        data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
+        batches = prepare.micro_batches(config, data)
+    except UserError as error:
+        say(f"data:     the run's length is not known: {error}")
+        return config.max_steps
+    steps = sum(batches.steps_per_epoch(epoch) for epoch in range(config.epochs or 0))
+    return min(steps or math.inf, config.max_steps or math.inf)  # type: ignore[return-value]
+
+
+def for_run(config: Config, plan: ModelPlan, place: Place) -> Plan:
+    """The plan that this run follows, the same on every process. UserError if 'auto' finds none that fits."""
+    usable: list[Any] = [None] * place.world
+    dist.all_gather_object(usable, (place.stage, _usable_here(place)))
+    decided: list[Any] = [None]
+    if place.rank == 0:
+        memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
+        try:
+            decided[0] = _decide(config, plan, place, memory)
+        except UserError as error:
+            decided[0] = error
+    dist.broadcast_object_list(decided, src=0)
+    if isinstance(decided[0], UserError):
+        raise decided[0]
+    return decided[0]
+
+
+def _decide(config: Config, plan: ModelPlan, place: Place, memory: list[int]) -> Plan:
+    shape, keeping = shape_of(config, place.stages), keeping_of(config)
+    rate = _measured(config, plan, place.device)
+    levels = [*Level] if keeping is None else [keeping.level]
+    model = costs(config, plan.targets, levels, place.device.type == "cuda")(shape.tokens)
+    ranges = plan.ranges if config.layers_per_stage or keeping is not None else None
+    found = solve(model, memory, rate, shape, host_bytes(config) // place.replicas, ranges=ranges, keeping=keeping)
+    if keeping is None:
+        names = [gib(m) for m in memory]
+        say(table.describe(found, model, shape, rate, device_names=names, total_steps=None, replicas=place.replicas))
+        if not found.fits:
+            raise UserError(
+                "activation_checkpointing = 'auto': nothing fits this machine's memory (the table above comes nearest); "
+                "--plan says which configuration does"
+            )
+    return found
+
+
+def arena(plan: Plan, stage: int, device: torch.device) -> HostArena | None:
+    """Host memory for what the plan's stage keeps there; None if that is nothing."""
+    mine = plan.stages[stage]
+    if not any(k.on_host for k in mine.keeping):
+        return None
+    # Each slot is rounded up; ragged micro-batches may leave gaps.
+    return HostArena(mine.host_bytes + mine.host_bytes // 16 + (1 << 20), device)
+
+
+def say_outcome(plan: Plan, place: Place, step_s: float) -> None:
+    """At the end of a run: planned against measured, each stage's memory and the time of a step."""
+    everyone: list[Any] = [None] * place.world
+    dist.all_gather_object(everyone, (place.stage, added_memory()))
+    measured = [max(m for s, m in everyone if s == n) for n in range(place.stages)]
+    say(table.compare(plan, measured, step_s))
+
+
+def _rows(config: Config) -> tuple[int, int]:
+    """Rows of a micro-batch and tokens of a row, of the largest there is."""
+    tokens = max(d.sequence_len for d in config.datasets)
+    rows = max(1, config.batch_size_tokens // tokens) if config.batch_size_tokens else config.micro_batch_size_per_gpu
+    return rows, tokens
+
+
+def _measured(config: Config, plan: ModelPlan, device: torch.device) -> Rates:
+    """The rates of `device` at the products of one layer."""
+    layer: Any = plan.shell.base_model.layers[0]
+    products = sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
+    rows, tokens = _rows(config)
+    return rates.measure(device, products, rows * tokens, DTYPES[config.model_weight_dtype])
+
+
+class _There(NamedTuple):
+    """The devices to plan for: usable bytes and name of each stage's, rates, host memory, and whether they are GPUs."""
+
+    usable: list[int]
+    names: list[str]
+    rates: Rates
+    host_bytes: int
+    on_gpu: bool
+
+
+def _described(text: str) -> _There:
+    named = devices.parse(text)
+    return _There(
+        [d.usable_bytes for d in named],
+        [d.name for d in named],
+        devices.published_rates(named),
+        ASSUMED_HOST_BYTES,
+        True,
+    )
+
+
+def _devices_here(config: Config, plan: ModelPlan) -> _There:
+    n, host = config.pipeline_stages, int(psutil.virtual_memory().available * HOST_SHARE)
+    if not torch.cuda.is_available():
+        rate = _measured(config, plan, torch.device("cpu"))
+        return _There([host // n] * n, ["main memory"] * n, rate, 0, False)
+    if (found := torch.cuda.device_count()) < n:
+        raise UserError(
+            f"pipeline_stages = {n}, but there are {found} GPUs here; plan for others with --devices 2x48GiB"
+        )
+    gpus = [torch.cuda.get_device_properties(i) for i in range(n)]
+    usable = [devices.usable(gpu.total_memory) for gpu in gpus]
+    return _There(usable, [gpu.name for gpu in gpus], _measured(config, plan, torch.device("cuda", 0)), host, True)
+
+
+def _usable_here(place: Place) -> int:
+    """Bytes of this process's device that a plan may fill."""
+    if place.device.type == "cuda":
+        return devices.usable(torch.cuda.mem_get_info(place.device)[0])
+    return int(psutil.virtual_memory().available * HOST_SHARE) // place.world
