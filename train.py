@@ -34,9 +34,13 @@ def parse() -> argparse.Namespace:
         "--check", action="store_true", help="validate and resolve everything that needs no weights, then end"
     )
     parser.add_argument(
-        "--plan", action="store_true", help="show each stage's memory and the run's time without weights or GPU, then end"
+        "--plan",
+        action="store_true",
+        help="show each stage's memory and the run's time without weights or GPU, then end",
     )
-    parser.add_argument("--devices", metavar="2x48GiB", help="with --plan: the GPUs to plan for, e.g. 2xA6000, 48GiB,80GiB")
+    parser.add_argument(
+        "--devices", metavar="2x48GiB", help="with --plan: the GPUs to plan for, e.g. 2xA6000, 48GiB,80GiB"
+    )
     parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
     parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, metavar="PATH",
                         help="go on from the newest complete checkpoint, or from that of PATH")  # fmt: skip

@@ -1,5 +1,7 @@
 """Each level's price at Command-R 35B's dimensions, on fake tensors: performance.md's table within 1 %."""
 
+import itertools
+
 import pytest
 import torch
 from pipeline.kernels.cross_entropy import LogitTransform
@@ -72,8 +74,8 @@ def test_levels_are_worth_their_bytes_in_order(cost: ModelCost) -> None:
     """A level that keeps more never recomputes more."""
     for layer in cost.layers:
         costs = [layer.levels[level] for level in Level]
-        assert all(a.kept_bytes <= b.kept_bytes for a, b in zip(costs, costs[1:], strict=False))
-        assert all(a.recomputed.flops >= b.recomputed.flops for a, b in zip(costs, costs[1:], strict=False))
+        assert all(a.kept_bytes <= b.kept_bytes for a, b in itertools.pairwise(costs))
+        assert all(a.recomputed.flops >= b.recomputed.flops for a, b in itertools.pairwise(costs))
 
 
 def test_a_frozen_head_makes_two_products_and_one_block_of_logits(cost: ModelCost) -> None:

@@ -56,7 +56,7 @@ def compare(plan: Plan, peak_bytes: Sequence[int], step_s: float) -> str:
     """Planned against measured: each stage's device memory at its peak, and a step's seconds.
 
     peak_bytes: measured on each stage, what the plan counts (weights, trained, activations, working memory), not what the
-    allocator holds besides. step_s: the median of the run's steps without evaluation and saving.
+    allocator holds besides. step_s: the mean of the run's steps but the first, without evaluation and saving.
     """
     rows = [["", "planned", "measured", "measured / planned"]]
     for stage, (planned, measured) in enumerate(zip(plan.stages, peak_bytes, strict=True)):

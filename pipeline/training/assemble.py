@@ -84,7 +84,7 @@ def trainer(
         state=state, saver=saver, metrics=metrics, watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, run_dir),
         step=went["step"], position=Position(went["epoch"], went["rows"]), best_loss=went["best_loss"],
-        settled=went["settled"], outcome=partial(planned.say_outcome, followed, place),
+        settled=went["settled"], outcome=partial(planned.say_outcome, followed, place, run_dir),
     )  # fmt: skip
 
 

@@ -5,9 +5,11 @@ compared with. Costs are counted on fake tensors by the code that trains, on `me
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -80,23 +82,30 @@ def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: b
 
 
 def show(config: Config, described: str | None) -> int:
-    """`--plan`: the table for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
+    """`--plan`: for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
     plan = prepare.plan_model(config)
+    say(in_full(config, plan, described, _total_steps(config, plan)))
+    return EXIT_DONE
+
+
+def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps: int | None) -> str:
+    """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
     there = _described(described) if described else _devices_here(config, plan)
     cost_of = costs(config, plan.targets, Level, there.on_gpu)
     shape, keeping, budget = shape_of(config, len(there.usable)), keeping_of(config), host_bytes(config)
-    ranges = plan.ranges if config.layers_per_stage and shape.stages == config.pipeline_stages else None
+    given = (config.layers_per_stage or keeping) and shape.stages == config.pipeline_stages
     model = cost_of(shape.tokens)
-    found = solve(model, there.usable, there.rates, shape, budget, ranges=ranges, keeping=keeping)
+    found = solve(
+        model, there.usable, there.rates, shape, budget, ranges=plan.ranges if given else None, keeping=keeping
+    )
     fitting = None if found.fits else nearest(
         cost_of, min(there.usable), there.rates, shape, 0 if keeping else budget,
-        max_host_bytes=there.host_bytes, chosen_already=keeping is None and ranges is None,
+        max_host_bytes=there.host_bytes, chosen_already=not given and keeping is None,
     )  # fmt: skip
-    say(table.describe(
-        found, model, shape, there.rates, device_names=there.names, total_steps=_total_steps(config, plan),
+    return table.describe(
+        found, model, shape, there.rates, device_names=there.names, total_steps=total_steps,
         nearest=fitting and fitting.sentence,
-    ))  # fmt: skip
-    return EXIT_DONE
+    )  # fmt: skip
 
 
 def _total_steps(config: Config, plan: ModelPlan) -> int | None:
@@ -155,11 +164,18 @@ def arena(plan: Plan, stage: int, device: torch.device) -> HostArena | None:
     return HostArena(mine.host_bytes + mine.host_bytes // 16 + (1 << 20), device)
 
 
-def say_outcome(plan: Plan, place: Place, step_s: float) -> None:
-    """At the end of a run: planned against measured, each stage's memory and the time of a step."""
+def say_outcome(plan: Plan, place: Place, run_dir: Path, step_s: float) -> None:
+    """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
     everyone: list[Any] = [None] * place.world
     dist.all_gather_object(everyone, (place.stage, added_memory()))
-    measured = [max(m for s, m in everyone if s == n) for n in range(place.stages)]
+    measured = [max(m for stage, m in everyone if stage == n) for n in range(place.stages)]
+    if place.rank == 0:
+        stages = [
+            {**s._asdict(), "planned_bytes": s.total_bytes, "measured_bytes": m}
+            for s, m in zip(plan.stages, measured, strict=True)
+        ]
+        facts = {**plan._asdict(), "stages": stages, "measured_step_s": step_s}
+        (run_dir / "plan.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     say(table.compare(plan, measured, step_s))
 
 
