@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config_sources
-from pipeline.config import REFUSED
+from pipeline.config_refused import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "configs" / "schema.json"

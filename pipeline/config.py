@@ -1,8 +1,8 @@
 """The schema of a run: every key, its default, unit, bound and meaning, once.
 
-Takes a plain dictionary (from `config_sources`), gives a validated `Config`. The vocabulary is qlora-pipe's; where a
-key of qlora-pipe has no sound meaning here, `REFUSED` names it and says why. Docs and `configs/schema.json` are
-generated from the descriptions below.
+Takes a plain dictionary (from `config_sources`), gives a validated `Config`. The vocabulary is qlora-pipe's; the tables
+are in config_sections.py, keys of qlora-pipe that have no sound meaning here in config_refused.py. Docs and
+`configs/schema.json` are generated from the descriptions.
 """
 
 import os
@@ -10,9 +10,7 @@ import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -20,6 +18,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from pipeline.config_sections import Dataset, EvalDataset, Optimizer, Section, not_built
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 ADAPTER_TYPES = ("multiplicative_lora", "lora")
@@ -38,80 +38,6 @@ def layer_ranges(text: str) -> list[tuple[int, int]]:
             raise ValueError(f"'{part.strip()}' runs backwards: write '{high}:{low}'")
         ranges.append((low, high))
     return ranges
-
-
-def _not_built(value: Any) -> Any:
-    """Values of qlora-pipe's that are refused by name."""
-    if value in ("axolotl", "pretokenized"):
-        raise ValueError("datasets of this type are not built yet; write 'textfile' or 'doclist'")
-    if value == "cpu":
-        raise ValueError("not built; 'unsloth' also keeps the layers' inputs in host memory")
-    return value
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-class Section(BaseModel):
-    """A table of the TOML file; a key that is not listed is an error, and so are `true` for 1, '3' for 3, and inf."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class Optimizer(Section):
-    """[optimizer]"""
-
-    type: Annotated[Literal["adamw_kahan", "adamw", "adamw8bit"], BeforeValidator(_lower)] = Field(
-        json_schema_extra={"enum": ["adamw_kahan", "AdamW", "AdamW8bit", "adamw", "adamw8bit"]},
-        description="'adamw_kahan': AdamW whose update and weight decay both pass through a compensated (Kahan) sum, so that small steps move bf16 weights. "
-        "'AdamW': torch's. 'AdamW8bit': bitsandbytes'.")  # fmt: skip
-    lr: PositiveFloat = Field(description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's moving average")
-    beta2: float = Field(0.99, ge=0, lt=1, description="decay of the squared gradient's moving average")
-    eps: PositiveFloat = Field(1e-6, description="added to the denominator of the update")
-    weight_decay: NonNegativeFloat = Field(0.01, description="decoupled weight decay per unit of learning rate")
-    lr_min: NonNegativeFloat = Field(0.0, description="learning rate at the end of the cosine schedule")
-
-
-class Dataset(Section):
-    """[[datasets]]"""
-
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …"
-    )
-    dataset_type: Annotated[Literal["textfile", "doclist"], BeforeValidator(_not_built)] = Field(
-        description="'textfile': .txt and .md files, one document each. 'doclist': .json, .jsonl or .parquet with a `text` field.")  # fmt: skip
-    dataset_path: str = Field(description="a file or a glob; ** descends into folders")
-    sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
-    eval_size: float | int = Field(
-        0,
-        ge=0,
-        description="held out for evaluation: a fraction below 1, or a number of chunks (documents if eval_split = 'document')",
-    )
-    eval_split: Literal["chunk", "document"] = Field(
-        "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
-    sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
-    subsample: float | None = Field(
-        None, gt=0, le=1, description="fraction of the chunks to keep (of those held out too), after a seeded shuffle"
-    )
-    num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
-
-
-class EvalDataset(Section):
-    """[[eval_datasets]]"""
-
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default eval0, eval1, …"
-    )
-    dataset_type: Annotated[Literal["textfile", "doclist"], BeforeValidator(_not_built)] = Field(
-        description="as for [[datasets]]"
-    )
-    dataset_path: str = Field(description="a file or a glob; all of it is evaluated")
-    sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
-    subsample: float | None = Field(
-        None, gt=0, le=1, description="fraction of the chunks to keep, after a seeded shuffle"
-    )
 
 
 class Config(Section):
@@ -170,7 +96,7 @@ class Config(Section):
         None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model"
     )
     use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
-    activation_checkpointing: Annotated[bool | Literal["unsloth", "auto"], BeforeValidator(_not_built)] = Field(
+    activation_checkpointing: Annotated[bool | Literal["unsloth", "auto"], BeforeValidator(not_built)] = Field(
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
     host_memory_gib: NonNegativeFloat = Field(
         0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
@@ -282,27 +208,3 @@ class Config(Section):
                 yield f"datasets[{number}].eval_split: 'document' holds nothing out without eval_size"
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
-
-
-# Keys of qlora-pipe that are not built: key → (values that ask for nothing and pass, what to say for the others).
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "load_in_4bit": ((False,), "never had an effect in qlora-pipe; 4-bit bases are not built yet"),
-    "quantization": ((), "4-bit and 8-bit bases are not built yet"),
-    "modules_to_save": (([],), "training further modules in full beside an adapter is not built yet"),
-    "use_dora": ((False,), "DoRA is not built yet"),
-    "scale_weight_norms": ((), "clamping adapter norms is not built yet; the norms are logged at every step"),
-    "load_balancing_loss_coef": ((), "a router loss is not built (it was broken in qlora-pipe)"),
-    "loss_type": (("cross_entropy_loss",), "only 'cross_entropy_loss' is built"),
-    "focal_loss_gamma": ((0, 0.0), "focal losses are not built"),
-    "offload_mlp_to_cpu": ((False, 0), "not built; use more stages or activation_checkpointing = 'unsloth'"),
-    "rejected_sampling": ((False,), "preference training is not built yet"),
-    "rejected_sampling_max_new_tokens": ((), "preference training is not built yet"),
-    "rl": ((), "preference training is not built yet"),
-    "sampling": ((), "preference training is not built yet"),
-    "optimizer.kahan_sum": (
-        (True,),
-        "adamw_kahan always sums with compensation; use type = 'AdamW' for an optimizer without",
-    ),
-    "optimizer.use_loraplus": ((False,), "LoRA+ is not built yet"),
-    "optimizer.loraplus_lr_ratio": ((), "LoRA+ is not built yet"),
-}

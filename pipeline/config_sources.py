@@ -15,7 +15,9 @@ import tomli
 import tomli_w
 from pydantic import ValidationError
 
-from pipeline.config import REFUSED, Config, Dataset, EvalDataset, Optimizer, Section
+from pipeline.config import Config
+from pipeline.config_refused import REFUSED
+from pipeline.config_sections import Dataset, EvalDataset, Optimizer, Section
 from pipeline.console import UserError
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.

@@ -13,7 +13,9 @@ import tomli_w
 
 from docs import generate
 from pipeline import config_sources
-from pipeline.config import REFUSED, Config, Dataset, EvalDataset, Optimizer, layer_ranges
+from pipeline.config import Config, layer_ranges
+from pipeline.config_refused import REFUSED
+from pipeline.config_sections import Dataset, EvalDataset, Optimizer
 from pipeline.console import UserError
 from tests.helpers_config import problems, small, with_key
 

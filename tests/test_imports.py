@@ -21,6 +21,7 @@ FORBIDDEN = {
     "pipeline/artifacts/": ("transformers", "deepspeed", "peft", "datasets"),
     "merge_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
     "pipeline/config.py": ("transformers", "torch"),
+    "pipeline/config_sections.py": ("transformers", "torch"),
     "pipeline/config_sources.py": ("transformers", "torch"),
     "pipeline/console.py": ("transformers", "torch", "pipeline"),
     "pipeline/data/": ("pipeline.model", "pipeline.training", "pipeline.objectives", "pipeline.artifacts"),
@@ -94,7 +95,7 @@ BELOW_TRAINING = [
 def test_nothing_below_training_sees_the_config_object(source: Path) -> None:
     """Functions of pipeline.config (such as layer_ranges) may be used there; its classes and the module may not."""
     classes = {"Config", "Optimizer", "Dataset", "EvalDataset", "Section"}
-    banned = {f"pipeline.config.{name}" for name in classes} | {"pipeline.config_sources"}
+    banned = {f"pipeline.config.{name}" for name in classes} | {"pipeline.config_sources", "pipeline.config_sections"}
     found = set(imports(source))
     assert not found & banned
     tree = ast.parse(source.read_text(encoding="utf-8"))
