@@ -1,8 +1,11 @@
-"""Fold an adapter into its base model:  python merge_lora.py --input BASE --lora ADAPTER --output OUT
+"""Fold adapters into their base model:  python merge_lora.py --input BASE --lora ADAPTER [MORE ...] --output OUT
 
-Takes the folder of a base model (safetensors, 16 or 32 bit) and of an adapter (ours, PEFT's LoRA, or the founding
+Takes the folder of a base model (safetensors, 16 or 32 bit) and of adapters (ours, PEFT's LoRA, or the founding
 method's hacked PEFT); gives a model's folder that any program reads like the base. Exit codes: 0 done, 2 the request
 cannot be carried out, 3 the result did not verify, 28 disk full. In every case but the first nothing is left behind.
+
+Several adapters are folded in the order given, each into the weight as the one before left it, rounded once at the end:
+W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W for multiplicative ones; an additive one adds s·B·A at its turn.
 """
 
 import argparse
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipeline.artifacts.adapter_files import KINDS
-from pipeline.artifacts.fold_plan import OUTPUT_DTYPES
+from pipeline.artifacts.fold_plan import BASE_QUANTS, OUTPUT_DTYPES
 from pipeline.artifacts.merge import merge
 from pipeline.console import EXIT_ABORTED, EXIT_DONE, run_command
 
@@ -20,15 +23,34 @@ from pipeline.console import EXIT_ABORTED, EXIT_DONE, run_command
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     command = argparse.ArgumentParser(
-        description="Fold an adapter into its base model. The result appears whole or not at all.",
+        description="Fold adapters into their base model. The result appears whole or not at all.",
         epilog="example: python merge_lora.py --input models/base --lora runs/x/step100 --output models/merged",
     )
     command.add_argument("--input", type=Path, required=True, metavar="BASE", help="folder of the base model")
-    command.add_argument("--lora", type=Path, required=True, metavar="ADAPTER", help="folder of the adapter")
+    command.add_argument(
+        "--lora", type=Path, required=True, nargs="+", metavar="ADAPTER",
+        help="folder of the adapter, or of several, folded in this order: of multiplicative ones W' = (I + s3·B3·A3)·"
+        "(I + s2·B2·A2)·(I + s1·B1·A1)·W; an additive one adds s·B·A to the weight as it stands then",
+    )  # fmt: skip
     command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write the model to")
     command.add_argument(
-        "--scale", type=float, default=1.0, metavar="S", help="multiply the adapter's strength (default 1)"
-    )
+        "--scale", type=float, default=[1.0], nargs="+", metavar="S",
+        help="multiply the strength of the adapters: one factor for all, or one for each (default 1)",
+    )  # fmt: skip
+    command.add_argument(
+        "--layers", metavar="RANGES",
+        help="fold the adapters' modules of these layers only: '0:38' (both ends included), '5', '0:10,20' (default all)",
+    )  # fmt: skip
+    command.add_argument(
+        "--unmerge", action="store_true",
+        help="take the adapters out of a model they were folded into, in the order of --lora: the exact inverses, last "
+        "one first. Refused where an adapter erases a direction, or nearly so",
+    )  # fmt: skip
+    command.add_argument(
+        "--base-quant", choices=BASE_QUANTS,
+        help="fold into the base as a QLoRA run saw it: the linear weights of its layers rounded to 4 bits and back "
+        "(nf4-double: with bnb_4bit_use_double_quant). Default: into the original weights",
+    )  # fmt: skip
     command.add_argument(
         "--dtype", choices=OUTPUT_DTYPES, default="keep",
         help="dtype of every floating-point tensor of the result (default: as in the base)",
@@ -37,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace a non-empty output once the new model is whole")
     command.add_argument(
-        "--kind", choices=KINDS, help="what a LORA adapter on square weights is, where its shapes cannot tell"
+        "--kind", choices=KINDS, help="what LORA adapters on square weights are, where their shapes cannot tell"
     )
     command.add_argument(
         "--keep-logit-scale", action="store_true",
@@ -53,6 +75,7 @@ def main() -> int:
     merge(
         asked.input, asked.lora, asked.output, scale=asked.scale, dtype=asked.dtype, device=asked.device,
         dry_run=asked.dry_run, force=asked.force, kind=asked.kind, keep_logit_scale=asked.keep_logit_scale,
+        layers=asked.layers, unmerge=asked.unmerge, base_quant=asked.base_quant,
     )  # fmt: skip
     return EXIT_DONE
 

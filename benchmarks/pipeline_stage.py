@@ -47,7 +47,9 @@ def main() -> None:
     facts = stage_times(stage, objective, shape, positions, labels, place, request["rounds"])
 
     parameters = adapters.trainable(stage)
-    inner = make_inner("adamw_kahan", list(parameters.values()), lr=1e-5, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
+    inner = make_inner(
+        "adamw_kahan", [{"params": list(parameters.values())}], lr=1e-5, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0
+    )
     optimizer = PipelineOptimizer(parameters, inner, clip=1.0)
     first = engine.first_trained_stage(bool(parameters), place)
     whole = engine.build(stage, place, objective, optimizer, micro_batches, dynamic_shape=False, first_trained=first)

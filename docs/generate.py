@@ -39,6 +39,12 @@ A value that asks for nothing passes; any other is an error with the reason.
 TABLES = (
     ("Config", "Top level", "Above the first `[table]` of the file."),
     ("Optimizer", "`[optimizer]`", "Required."),
+    (
+        "ParameterGroup",
+        "`[[optimizer.groups]]`",
+        "None by default. The first group that names a parameter has it; what none names follows `[optimizer]`.",
+    ),
+    ("Bnb", "`[quantization.bnb]`", "None by default. Linear layers of the base in 4 or 8 bits, by bitsandbytes."),
     ("Dataset", "`[[datasets]]`", "Once for each dataset, at least one."),
     ("EvalDataset", "`[[eval_datasets]]`", "Once for each dataset that is held out as a whole; none by default."),
 )
@@ -68,9 +74,9 @@ def config_reference() -> str:
 
 def _key_rows(body: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for key, field in body["properties"].items():
-        if "$ref" in field or "$ref" in field.get("items", {}):
+        if any("$ref" in part for part in (field, field.get("items", {}), *field.get("anyOf", []))):
             continue  # a table of its own
-        if key in body["required"]:
+        if key in body.get("required", []):
             default = "**required**"
         else:
             default = "–" if field["default"] is None else f"`{json.dumps(field['default'])}`"
@@ -87,6 +93,8 @@ def _kind(field: dict[str, Any]) -> str:
         return " or ".join(f"`{json.dumps(value)}`" for value in values)
     if field["type"] == "array":
         return f"list of {_kind(field['items'])}"
+    if field["type"] == "object":
+        return f"table of {_kind(field['additionalProperties'])}"
     bounds = (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
     limits = [f"{sign} {field[bound]:.12g}" for bound, sign in bounds if bound in field]
     pattern = f" matching `{field['pattern']}`" if "pattern" in field else ""

@@ -6,10 +6,11 @@ are in config_sections.py, keys of qlora-pipe that have no sound meaning here in
 """
 
 import os
-import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -19,25 +20,21 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config_sections import Dataset, EvalDataset, Optimizer, Section, not_built
+from pipeline import config_adapters, config_options
+from pipeline.config_sections import (
+    Bnb,
+    Dataset,
+    EvalDataset,
+    Optimizer,
+    Quantization,
+    Section,
+    not_built,
+    regular_expression,
+)
+from pipeline.layers import layer_ranges
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-ADAPTER_TYPES = ("multiplicative_lora", "lora")
-LAYER_RANGES = re.compile(r"\s*\d+\s*(:\s*\d+\s*)?(,\s*\d+\s*(:\s*\d+\s*)?)*")
-
-
-def layer_ranges(text: str) -> list[tuple[int, int]]:
-    """'0:10,20' → [(0, 10), (20, 20)]; both ends inclusive, as in qlora-pipe. Raises ValueError."""
-    if not LAYER_RANGES.fullmatch(text):
-        raise ValueError("write layers as '0:38' (both ends included), '5', or several such separated by commas")
-    ranges = []
-    for part in text.split(","):
-        first, _, last = part.partition(":")
-        low, high = int(first), int(last or first)
-        if high < low:
-            raise ValueError(f"'{part.strip()}' runs backwards: write '{high}:{low}'")
-        ranges.append((low, high))
-    return ranges
+Pattern = Annotated[str, AfterValidator(regular_expression)]
 
 
 class Config(Section):
@@ -46,21 +43,51 @@ class Config(Section):
     model: str = Field(description="folder of the base model: config.json, tokenizer, safetensors")
     output_dir: str = Field(description="each run makes a folder named by its UTC start time in here")
 
-    adapter_type: Literal["multiplicative_lora", "lora"] = Field(
-        "multiplicative_lora", description="what is trained: 'multiplicative_lora' (h' = h + s·B·A·h on the module's output) or 'lora' (W + s·B·A)")  # fmt: skip
+    adapter_type: Annotated[
+        Literal["multiplicative_lora", "control_adapter", "lora", "moslora", "ia3", "oft", "boft", "hra"],
+        BeforeValidator(config_adapters.known_family),
+    ] = Field(
+        "multiplicative_lora", description="what is trained: 'multiplicative_lora' (h' = h + s·B·A·h on the module's output), 'control_adapter' (h' = h + Q·diag(e^S − 1)·Qᵀ·h, QᵀQ = I), 'lora' (W + s·B·A), 'moslora' (W + s·B·M·A), 'ia3' (a factor for each output), 'oft' and 'boft' (the input rotated in blocks), 'hra' (the input reflected)")  # fmt: skip
     full_fine_tune: bool = Field(False, description="train the model's own weights, no adapter")
-    lora_rank: PositiveInt | None = Field(None, description="rank R of the adapter; required unless full_fine_tune")
+    lora_rank: PositiveInt | None = Field(
+        None, description="rank R of the adapter; required unless full_fine_tune, ia3, oft or boft"
+    )
     lora_alpha: PositiveFloat | None = Field(
-        None, description="s = lora_alpha / lora_rank; required unless full_fine_tune"
+        None, description="s = lora_alpha / lora_rank; required for multiplicative_lora, lora and moslora"
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what the adapter reads")
+    use_rslora: bool = Field(False, description="s = lora_alpha / √lora_rank; of 'lora' and 'moslora'")
+    use_dora: bool = Field(
+        False, description="'lora' with a trained magnitude for each output's row of the merged weight (DoRA); slower"
+    )
+    init_lora_weights: Literal[True, "pissa", "olora"] = Field(
+        True, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa') or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
+    oft_block_size: PositiveInt | None = Field(
+        None, description="of 'oft': inputs that are rotated among each other; must divide a module's inputs"
+    )
+    boft_block_size: PositiveInt | None = Field(None, description="as oft_block_size, of 'boft'")
+    feedforward_modules: list[str] | None = Field(
+        None, description="of 'ia3': those of target_modules with a factor for each input instead of each output; default down_proj")  # fmt: skip
     target_modules: list[str] | Literal["all-linear"] | None = Field(
-        None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora, 'all-linear' for lora, everything for full_fine_tune")  # fmt: skip
+        None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     train_logit_scale: PositiveFloat = Field(
         1.0, description="multiplies the logits before the softmax in training; recorded in the adapter"
     )
+    rank_pattern: dict[Pattern, PositiveInt] = Field(
+        {}, description="lora_rank of some modules, by a name, the end of one, or a regular expression for it, as in PEFT: { 'layers.0.mlp.down_proj' = 128 }")  # fmt: skip
+    alpha_pattern: dict[Pattern, PositiveFloat] = Field(
+        {}, description="lora_alpha of some modules, as rank_pattern; saved with zeros up to the largest rank and with one s, which is the same function")  # fmt: skip
+    init_adapter: str | None = Field(
+        None, min_length=1, description="folder of an adapter of the same kind, modules, ranks and s, whose weights this run begins with; not read when resuming")  # fmt: skip
+    neftune_noise_alpha: PositiveFloat | None = Field(
+        None, description="NEFTune: in training, noise of U(−1, 1)·alpha/√(T·D) on a row's T embeddings of width D"
+    )
+    composite_weight_decay: PositiveFloat | None = Field(
+        None, description="λ of a decoupled weight decay of ½·λ·‖s·B·A‖² instead of optimizer.weight_decay on A and B, per unit of learning rate")  # fmt: skip
+    scale_weight_norms: PositiveFloat | None = Field(
+        None, description="largest Frobenius norm of a module's s·B·A: above it A and B are scaled down alike after each step")  # fmt: skip
 
     epochs: PositiveInt | None = Field(None, description="passes over the training data; this or max_steps")
     max_steps: PositiveInt | None = Field(
@@ -144,6 +171,7 @@ class Config(Section):
         "first_exhausted", description="when an interleaved epoch ends"
     )
     optimizer: Optimizer
+    quantization: Quantization | None = Field(None, description="of the base weights; default none")
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
 
@@ -176,13 +204,19 @@ class Config(Section):
     def _conflicts(self) -> Any:
         """What single keys cannot say: one line per broken rule."""
         if not self.full_fine_tune:
-            for key in ("lora_rank", "lora_alpha"):
-                if getattr(self, key) is None:
-                    yield f"{key}: required unless full_fine_tune = true"
+            values = {key: getattr(self, key) for key in config_adapters.KEYS}
+            yield from config_adapters.conflicts(
+                self.adapter_type, self.model_fields_set, values, self.quantization is not None
+            )
         else:
-            for key in ("layers_to_transform", "adapter_type"):
-                if key in self.model_fields_set:
+            for key in ("layers_to_transform", "adapter_type", "use_dora"):
+                if key in self.model_fields_set and getattr(self, key):
                     yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
+        yield from config_options.conflicts(
+            None if self.full_fine_tune else self.adapter_type,
+            {key: getattr(self, key) for key in config_options.OF_ADAPTERS},
+            starts_from_weight=self.init_lora_weights is not True, loraplus=self.optimizer.loraplus != 1,
+        )  # fmt: skip
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_stages:
@@ -196,6 +230,8 @@ class Config(Section):
                 yield f"{key}: float16 gradients below 6e-8 vanish, and nothing here scales losses; use bfloat16 or float32"
         if self.host_memory_gib and self.activation_checkpointing not in ("auto", "unsloth"):
             yield "host_memory_gib: has a meaning with activation_checkpointing = 'auto' or 'unsloth' only"
+        if self.quantization is not None:
+            yield from self._conflicts_of_quantization(self.quantization.bnb)
         if self.keep_states == 0:
             yield "keep_states: 0 would keep nothing; -1 keeps all, 1 the newest"
         datasets: list[Dataset | EvalDataset] = [*self.datasets, *self.eval_datasets]
@@ -208,3 +244,11 @@ class Config(Section):
                 yield f"datasets[{number}].eval_split: 'document' holds nothing out without eval_size"
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
+
+    def _conflicts_of_quantization(self, bnb: Bnb) -> Iterator[str]:
+        if self.full_fine_tune:
+            yield "quantization: 4-bit and 8-bit weights cannot be trained; remove it or full_fine_tune"
+        if bnb.load_in_4bit == bnb.load_in_8bit:
+            yield "quantization.bnb: needs one of load_in_4bit = true and load_in_8bit = true"
+        if bnb.load_in_8bit and self.activation_checkpointing == "auto":
+            yield "activation_checkpointing: 'auto' is not built over 8-bit weights; write true, false or 'unsloth'"

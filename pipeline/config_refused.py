@@ -4,11 +4,12 @@ from typing import Any
 
 # Key → (values that ask for nothing and pass, what to say for the others).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "load_in_4bit": ((False,), "never had an effect in qlora-pipe; 4-bit bases are not built yet"),
-    "quantization": ((), "4-bit and 8-bit bases are not built yet"),
+    "load_in_4bit": ((False,), "never had an effect in qlora-pipe; [quantization.bnb] load_in_4bit = true quantises"),
+    "quantization.hqq": ((), "HQQ is not built; use [quantization.bnb]"),
+    "quantization.bnb.bnb_4bit_quant_storage": (("uint8",), "only FSDP needs another storage than 'uint8'"),
+    "quantization.bnb.llm_int8_has_fp16_weight": ((False,), "16-bit weights beside the 8-bit ones would save nothing"),
+    "quantization.bnb.llm_int8_enable_fp32_cpu_offload": ((False,), "no part of a stage is kept off its device"),
     "modules_to_save": (([],), "training further modules in full beside an adapter is not built yet"),
-    "use_dora": ((False,), "DoRA is not built yet"),
-    "scale_weight_norms": ((), "clamping adapter norms is not built yet; the norms are logged at every step"),
     "load_balancing_loss_coef": ((), "a router loss is not built (it was broken in qlora-pipe)"),
     "loss_type": (("cross_entropy_loss",), "only 'cross_entropy_loss' is built"),
     "focal_loss_gamma": ((0, 0.0), "focal losses are not built"),
@@ -21,6 +22,4 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (True,),
         "adamw_kahan always sums with compensation; use type = 'AdamW' for an optimizer without",
     ),
-    "optimizer.use_loraplus": ((False,), "LoRA+ is not built yet"),
-    "optimizer.loraplus_lr_ratio": ((), "LoRA+ is not built yet"),
 }

@@ -1,11 +1,30 @@
-"""The tables of a config: [optimizer], [[datasets]], [[eval_datasets]], and what all of them share.
+"""The tables of a config: [optimizer], [quantization.bnb], [[datasets]], [[eval_datasets]], and what they share.
 
 Every key with its default, unit, bound and meaning, as in pipeline/config.py, which has the top level.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
+
+
+def regular_expression(pattern: str) -> str:
+    """`pattern`, or ValueError where it is none."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+    return pattern
 
 
 def not_built(value: Any) -> Any:
@@ -27,6 +46,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class ParameterGroup(Section):
+    """[[optimizer.groups]]"""
+
+    names: list[Annotated[str, AfterValidator(regular_expression)]] = Field(
+        min_length=1, description="trained parameters: a name in the whole model, the end of one after a dot, or a regular expression for it: 'A', 'layers.0.mlp.down_proj.B', '.*norm.weight'")  # fmt: skip
+    lr_ratio: PositiveFloat | None = Field(
+        None, description="by which the schedule's rate is multiplied; default 1, or LoRA+'s ratio for B"
+    )
+    weight_decay: NonNegativeFloat | None = Field(None, description="default optimizer.weight_decay")
+    beta1: float | None = Field(None, ge=0, lt=1, description="default optimizer.beta1")
+    beta2: float | None = Field(None, ge=0, lt=1, description="default optimizer.beta2")
+    eps: PositiveFloat | None = Field(None, description="default optimizer.eps")
+
+
 class Optimizer(Section):
     """[optimizer]"""
 
@@ -40,6 +73,47 @@ class Optimizer(Section):
     eps: PositiveFloat = Field(1e-6, description="added to the denominator of the update")
     weight_decay: NonNegativeFloat = Field(0.01, description="decoupled weight decay per unit of learning rate")
     lr_min: NonNegativeFloat = Field(0.0, description="learning rate at the end of the cosine schedule")
+    loraplus_lr_ratio: PositiveFloat | None = Field(
+        None, description="LoRA+: B learns at this times the schedule's rate, all else at the rate itself (16 in the paper)")  # fmt: skip
+    use_loraplus: bool | None = Field(
+        None, description="true is LoRA+, with a ratio of 16 unless loraplus_lr_ratio is given; false is none; default: whether loraplus_lr_ratio is given")  # fmt: skip
+
+    groups: list[ParameterGroup] = Field([])
+
+    @property
+    def loraplus(self) -> float:
+        """By what B's rate is multiplied; 1 without LoRA+."""
+        wanted = self.loraplus_lr_ratio is not None if self.use_loraplus is None else self.use_loraplus
+        return (self.loraplus_lr_ratio or 16.0) if wanted else 1.0
+
+
+class Bnb(Section):
+    """[quantization.bnb]"""
+
+    load_in_4bit: bool = Field(
+        False, description="4 bits a weight and a scale for 64 of them; this or load_in_8bit is required in this table"
+    )
+    load_in_8bit: bool = Field(False, description="8 bits a weight and a scale a row, LLM.int8()")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="the 16 values of 4 bits: 'nf4' for weights that are normally distributed, 'fp4' a float"
+    )
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="of the products with 4-bit weights; default model_weight_dtype (qlora-pipe: float32)"
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        False, description="quantise the scales too: 4.13 bits a weight instead of 4.5"
+    )
+    llm_int8_threshold: NonNegativeFloat = Field(
+        6.0, description="8 bits: columns of the input with a value above this are multiplied in 16 bits; 0 for none"
+    )
+    llm_int8_skip_modules: list[str] = Field(
+        [], description="linear modules to leave in model_weight_dtype, in 4 bits too: the beginning or end of a name, or a regular expression; embedding, head and a mixture's routers always are left")  # fmt: skip
+
+
+class Quantization(Section):
+    """[quantization]"""
+
+    bnb: Bnb
 
 
 class Dataset(Section):

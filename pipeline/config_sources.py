@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.config_refused import REFUSED
-from pipeline.config_sections import Dataset, EvalDataset, Optimizer, Section
+from pipeline.config_sections import Bnb, Dataset, EvalDataset, Optimizer, Quantization, Section
 from pipeline.console import UserError
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
@@ -27,7 +27,10 @@ JSON_KEYS = {
     "gradient_clipping": "gradient_clipping",
     "steps_per_print": "steps_per_print",
 }
-SECTIONS: dict[str, type[Section]] = {"optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset}
+SECTIONS: dict[str, type[Section]] = {
+    "optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset, "quantization": Quantization,
+    "quantization.bnb": Bnb,
+}  # fmt: skip
 # What pydantic puts into the place of an error to say which member of a union it tried.
 BRANCHES = {"function-after", "bool", "str", "float", "int", "list[str]", "literal['all-linear']", "literal['unsloth']"}
 # Stands in for a required key that is wrong or missing, so that the rules between the other keys are still checked.
@@ -86,10 +89,12 @@ def schema() -> str:
 
 def _without_refused(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """`raw` without keys of qlora-pipe that are not built; those that ask for something become problems."""
-    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    kept = copy.deepcopy(raw)
     for key, (harmless, why) in REFUSED.items():
-        table, _, name = key.rpartition(".")
-        section = kept.get(table) if table else kept
+        *tables, name = key.split(".")
+        section: Any = kept
+        for table in tables:
+            section = section.get(table) if isinstance(section, dict) else None
         if isinstance(section, dict) and name in section:
             value = section.pop(name)
             if not any(value == h and type(value) is type(h) for h in harmless):
@@ -138,16 +143,14 @@ def _explain_rest(error: ValidationError, raw: dict[str, Any]) -> list[str]:
 
 
 def _nearest(loc: list[Any]) -> str:
-    model: type[Section] = SECTIONS.get(str(loc[0]), Config) if len(loc) > 1 else Config
+    table = ".".join(part for part in loc[:-1] if isinstance(part, str))
+    model: type[Section] = SECTIONS.get(table, Config)
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     elsewhere = [s for s, m in SECTIONS.items() if loc[-1] in m.model_fields and m is not model]
     if elsewhere:
-        return (
-            f"It belongs into [{elsewhere[0]}]."
-            if elsewhere[0] == "optimizer"
-            else f"It belongs into [[{elsewhere[0]}]]."
-        )
+        table = elsewhere[0]
+        return f"It belongs into [[{table}]]." if table.endswith("datasets") else f"It belongs into [{table}]."
     if len(loc) > 1 and loc[-1] in Config.model_fields:
         return "It belongs to the top level, above the first [table]."
     return f"Did you mean '{close[0]}'?" if close else f"Valid keys: {', '.join(known)}."

@@ -33,8 +33,14 @@ def problems(raw: dict[str, Any]) -> list[str]:
 def with_key(raw: dict[str, Any], table: str, key: str, value: Any) -> dict[str, Any]:
     """`raw` with a key set in one of its tables, and with what contradicts full_fine_tune taken out."""
     raw["eval_datasets"] = [{"dataset_type": "textfile", "dataset_path": "b.txt", "sequence_len": 64}]
-    where = raw[table] if table else raw
+    if table.startswith("quantization"):
+        raw["quantization"] = {"bnb": {"load_in_4bit": True}}
+    where: Any = raw
+    for part in table.split(".") if table else ():
+        where = where[part]
     (where[0] if isinstance(where, list) else where)[key] = value
+    if key == "use_dora":
+        raw["adapter_type"] = "lora"
     if key == "lr_min":
         raw["lr_scheduler"] = "cosine"
     return raw

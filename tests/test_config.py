@@ -15,7 +15,7 @@ from docs import generate
 from pipeline import config_sources
 from pipeline.config import Config, layer_ranges
 from pipeline.config_refused import REFUSED
-from pipeline.config_sections import Dataset, EvalDataset, Optimizer
+from pipeline.config_sections import Bnb, Dataset, EvalDataset, Optimizer, Quantization
 from pipeline.console import UserError
 from tests.helpers_config import problems, small, with_key
 
@@ -126,13 +126,22 @@ QLORA_PIPE_KEYS: dict[str, dict[str, Any]] = {
         "type": "AdamW", "lr": 1e-5, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.1, "eps": 1e-8, "kahan_sum": False,
         "lr_min": 1e-6, "use_loraplus": True, "loraplus_lr_ratio": 8,
     },
+    "quantization": {"hqq": {"nbits": 4}},
+    "quantization.bnb": {
+        "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_use_double_quant": True, "llm_int8_threshold": 5.0, "llm_int8_skip_modules": ["o_proj"],
+        "bnb_4bit_quant_storage": "bfloat16", "llm_int8_has_fp16_weight": True, "llm_int8_enable_fp32_cpu_offload": True,
+    },
     "datasets": {
         "name": "x", "dataset_type": "doclist", "dataset_path": "x.jsonl", "sequence_len": 64, "eval_size": 3,
         "sample_weight": 2.0, "subsample": 0.5, "num_repeats": 2,
     },
     "eval_datasets": {"name": "y", "dataset_type": "textfile", "dataset_path": "y.txt", "sequence_len": 64},
 }  # fmt: skip
-SECTIONS = {"": Config, "optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset}
+SECTIONS = {
+    "": Config, "optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset, "quantization": Quantization,
+    "quantization.bnb": Bnb,
+}  # fmt: skip
 KEYS = [(table, key) for table, keys in QLORA_PIPE_KEYS.items() for key in keys]
 
 
@@ -272,7 +281,7 @@ def test_reference_has_every_key_and_every_key_has_a_meaning() -> None:
     reference = generate.config_reference()
     for section in SECTIONS.values():
         for key, field in section.model_fields.items():
-            if key not in ("optimizer", "datasets", "eval_datasets"):
+            if key not in ("optimizer", "groups", "quantization", "bnb", "datasets", "eval_datasets"):
                 assert f"\n| `{key}` | " in reference, key
                 assert field.description, key
     for key in REFUSED:

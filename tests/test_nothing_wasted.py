@@ -220,11 +220,11 @@ def test_prefetch_is_one_ahead_and_changes_nothing() -> None:
 
     given = prefetch.ahead(map(evaluation.as_inputs, micro_batches()), torch.device("cpu"))
     assert read == []
-    for index, ((ids, positions), (labels, scale)) in enumerate(given):
+    for index, ((ids, positions, lengths), (labels, scale)) in enumerate(given):
         assert read == list(range(min(index + 2, 4)))
-        assert {t.dtype for t in (ids, positions, labels)} == {torch.int64} and scale.dtype == torch.float32
+        assert {t.dtype for t in (ids, positions, lengths, labels)} == {torch.int64} and scale.dtype == torch.float32
         for found, expected in zip(
-            (ids, positions, labels, scale), (index, index + 20, index + 10, index / 2), strict=True
+            (ids, positions, lengths, labels, scale), (index, index + 20, 8, index + 10, index / 2), strict=True
         ):
             assert (found == expected).all()
     assert index == 3

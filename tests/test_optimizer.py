@@ -128,7 +128,7 @@ def test_steps_do_not_leak_into_each_other() -> None:
 @pytest.mark.parametrize("kind", ["adamw_kahan", "adamw"])
 def test_gradient_that_is_not_finite_changes_nothing(kind: str, bad: float) -> None:
     own = parameters(BF16, (6,), (3, 3))
-    inner = make_inner(kind, list(own.values()), **VALUES)
+    inner = make_inner(kind, [{"params": list(own.values())}], **VALUES)
     optimizer = PipelineOptimizer(own, inner, 1.0)
     micro_batch(own, [torch.ones(p.shape) for p in own.values()])
     optimizer.step()
@@ -146,7 +146,7 @@ def test_gradient_that_is_not_finite_changes_nothing(kind: str, bad: float) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_without_parameters_steps(kind: str) -> None:
-    optimizer = PipelineOptimizer({}, make_inner(kind, [], **VALUES), 1.0)
+    optimizer = PipelineOptimizer({}, make_inner(kind, [{"params": []}], **VALUES), 1.0)
     optimizer.set_lr(1e-3)
     optimizer.step()
     assert optimizer.grad_norm == 0.0 and optimizer.clip_coefficient == 1.0 and optimizer.completed_steps == 1
@@ -158,7 +158,7 @@ def test_each_optimizer_makes_adams_first_step(kind: str, dtype: torch.dtype) ->
     """The first step is −lr·sign(g) and the decay, whatever the gradient's size; 8-bit moments begin at 4096 values."""
     own = parameters(dtype, (8192,))
     before = own["p0"].detach().clone()
-    optimizer = PipelineOptimizer(own, make_inner(kind, list(own.values()), **VALUES), 0.0)
+    optimizer = PipelineOptimizer(own, make_inner(kind, [{"params": list(own.values())}], **VALUES), 0.0)
     optimizer.set_lr(0.05)
     gradient = torch.randn(8192, generator=torch.Generator().manual_seed(2)).to(dtype)
     gradient = torch.where(gradient.abs() < 0.1, 0.1, gradient)  # beside which eps is nothing
@@ -179,7 +179,9 @@ def test_each_optimizer_finds_a_minimum(kind: str) -> None:
     """½‖p − goal‖² from a distance of at most 1.5, in 200 steps whose rates fall from 0.1 to 0 and add up to 10."""
     own = {"p": nn.Parameter(torch.zeros(64, 64))}
     goal = torch.randn(64, 64, generator=torch.Generator().manual_seed(3)).clamp(-1.5, 1.5)
-    optimizer = PipelineOptimizer(own, make_inner(kind, [own["p"]], **{**VALUES, "weight_decay": 0.0}), 0.0)
+    optimizer = PipelineOptimizer(
+        own, make_inner(kind, [{"params": [own["p"]]}], **{**VALUES, "weight_decay": 0.0}), 0.0
+    )
     for step in range(200):
         optimizer.set_lr(0.1 * (1 - step / 200))
         (0.5 * (own["p"] - goal).square().sum()).backward()

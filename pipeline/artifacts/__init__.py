@@ -8,7 +8,11 @@ DeepSpeed nor transformers nor PEFT is imported here. In the order in which a fo
     adapter_files        what an adapter is, in memory and on disk; writing one
     adapter_reading      reading ours, PEFT's LoRA and PEANuT, and the founding method's hacked LoRA
     base_files           a base model's folder: its tensors, its config, and what else to copy
-    fold_plan            exact matching of adapter and base, in both directions, or a refusal
+    nf4                  weights as 4-bit training sees them
+    fold_match           exact matching of adapter and base, in both directions, or a refusal
+    fold_inverse         the inverse of a multiplicative adapter, where rounding leaves one
+    fold_plan            which steps change which tensor, in which order
+    fold_doubts          what speaks against a fold that can be done
     fold_rows            the arithmetic, a block of rows at a time, and what survived rounding
     fold_check           the written result, read again and recomputed in fp64
     fold_report          the plan and the result as text

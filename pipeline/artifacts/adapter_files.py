@@ -74,6 +74,7 @@ def save_adapter(
     train_logit_scale: float,
     biased_targets: bool,
     facts: Mapping[str, Any] | None = None,
+    use_rslora: bool = False,
     replace: bool = False,
 ) -> None:
     """Write an adapter to `folder`, which appears whole or not at all. Arguments as for `write_adapter`.
@@ -84,6 +85,7 @@ def save_adapter(
         write_adapter(
             temporary, tensors, kind=kind, rank=rank, alpha=alpha, dropout=dropout, base_model=base_model,
             train_logit_scale=train_logit_scale, biased_targets=biased_targets, facts=facts,
+            use_rslora=use_rslora,
         )  # fmt: skip
 
 
@@ -99,17 +101,19 @@ def write_adapter(
     train_logit_scale: float,
     biased_targets: bool,
     facts: Mapping[str, Any] | None = None,
+    use_rslora: bool = False,
 ) -> None:
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
     `tensors`: `<module>.A` and `<module>.B` for every module, floating point, of the shapes above with R = `rank`.
     `base_model`: the name or path it was trained on; of a path only the last part is written, as adapters get shared.
     `biased_targets`: whether any of the modules has a bias. `facts`: more for the metadata (JSON values).
+    `use_rslora`: s = alpha / √rank (rsLoRA, arXiv 2312.03732); of a LoRA only.
     Raises ValueError where a pair is incomplete or misshapen.
     """
     pairs = adapter_pairs(tensors)
     _check_shapes(pairs, kind, rank)
-    scaling = alpha / rank
+    scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
     name = public_name(base_model)
     own = {
         **(facts or {}), "format_version": FORMAT_VERSION, "kind": kind, "rank": rank, "alpha": alpha,
@@ -122,7 +126,7 @@ def write_adapter(
     }  # fmt: skip
     if kind == "lora":
         config |= {
-            "peft_type": "LORA", "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "use_rslora": False,
+            "peft_type": "LORA", "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "use_rslora": use_rslora,
             "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
         }  # fmt: skip
     else:

@@ -2,7 +2,7 @@
 
 Takes the plan, the folder written and the digests taken while writing; gives the largest deviation found, or refuses.
 Every tensor's bytes must be those that were computed, and some rows of every changed tensor are recomputed in fp64 by a
-path of their own.
+path of their own: adapter after adapter, with a pass over the weight as it stands for each multiplicative one.
 """
 
 import hashlib
@@ -55,22 +55,16 @@ def check_result(
             if digest.hexdigest() != digests[name][tensor.name]:
                 raise _refusal(f"{tensor.name} in {name} reads back with other bytes than were written")
             if tensor.name in plan.changes:
-                worst = max(worst, _deviation(plan.changes[tensor.name], tensor, plan.kind == "multiplicative_lora"))
+                worst = max(worst, _deviation(plan.changes[tensor.name], tensor))
     return worst
 
 
-def _deviation(change: Change, written: StoredTensor, multiplicative: bool) -> float:
+def _deviation(change: Change, written: StoredTensor) -> float:
     """The largest |W' − W'₆₄| / bound over some rows of a tensor. Raises UserError where it is above 1."""
-    n_rows = change.pair.B.shape[0]
+    n_rows = change.steps[0].pair.B.shape[0]
     rng = np.random.default_rng(0)
     rows = sorted({0, n_rows - 1, *rng.choice(n_rows, size=min(n_rows, ROWS), replace=False).tolist()})
-    before, projection, column_norms = _fp64_of_base(change, rows, multiplicative)
-    A, B = change.pair.A.double(), change.pair.B[rows].double()
-    expected = before + change.scaling * (B @ projection)
-    # The fp32 error of s·B·(A·W): by Cauchy-Schwarz |A|·|W| is at most the product of A's row and W's column norms.
-    inner = torch.linalg.norm(A, dim=1)[:, None] * column_norms if multiplicative else A.abs()
-    terms = A.shape[0] + (A.shape[1] if multiplicative else 1)
-    fp32 = LAMBDA * math.sqrt(terms) * UNIT_FP32 * abs(change.scaling) * (B.abs() @ inner)
+    expected, fp32 = _recomputed(change, rows)
     fp32 = fp32 + 2 * UNIT_FP32 * (expected.abs() + fp32)  # the final addition, and the rounding of ΔW itself
     bound = fp32 + half_spacing(expected.abs() + fp32, FLOATS[written.dtype])
     found = torch.cat(_take_rows(written, change.columns, rows)).double()
@@ -80,22 +74,61 @@ def _deviation(change: Change, written: StoredTensor, multiplicative: bool) -> f
     return ratio
 
 
-def _fp64_of_base(
-    change: Change, rows: list[int], multiplicative: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the base weight, fp64: the chosen rows [N, D_in], M = A·W (or A) [R, D_in], and W's column norms [D_in]."""
-    A = change.pair.A.double()
-    if not multiplicative:
-        return torch.cat(_take_rows(change.tensor, change.columns, rows)).double(), A, torch.zeros(change.columns)
-    projection = torch.zeros(A.shape[0], change.columns, dtype=torch.float64)
+def _recomputed(change: Change, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [N, D_in] of W' in fp64, and how far fp32 may be from W + Σ s·B·M in them.
+
+    The fp32 error of a step s·B·M grows with the sums of absolute values behind M: for M = A those of A; for
+    M = A·(W + Σ s_j·B_j·M_j), by Cauchy-Schwarz, ‖row of A‖·‖column of W‖ + Σ |s_j|·‖row of A‖·‖column of B_j‖·(those
+    of M_j). A factor for each step covers the errors that one hands on to the next.
+    """
+    done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # s·B [D_out, R], M [R, D_in], sums behind M
+    terms = 1
+    for step in change.steps:
+        A, B = step.pair.A.double(), step.scaling * step.pair.B.double()
+        M, sums = A, A.abs()
+        if step.kind == "multiplicative_lora":
+            M, column_norms = _projected(change, A, done)
+            row_norms = torch.linalg.norm(A, dim=1)[:, None]
+            sums = row_norms * column_norms
+            for earlier, _, behind in done:
+                sums = sums + row_norms * (torch.linalg.norm(earlier, dim=0) @ behind)
+            terms = max(terms, A.shape[1])
+        done.append((B, M, sums))
+    expected = _base_rows(change, rows)
+    spread = torch.zeros_like(expected)
+    for B, M, sums in done:
+        expected = expected + B[rows] @ M
+        spread = spread + B[rows].abs() @ sums
+        terms += B.shape[1]
+    return expected, len(done) * LAMBDA * math.sqrt(terms) * UNIT_FP32 * spread
+
+
+def _projected(
+    change: Change, A: torch.Tensor, done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A·W [R, D_in] in fp64, W as the steps `done` have left it; and the norms [D_in] of the base weight's columns."""
+    M = torch.zeros(A.shape[0], change.columns, dtype=torch.float64)
     squares = torch.zeros(change.columns, dtype=torch.float64)
     first = 0
-    for block in read_floats(change.tensor, change.columns, BLOCK_ITEMS // 2):
-        wide = block.double()
-        projection += A[:, first : first + len(wide)] @ wide
-        squares += wide.square().sum(0)
-        first += len(wide)
-    return torch.cat(_take_rows(change.tensor, change.columns, rows)).double(), projection, squares.sqrt()
+    for block in change.rows(BLOCK_ITEMS // 2):
+        current = block.double()
+        squares += current.square().sum(0)
+        for B, earlier, _ in done:
+            current += B[first : first + len(block)] @ earlier
+        M += A[:, first : first + len(block)] @ current
+        first += len(block)
+    return M, squares.sqrt()
+
+
+def _base_rows(change: Change, rows: list[int]) -> torch.Tensor:
+    """The chosen rows of the weight before the fold, fp64."""
+    if change.base_quant is None:
+        return torch.cat(_take_rows(change.tensor, change.columns, rows)).double()
+    taken, first = [], 0
+    for block in change.rows(BLOCK_ITEMS):
+        taken += [block[row - first][None] for row in rows if first <= row < first + len(block)]
+        first += len(block)
+    return torch.cat(taken).double()
 
 
 def _take_rows(tensor: StoredTensor, columns: int, rows: list[int]) -> list[torch.Tensor]:

@@ -1,12 +1,15 @@
 """What a fold will do, decided before anything is written.
 
-Takes a `Base` and an `Adapter`; gives a `FoldPlan`: which tensors change and by what, which dtype each tensor has
-afterwards, and the new config. Every pair of the adapter has exactly one weight, and every shape fits, or the plan is
-refused with the names.
+Takes a `Base` and one or more `Adapter`s; gives a `FoldPlan`: which tensors change and by which steps in which order,
+which tensors are read through 4 bits, which dtype each tensor has afterwards, and the new config.
+
+Composition, in the order given: a multiplicative adapter changes the weight as it stands then, an additive one adds to
+it. Of three multiplicative ones: W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Undoing (`unmerge`) takes the
+inverses in the opposite order. Everything is rounded once, at the end.
 """
 
 import copy
-import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -14,13 +17,17 @@ import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
 from pipeline.artifacts.base_files import Base
-from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, TensorSpec
+from pipeline.artifacts.fold_inverse import check_invertible, inverse
+from pipeline.artifacts.fold_match import FOLDABLE, Part, layer_of, match
+from pipeline.artifacts.nf4 import read_nf4
+from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, TensorSpec, read_floats
 from pipeline.console import UserError
 
 OutputDtype = Literal["keep", "bfloat16", "float16", "float32"]
 OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-FOLDABLE = ("BF16", "F16", "F32")
+BaseQuant = Literal["nf4", "nf4-double"]
+BASE_QUANTS: tuple[BaseQuant, ...] = get_args(BaseQuant)
 
 # Where a family keeps the factor of its logits, and whether it multiplies (1) or divides (-1) them.
 LOGIT_KEYS = {
@@ -31,25 +38,47 @@ LOGIT_KEYS = {
 
 
 @dataclass(frozen=True)
-class Change:
-    """One stored tensor and the pair that changes it. A bias is folded as a weight with one column."""
+class Step:
+    """One change of a weight: W → W + s·B·(A·W), or W → W + s·B·A, by `kind`. `part`: the adapter's place in the plan."""
 
-    tensor: StoredTensor
+    part: int
+    kind: Kind
     pair: Pair
     scaling: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """One stored tensor and what is done to it, in order. A bias is folded as a weight with one column."""
+
+    tensor: StoredTensor
+    steps: tuple[Step, ...]
+    base_quant: BaseQuant | None
 
     @property
     def columns(self) -> int:
         return self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1
 
+    def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
+        """The weight before the fold, in blocks of about `piece_items` values, in its own dtype."""
+        return read_rows(self.tensor, self.columns, piece_items, self.base_quant)
+
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """A fold: `changes` by tensor name; `files` as they will be written; `config` is None where it stays as it is."""
+    """A fold. `changes` by tensor name; `files` as they will be written; `config` is None where it stays as it is.
+
+    `quantised`: the tensors that are read through `base_quant`, changed ones included. `conditions`: for --unmerge, the
+    condition number κ of every pair that is undone, by adapter and module.
+    """
 
     base: Base
-    kind: Kind
+    parts: tuple[Part, ...]
+    unmerge: bool
     changes: dict[str, Change]
+    base_quant: BaseQuant | None
+    quantised: frozenset[str]
+    conditions: dict[tuple[int, str], float]
     files: dict[str, tuple[TensorSpec, ...]]
     config: dict[str, Any] | None
 
@@ -60,33 +89,111 @@ class FoldPlan:
 
 def plan_fold(
     base: Base,
-    adapter: Adapter,
+    adapters: Sequence[Adapter],
     *,
+    scales: Sequence[float],
     kind: Kind | None = None,
-    scale: float = 1.0,
     dtype: OutputDtype = "keep",
     keep_logit_scale: bool = False,
+    layers: str | None = None,
+    unmerge: bool = False,
+    base_quant: BaseQuant | None = None,
 ) -> FoldPlan:
-    """Match adapter and base, and settle kind, dtypes and config. Raises UserError where anything is left over.
+    """Match adapters and base, and settle steps, dtypes and config. Raises UserError where anything is left over.
 
-    `scale` multiplies the adapter's scaling. With `dtype` other than "keep", every floating-point tensor gets it.
+    `scales`: one factor an adapter, on its scaling. With `dtype` other than "keep", every floating-point tensor gets
+    it. `layers` ('0:38') restricts what is folded. `unmerge` takes the adapters out again, last one first.
     """
-    weights = _match(base, adapter)
-    kind = resolve_kind(adapter, weights, kind)
-    changes = {}
-    for module, pair in adapter.pairs.items():
-        scaling = pair.scaling * scale
-        changes[weights[module].name] = Change(weights[module], pair, scaling)
-        bias = base.tensors.get(f"{module}.bias")
-        if bias is not None and kind == "multiplicative_lora" and adapter.moves_bias:
-            _check_bias(bias, pair)
-            changes[bias.name] = Change(bias, pair, scaling)
+    if unmerge and base_quant:
+        raise UserError("--unmerge with --base-quant: rounding to 4 bits has no inverse. Leave one of them out.")
+    alone = len(adapters) == 1
+    parts = tuple(
+        match(base, adapter, kind=kind, kind_is_meant=alone, scale=scale, layers=layers)
+        for adapter, scale in zip(adapters, scales, strict=True)
+    )
+    quantised = quantised_weights(base) if base_quant else frozenset()
+    steps, conditions = _steps(base, parts, unmerge)
+    changes = {
+        name: Change(base.tensors[name], tuple(found), base_quant if name in quantised else None)
+        for name, found in steps.items()
+    }
     files = {
         name: tuple(TensorSpec(t.name, output_dtype(t.dtype, dtype), t.shape) for t in header.tensors)
         for name, header in base.headers.items()
     }
-    factor = adapter.train_logit_scale if keep_logit_scale else 1.0
-    return FoldPlan(base, kind, changes, files, new_config(base.config, dtype, factor))
+    config = new_config(base.config, dtype, logit_factor(parts, unmerge) if keep_logit_scale else 1.0)
+    return FoldPlan(base, parts, unmerge, changes, base_quant, quantised, conditions, files, config)
+
+
+def _steps(
+    base: Base, parts: Sequence[Part], unmerge: bool
+) -> tuple[dict[str, list[Step]], dict[tuple[int, str], float]]:
+    """The steps of every changed tensor in the order of their effect, and the condition numbers of what is undone."""
+    steps: dict[str, list[Step]] = {}
+    conditions: dict[tuple[int, str], float] = {}
+    amplified: dict[str, float] = {}
+    for number, part in reversed(list(enumerate(parts))) if unmerge else enumerate(parts):
+        if unmerge and part.kind == "multiplicative_lora":
+            stored = {module: base.tensors[f"{module}.weight"].dtype for module in part.pairs}
+            found = check_invertible(part.pairs, part.scale, stored, str(part.adapter.folder), amplified)
+            conditions |= {(number, module): value for module, value in found.items()}
+            amplified |= {module: value * amplified.get(module, 1.0) for module, value in found.items()}
+        for module in part.pairs:
+            step = _step(part, number, module, unmerge)
+            steps.setdefault(f"{module}.weight", []).append(step)
+            bias = base.tensors.get(f"{module}.bias")
+            if bias is not None and part.kind == "multiplicative_lora" and part.adapter.moves_bias:
+                _check_bias(bias, step.pair)
+                steps.setdefault(bias.name, []).append(step)
+    return steps, conditions
+
+
+def _step(part: Part, number: int, module: str, unmerge: bool) -> Step:
+    """What an adapter does to a module's weight, or what undoes it: B̃ for B, or -s for s."""
+    pair, scaling = part.pairs[module], part.scaling(module)
+    if not unmerge:
+        return Step(number, part.kind, pair, scaling)
+    if part.kind == "multiplicative_lora":
+        return Step(number, part.kind, inverse(pair, scaling), scaling)
+    return Step(number, part.kind, pair, -scaling)
+
+
+def logit_factor(parts: Sequence[Part], unmerge: bool) -> float:
+    """The product of the factors by which the trainings multiplied the logits; its inverse where they are undone."""
+    factor = 1.0
+    for part in parts:
+        factor *= part.adapter.train_logit_scale
+    return 1 / factor if unmerge else factor
+
+
+def quantised_weights(base: Base) -> frozenset[str]:
+    """The weights a QLoRA run quantises: of every linear module of the decoder layers; no head, embedding or norm.
+
+    Raises UserError for a mixture of experts (which of its weights are quantised depends on the program that loads it)
+    and for weights that are not 16 or 32 bit.
+    """
+    found = [
+        tensor for name, tensor in base.tensors.items()
+        if layer_of(name) is not None and name.endswith(".weight") and len(tensor.shape) == 2
+    ]  # fmt: skip
+    if expert := next((tensor.name for tensor in found if ".experts." in tensor.name), None):
+        raise UserError(f"--base-quant: {base.folder} is a mixture of experts ({expert}). That is not built yet.")
+    if strange := next((tensor for tensor in found if tensor.dtype not in FOLDABLE), None):
+        raise UserError(
+            f"--base-quant: {strange.name} is stored as {strange.dtype}; {', '.join(FOLDABLE)} can be rounded."
+        )
+    if not found:
+        raise UserError(f"--base-quant: {base.folder} has no linear modules in numbered layers.")
+    return frozenset(tensor.name for tensor in found)
+
+
+def read_rows(
+    tensor: StoredTensor, columns: int, piece_items: int, base_quant: BaseQuant | None
+) -> Iterator[torch.Tensor]:
+    """A stored float tensor as [rows, columns] blocks in its own dtype: as it is, or after 4 bits and back."""
+    if base_quant is None:
+        return read_floats(tensor, columns, piece_items)
+    return read_nf4(tensor, columns, piece_items, double_quant=base_quant == "nf4-double")
 
 
 def output_dtype(stored: str, dtype: OutputDtype) -> str:
@@ -94,83 +201,11 @@ def output_dtype(stored: str, dtype: OutputDtype) -> str:
     return stored if dtype == "keep" or stored not in FLOATS else DTYPE_NAMES[dtype]
 
 
-def _match(base: Base, adapter: Adapter) -> dict[str, StoredTensor]:
-    """{module: its weight}. Names match whole, never in part."""
-    missing = [module for module in adapter.pairs if f"{module}.weight" not in base.tensors]
-    if missing:
-        like = difflib.get_close_matches(f"{missing[0]}.weight", list(base.tensors), n=1)
-        raise UserError(
-            f"{len(missing)} of the adapter's {len(adapter.pairs)} modules are not in {base.folder}: "
-            f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. "
-            + (f"The nearest tensor there is {like[0]}. " if like else "")
-            + f"The adapter was trained on {adapter.base_model or 'a base it does not name'}. Nothing was written."
-        )
-    weights = {module: base.tensors[f"{module}.weight"] for module in adapter.pairs}
-    for module, weight in weights.items():
-        if weight.dtype not in FOLDABLE:
-            packed = weight.dtype in ("U8", "I8", "I32")
-            raise UserError(
-                f"{weight.name} is stored as {weight.dtype}{', packed by a quantiser' if packed else ''}. "
-                f"A fold needs {', '.join(FOLDABLE)}: use the original 16-bit model."
-            )
-        if len(weight.shape) != 2:
-            raise UserError(f"{weight.name} has shape {weight.shape}; an adapter of {module} needs a matrix.")
-    return weights
-
-
-def resolve_kind(adapter: Adapter, weights: dict[str, StoredTensor], asked: Kind | None) -> Kind:
-    """The adapter's kind: as its files declare it, or by the shape of A against its modules' weights [D_out, D_in].
-
-    A is R × D_in in an ordinary LoRA and R × D_out in the founding method's, which also calls itself LORA. All modules
-    must agree; where every weight is square the shapes cannot tell, and `asked` must.
-    """
-    possible: set[Kind] = {"lora", "multiplicative_lora"} if adapter.kind is None else {adapter.kind}
-    for module, pair in adapter.pairs.items():
-        rows, columns = weights[module].shape
-        fitting: set[Kind] = set()
-        if pair.B.shape[0] == rows:
-            fitting |= {"lora"} if pair.A.shape[1] == columns else set()
-            fitting |= {"multiplicative_lora"} if pair.A.shape[1] == rows else set()
-        if not possible & fitting:
-            raise UserError(_misfit(adapter, weights, module, possible, fitting))
-        possible &= fitting
-    if asked is not None:
-        if asked not in possible:
-            raise UserError(f"--kind {asked}: {adapter.folder} is a {'/'.join(possible)} by its files and shapes.")
-        return asked
-    if len(possible) == 2:
-        module, pair = next(iter(adapter.pairs.items()))
-        raise UserError(
-            f"{adapter.folder} is of type LORA, and A is {_shape(pair.A)} on {module}, whose weight is square "
-            f"({_shape(weights[module])}). That fits an ordinary LoRA as well as the founding method's multiplicative "
-            "one. Say which it is: --kind lora or --kind multiplicative_lora."
-        )
-    return possible.pop()
-
-
-def _misfit(
-    adapter: Adapter, weights: dict[str, StoredTensor], module: str, possible: set[Kind], fitting: set[Kind]
-) -> str:
-    pair = adapter.pairs[module]
-    shapes = f"A {_shape(pair.A)}, B {_shape(pair.B)} on {module}, whose weight is {_shape(weights[module])}"
-    if fitting:
-        return (
-            f"{adapter.folder}: {shapes}: a {'/'.join(fitting)}, where "
-            + ("the adapter's files declare" if adapter.kind else "the modules before it have")
-            + f" a {'/'.join(possible)}. All modules must be of one kind."
-        )
-    return f"{adapter.folder}: {shapes}: the shapes do not fit. Was the adapter trained on another model?"
-
-
 def _check_bias(bias: StoredTensor, pair: Pair) -> None:
     if bias.dtype not in FOLDABLE or bias.shape != (pair.B.shape[0],):
         raise UserError(
             f"{bias.name} is {bias.dtype} {bias.shape}; the fold needs a float vector of {pair.B.shape[0]}."
         )
-
-
-def _shape(tensor: torch.Tensor | StoredTensor) -> str:
-    return " × ".join(str(n) for n in tensor.shape)
 
 
 def new_config(config: dict[str, Any], dtype: OutputDtype, logit_factor: float) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The plan of a fold and its result, as text and as JSON.
 
-Takes the adapter, the `FoldPlan` and the `Survival` figures; gives lines for the terminal and the content of
+Takes the `FoldPlan` and the `Survival` figures; gives lines for the terminal and the content of
 `fold_report.json`. No path is in the JSON: it lies in a folder that gets shared.
 """
 
@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.artifacts.adapter_files import Adapter, public_name
-from pipeline.artifacts.fold_plan import LOGIT_KEYS, FoldPlan
+from pipeline.artifacts.adapter_files import public_name
+from pipeline.artifacts.fold_match import Part
+from pipeline.artifacts.fold_plan import LOGIT_KEYS, FoldPlan, logit_factor
 from pipeline.artifacts.fold_rows import Survival
 from pipeline.console import gib
 
@@ -17,37 +18,78 @@ from pipeline.console import gib
 # lowered by as much, which is the size of step people choose on purpose (--scale 0.9). The noise of rounding is larger
 # in size, but it has no direction and averages out over the thousands of terms of a product; the lost gain does not.
 LEAST_GAIN = 0.95
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 ROWS_SHOWN = 48  # the whole of a 40-layer model with one target; of more, those that lost most
 
 
-def plan_lines(adapter: Adapter, plan: FoldPlan, *, scale: float, keep_logit_scale: bool) -> list[str]:
+def plan_lines(plan: FoldPlan, *, keep_logit_scale: bool) -> list[str]:
     """What will be done, with the formula and its numbers."""
-    rule = "W + s·B·(A·W)" if plan.kind == "multiplicative_lora" else "W + s·B·A"
-    biases = sum(len(change.tensor.shape) == 1 for change in plan.changes.values())
     total = sum(len(specs) for specs in plan.files.values())
-    lines = [
-        f"base     {plan.base.folder}: {total} tensors in {len(plan.files)} file{'s' * (len(plan.files) != 1)}",
-        f"adapter  {adapter.folder}: {plan.kind}, {len(adapter.pairs)} modules, "
-        + _span([pair.A.shape[0] for pair in adapter.pairs.values()])
-        + (f", trained on {adapter.base_model}" if adapter.base_model else ""),
-        f"fold     W' = {rule} in fp32, {_strength(adapter, scale)}",
+    lines = [f"base     {plan.base.folder}: {total} tensors in {len(plan.files)} file{'s' * (len(plan.files) != 1)}"]
+    for number, part in enumerate(plan.parts):
+        adapter, pairs = part.adapter, list(part.pairs.values())
+        lines.append(
+            f"{'adapter' + _index(plan, number):<8} {adapter.folder}: {part.kind}, {len(pairs)} modules, "
+            + _span([pair.A.shape[0] for pair in pairs])
+            + (f", trained on {adapter.base_model}" if adapter.base_model else "")
+            + (f", {_strength(part)}" if len(plan.parts) > 1 else "")
+        )
+        if part.left_out:
+            lines.append(f"         left out by --layers: {len(part.left_out)} modules, {_named(part.left_out)}")
+    biases = sum(len(change.tensor.shape) == 1 for change in plan.changes.values())
+    lines += [
+        f"{'unmerge' if plan.unmerge else 'fold':<9}{formula(plan)}"
+        + (f", {_strength(plan.parts[0])}" if len(plan.parts) == 1 else ", rounded once at the end"),
         f"changed  {len(plan.changes) - biases} weights"
-        + (f" and {biases} biases (b' = b + s·B·A·b)" if biases else "")
-        + f"; {total - len(plan.changes)} other tensors {_others(plan)}",
+        + (f" and {biases} biases (b' = b + s·{'B̃' if plan.unmerge else 'B'}·A·b)" if biases else "")
+        + f"; {total - len(plan.changes.keys() | plan.quantised)} other tensors {_others(plan)}",
         f"dtypes   {_dtypes(plan)}; {gib(plan.weight_bytes)} of weights",
     ]
-    if adapter.train_logit_scale != 1.0:
-        lines.append(f"logits   {_logits(adapter, plan, keep_logit_scale)}")
-    elif keep_logit_scale:
-        lines.append("logits   trained without a scale: --keep-logit-scale has nothing to keep")
-    return lines
+    if plan.base_quant:
+        lines.append(
+            f"4 bits   {len(plan.quantised)} weights of the base are rounded to {plan.base_quant} and back first"
+        )
+    if plan.conditions:
+        (number, module), worst = max(plan.conditions.items(), key=lambda item: item[1])
+        lines.append(
+            f"inverse  condition number at most {worst:.3g} ({module}, adapter {number + 1}): what rounding changed in the "
+            "merged weights comes back at most so many times as large; of several adapters, the product counts"
+        )
+    return lines + _logits(plan, keep_logit_scale)
 
 
-def _strength(adapter: Adapter, scale: float) -> str:
+def formula(plan: FoldPlan) -> str:
+    """The composition rule with the adapters' places as indices, in the order of its effect."""
+    several = len(plan.parts) > 1
+    steps = []
+    order = range(len(plan.parts))
+    for place, number in enumerate(reversed(order) if plan.unmerge else order):
+        i = str(number + 1).translate(SUBSCRIPTS) if several else ""
+        W = f"W{str(place).translate(SUBSCRIPTS)}" if several and place else "W"
+        B = "B̃" if plan.unmerge else "B"
+        if plan.parts[number].kind == "multiplicative_lora":
+            change = f"{W} + s{i}·{B}{i}·(A{i}·{W})"
+        else:
+            change = f"{W} {'-' if plan.unmerge else '+'} s{i}·B{i}·A{i}"
+        last = place == len(plan.parts) - 1
+        steps.append(f"{'W' + chr(39) if last else 'W' + str(place + 1).translate(SUBSCRIPTS)} = {change}")
+    inverted = plan.unmerge and any(part.kind == "multiplicative_lora" for part in plan.parts)
+    return "; ".join(steps) + " in fp32" + (", B̃ = -B·(I + s·A·B)⁻¹" if inverted else "")
+
+
+def _index(plan: FoldPlan, number: int) -> str:
+    return f" {number + 1}" if len(plan.parts) > 1 else ""
+
+
+def _named(modules: Sequence[str]) -> str:
+    return ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
+
+
+def _strength(part: Part) -> str:
     """`s = alpha / rank = 64 / 64 × 0.5 = 0.5`, for the first few distinct scalings of the adapter."""
-    by_origin = {pair.origin: pair.scaling for pair in adapter.pairs.values()}
-    factor = f" × {scale:g} (--scale)" if scale != 1.0 else ""
-    shown = [f"s = {origin}{factor} = {s * scale:g}" for origin, s in by_origin.items()]
+    by_origin = {pair.origin: pair.scaling for pair in part.pairs.values()}
+    factor = f" × {part.scale:g} (--scale)" if part.scale != 1.0 else ""
+    shown = [f"s = {origin}{factor} = {s * part.scale:g}" for origin, s in by_origin.items()]
     return "; ".join(shown[:4]) + ("; ..." if len(shown) > 4 else "")
 
 
@@ -65,18 +107,22 @@ def _dtypes(plan: FoldPlan) -> str:
     return ", ".join(old if old == new else f"{old} → {new}" for old, new in sorted(pairs))
 
 
-def _logits(adapter: Adapter, plan: FoldPlan, keep: bool) -> str:
-    trained = f"trained with the logits times {adapter.train_logit_scale:g}"
+def _logits(plan: FoldPlan, keep: bool) -> list[str]:
+    trained = [part.adapter.train_logit_scale for part in plan.parts]
+    factor = logit_factor(plan.parts, plan.unmerge)
+    if all(scale == 1.0 for scale in trained):
+        return ["logits   trained without a scale: --keep-logit-scale has nothing to keep"] if keep else []
+    said = f"logits   trained with the logits times {' · '.join(f'{scale:g}' for scale in trained)}"
     key, exponent = LOGIT_KEYS.get(plan.base.config.get("model_type", ""), ("", 0))
     old = plan.base.config.get(key)
     if keep:
-        return f"{trained}; kept: {key} {old:g} → {(plan.config or {})[key]:g}"
-    offer = f"; --keep-logit-scale writes {key} = {old * adapter.train_logit_scale**exponent:g}" if old else ""
-    return f"{trained}; dropped, the config stays as it is{offer}"
+        return [f"{said}; kept: {key} {old:g} → {(plan.config or plan.base.config)[key]:g}"]
+    offer = f"; --keep-logit-scale writes {key} = {old * factor**exponent:g}" if old else ""
+    return [f"{said}; dropped, the config stays as it is{offer}"]
 
 
-def result_lines(figures: Sequence[Survival], deviation: float) -> list[str]:
-    """A table of what survived rounding, and how the check in fp64 went."""
+def result_lines(plan: FoldPlan, figures: Sequence[Survival], deviation: float) -> list[str]:
+    """A table of what survived rounding, each adapter's part in it, and how the check in fp64 went."""
     width = max(len(figure.name) for figure in figures)
     lines = [f"{'tensor':<{width}}  ‖ΔW‖/‖W‖     gain    error  unchanged"]
     shown = figures
@@ -88,6 +134,13 @@ def result_lines(figures: Sequence[Survival], deviation: float) -> list[str]:
     if len(shown) < len(figures):
         lines.append(f"... and {len(figures) - len(shown)} more that kept more of it: see fold_report.json")
     lines.append("gain = ⟨W'−W, ΔW⟩ / ‖ΔW‖²: the strength at which the change arrived. error = ‖(W'−W) − ΔW‖ / ‖ΔW‖.")
+    if len(plan.parts) > 1:
+        for number, part in enumerate(plan.parts):
+            shares = sorted(f.share(number) for f in figures if number in f.parts)
+            lines.append(
+                f"adapter{_index(plan, number)} {part.adapter.folder.name}: {len(shares)} tensors, alone "
+                f"‖ΔW‖/‖W‖ = {shares[len(shares) // 2]:.2e} in the middle, {shares[-1]:.2e} at most"
+            )
     lines.append(
         f"checked: every tensor read back; rows recomputed in fp64 deviate by {deviation:.2f} of what rounding allows."
     )
@@ -99,9 +152,7 @@ def warnings(figures: Sequence[Survival], dtypes: dict[str, str]) -> list[str]:
     found = []
     idle = [figure for figure in figures if math.isnan(figure.gain)]
     if idle:
-        found.append(
-            f"the adapter changes nothing in {len(idle)} of {len(figures)} tensors (B is zero): {idle[0].name}"
-        )
+        found.append(f"the fold changes nothing in {len(idle)} of {len(figures)} tensors (B is zero): {idle[0].name}")
     weak = [figure for figure in figures if figure.gain < LEAST_GAIN]
     if weak:
         worst = min(weak, key=lambda figure: figure.gain)
@@ -114,17 +165,29 @@ def warnings(figures: Sequence[Survival], dtypes: dict[str, str]) -> list[str]:
     return found
 
 
-def report_json(adapter: Adapter, plan: FoldPlan, figures: Sequence[Survival], *, scale: float) -> dict[str, Any]:
+def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
     """The content of `fold_report.json`."""
     return {
         "base": public_name(str(plan.base.folder)),
-        "adapter": public_name(str(adapter.folder)),
-        "kind": plan.kind,
-        "scale": scale,
+        "unmerge": plan.unmerge,
+        "base_quant": plan.base_quant,
+        "adapters": [
+            {
+                "adapter": public_name(str(part.adapter.folder)),
+                "kind": part.kind,
+                "scale": part.scale,
+                "modules": len(part.pairs),
+                "left_out": list(part.left_out),
+            }
+            for part in plan.parts
+        ],
         "tensors": [
             {
                 "name": figure.name,
-                "scaling": plan.changes[figure.name].scaling,
+                "steps": [
+                    {"adapter": step.part, "scaling": step.scaling, "relative_change": _number(figure.share(step.part))}
+                    for step in plan.changes[figure.name].steps
+                ],
                 "relative_change": _number(figure.size),
                 "gain": _number(figure.gain),
                 "error": _number(figure.error),

@@ -4,19 +4,18 @@ Takes a `Change`; gives the new tensor's rows, rounded once, and the figures of 
 computed in fp32 without TF32; a block and the R × D_in projection are all that is in memory.
 
 Both kinds are W' = W + s·B·M with M [R, D_in]:  M = A (lora),  M = A·W (multiplicative; (I + sBA)W = W + sB(AW)).
-B·(A·W) takes 4·R operations an element where (B·A)·W takes 2·D_out.
+B·(A·W) takes 4·R operations an element where (B·A)·W takes 2·D_out. Several in sequence are one of the sum of ranks.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.artifacts.adapter_files import Kind
-from pipeline.artifacts.fold_plan import Change
-from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, read_floats
+from pipeline.artifacts.fold_plan import BaseQuant, Change, read_rows
+from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor
 from pipeline.console import UserError
 
 BLOCK_ITEMS = 2**19  # values of a block. 2 MiB in fp32: about ten such arrays are alive at a time
@@ -33,26 +32,55 @@ def exact_fp32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def additive_projection(A: torch.Tensor, rows: Iterable[torch.Tensor]) -> torch.Tensor:
-    """M = A, whatever the weight."""
-    return A
+@dataclass(frozen=True)
+class LowRank:
+    """All steps of a change as one: ΔW = B·M, with B [D_out, ΣR] (the scalings in it) and M [ΣR, D_in], fp32.
+
+    `sizes`: ‖s_k·B_k·M_k‖ (Frobenius) of every step.
+    """
+
+    B: torch.Tensor
+    M: torch.Tensor
+    sizes: tuple[float, ...]
 
 
-def multiplicative_projection(A: torch.Tensor, rows: Iterable[torch.Tensor]) -> torch.Tensor:
-    """M = A·W [R, D_in] from the rows of W [D_out, D_in] in blocks: the sum of A[:, block]·W[block, :]."""
-    first, total = 0, None
-    for block in rows:
-        part = A[:, first : first + len(block)] @ block
-        total = part if total is None else total.add_(part)
-        first += len(block)
-    assert total is not None and first == A.shape[1]
-    return total
+def compose(change: Change, device: torch.device) -> LowRank:
+    """The steps of a change, made one of the sum of their ranks, in one pass over the weight.
+
+    Step k turns W_{k-1} = W + Σ_{j<k} s_j·B_j·M_j into W_{k-1} + s_k·B_k·M_k, where M_k = A_k (lora) or
+    M_k = A_k·W_{k-1} = A_k·W + Σ_{j<k} s_j·(A_k·B_j)·M_j (multiplicative). So all A_k·W are summed up while the rows
+    of W go by, and the rest needs R × R matrices only.
+    """
+    of_weight = _projections(change, device)
+    Bs: list[torch.Tensor] = []
+    Ms: list[torch.Tensor] = []
+    sizes = []
+    for number, step in enumerate(change.steps):
+        M = step.pair.A.to(device, torch.float32)
+        if number in of_weight:
+            M, A = of_weight[number], M
+            for B, earlier in zip(Bs, Ms, strict=True):
+                M = M + (A.double() @ B.double()).float() @ earlier
+        B = step.pair.B.to(device, torch.float32) * step.scaling
+        squared = torch.sum((B.T.double() @ B.double()) * (M.double() @ M.double().T))  # ‖B·M‖² = ⟨BᵀB, MMᵀ⟩
+        sizes.append(math.sqrt(max(float(squared), 0.0)))
+        Bs.append(B)
+        Ms.append(M)
+    return LowRank(torch.cat(Bs, dim=1), torch.cat(Ms), tuple(sizes))
 
 
-PROJECTIONS: dict[Kind, Callable[[torch.Tensor, Iterable[torch.Tensor]], torch.Tensor]] = {
-    "lora": additive_projection,
-    "multiplicative_lora": multiplicative_projection,
-}
+def _projections(change: Change, device: torch.device) -> dict[int, torch.Tensor]:
+    """{step: A·W [R, D_in]} of the multiplicative steps: sums of A[:, block]·W[block, :] over blocks of rows."""
+    As = {n: s.pair.A.to(device, torch.float32) for n, s in enumerate(change.steps) if s.kind == "multiplicative_lora"}
+    totals: dict[int, torch.Tensor] = {}
+    first = 0
+    for block in change.rows(BLOCK_ITEMS) if As else ():
+        wide = block.to(device, torch.float32)
+        for number, A in As.items():
+            part = A[:, first : first + len(wide)] @ wide
+            totals[number] = totals[number].add_(part) if number in totals else part
+        first += len(wide)
+    return totals
 
 
 @dataclass
@@ -68,6 +96,7 @@ class Survival:
     products: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("D·Δ", "Δ·Δ", "E·E", "W·W"), 0.0))
     equal: int = 0
     items: int = 0
+    parts: dict[int, float] = field(default_factory=dict)  # ‖ΔW‖ of each adapter's own change, by its place
 
     def add(self, before: torch.Tensor, change: torch.Tensor, after: torch.Tensor) -> None:
         """Count a block: W and ΔW in fp32, and W' as rounded. Sums of products are kept in fp64."""
@@ -92,34 +121,31 @@ class Survival:
     def unchanged(self) -> float:
         return self.equal / self.items
 
+    def share(self, part: int) -> float:
+        """‖ΔW‖ / ‖W‖ of one adapter's own change."""
+        return self.parts[part] / math.sqrt(self.products["W·W"]) if self.products["W·W"] else math.nan
+
     @property
     def size(self) -> float:
         return math.sqrt(self.products["Δ·Δ"] / self.products["W·W"]) if self.products["W·W"] else math.nan
 
 
-def fold_rows(
-    change: Change, kind: Kind, dtype: str, device: torch.device, survival: Survival
-) -> Iterator[torch.Tensor]:
+def fold_rows(change: Change, dtype: str, device: torch.device, survival: Survival) -> Iterator[torch.Tensor]:
     """The rows of W' in blocks [rows, D_in], on the CPU, in the safetensors dtype `dtype`. Fills `survival`.
 
     Raises UserError where a value is NaN or infinite, or too large for `dtype`.
     """
-    A = change.pair.A.to(device, torch.float32)
-    B = change.pair.B.to(device, torch.float32)
-
-    def rows() -> Iterator[torch.Tensor]:
-        for block in read_floats(change.tensor, change.columns, BLOCK_ITEMS):
-            yield block.to(device, torch.float32)
-
-    M = PROJECTIONS[kind](A, rows())
+    whole = compose(change, device)
+    survival.parts = {step.part: size for step, size in zip(change.steps, whole.sizes, strict=True)}
     first = 0
-    for before in rows():
-        delta = torch.mm(B[first : first + len(before)], M).mul_(change.scaling)
+    for block in change.rows(BLOCK_ITEMS):
+        before = block.to(device, torch.float32)
+        delta = torch.mm(whole.B[first : first + len(before)], whole.M)
         exact = before + delta
         if not torch.isfinite(exact).all():
             raise UserError(
                 f"{change.tensor.name}: the fold gives NaN or infinite values. Either the base holds them already, or "
-                "the adapter or --scale is far too large. Nothing was written."
+                "an adapter or --scale is far too large. Nothing was written."
             )
         after = round_to(exact, dtype, change.tensor.name)
         survival.add(before, delta, after)
@@ -139,7 +165,10 @@ def round_to(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     return rounded
 
 
-def convert(tensor: StoredTensor, dtype: str) -> Iterator[torch.Tensor]:
-    """The values of a tensor that the adapter leaves alone, in another dtype, in flat blocks. Raises as `round_to`."""
-    for block in read_floats(tensor, 1, BLOCK_ITEMS):
+def convert(tensor: StoredTensor, dtype: str, base_quant: BaseQuant | None = None) -> Iterator[torch.Tensor]:
+    """The values of a tensor that no adapter changes, in another dtype or through 4 bits, in blocks.
+
+    Raises as `round_to`.
+    """
+    for block in read_rows(tensor, tensor.shape[-1] if base_quant else 1, BLOCK_ITEMS, base_quant):
         yield round_to(block, dtype, tensor.name)

@@ -1,13 +1,13 @@
-"""The fold: an adapter becomes part of a base model's weights.
+"""The fold: adapters become part of a base model's weights, or are taken out of them again.
 
-Takes a base model's folder and an adapter's; gives a new model's folder, whole or not at all, and what survived
+Takes a base model's folder and one or more adapters'; gives a new model's folder, whole or not at all, and what survived
 rounding. Tensors the adapter does not change are copied byte for byte; config, tokenizer, chat template and licence
-come along. Memory: a few dozen MiB of blocks, the adapter and one projection [R, D_in], however large the model is.
+come along. Memory: a few dozen MiB of blocks, the adapters and one projection [ΣR, D_in], however large the model is.
 """
 
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,63 +16,87 @@ from pipeline.artifacts.adapter_files import Kind, natural_order, write_json
 from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.artifacts.base_files import INDEX, files_to_copy, read_base
 from pipeline.artifacts.fold_check import check_result
-from pipeline.artifacts.fold_plan import FoldPlan, OutputDtype, plan_fold
+from pipeline.artifacts.fold_doubts import REPORT_FILE, doubts
+from pipeline.artifacts.fold_plan import BaseQuant, FoldPlan, OutputDtype, plan_fold
 from pipeline.artifacts.fold_report import plan_lines, report_json, result_lines, warnings
 from pipeline.artifacts.fold_rows import Survival, convert, exact_fp32, fold_rows
 from pipeline.artifacts.safetensors_stream import TensorSpec, read_pieces, tensor_bytes, write_safetensors
 from pipeline.artifacts.whole_folder import check_disk_space, check_free, whole_folder
 from pipeline.console import UserError, gib, progress, say, warn
 
-REPORT_FILE = "fold_report.json"
-
 
 def merge(
     base_folder: Path,
-    adapter_folder: Path,
+    adapter_folders: Path | Sequence[Path],
     output: Path,
     *,
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
     dtype: OutputDtype = "keep",
     device: str = "cpu",
     dry_run: bool = False,
     force: bool = False,
     kind: Kind | None = None,
     keep_logit_scale: bool = False,
+    layers: str | None = None,
+    unmerge: bool = False,
+    base_quant: BaseQuant | None = None,
 ) -> list[Survival]:
-    """Fold the adapter into the base and write the model to `output`; the figures of the changed tensors.
+    """Fold one adapter or several, in order, and write the model to `output`; the figures of the changed tensors.
 
-    `scale` multiplies the adapter's scaling (alpha lowered after the training). `dry_run` checks everything that can be
-    checked without computing, prints the plan, and writes nothing. `force` replaces what stands at `output`, once
-    the new model is whole. Raises UserError, with nothing written, where anything does not fit.
+    Of multiplicative adapters 1, 2, 3:  W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W;  an additive one adds s·B·A
+    to the weight as it stands then. `scale` multiplies an adapter's scaling (alpha lowered after the training): one
+    factor for all or one for each. `layers` ('0:38', both ends included) restricts what is folded. `unmerge` takes the
+    adapters out of a model they were folded into, last one first. `base_quant` folds into the base as 4-bit training
+    saw it. `dry_run` checks everything that can be checked without computing, prints the plan, and writes nothing.
+    `force` replaces what stands at `output`, once the new model is whole. Raises UserError, with nothing written, where
+    anything does not fit.
     """
-    if not math.isfinite(scale) or scale == 0:
-        raise UserError(f"--scale {scale:g}: give a finite factor other than 0; 1 is the strength of the training.")
+    folders = [adapter_folders] if isinstance(adapter_folders, Path) else list(adapter_folders)
+    scales = _one_each(scale, len(folders))
     where = usable_device(device)
-    check_places(base_folder, adapter_folder, output)
+    for folder in folders:
+        check_places(base_folder, folder, output)
     check_free(output, replace=force)
-    adapter = load_adapter(adapter_folder)
+    adapters = [load_adapter(folder) for folder in folders]
     base = read_base(base_folder)
-    plan = plan_fold(base, adapter, kind=kind, scale=scale, dtype=dtype, keep_logit_scale=keep_logit_scale)
+    plan = plan_fold(
+        base, adapters, scales=scales, kind=kind, dtype=dtype, keep_logit_scale=keep_logit_scale, layers=layers,
+        unmerge=unmerge, base_quant=base_quant,
+    )  # fmt: skip
     copied = files_to_copy(base_folder)
     needed = plan.weight_bytes + sum((base_folder / file).stat().st_size for file in copied)
-    for line in plan_lines(adapter, plan, scale=scale, keep_logit_scale=keep_logit_scale):
+    for line in plan_lines(plan, keep_logit_scale=keep_logit_scale):
         say(line)
     say(f"output   {output.resolve()}: {gib(needed)} in all, {len(copied)} other files copied")
+    for line in doubts(plan):
+        warn(line)
     if dry_run:
         check_disk_space(output.resolve().parent, needed)
         say("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
         return []
-    with whole_folder(output, replace=force) as folder:
-        check_disk_space(folder, needed)
-        figures, deviation = _write(plan, copied, folder, where)
-        write_json(folder / REPORT_FILE, report_json(adapter, plan, figures, scale=scale))
+    with whole_folder(output, replace=force) as unfinished:
+        check_disk_space(unfinished, needed)
+        figures, deviation = _write(plan, copied, unfinished, where)
+        write_json(unfinished / REPORT_FILE, report_json(plan, figures))
     dtypes = {spec.name: spec.dtype for specs in plan.files.values() for spec in specs}
-    for line in result_lines(figures, deviation):
+    for line in result_lines(plan, figures, deviation):
         say(line)
     for line in warnings(figures, dtypes):
         warn(line)
     say(f"written: {output.resolve()}")
     return figures
+
+
+def _one_each(scale: float | Sequence[float], adapters: int) -> list[float]:
+    """One factor an adapter. Raises UserError where there are more or fewer, or one is 0 or not finite."""
+    given = [float(scale)] if isinstance(scale, int | float) else [float(one) for one in scale]
+    scales = given * adapters if len(given) == 1 else given
+    if not adapters or len(scales) != adapters:
+        raise UserError(f"--scale has {len(given)} values for {adapters} adapters: give one for all, or one for each.")
+    for one in scales:
+        if not math.isfinite(one) or one == 0:
+            raise UserError(f"--scale {one:g}: give a finite factor other than 0; 1 is the strength of the training.")
+    return scales
 
 
 def usable_device(device: str) -> torch.device:
@@ -132,10 +156,11 @@ def _pieces(
         stored, dtype = plan.base.tensors[name], dtypes[name]
         if name in plan.changes:
             figures[name] = Survival(name)
-            rows = fold_rows(plan.changes[name], plan.kind, dtype, device, figures[name])
+            rows = fold_rows(plan.changes[name], dtype, device, figures[name])
             return (tensor_bytes(block) for block in rows)
-        if dtype != stored.dtype:
-            return (tensor_bytes(block) for block in convert(stored, dtype))
+        if dtype != stored.dtype or name in plan.quantised:
+            quant = plan.base_quant if name in plan.quantised else None
+            return (tensor_bytes(block) for block in convert(stored, dtype, quant))
         return read_pieces(stored)
 
     def counted(name: str) -> Iterable[memoryview | bytearray]:

@@ -34,6 +34,11 @@ class MicroBatch:
     rows: tuple[Row | None, ...]
 
     @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each row without padding, int64 [B]; 0 for filler."""
+        return (self.labels != IGNORED).sum(1)
+
+    @property
     def target_tokens(self) -> int:
         """Predicted tokens: labels that are not −100, but for the first place of each row, which nothing predicts."""
         return int((self.labels[:, 1:] != IGNORED).sum())

@@ -1,4 +1,4 @@
-"""What is trained: the multiplicative LoRA, PEFT's LoRA, or the model's own weights.
+"""What is trained: the multiplicative LoRA, PEFT's LoRA, or the model's own weights; other families stand on this.
 
 Takes a stage and the names of the modules to adapt; gives the stage with exactly the trainable parameters it should
 have. Parameters are named by the whole model's module names, and drawn from a generator seeded by that name, so that a
@@ -6,7 +6,9 @@ run has the same adapter whatever the number of stages.
 """
 
 import math
+import re
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -101,32 +103,40 @@ def inject_multiplicative(
     stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int
 ) -> None:
     """Wrap those of `targets` that the stage owns in a `MultiplicativeLoRA`."""
-    for name in _owned(stage, targets):
-        base_layer = stage.model.get_submodule(name)
-        device = next(base_layer.parameters()).device
-        adapter = MultiplicativeLoRA(base_layer, rank, alpha, dropout, dtype, device)
-        _draw(adapter.A, f"{name}.A", seed)
-        parent, _, leaf = name.rpartition(".")
-        setattr(stage.model.get_submodule(parent), leaf, adapter)
+
+    def make(name: str, base_layer: nn.Module) -> nn.Module:
+        adapter = MultiplicativeLoRA(base_layer, rank, alpha, dropout, dtype, device_of(base_layer))
+        draw(adapter.A, f"{name}.A", seed)
+        return adapter
+
+    wrap(stage, targets, make)
 
 
 def inject_lora(
-    stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int
-) -> None:
-    """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`."""
-    owned = _owned(stage, targets)
-    if not owned:
+    stage: Stage, targets: list[str], rank: int, alpha: float, dropout: float, dtype: torch.dtype, seed: int,
+    use_rslora: bool = False,
+) -> None:  # fmt: skip
+    """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`; s = alpha/R, or alpha/√R with `use_rslora`."""
+    mine = owned(stage, targets)
+    if not mine:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=owned, bias="none"), stage.model
-    )
-    for name in owned:
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=mine, bias="none",
+                   use_rslora=use_rslora), stage.model
+    )  # fmt: skip
+    for name in mine:
         module = stage.model.get_submodule(name)
         module.lora_A.to(dtype)
         module.lora_B.to(dtype)
-        _draw(module.lora_A["default"].weight, f"{name}.A", seed)
+        draw(module.lora_A["default"].weight, f"{name}.A", seed)
+
+
+def wrap(stage: Stage, targets: list[str], make: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Put make(name, module) in the place of each of `targets` that the stage owns."""
+    for name in owned(stage, targets):
+        stage.model.set_submodule(name, make(name, stage.model.get_submodule(name)))
 
 
 def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
@@ -143,31 +153,46 @@ def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
 
 
 def trainable(stage: Stage) -> dict[str, nn.Parameter]:
-    """Trained parameters by their name in the whole model; an adapter's end in '.A' and '.B'."""
+    """Trained parameters by their name in the whole model; those of a LoRA end in '.A' and '.B'."""
     return {_plain(name): p for name, p in stage.model.named_parameters() if p.requires_grad}
 
 
-def _plain(name: str) -> str:
-    """PEFT's 'x.lora_A.default.weight' → 'x.A'."""
-    for letter in "AB":
-        name = (
-            name.removesuffix(f".lora_{letter}.default.weight") + f".{letter}"
-            if name.endswith(f".lora_{letter}.default.weight")
-            else name
-        )
-    return name
+def written(stage: Stage) -> dict[str, Tensor]:
+    """What a save of the stage's adapters holds, by global name: what is trained, or what a family writes instead.
+
+    A module with a method `written` stands for its own parameters (pipeline/model/control_adapter.py is one).
+    """
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in trainable(stage).items()}
+    for name, module in stage.model.named_modules():
+        if hasattr(module, "written"):
+            for own, _ in module.named_parameters(recurse=False):
+                tensors.pop(f"{name}.{own}", None)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in module.written().items()}
+    return tensors
 
 
-def _owned(stage: Stage, targets: list[str]) -> list[str]:
+def owned(stage: Stage, targets: list[str]) -> list[str]:
+    """Those of `targets` whose layer the stage has."""
     prefix = f"{stage.model.base_model_prefix}.layers."
     return [name for name in targets if int(name.removeprefix(prefix).split(".")[0]) in stage.layer_indices]
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's parameters are."""
+    return next(module.parameters()).device
+
+
 @torch.no_grad()
-def _draw(parameter: nn.Parameter, name: str, seed: int) -> None:
+def draw(parameter: Tensor, name: str, seed: int) -> None:
     """Kaiming-uniform with a = √5 (U(±1/√fan_in)), from a generator of the parameter's own."""
     # One 32-bit number: torch's CPU generator ignores the upper half of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     values = torch.empty(parameter.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     parameter.copy_(values)
+
+
+def _plain(name: str) -> str:
+    """PEFT's 'x.lora_A.default.weight' → 'x.A', 'x.ia3_l.default' → 'x.ia3_l'."""
+    match = re.fullmatch(r"(.+)\.(?:lora_(?=[AB]\.))?(\w+)\.default(?:\.weight)?", name)
+    return f"{match[1]}.{match[2]}" if match else name

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from pipeline.console import UserError
+from pipeline.model.packed import saved_bytes
 
 
 class Costs(NamedTuple):
@@ -110,4 +111,4 @@ def stage_bytes(cost: Costs, ranges: list[tuple[int, int]]) -> list[int]:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(p.numel() * p.element_size() for p in module.parameters()) - saved_bytes(module)

@@ -100,8 +100,8 @@ def recompute(
 
 
 def _reads_little(name: str) -> bool:
-    """Whether a trained matrix is an adapter's A (R rows), whose result is small; ours, or PEFT's."""
-    return name.endswith(".A") or ".lora_A." in name
+    """Whether a trained matrix's product with the layer's states is small, [T, R]: A of ours or PEFT's, M, Q, HRA's u."""
+    return name.endswith((".A", ".M", ".Q", ".hra_u")) or ".lora_A." in name
 
 
 def _keys(layer: nn.Module, names: Iterable[str]) -> dict[int, str]:
@@ -157,7 +157,7 @@ class _Replay(TorchDispatchMode):
             kept = self.results[str(role)].pop(0)
             return tree_map_only(_Handle, lambda handle: _alias(self.store.get(handle.value)), kept)
         if action == "skip":
-            return args[-1].new_empty(PRODUCTS[func](*args, **(kwargs or {})))
+            return args[0].new_empty(PRODUCTS[func](*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 

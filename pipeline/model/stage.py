@@ -126,12 +126,14 @@ class Stage(nn.Module):
                 quirk(base)
         self.model = model
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
         """First stage: (ids [B, T] int64, positions [B, T] int64); later ones: (hidden [B, T, D], positions).
+
+        What follows on the first stage, the lengths of the rows, is for hooks (neftune.py).
 
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """
-        x, positions_BT = inputs
+        x, positions_BT = inputs[:2]
         given = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
         hidden_BTD = self.model.base_model(**given, position_ids=positions_BT, use_cache=False)[0]
         return hidden_BTD if self.is_last else (hidden_BTD, positions_BT)
@@ -154,11 +156,10 @@ def check_entry(stage: Stage, tokens: int = 4) -> None:
     Some families scale or norm `inputs_embeds`; an earlier stage's hidden state would be changed a second time.
     """
     base = stage.model.base_model
-    weight = next(stage.parameters())
-    hidden = torch.randn(1, tokens, stage.model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(
-        weight
-    )
-    positions = torch.arange(tokens, device=weight.device).unsqueeze(0)
+    device = next(stage.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, tokens, stage.model.config.hidden_size, generator=generator).to(device, stage.model.dtype)
+    positions = torch.arange(tokens, device=device).unsqueeze(0)
     layers, norm = base.layers, base.norm
     base.layers, base.norm = nn.ModuleList([PassThrough(layer) for layer in layers]), PassThrough()
     try:

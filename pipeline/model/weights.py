@@ -1,7 +1,8 @@
 """Base weights: from safetensors into a stage, one tensor at a time, only the stage's own.
 
 Takes a stage whose parameters are on `meta` and a model folder; fills the parameters on the device in the given dtype.
-No process ever holds a weight that its stage does not own.
+A layer that packs its weight (quantization.py) is given it as soon as it is read. No process ever holds a weight that
+its stage does not own.
 """
 
 import json
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.model.packed import Packs
 from pipeline.model.stage import Stage
 
 
@@ -134,7 +136,9 @@ def _load_by_name(
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    if leaf in parent._parameters:
+    if leaf == "weight" and isinstance(parent, Packs):
+        parent._parameters[leaf] = parent.pack(tensor)
+    elif leaf in parent._parameters:
         parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         parent._buffers[leaf] = tensor
@@ -154,6 +158,11 @@ def _load_converted(stage: Stage, files: dict[str, Path], device: torch.device, 
     if not mapping:
         raise UserError(
             f"the model folder has no tensor for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+        )
+    if any(isinstance(module, Packs) for module in stage.model.modules()):
+        raise UserError(
+            f"quantization: the model folder stores model_type '{stage.model.config.model_type}' in another form than it "
+            f"runs (it has no tensor for {missing[0]}), and quantising such weights is not built; remove [quantization]"
         )
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # one tensor at a time instead of a pool of threads
     opened = {path: _open(path) for path in sorted(set(_files_of(stage, files)))}

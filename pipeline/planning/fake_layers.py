@@ -51,21 +51,23 @@ def layer_alone(
 
 @contextlib.contextmanager
 def fake_parameters(layer: nn.Module) -> Iterator[None]:
-    """Under a FakeTensorMode: the layer's parameters as fake CPU tensors, in the same modules.
+    """Under a FakeTensorMode: the layer's parameters, and buffers that are on `meta`, as fake CPU tensors in its modules.
 
     In place and not in a copy: forwards that kernels or recomputation have replaced refer to these modules.
     """
-    held: list[tuple[dict[str, Any], str, nn.Parameter]] = [
-        (module._parameters, name, parameter)
+    held: list[tuple[dict[str, Any], str, Tensor]] = [
+        (tensors, name, tensor)
         for module in layer.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and (tensors is module._parameters or tensor.is_meta)
     ]
-    fakes: dict[int, nn.Parameter] = {}
+    fakes: dict[int, Tensor] = {}
     for parameters, name, real in held:
         if id(real) not in fakes:
             fake = torch.empty(real.shape, dtype=real.dtype)
-            fakes[id(real)] = nn.Parameter(fake, requires_grad=real.requires_grad)
+            plain = not isinstance(real, nn.Parameter)
+            fakes[id(real)] = fake if plain else nn.Parameter(fake, requires_grad=real.requires_grad)
         parameters[name] = fakes[id(real)]
     try:
         yield

@@ -16,6 +16,7 @@ from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy,
 from pipeline.model import replay
 from pipeline.model.activation import whole_layer
 from pipeline.model.levels import Level
+from pipeline.model.packed import dequantised_bytes, saved_bytes
 from pipeline.model.stage import Stage
 from pipeline.planning.counting import Measured, measure, received
 from pipeline.planning.fake_layers import fake_parameters, layer_alone
@@ -68,7 +69,8 @@ def _layer_cost(
         for level, m in measured.items()
     }
     forward = Work(plain.forward.flops / n, plain.forward.elementwise_bytes / n)
-    working = (max(plain.forward_peak_bytes, plain.backward_peak_bytes) - plain.kept_bytes) / n
+    peak = max(plain.forward_peak_bytes, plain.backward_peak_bytes) + dequantised_bytes(layer)
+    working = (peak - plain.kept_bytes) / n
     return LayerCost(_bytes(layer), _state(layer, trained_bytes), forward, backward, costs, working)
 
 
@@ -132,8 +134,8 @@ def _trained(module: nn.Module) -> bool:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Of the weights that are loaded; an adapter's are with what is trained."""
-    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+    """Of the weights that are loaded, as they will be stored; an adapter's are with what is trained."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad) - saved_bytes(module)
 
 
 def _state(module: nn.Module, trained_bytes: TrainedBytes) -> int:

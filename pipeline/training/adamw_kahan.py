@@ -45,16 +45,29 @@ class AdamWKahan(Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
 
-    def _update(
-        self, parameter: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-    ) -> None:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None  # `step` passes over parameters without one
+    def value(self, parameter: Tensor) -> Tensor:
+        """The parameter in fp32 with what its rounding left over; a new tensor."""
+        return parameter.detach().float() + self._state(parameter)["kahan"]
+
+    @torch.no_grad()
+    def add(self, parameter: Tensor, change: Tensor) -> None:
+        """parameter += change (fp32), in place, through the compensated sum."""
+        kahan_add(parameter, self._state(parameter)["kahan"], change)
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0, dtype=torch.int64)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["kahan"] = torch.zeros_like(parameter, dtype=torch.float32)
+        return state
+
+    def _update(
+        self, parameter: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        state, gradient = self._state(parameter), parameter.grad
+        assert gradient is not None  # `step` passes over parameters without one
         state["step"] += 1
         beta1, beta2 = (_debiased(beta, int(state["step"])) for beta in betas)
         mean, square = state["exp_avg"], state["exp_avg_sq"]

@@ -18,11 +18,23 @@ from pipeline.config import Config
 from pipeline.config_sources import to_toml
 from pipeline.console import UserError, gib, say
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.model import activation, adapters, weights
+from pipeline.model import activation, adapters, neftune, weights
+from pipeline.model.packed import saved_bytes
 from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform
 from pipeline.objectives import language_modelling
 from pipeline.planning.quantities import Plan
-from pipeline.training import engine, planned, prepare, run_folder, saving, stage_parts
+from pipeline.training import (
+    adapter_families,
+    adapter_regularisation,
+    engine,
+    initial_adapter,
+    parameter_groups,
+    planned,
+    prepare,
+    run_folder,
+    saving,
+    stage_parts,
+)
 from pipeline.training.metrics import Metrics, loading_is_over, peak_memory, start_measuring_memory
 from pipeline.training.optimizer import PipelineOptimizer, make_inner
 from pipeline.training.run_state import RunState, restore
@@ -45,9 +57,11 @@ def trainer(
     """
     followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
+    stage_parts.import_quantisation(config)  # its own memory is not the run's
     start_measuring_memory()
     stage = build_stage(config, plan, followed, place)
     optimizer = build_optimizer(config, stage, place)
+    adapter_families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
     transform = logit_transform(stage.model.config)
     head: Any = stage.head if stage.is_last else None  # only the last stage computes a loss
@@ -59,9 +73,13 @@ def trainer(
     )  # fmt: skip
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
+    parameter_groups.check(special_groups(config), trained)
     resumed = run_folder.agree_on(resumed, place)
     if resumed is not None:
         put_back(*resumed, config, stage, optimizer, place, batches, trained)
+    elif config.init_adapter:
+        with engine.agreement(place):
+            initial_adapter.put(stage, adapter_families.saved(config, plan.targets, plan.biased_targets))
     run_dir = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
     went: dict[str, Any] = (
         resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
@@ -69,7 +87,7 @@ def trainer(
     goes_on = resumed is not None and resumed[0].parent == run_dir
     state = RunState(optimizer, place.device, place.rank, place.replica == 0, facts(config, place, trained))
     metrics = Metrics(run_dir, went["step"] if goes_on else 0, went["settled"])
-    write = artifact_writer(config, stage, optimizer, place, plan)
+    write = artifact_writer(config, stage, place, plan)
     saved_already = went["step"] if goes_on else None
     saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
     say_memory(place)
@@ -79,7 +97,7 @@ def trainer(
         evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
         row_losses=partial(language_modelling.row_losses, head=head, transform=transform),
         learning_rate=schedule(config, batches.steps_per_epoch(0)),
-        adapter=None if config.full_fine_tune else (dict(optimizer.parameters_by_name), scaling(config)),
+        adapter_norms=None if config.full_fine_tune else partial(adapter_families.norms, stage, config),
         cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),
         state=state, saver=saver, metrics=metrics, watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, run_dir),
@@ -94,6 +112,7 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: Plan, place: 
     stage = Stage(plan.shell, first, end)
     with engine.agreement(place):
         check_room(stage, place)
+        stage_parts.put_quantised(stage, config)
         weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
         stage.to(place.device)  # RoPE tables and other buffers
         if not stage.is_first:
@@ -104,6 +123,8 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: Plan, place: 
     say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
     keeping = dict(enumerate(followed.stages[place.stage].keeping, start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
+    if config.neftune_noise_alpha:
+        neftune.apply(stage, config.neftune_noise_alpha)
     activation.apply(stage, keeping, planned.arena(followed, place.stage, place.device), place.stage > first_trained)
     return stage
 
@@ -112,7 +133,7 @@ def check_room(stage: Stage, place: engine.Place) -> None:
     """Raise UserError if the stage's weights alone do not fit on the GPU, before any is read."""
     if place.device.type != "cuda":
         return
-    needed = sum(p.numel() * p.element_size() for p in stage.parameters())
+    needed = sum(p.numel() * p.element_size() for p in stage.parameters()) - saved_bytes(stage)
     free, _ = torch.cuda.mem_get_info(place.device)
     if needed > free:
         raise UserError(
@@ -140,12 +161,36 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     total = sum(counts) // place.replicas
     if not total:
         raise UserError(f"nothing to train: target_modules = {config.target_modules} matches no parameter")
-    say(f"trained:  {total:,} parameters")
     o = config.optimizer
-    inner = make_inner(
-        o.type, list(parameters.values()), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay
+    faster = f"; B learns at {o.loraplus:g} times the rate (LoRA+)" if o.loraplus != 1 else ""
+    say(f"trained:  {total:,} parameters{faster}")
+    held_down = config.composite_weight_decay or config.scale_weight_norms
+    factors = adapter_regularisation.factors_of(stage) if held_down else {}
+    undecayed = {f"{module}.{letter}" for module in factors for letter in "AB"} if config.composite_weight_decay else ()
+    # A copy of the embedding must make the same update as the embedding, so it goes by its name.
+    embedding = f"{stage.model.base_model_prefix}.{EMBEDDING}"
+    named = {embedding if name in copies else name: p for name, p in parameters.items()}
+    groups = parameter_groups.build(
+        named, fast_ratio=o.loraplus, weight_decay=o.weight_decay, undecayed=undecayed, specials=special_groups(config)
     )
-    return PipelineOptimizer(parameters, inner, config.gradient_clipping)
+    inner = make_inner(o.type, groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
+    optimizer = PipelineOptimizer(parameters, inner, config.gradient_clipping)
+    adapter_regularisation.attach(optimizer, factors, config.composite_weight_decay, config.scale_weight_norms)
+    return optimizer
+
+
+def special_groups(config: Config) -> list[parameter_groups.Special]:
+    """[[optimizer.groups]] as keyword arguments of an optimizer: what each says, and nothing else."""
+    o = config.optimizer
+    specials = []
+    for group in o.groups:
+        said = group.model_dump(include={"weight_decay", "eps"}, exclude_none=True)
+        if group.lr_ratio is not None:
+            said["lr_factor"] = group.lr_ratio
+        if group.beta1 is not None or group.beta2 is not None:
+            said["betas"] = tuple(getattr(o if getattr(group, b) is None else group, b) for b in ("beta1", "beta2"))
+        specials.append(parameter_groups.Special(group.names, said))
+    return specials
 
 
 def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: engine.Place) -> None:
@@ -198,22 +243,14 @@ def schedule(config: Config, steps_in_epoch: int) -> Callable[[int, int], float]
 
 
 def artifact_writer(
-    config: Config, stage: Stage, optimizer: PipelineOptimizer, place: engine.Place, plan: prepare.ModelPlan
+    config: Config, stage: Stage, place: engine.Place, plan: prepare.ModelPlan
 ) -> Callable[[Path], None]:
     """What writes the adapter, or the model, into a folder."""
     dtype = DTYPES[config.save_dtype] if config.save_dtype else None
     if config.full_fine_tune:
         return lambda folder: saving.save_model(folder, place, stage, Path(config.model), dtype)
-    return lambda folder: saving.save_adapter(
-        folder, place, dict(optimizer.parameters_by_name), dtype, kind=config.adapter_type, rank=config.lora_rank,
-        alpha=config.lora_alpha, dropout=config.lora_dropout, base_model=config.model,
-        train_logit_scale=config.train_logit_scale, biased_targets=plan.biased_targets,
-    )  # fmt: skip
-
-
-def scaling(config: Config) -> float:
-    """s = alpha / rank."""
-    return (config.lora_alpha or 1.0) / (config.lora_rank or 1)
+    write = adapter_families.writer(config, plan.targets, plan.biased_targets)
+    return lambda folder: saving.save_adapter(folder, place, adapters.written(stage), dtype, write)
 
 
 def names_on_all_stages(optimizer: PipelineOptimizer, place: engine.Place) -> list[str]:

@@ -21,8 +21,9 @@ from pipeline.training.prefetch import Inputs
 
 
 def as_inputs(batch: MicroBatch) -> Inputs:
-    """What DeepSpeed hands to the stages: ((ids, positions) to the first, (labels, loss_scale) to the last)."""
-    return (batch.input_ids, batch.position_ids), (batch.labels, torch.tensor(batch.loss_scale, dtype=torch.float32))
+    """What DeepSpeed hands to the stages: (ids, positions, rows' lengths) to the first, (labels, loss_scale) to the last."""
+    first = batch.input_ids, batch.position_ids, batch.lengths
+    return first, (batch.labels, torch.tensor(batch.loss_scale, dtype=torch.float32))
 
 
 def evaluate(engine: PipelineEngine, row_losses: Callable[..., Tensor], batches: EvaluationBatches, name: str) -> float:

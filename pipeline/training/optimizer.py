@@ -33,10 +33,12 @@ class NonFiniteError(UserError):
 
 
 def make_inner(
-    kind: str, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    kind: str, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Optimizer:
-    """'adamw_kahan', 'adamw' (torch) or 'adamw8bit' (bitsandbytes) over `parameters`, which may be none."""
-    groups = [{"params": parameters}]
+    """'adamw_kahan', 'adamw' (torch) or 'adamw8bit' (bitsandbytes) over torch's parameter groups, which may hold none.
+
+    A group may have a value of its own for any of the keyword arguments, and an `lr_factor` (parameter_groups.py).
+    """
     if kind == "adamw_kahan":
         return AdamWKahan(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     if kind == "adamw":
@@ -76,6 +78,8 @@ class PipelineOptimizer(Optimizer):
         self.tied: frozenset[str] = frozenset()
         self.counts_tied = True
         self.on_gradients: Callable[[dict[str, Tensor]], None] | None = None
+        self.before_update: list[Callable[[], object]] = []  # each step, when the gradients are known to be finite
+        self.after_update: list[Callable[[], object]] = []
         self._sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         for name, parameter in parameters.items():
             parameter.register_post_accumulate_grad_hook(self._adder(name))
@@ -89,9 +93,9 @@ class PipelineOptimizer(Optimizer):
         self.tied, self.tied_group, self.counts_tied = names, group, counts
 
     def set_lr(self, lr: float) -> None:
-        """For the next step, in every group."""
+        """For the next step, in every group, times its `lr_factor` where it has one."""
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -107,7 +111,11 @@ class PipelineOptimizer(Optimizer):
             for name, parameter in self.parameters_by_name.items():
                 parameter.grad = self._sums[name].mul_(self.clip_coefficient).to(parameter.dtype)
             if self.parameters_by_name:
+                for call in self.before_update:
+                    call()
                 self.inner.step()
+                for call in self.after_update:
+                    call()
                 if next(iter(self.parameters_by_name.values())).is_cuda:
                     self.updated = torch.cuda.current_stream().record_event()
             self.completed_steps += 1

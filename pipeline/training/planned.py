@@ -62,6 +62,7 @@ def host_bytes(config: Config) -> int:
 def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
     """The model's cost for micro-batches of so many tokens: the whole model on `meta` with adapters and kernels."""
     shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
+    stage_parts.foresee_quantised(shell, config)
     stage = Stage(shell.requires_grad_(False), 0, len(shell.base_model.layers)).train()
     stage_parts.put_adapters(stage, config, targets)
     stage_parts.put_kernels(stage, config.kernels)

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Inputs = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # to the first stage, to the last
 
 
 def ahead(batches: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
@@ -43,12 +43,13 @@ def _sent(
     """`batch` on `device` and the event after which it is there; None on the CPU, where it is at once."""
     if batch is None:
         return None
-    (ids, positions), (labels, scale) = batch
+    first, last = batch
     if stream is None:
-        ids, positions, labels, scale = (t.to(device) for t in (ids, positions, labels, scale))
-        return ((ids, positions), (labels, scale)), None
+        return (tuple(t.to(device) for t in first), tuple(t.to(device) for t in last)), None
     with torch.cuda.stream(stream):
-        ids, positions, labels, scale = (
-            t.pin_memory().to(device, non_blocking=True) for t in (ids, positions, labels, scale)
-        )
-        return ((ids, positions), (labels, scale)), stream.record_event()
+        return (_pinned(first, device), _pinned(last, device)), stream.record_event()
+
+
+def _pinned(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Copies on `device`, from pinned memory and without waiting."""
+    return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)

@@ -21,6 +21,7 @@ from pipeline.data.split import Rows, split, whole
 from pipeline.model import adapters, partition
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.model.weights import check_saved_as_run, tensor_files
+from pipeline.training import adapter_families, stage_parts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
@@ -47,12 +48,17 @@ def plan_model(config: Config) -> ModelPlan:
     """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to."""
     model_config = read_model_config(config.model)
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
+    if quantised := stage_parts.foresee_quantised(shell, config):
+        say(f"base:     {len(quantised)} linear layers in {stage_parts.quantisation(config)}")
     if config.full_fine_tune:
         targets, first_adapted = list[str](), None
         check_full_fine_tune(config, shell)
     else:
         targets, first_adapted = resolve_adapter(config, shell)
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
+    if config.init_adapter and not config.resume_from_checkpoint:
+        adapter_families.saved(config, targets, biased)
+        say(f"          begins with the weights of {config.init_adapter}")
     return ModelPlan(shell, targets, biased, cut_into_stages(config, shell, first_adapted))
 
 
@@ -93,14 +99,13 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], 
     """Full names of the modules to adapt, and the first adapted layer; says them in words."""
     n_layers = len(shell.base_model.layers)
     layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
-    multiplicative = config.adapter_type == "multiplicative_lora"
-    names = config.target_modules or (["down_proj"] if multiplicative else "all-linear")
+    names = config.target_modules or adapter_families.default_targets(config)
     targets = adapters.resolve_targets(shell, names, layers)
-    where = "the output of" if multiplicative else "the weights of"
+    adapter_families.check_fits(config, shell, targets)
+    where = "the output of" if config.adapter_type in adapter_families.ON_THE_OUTPUT else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    rank, alpha = config.lora_rank or 1, config.lora_alpha or 1.0
     say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(layers, n_layers)}")
-    say(f"          rank {rank}, s = alpha/rank = {alpha:g}/{rank} = {alpha / rank:g}, {config.lora_weight_dtype}")
+    say(f"          {adapter_families.describe(config)}")
     return targets, layers[0]
 
 

@@ -46,10 +46,10 @@ def check_continues(
     `trained`: the trained parameters' names over all stages. `aliases`: another name for some of them.
     """
     saved = manifest["config"]
-    for key in ("adapter_type", "full_fine_tune"):
-        if saved[key] != config[key]:
+    for key in ("adapter_type", "full_fine_tune", "use_dora", "init_lora_weights"):
+        if key in saved and saved[key] != config.get(key):
             raise UserError(
-                f"the checkpoint was made with {key} = {saved[key]}, this run has {config[key]}; nothing of it fits"
+                f"the checkpoint was made with {key} = {saved[key]}, this run has {config.get(key)}; nothing of it fits"
             )
     known = trained | set(aliases) | set(aliases.values())
     if lost := sorted(set(manifest["trained"]) - known):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.artifacts.adapter_files import write_adapter, write_json
+from pipeline.artifacts.adapter_files import write_json
 from pipeline.artifacts.base_files import files_to_copy
 from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.artifacts.whole_folder import whole_folder
@@ -29,14 +29,15 @@ Write = Callable[[Path], None]
 
 
 def save_adapter(
-    folder: Path, place: Place, tensors: dict[str, Tensor], dtype: torch.dtype | None, **facts: Any
-) -> None:
-    """Gather the stages' adapter tensors and write them as one adapter. `facts` as for `write_adapter`."""
+    folder: Path, place: Place, tensors: dict[str, Tensor], dtype: torch.dtype | None,
+    write: Callable[[Path, dict[str, Tensor]], None],
+) -> None:  # fmt: skip
+    """Gather the stages' adapter tensors and have `write` put them into the folder as one adapter."""
     own = {name: t.detach().to("cpu", dtype) for name, t in tensors.items()} if place.replica == 0 else {}
     parts: list[dict[str, Tensor]] | None = [{} for _ in range(place.world)] if place.rank == 0 else None
     dist.gather_object(own, parts)
     everything = {name: t for part in parts or [] for name, t in part.items()}
-    _together(folder, place, lambda _: None, lambda temporary: write_adapter(temporary, everything, **facts))
+    _together(folder, place, lambda _: None, lambda temporary: write(temporary, everything))
 
 
 def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torch.dtype | None) -> None:

@@ -6,9 +6,44 @@ The same for a stage with its weights and for one on `meta` that is only counted
 from collections import Counter
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from pipeline.config import Config
-from pipeline.model import adapters, fusion
+from pipeline.model import adapters, fusion, packed
 from pipeline.model.stage import DTYPES, Stage
+from pipeline.training import adapter_families
+
+
+def foresee_quantised(model: PreTrainedModel, config: Config) -> list[str]:
+    """Mark the linear layers of `model`, on `meta`, whose weights [quantization] quantises; their names."""
+    scheme = quantisation(config)
+    return packed.foresee(model, scheme) if scheme else []
+
+
+def quantisation(config: Config) -> packed.Scheme | None:
+    """What [quantization.bnb] says; None without it."""
+    if config.quantization is None:
+        return None
+    b = config.quantization.bnb
+    return packed.Scheme(
+        bits=4 if b.load_in_4bit else 8, quant_type=b.bnb_4bit_quant_type, double_quant=b.bnb_4bit_use_double_quant,
+        compute_dtype=DTYPES[b.bnb_4bit_compute_dtype or config.model_weight_dtype],
+        outlier_threshold=b.llm_int8_threshold, skip=tuple(b.llm_int8_skip_modules),
+    )  # fmt: skip
+
+
+def import_quantisation(config: Config) -> None:
+    """Have bitsandbytes imported if this run needs it; no other run does."""
+    if config.quantization:
+        import pipeline.model.quantization  # noqa: F401
+
+
+def put_quantised(stage: Stage, config: Config) -> None:
+    """Quantised layers, still empty, where `foresee_quantised` has marked the stage's."""
+    if config.quantization:
+        from pipeline.model import quantization
+
+        quantization.put_in(stage)
 
 
 def put_adapters(stage: Stage, config: Config, targets: list[str]) -> None:
@@ -16,10 +51,7 @@ def put_adapters(stage: Stage, config: Config, targets: list[str]) -> None:
     if config.full_fine_tune:
         adapters.unfreeze(stage, config.target_modules if isinstance(config.target_modules, list) else None)
         return
-    multiplicative = config.adapter_type == "multiplicative_lora"
-    inject = adapters.inject_multiplicative if multiplicative else adapters.inject_lora
-    inject(stage, targets, config.lora_rank or 1, config.lora_alpha or 1.0, config.lora_dropout,
-           DTYPES[config.lora_weight_dtype], config.seed)  # fmt: skip
+    adapter_families.inject(stage, config, targets)
 
 
 def put_kernels(stage: Stage, wanted: str | list[Any]) -> Counter[str]:

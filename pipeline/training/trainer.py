@@ -15,7 +15,6 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from pipeline.artifacts.adapter_files import adapter_norms
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, say
 from pipeline.data.batches import MicroBatches, Position, StepInfo
 from pipeline.data.evaluation import EvaluationBatches
@@ -62,7 +61,7 @@ class Trainer:
     evaluations: dict[str, EvaluationBatches]
     row_losses: Callable[..., Tensor]
     learning_rate: Callable[[int, int], float]
-    adapter: tuple[dict[str, Any], float] | None  # this stage's adapter tensors and their scaling
+    adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
     cadence: Cadence
     state: RunState
     saver: Saver
@@ -135,7 +134,7 @@ class Trainer:
         prints = self.step % self.cadence.steps_per_print == 0 or last
         if not logs and not prints:
             return
-        own = (adapter_norms(*self.adapter) if self.adapter and self.place.replica == 0 else {}, peak_memory())
+        own = (self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {}, peak_memory())
         gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
         dist.gather_object(own, gathered)
         if logs:

@@ -1,0 +1,64 @@
+"""Export an adapter for serving:  python export_lora.py --input BASE --lora ADAPTER --output OUT --format peft|gguf
+
+Takes the folder of a base model (safetensors, 16 or 32 bit) and of an adapter (ours, PEFT's LoRA, or the founding
+method's hacked PEFT); gives the same function in the additive form, as a PEFT folder (PEFT, vLLM) or a GGUF file
+(llama.cpp). Exit codes: 0 done, 2 the request cannot be carried out, 28 disk full. In every case but the first nothing
+is left behind.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.artifacts.adapter_files import KINDS
+from pipeline.artifacts.export import FORMATS, export
+from pipeline.artifacts.fold_plan import DTYPE_NAMES
+from pipeline.console import EXIT_ABORTED, EXIT_DONE, run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        description="Write an adapter in the additive form that PEFT, vLLM and llama.cpp serve beside the base model. "
+        "The result appears whole or not at all.",
+        epilog="example: python export_lora.py --input models/base --lora runs/x/step100 --output x.gguf --format gguf",
+    )
+    command.add_argument("--input", type=Path, required=True, metavar="BASE", help="folder of the base model")
+    command.add_argument("--lora", type=Path, required=True, metavar="ADAPTER", help="folder of the adapter")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="OUT", help="folder (peft) or file (gguf) to write to"
+    )
+    command.add_argument("--format", choices=FORMATS, required=True, help="peft: PEFT and vLLM; gguf: llama.cpp")
+    command.add_argument(
+        "--dtype", choices=tuple(DTYPE_NAMES), default="float32",
+        help="dtype of the result (default float32: the exported A is a product with the weights, and 16 bit round it)",
+    )  # fmt: skip
+    command.add_argument("--device", default="cpu", help="where to multiply: cpu, cuda, cuda:1 (default cpu)")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    command.add_argument("--force", action="store_true", help="replace an existing output once the new one is whole")
+    command.add_argument(
+        "--kind", choices=KINDS, help="what a LORA adapter on square weights is, where its shapes cannot tell"
+    )
+    return command
+
+
+def main() -> int:
+    """Parse the command line and export."""
+    asked = parser().parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    export(
+        asked.input, asked.lora, asked.output, format=asked.format, dtype=asked.dtype, device=asked.device,
+        dry_run=asked.dry_run, force=asked.force, kind=asked.kind,
+    )  # fmt: skip
+    return EXIT_DONE
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    """SIGTERM leaves through the same door as an error, so that the unfinished output is removed."""
+    sys.exit(EXIT_ABORTED)
+
+
+if __name__ == "__main__":
+    run_command(main)

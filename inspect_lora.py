@@ -1,0 +1,127 @@
+"""Read an adapter:  python inspect_lora.py ADAPTER [--input BASE] [--text FILE] [--html OUT]
+
+Takes an adapter's folder (ours, PEFT's LoRA, or the founding method's hacked PEFT); gives a table of what each module
+detects, writes, and does to a direction. With the base model's folder: the tokens behind it. With a text as well: where it
+fires. --html writes the whole as one page. Exit codes: 0 done, 2 the request cannot be carried out, 28 disk full.
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from pipeline.artifacts.adapter_files import KINDS, Adapter, Kind
+from pipeline.artifacts.adapter_reading import load_adapter
+from pipeline.artifacts.base_files import Base, read_base
+from pipeline.artifacts.fold_match import match
+from pipeline.artifacts.safetensors_stream import FLOATS
+from pipeline.artifacts.whole_file import check_file_free, whole_file
+from pipeline.console import EXIT_ABORTED, EXIT_DONE, UserError, run_command, say
+from pipeline.inspection import page, reading, terminal
+from pipeline.inspection.passages import Text, read_text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        description="Read an adapter: what it looks for, what it writes, how strongly, and where in a text.",
+        epilog="example: python inspect_lora.py runs/x/step100 --input models/base --text book.txt --html step100.html",
+    )
+    command.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter")
+    command.add_argument("--input", type=Path, metavar="BASE", help="folder of its base model: shows tokens")
+    command.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text: shows where in it the adapter fires")
+    command.add_argument("--html", type=Path, metavar="OUT", help="write all of it as one page, readable offline")
+    command.add_argument(
+        "--directions", type=int, default=4, metavar="N", help="directions a module to show in words (default 4)"
+    )
+    command.add_argument(
+        "--tokens", type=int, default=8192, metavar="T", help="tokens of the text to read (default 8192)"
+    )
+    command.add_argument("--device", default="cpu", help="where the base runs for --text: cpu, cuda (default cpu)")
+    command.add_argument("--force", action="store_true", help="replace the page if it exists")
+    command.add_argument(
+        "--kind", choices=KINDS, help="what a LORA adapter on square weights is, where its shapes cannot tell"
+    )
+    return command
+
+
+def main() -> int:
+    """Parse the command line, read, show."""
+    asked = parser().parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    _check(asked)
+    adapter = load_adapter(asked.adapter)
+    base, kind = _base_and_kind(adapter, asked.input, asked.kind)
+    tokenizer, text = _tokenizer_and_text(base, asked.text, asked.tokens)
+    inspection = reading.read(
+        adapter, kind, base=base, tokenizer=tokenizer, text=text, directions=asked.directions,
+        device=torch.device(asked.device), dtype=_dtype(base) if base else torch.float32,
+    )  # fmt: skip
+    say(terminal.describe(inspection, width=shutil.get_terminal_size((terminal.WIDTH, 24)).columns))
+    if asked.html:
+        with whole_file(asked.html, replace=asked.force) as temporary:
+            temporary.write_text(page.page(inspection), encoding="utf-8")
+        say(f"\npage: {asked.html}")
+    return EXIT_DONE
+
+
+def _check(asked: argparse.Namespace) -> None:
+    """What can be known to be wrong from the command line alone, all at once."""
+    problems = []
+    if not asked.adapter.is_dir():
+        problems.append(f"ADAPTER: there is no folder {asked.adapter}")
+    if asked.text and not asked.input:
+        problems.append("--text needs the base model to run over it: give its folder with --input")
+    if asked.text and not asked.text.is_file():
+        problems.append(f"--text: there is no file {asked.text}")
+    problems += [
+        f"--{name} {value}: give 1 or more" for name in ("directions", "tokens") if (value := getattr(asked, name)) < 1
+    ]
+    try:
+        torch.empty(0, device=asked.device)
+    except (RuntimeError, AssertionError) as error:
+        problems.append(f"--device {asked.device}: {str(error).splitlines()[0]}")
+    if problems:
+        raise UserError("\n       ".join(problems))
+    if asked.html:
+        check_file_free(asked.html, replace=asked.force)
+
+
+def _base_and_kind(adapter: Adapter, folder: Path | None, asked: Kind | None) -> tuple[Base | None, Kind]:
+    """The base, where one is given, matched with the adapter; and what kind the adapter is."""
+    if folder is None:
+        return None, reading.kind_without_base(adapter, asked)
+    base = read_base(folder)
+    return base, match(base, adapter, kind=asked, kind_is_meant=True, scale=1.0, layers=None).kind
+
+
+def _tokenizer_and_text(base: Base | None, file: Path | None, limit: int) -> tuple[Any, Text | None]:
+    """The base's tokenizer and the text it cuts, where they are wanted. transformers is imported only then."""
+    if base is None:
+        return None, None
+    from pipeline.training.prepare import load_tokenizer
+
+    tokenizer = load_tokenizer(str(base.folder))
+    return tokenizer, read_text(file, tokenizer, limit=limit) if file else None
+
+
+def _dtype(base: Base) -> torch.dtype:
+    """The dtype that most of the base's weights are stored in, in which it runs."""
+    sizes = dict.fromkeys(FLOATS, 0)
+    for tensor in base.tensors.values():
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.n_bytes
+    return FLOATS[max(sizes, key=lambda name: sizes[name])]
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    """SIGTERM leaves through the same door as an error, so that an unfinished page is removed."""
+    sys.exit(EXIT_ABORTED)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,253 @@
+"""Write an adapter without training:  python make_adapter.py --input BASE --output OUT --kind abliteration --directions FILE
+
+Takes a base model's folder and direction vectors, from a file or as the difference between two sets of texts; gives a
+multiplicative adapter that removes the directions from what the target modules write (abliteration) or mirrors it
+(householder). Weights are read for --from-texts alone, a few layers at a time. Exit codes: 0 done, 2 the request cannot
+be carried out, 28 disk full. In every case but the first no adapter is left behind.
+"""
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.artifacts.adapter_files import save_adapter
+from pipeline.artifacts.directions import (
+    STRENGTHS,
+    Method,
+    adapter_tensors,
+    orthonormal,
+    read_directions,
+    write_directions,
+)
+from pipeline.artifacts.merge import usable_device
+from pipeline.artifacts.whole_file import check_file_free
+from pipeline.artifacts.whole_folder import check_free
+from pipeline.console import EXIT_ABORTED, EXIT_DONE, UserError, gib, run_command, say, warn
+from pipeline.data.rows import document_rows
+from pipeline.layers import layer_ranges
+from pipeline.model.adapters import describe_layers, resolve_targets
+from pipeline.model.hidden_means import mean_hidden_states
+from pipeline.model.stage import DTYPES, empty_model, read_model_config
+from pipeline.training.prepare import load_tokenizer
+
+# Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).
+NORMS_AFTER_WRITING = {"post_feedforward_layernorm", "post_mlp_layernorm"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        description="Write a multiplicative adapter that is not trained but made of direction vectors.",
+        epilog="example: python make_adapter.py --input models/base --output ablated --kind abliteration "
+        "--from-texts refused.jsonl answered.jsonl --position last --direction-layer 20",
+    )
+    command.add_argument("--input", required=True, metavar="BASE", help="folder of the base model")
+    command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write the adapter to")
+    command.add_argument(
+        "--kind", choices=get_args(Method), required=True,
+        help="abliteration: h' = h − f·v(vᵀh); householder: h' = h − 2f·v(vᵀh)",
+    )  # fmt: skip
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--directions", type=Path, metavar="FILE",
+        help=".safetensors or .npy: [D] for all layers, [L, D] one a layer, [L, k, D] several",
+    )  # fmt: skip
+    source.add_argument(
+        "--from-texts", nargs=2, metavar=("A", "B"),
+        help="mean of the residual stream after each layer over A's texts, less that over B's; a file or a quoted glob each",
+    )  # fmt: skip
+    command.add_argument("--factor", type=float, default=1.0, metavar="F", help="f, 1 for the whole effect (default 1)")
+    command.add_argument("--layers", metavar="0:38", help="layers to adapt, both ends included (default all)")
+    command.add_argument(
+        "--direction-layer", type=int, metavar="N", help="use layer N's directions in every layer (default: its own)"
+    )
+    command.add_argument(
+        "--target-modules", nargs="+", default=["down_proj", "o_proj"], metavar="NAME",
+        help="modules that write to the residual stream (default: down_proj o_proj)",
+    )  # fmt: skip
+    command.add_argument(
+        "--force", action="store_true", help="replace what stands at the outputs once the new ones are whole"
+    )
+    texts = command.add_argument_group("with --from-texts")
+    texts.add_argument("--save-directions", type=Path, metavar="FILE", help="keep the differences as .safetensors")
+    texts.add_argument("--sequence-len", type=int, default=512, metavar="T", help="tokens in a row (default 512)")
+    texts.add_argument(
+        "--position", choices=("mean", "last"), default="mean",
+        help="mean over all tokens but BOS, or over each document's last token (default mean)",
+    )  # fmt: skip
+    texts.add_argument("--layers-at-once", type=int, default=1, metavar="N", help="layers in memory (default 1)")
+    texts.add_argument("--device", default="cpu", help="where to run the model: cpu, cuda, cuda:1 (default cpu)")
+    texts.add_argument("--dtype", choices=DTYPES, help="dtype to run the model in (default: the base's own)")
+    return command
+
+
+def main() -> int:
+    """Parse the command line and write the adapter."""
+    asked = parser().parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    _check(asked)
+    shell = empty_model(read_model_config(asked.input), torch.float32, None)
+    n_layers, width = shell.config.num_hidden_layers, shell.config.hidden_size
+    layers = _layers(asked.layers, n_layers)
+    modules, biased = _targets(shell, asked.target_modules, layers, width)
+    _warn_of_norms(shell)
+    used = layers if asked.direction_layer is None else [_direction_layer(asked.direction_layer, n_layers)]
+    if asked.from_texts:
+        found = {index: v.unsqueeze(0) for index, v in _from_texts(asked, used).items()}
+    else:
+        found = read_directions(asked.directions, used, n_layers, width)
+    bases = orthonormal(found)
+    if asked.direction_layer is not None:
+        bases = dict.fromkeys(layers, bases[asked.direction_layer])
+    rank = len(bases[layers[0]])
+    save_adapter(
+        asked.output, adapter_tensors(bases, modules, asked.kind, asked.factor), kind="multiplicative_lora", rank=rank,
+        alpha=rank, dropout=0.0, base_model=asked.input, train_logit_scale=1.0, biased_targets=biased,
+        facts={"made_from": _origin(asked)}, replace=asked.force,
+    )  # fmt: skip
+    say(
+        f"{asked.kind}, factor {asked.factor:g} ({STRENGTHS[asked.kind] * asked.factor:g} of each direction taken off), "
+        f"rank {rank}: {describe_layers(layers, n_layers)}, {len(modules)} modules → {asked.output}"
+    )
+    say(f"fold it:  python merge_lora.py --input {asked.input} --lora {asked.output} --output MERGED")
+    return EXIT_DONE
+
+
+def _check(asked: argparse.Namespace) -> None:
+    """What can be known to be wrong from the command line alone, all at once."""
+    problems = []
+    if not math.isfinite(asked.factor) or asked.factor == 0:
+        problems.append(f"--factor {asked.factor:g}: give a finite number other than 0, which would change nothing")
+    if asked.save_directions and not asked.from_texts:
+        problems.append("--save-directions keeps what --from-texts computes; --directions are in a file already")
+    if asked.save_directions and asked.save_directions.suffix != ".safetensors":
+        problems.append(f"--save-directions {asked.save_directions}: the file is .safetensors")
+    if asked.layers_at_once < 1:
+        problems.append(f"--layers-at-once {asked.layers_at_once}: give 1 or more")
+    if problems:
+        raise UserError("\n       ".join(problems))
+    check_free(asked.output, replace=asked.force)
+    if asked.save_directions:
+        check_file_free(asked.save_directions, replace=asked.force)
+
+
+def _layers(text: str | None, n_layers: int) -> list[int]:
+    """The layers that --layers names; all, where it names none. UserError for layers the model does not have."""
+    try:
+        ranges = [(0, n_layers - 1)] if text is None else layer_ranges(text)
+    except ValueError as error:
+        raise UserError(f"--layers '{text}': {error}") from None
+    wanted = sorted({index for low, high in ranges for index in range(low, high + 1)})
+    if wanted[-1] >= n_layers:
+        raise UserError(
+            f"--layers '{text}': the model has layers 0 to {n_layers - 1}; both ends of a range are included"
+        )
+    return wanted
+
+
+def _direction_layer(index: int, n_layers: int) -> int:
+    if not 0 <= index < n_layers:
+        raise UserError(f"--direction-layer {index}: the model has layers 0 to {n_layers - 1}")
+    return index
+
+
+def _targets(shell: PreTrainedModel, names: list[str], layers: list[int], width: int) -> tuple[dict[str, int], bool]:
+    """Target module → its layer, and whether any has a bias. UserError for one that does not give [.., D]."""
+    modules, biased = {}, False
+    prefix = f"{shell.base_model_prefix}.layers."
+    for name in resolve_targets(shell, names, layers):
+        module = shell.get_submodule(name)
+        if module.out_features != width:
+            raise UserError(
+                f"--target-modules: {name} gives {module.out_features} numbers, not the hidden size {width}, so a direction "
+                "of the residual stream means nothing there; modules that write to it are down_proj and o_proj"
+            )
+        modules[name] = int(name.removeprefix(prefix).split(".")[0])
+        biased = biased or getattr(module, "bias", None) is not None
+    return modules, biased
+
+
+def _warn_of_norms(shell: PreTrainedModel) -> None:
+    """Where a norm follows what the modules write, its gain turns the vector after the direction was taken off."""
+    names = {name for name, _ in shell.base_model.layers[0].named_modules()}
+    if norms := names & NORMS_AFTER_WRITING:
+        warn(
+            f"in this model a norm ({norms.pop()}) stands between what the target modules write and the residual stream; the "
+            "direction is gone before it, and its gain may bring some of it back"
+        )
+
+
+def _from_texts(asked: argparse.Namespace, layers: list[int]) -> dict[int, Tensor]:
+    """Layer → mean over A's texts less mean over B's [D] fp64 of the residual stream after the layer; saved if asked."""
+    device = usable_device(asked.device)
+    tokenizer, last = load_tokenizer(asked.input), asked.position == "last"
+    sets = [document_rows(tokenizer, path, asked.sequence_len, ends_only=last) for path in asked.from_texts]
+    config = read_model_config(asked.input)
+    dtype = DTYPES[asked.dtype] if asked.dtype else config.dtype or torch.float32
+    for path, rows in zip(asked.from_texts, sets, strict=True):
+        say(f"{path}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
+    in_memory = sum(len(row) for rows in sets for row in rows) * config.hidden_size * dtype.itemsize
+    say(f"hidden states between layers: {gib(in_memory)} in the CPU's memory")
+    skipped = 0 if tokenizer.bos_token_id is None else 1
+    mean_A, mean_B = mean_hidden_states(
+        asked.input, sets, counted=slice(-1, None) if last else slice(skipped, None), layers=layers,
+        layers_at_once=asked.layers_at_once, device=device, dtype=dtype,
+    )  # fmt: skip
+    differences = {index: mean_A[index] - mean_B[index] for index in layers}
+    _say_differences(mean_A, mean_B, differences)
+    _check_differences(differences, dtype)
+    if asked.save_directions:
+        write_directions(asked.save_directions, differences, replace=asked.force)
+    return differences
+
+
+def _say_differences(
+    mean_A: Mapping[int, Tensor], mean_B: Mapping[int, Tensor], differences: Mapping[int, Tensor]
+) -> None:
+    """A line for each layer: how large the difference is beside the means, and how it turns from layer to layer."""
+    say("after layer   ‖A − B‖   of the means' norm   cosine with the layer before")
+    before = None
+    for index, difference in differences.items():
+        norm, size = float(difference.norm()), float(mean_A[index].norm() + mean_B[index].norm()) / 2
+        turn = "" if before is None else f"{float(torch.cosine_similarity(difference, before, dim=0)):.3f}"
+        say(f"{index:>11}   {norm:>7.3g}   {norm / size if size else math.nan:>18.2%}   {turn:>28}")
+        before = difference
+
+
+def _check_differences(differences: Mapping[int, Tensor], dtype: torch.dtype) -> None:
+    for index, difference in differences.items():
+        if not torch.isfinite(difference).all():
+            raise UserError(
+                f"--from-texts: the hidden states after layer {index} are not finite in {dtype}: set --dtype"
+            )
+        if not difference.any():
+            raise UserError(
+                f"--from-texts: A and B have the same mean after layer {index}, so there is no direction between them; are "
+                "they the same texts?"
+            )
+
+
+def _origin(asked: argparse.Namespace) -> dict[str, object]:
+    """What the adapter's metadata says about its making; file names without their folders, as adapters get shared."""
+    origin: dict[str, object] = {"method": asked.kind, "factor": asked.factor, "direction_layer": asked.direction_layer}
+    if asked.from_texts:
+        texts = [Path(path).name for path in asked.from_texts]
+        return origin | {"texts": texts, "position": asked.position, "sequence_len": asked.sequence_len}
+    return origin | {"directions": asked.directions.name}
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    """SIGTERM leaves through the same door as an error, so that the unfinished output is removed."""
+    sys.exit(EXIT_ABORTED)
+
+
+if __name__ == "__main__":
+    run_command(main)

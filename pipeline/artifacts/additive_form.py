@@ -1,0 +1,139 @@
+"""The additive form of an adapter: the pair (A', B') that every LoRA reader applies as y = W·x + b + s·B'·A'·x.
+
+Takes a `Base` and an `Adapter`; gives an `AdditiveForm`, from which A' and B' of one module at a time are computed in
+fp32. W' = W + s·B·M (see `fold_rows`), so A' = M and B' = B: A' = A·W for a multiplicative adapter, A' = A for an
+additive one. No weight but the targets' is read, and of an additive adapter's base none.
+
+A reader's file has one rank R and one alpha, and s = alpha / R. (vLLM knows no other; PEFT and llama.cpp do, each in
+its own way.) Where an adapter's modules differ, A' and B' are filled up with zeros to the largest rank, which changes
+nothing, and B' takes the quotient of the scalings, which is one more rounding.
+
+On a module with a bias a multiplicative adapter moves that too: (I + s·B·A)(W·x + b) = W'·x + b + s·c, c = B·A·b.
+c is no product of x with anything, so whether it can be written depends on the format.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.artifacts.adapter_files import Adapter, Kind
+from pipeline.artifacts.base_files import Base
+from pipeline.artifacts.fold_doubts import doubts
+from pipeline.artifacts.fold_plan import Change, plan_fold
+from pipeline.artifacts.fold_rows import BLOCK_ITEMS, compose, round_to
+from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, read_floats
+from pipeline.console import UserError
+
+# The kinds whose fold is W' = W + s·B·M with B the adapter's own.
+ADDITIVE_KINDS: tuple[Kind, ...] = ("lora", "multiplicative_lora")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module: what a fold would do to its weight [D_out, D_in], and B' / B.
+
+    `constant`: c = B·A·b [D_out], fp64, times `factor`; None where the module's bias is not moved.
+    """
+
+    module: str
+    change: Change
+    factor: float
+    constant: torch.Tensor | None
+
+    @property
+    def weight(self) -> StoredTensor:
+        return self.change.tensor
+
+    @property
+    def rank(self) -> int:
+        return self.change.steps[0].pair.A.shape[0]
+
+
+@dataclass(frozen=True)
+class AdditiveForm:
+    """An adapter in its additive form: A' [R, D_in], B' [D_out, R] of every target, with one R and one s for all.
+
+    `dtype` is the safetensors dtype they are written in; `doubts` are warnings for the user.
+    """
+
+    kind: Kind
+    targets: tuple[Target, ...]
+    rank: int
+    scaling: float
+    dtype: str
+    doubts: tuple[str, ...]
+
+    @property
+    def alpha(self) -> float:
+        """What is divided by the rank to give s."""
+        return self.scaling * self.rank
+
+    @property
+    def n_bytes(self) -> int:
+        items = sum(self.rank * sum(target.weight.shape) for target in self.targets)
+        return items * FLOATS[self.dtype].itemsize
+
+
+def additive_form(base: Base, adapter: Adapter, *, kind: Kind | None, dtype: str) -> AdditiveForm:
+    """Match the adapter with the base and settle rank, scaling and constants. `kind` as for `plan_fold`.
+
+    Biases of the targets are read here, weights are not. Raises UserError where an adapter module has no weight in the
+    base or another shape, where the adapter's kind has no additive form, and where its strength is 0.
+    """
+    plan = plan_fold(base, [adapter], scales=[1.0], kind=kind)
+    found = plan.parts[0].kind
+    if found not in ADDITIVE_KINDS:
+        raise UserError(
+            f"{adapter.folder} is a {found} adapter: its additive form is not built. Fold it (merge_lora.py)."
+        )
+    scaling = max((pair.scaling for pair in adapter.pairs.values()), key=abs)
+    if scaling == 0:
+        raise UserError(f"{adapter.folder}: its scaling is 0, so it changes nothing: there is nothing to export.")
+    targets = []
+    for module, pair in adapter.pairs.items():
+        factor = pair.scaling / scaling
+        bias = plan.changes.get(f"{module}.bias")
+        constant = None if bias is None else _constant(bias, factor)
+        targets.append(Target(module, plan.changes[f"{module}.weight"], factor, constant))
+    rank = max(target.rank for target in targets)
+    return AdditiveForm(found, tuple(targets), rank, scaling, dtype, tuple(doubts(plan)))
+
+
+def lora_A(form: AdditiveForm, target: Target, device: torch.device) -> torch.Tensor:
+    """A' [R, D_in] on the CPU in the form's dtype, computed in fp32 from W in blocks of rows.
+
+    Raises UserError where a value is NaN or infinite, or too large for the dtype.
+    """
+    exact = compose(target.change, device).M
+    padded = torch.nn.functional.pad(exact, (0, 0, 0, form.rank - target.rank))
+    return _rounded(padded, form.dtype, f"A' of {target.module}")
+
+
+def lora_B(form: AdditiveForm, target: Target) -> torch.Tensor:
+    """B' [D_out, R] on the CPU in the form's dtype. Raises as `lora_A`."""
+    exact = target.change.steps[0].pair.B.to("cpu", torch.float32) * target.factor
+    padded = torch.nn.functional.pad(exact, (0, form.rank - target.rank))
+    return _rounded(padded, form.dtype, f"B' of {target.module}")
+
+
+def lora_B_bias(form: AdditiveForm, target: Target) -> torch.Tensor:
+    """c [D_out] on the CPU in the form's dtype, zeros where no bias moves. Raises as `lora_A`."""
+    rows = target.weight.shape[0]
+    exact = torch.zeros(rows) if target.constant is None else target.constant
+    return _rounded(exact, form.dtype, f"B·A·b of {target.module}")
+
+
+def _constant(bias: Change, factor: float) -> torch.Tensor | None:
+    """factor · B·A·b in fp64, or None where it is zero (some families store biases that are all zeros)."""
+    b = torch.cat(list(read_floats(bias.tensor, 1, BLOCK_ITEMS))).double()
+    pair = bias.steps[0].pair
+    constant = (pair.B.double() @ (pair.A.double() @ b)).flatten() * factor
+    return constant if bool((constant != 0).any()) else None
+
+
+def _rounded(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+    if not torch.isfinite(values).all():
+        raise UserError(
+            f"{name} holds NaN or infinite values: the base's weight does, or overflows. Nothing was written."
+        )
+    return round_to(values, dtype, name).cpu().contiguous()

@@ -1,0 +1,105 @@
+"""The export: an adapter in the additive form that other programs serve beside the unchanged base.
+
+Takes a base model's folder and an adapter's; gives a PEFT folder or a GGUF file, whole or not at all. Of the base, the
+adapter's target weights are read and nothing else. Memory: a block of rows, the adapter and one A' [R, D_in].
+"""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from pipeline.artifacts.adapter_files import Adapter, Kind, public_name
+from pipeline.artifacts.adapter_reading import load_adapter
+from pipeline.artifacts.additive_form import AdditiveForm, additive_form
+from pipeline.artifacts.base_files import Base, read_base
+from pipeline.artifacts.export_gguf import architecture, gguf_names, write_gguf
+from pipeline.artifacts.export_peft import write_peft
+from pipeline.artifacts.fold_plan import DTYPE_NAMES
+from pipeline.artifacts.fold_rows import exact_fp32
+from pipeline.artifacts.merge import check_places, usable_device
+from pipeline.artifacts.whole_file import check_file_free, whole_file
+from pipeline.artifacts.whole_folder import check_disk_space, check_free, whole_folder
+from pipeline.console import gib, progress, say, warn
+
+Format = Literal["peft", "gguf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+def export(
+    base_folder: Path,
+    adapter_folder: Path,
+    output: Path,
+    *,
+    format: Format,
+    dtype: str = "float32",
+    device: str = "cpu",
+    dry_run: bool = False,
+    force: bool = False,
+    kind: Kind | None = None,
+) -> None:
+    """Write the adapter's additive form to `output`: with "peft" a folder, with "gguf" a file.
+
+    `dtype`: float32, bfloat16 or float16, of A' and B'; A' = A·W is a product and not stored anywhere, so float32 is
+    the only one that adds no rounding to what was trained. `kind` says what a LORA adapter on square weights is. `dry_run`
+    checks everything that can be checked without computing, prints the plan, and writes nothing. `force` replaces what
+    stands at `output`, once the new one is whole. Raises UserError, with nothing written, where anything does not fit.
+    """
+    where = usable_device(device)
+    check_places(base_folder, adapter_folder, output)
+    check_output = check_free if format == "peft" else check_file_free
+    check_output(output, replace=force)
+    adapter, base = load_adapter(adapter_folder), read_base(base_folder)
+    form = additive_form(base, adapter, kind=kind, dtype=DTYPE_NAMES[dtype])
+    arch = architecture(base.config) if format == "gguf" else ""
+    names = gguf_names(form, arch) if format == "gguf" else {}
+    for line in plan_lines(base, adapter, form):
+        say(line)
+    kept = f"a GGUF adapter of architecture {arch}" if format == "gguf" else "a PEFT adapter of type LORA"
+    say(f"output   {output.resolve()}: {kept}, {dtype}, {gib(form.n_bytes)}")
+    for line in form.doubts:
+        warn(line)
+    check_disk_space(output.resolve().parent, form.n_bytes)
+    if dry_run:
+        say("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
+        return
+    base_model = adapter.base_model or public_name(str(base_folder))
+    with exact_fp32(), progress("exporting", form.n_bytes) as advance:
+        if format == "peft":
+            with whole_folder(output, replace=force) as folder:
+                write_peft(
+                    folder, form, base_model=base_model, train_logit_scale=adapter.train_logit_scale, device=where,
+                    advance=advance,
+                )  # fmt: skip
+        else:
+            with whole_file(output, replace=force) as file:
+                write_gguf(file, form, arch=arch, names=names, base_model=base_model, device=where, advance=advance)
+    say(f"written: {output.resolve()}")
+
+
+def plan_lines(base: Base, adapter: Adapter, form: AdditiveForm) -> list[str]:
+    """What will be written, with the formula and its numbers, and in what it differs from the adapter."""
+    rule = "A' = A" if form.kind == "lora" else "A' = A·W in fp32"
+    scaling = f"s = {form.alpha:g} / {form.rank} = {form.scaling:g}"
+    read = sum(target.weight.n_bytes for target in form.targets) if form.kind != "lora" else 0
+    lines = [
+        f"base     {base.folder}: {len(form.targets)} of {len(base.tensors)} tensors are targets, {gib(read)} to read",
+        f"adapter  {adapter.folder}: {form.kind}"
+        + (f", trained on {adapter.base_model}" if adapter.base_model else ""),
+        f"export   W' = W + s·B'·A', {rule}, B' = B, rank {form.rank}, {scaling}",
+    ]
+    padded = sum(target.rank < form.rank for target in form.targets)
+    if padded:
+        lines.append(f"ranks    {padded} pairs of a lower rank are filled up with zeros")
+    scaled = sum(target.factor != 1 for target in form.targets)
+    if scaled:
+        lines.append(f"scalings {scaled} modules have another s: B' takes the quotient")
+    biased = sum(target.constant is not None for target in form.targets)
+    if biased:
+        lines.append(
+            f"biases   {biased} modules have a bias, which the adapter moves by s·B·A·b: written as the bias of lora_B "
+            "(lora_bias). PEFT applies it; a program that does not know lora_bias refuses the file or leaves it out"
+        )
+    if adapter.train_logit_scale != 1.0:
+        lines.append(
+            f"logits   trained with the logits times {adapter.train_logit_scale:g}, which no adapter can carry"
+        )
+    return lines

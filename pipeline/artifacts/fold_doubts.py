@@ -1,0 +1,61 @@
+"""What speaks against a fold that can be done: the user is warned, not refused.
+
+Takes a `FoldPlan`; gives warnings: an adapter that names another base than this one, and an adapter that is undone but
+by the model's own fold report was not what was folded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts.adapter_files import Adapter, public_name
+from pipeline.artifacts.base_files import Base, read_json
+from pipeline.artifacts.fold_plan import FoldPlan
+
+REPORT_FILE = "fold_report.json"
+
+
+def doubts(plan: FoldPlan) -> list[str]:
+    """The warnings. `fold_report.json` in the input's folder tells what an earlier fold made it from."""
+    file = plan.base.folder / REPORT_FILE
+    report = read_json(file, "the report of an earlier fold") if file.is_file() else {}
+    found = [strange_base(plan.base, part.adapter, report) for part in plan.parts]
+    if plan.unmerge:
+        found.append(_other_fold(plan, report))
+    return [line for line in found if line]
+
+
+def strange_base(base: Base, adapter: Adapter, report: dict[str, Any]) -> str | None:
+    """A warning where the adapter names another base than this one; None where a name agrees, or it names none.
+
+    A base goes by its folder's name, by its folder in a Hub cache (models--OWNER--NAME/snapshots/...), by `_name_or_path`
+    of its config, and, where it is the result of a fold, by the base in that fold's report.
+    """
+    if not adapter.base_model:
+        return None
+    folder = base.folder.resolve()
+    names = [folder.name, str(base.config.get("_name_or_path") or ""), str(report.get("base") or "")]
+    names += [part.split("--")[-1] for part in folder.parts if part.startswith("models--")]
+    known = sorted({Path(name).name for name in names if name})
+    if Path(public_name(adapter.base_model)).name.casefold() in {name.casefold() for name in known}:
+        return None
+    return (
+        f"{adapter.folder} was trained on {adapter.base_model}; {base.folder} goes by {' and '.join(known)}. Names and "
+        "shapes of the tensors fit. If it is another model (an instruct version of the base, say), the result is not "
+        "what was trained."
+    )
+
+
+def _other_fold(plan: FoldPlan, report: dict[str, Any]) -> str | None:
+    """A warning where --unmerge names other adapters or scales than the model's fold report."""
+    folded = [(entry.get("adapter"), entry.get("scale")) for entry in report.get("adapters", ())]
+    undone = [(public_name(str(part.adapter.folder)), part.scale) for part in plan.parts]
+    if report.get("unmerge") or not folded or folded == undone:
+        return None
+
+    def shown(entries: list[tuple[Any, Any]]) -> str:
+        return ", ".join(f"{name} × {scale:g}" for name, scale in entries)
+
+    return (
+        f"{plan.base.folder} is by its {REPORT_FILE} a fold of {shown(folded)}; what is taken out is {shown(undone)}. "
+        "Unless these are the same adapters, the result is not the base."
+    )

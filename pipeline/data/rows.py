@@ -1,0 +1,47 @@
+"""Takes documents and a tokenizer; gives rows of token ids that each belong to one document, for looking at a model.
+
+Training's chunks run over the ends of documents and are cached; these rows do neither.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.console import UserError
+from pipeline.data import documents
+from pipeline.data.documents import SUFFIXES
+from pipeline.data.tokenize import tokens
+
+
+def document_rows(tokenizer: Any, path: str, sequence_len: int, *, ends_only: bool = False) -> list[Tensor]:
+    """Rows [T] int64, T ≤ `sequence_len`, of the documents in the file or glob `path` (text, or rows of a list).
+
+    Each row is BOS, where the tokenizer has one, and a piece of one document; `ends_only`: one row a document, its end.
+    A document without a token gives none. Raises UserError for no files, unreadable text, no token at all, and a
+    `sequence_len` that leaves no room for text.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = sequence_len - len(start)
+    if room < 1:
+        raise UserError(f"sequence_len = {sequence_len} leaves no room for text; use {len(start) + 1} or more")
+    suffix = path[path.rfind(".") :].lower() if "." in path else ""
+    dataset_type = "doclist" if suffix in SUFFIXES["doclist"] else "textfile"
+    rows: list[Tensor] = []
+    for ids in _whole(tokenizer, dataset_type, path):
+        pieces = [ids[-room:]] if ends_only else [ids[at : at + room] for at in range(0, len(ids), room)]
+        rows += [torch.tensor(start + piece, dtype=torch.int64) for piece in pieces if piece]
+    if not rows:
+        raise UserError(f"'{path}' holds no text: its documents are empty")
+    return rows
+
+
+def _whole(tokenizer: Any, dataset_type: str, path: str) -> Iterator[list[int]]:
+    """The ids of each document."""
+    ids: list[int] = []
+    for _, segment, last in tokens(tokenizer, documents.read(dataset_type, path)):
+        ids += segment.tolist()
+        if last:
+            yield ids
+            ids = []

@@ -1,0 +1,199 @@
+"""Plots as inline SVG: figures by layer, gains, eigenvalues in the complex plane, a table of overlaps as shades.
+
+Takes plain numbers and names; gives SVG elements as text, well-formed, coloured through CSS classes (`s0`, `s1`, … for
+series, an effect's name for eigenvalues), so that the page's light and dark colours hold for them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from pipeline.inspection.words import complex_number, minus
+
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 40
+COLOURS = 6  # series of different colours; more than these begin again
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a plot; `hint` is shown when the pointer rests on it."""
+
+    x: float
+    y: float
+    hint: str
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The range of the axes, and how it falls on the drawing. `log`: y is drawn by its logarithm."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    width: int = WIDTH
+    height: int = HEIGHT
+    log: bool = False
+
+    def at_x(self, value: float) -> float:
+        return LEFT + (value - self.x[0]) / (self.x[1] - self.x[0]) * (self.width - LEFT - RIGHT)
+
+    def at_y(self, value: float) -> float:
+        low, high, value = (math.log10(v) if self.log else v for v in (*self.y, value))
+        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
+
+
+def by_layer(series: dict[str, list[Point]], *, y_name: str, log: bool, lines: bool) -> str:
+    """Points of several series over the layers; y from zero, or logarithmic (where points of y ≤ 0 are left out)."""
+    kept = {name: [p for p in points if p.y > 0 or not log] for name, points in series.items()}
+    every = [point for points in kept.values() for point in points]
+    if not every:
+        return _svg(
+            WIDTH, 40, f"{y_name}: nothing to draw", [_label(WIDTH / 2, 24, "nothing to draw: all are zero", "middle")]
+        )
+    x_ends = (min(p.x for p in every) - 0.6, max(p.x for p in every) + 0.6)
+    largest, smallest = max(p.y for p in every), min(p.y for p in every)
+    y_ends = (max(smallest, largest * 1e-6) / 1.5, largest * 1.5) if log else (0.0, largest * 1.08 or 1.0)
+    frame = _Frame(x_ends, y_ends, log=log)
+    parts = _axes(frame, "layer", y_name, whole_x=True)
+    for index, points in enumerate(kept.values()):
+        colour = f"s{index % COLOURS}"
+        shown = [p for p in points if p.y >= y_ends[0]]
+        if lines and len(shown) > 1:
+            path = " ".join(f"{frame.at_x(p.x):.1f},{frame.at_y(p.y):.1f}" for p in shown)
+            parts.append(f'<polyline class="line {colour}" points="{path}"/>')
+        parts += [_dot(frame, p, colour, 3.2 if lines else 2.4) for p in shown]
+    return _svg(WIDTH, HEIGHT, f"{y_name} by layer", parts)
+
+
+def plane(points: Sequence[tuple[complex, str, str]], *, zoomed: bool) -> str:
+    """Eigenvalues (λ, effect, hint) in the complex plane, with the circle |1 + λ| = 1; `zoomed`: just around them all.
+
+    In the circle directions shrink, on it they keep their length, outside they grow. Equal scales on both axes.
+    """
+    values = [value for value, _, _ in points]
+    if zoomed:
+        reach = 1.15 * max((abs(v) for v in values), default=1.0) or 1.0
+        left, right, up = -reach, reach, reach
+    else:
+        left, right = min([-2.25, *(v.real - 0.2 for v in values)]), max([0.5, *(v.real + 0.2 for v in values)])
+        up = max([1.15, *(abs(v.imag) + 0.1 for v in values)])
+    width = WIDTH
+    height = min(640, round((width - LEFT - RIGHT) * 2 * up / (right - left)) + TOP + BOTTOM)
+    middle, half = (left + right) / 2, up * (width - LEFT - RIGHT) / (height - TOP - BOTTOM)
+    frame = _Frame((middle - half, middle + half), (-up, up), width, height)
+    unit = frame.at_x(1) - frame.at_x(0)
+    clip = f"clip{'z' if zoomed else 'w'}"
+    parts = [
+        f'<clipPath id="{clip}">{_box(width, height, "clip")}</clipPath>',
+        *_axes(frame, "Re λ", "Im λ"), f'<g clip-path="url(#{clip})">',
+        f'<circle class="unit" cx="{frame.at_x(-1):.1f}" cy="{frame.at_y(0):.1f}" r="{unit:.1f}"/>',
+        _line(frame.at_x(0), TOP, frame.at_x(0), height - BOTTOM, "zero"),
+        _line(LEFT, frame.at_y(0), width - RIGHT, frame.at_y(0), "zero"),
+    ]  # fmt: skip
+    if not zoomed:
+        for x, name in ((-2, "reflect"), (-1, "erase")):
+            x_at, y_at = frame.at_x(x), frame.at_y(0)
+            parts += [_line(x_at, y_at - 7, x_at, y_at + 7, "mark"), _label(x_at + 4, y_at + 18, name, "start")]
+    parts += [
+        _dot(frame, Point(v.real, v.imag, f"λ = {complex_number(v)} {what}. {hint}"), what, 3.4)
+        for v, what, hint in points
+    ]
+    return _svg(width, height, "eigenvalues of s·A·B in the complex plane", [*parts, "</g>"])
+
+
+def shades(values: Sequence[Sequence[float]], names: Sequence[str]) -> str:
+    """A square table of values ≥ 0 as shades, the largest the darkest; rows write, columns read. nan is left empty."""
+    n = len(names)
+    largest = max((value for row in values for value in row if not math.isnan(value)), default=0.0) or 1.0
+    cell = max(5.0, min(22.0, (WIDTH - LEFT - RIGHT) / n))
+    side = round(cell * n)
+    down, across = math.ceil(11 / cell), math.ceil(22 / cell)  # every how many cells there is room for a number
+    parts = []
+    for i, row in enumerate(values):
+        y = TOP + i * cell
+        for j in range(n):
+            if not math.isnan(row[j]):
+                hint = escape(f"{names[i]} writes, {names[j]} looks for: |cos| {row[j]:.3f}")
+                parts.append(
+                    f'<rect class="cell" x="{LEFT + j * cell:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" '
+                    f'fill-opacity="{row[j] / largest:.3f}"><title>{hint}</title></rect>'
+                )
+        number = names[i].split(" ")[0]
+        if i % down == 0:
+            parts.append(_label(LEFT - 5, y + cell / 2 + 4, number, "end"))
+        if i % across == 0:
+            parts.append(_label(LEFT + (i + 0.5) * cell, TOP + side + 14, number, "middle"))
+    parts.append(f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{side}" height="{side}"/>')
+    parts.append(_label(LEFT + side / 2, TOP + side + 32, "layer whose first detector reads", "middle"))
+    parts.append(_label(14, TOP + side / 2, "layer whose first response writes", "middle", turned=True))
+    return _svg(
+        max(LEFT + side + RIGHT, 300), max(TOP + side + BOTTOM, 240), "responses against later detectors", parts
+    )
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, about `count` of them: steps of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _axes(frame: _Frame, x_name: str, y_name: str, *, whole_x: bool = False) -> list[str]:
+    """Grid lines with numbers, the frame, the names of the axes."""
+    parts = []
+    x_ticks = ticks(*frame.x, count=8)
+    for x in (t for t in x_ticks if not whole_x or t == round(t)):
+        parts.append(_line(frame.at_x(x), TOP, frame.at_x(x), frame.height - BOTTOM, "grid"))
+        parts.append(_label(frame.at_x(x), frame.height - BOTTOM + 15, minus(f"{_clean(x):.4g}"), "middle"))
+    for y in _powers(*frame.y) if frame.log else ticks(*frame.y):
+        parts.append(_line(LEFT, frame.at_y(y), frame.width - RIGHT, frame.at_y(y), "grid"))
+        parts.append(_label(LEFT - 5, frame.at_y(y) + 4, minus(f"{_clean(y):.3g}"), "end"))
+    parts.append(_box(frame.width, frame.height, "frame"))
+    parts.append(_label((LEFT + frame.width - RIGHT) / 2, frame.height - 6, x_name, "middle"))
+    parts.append(_label(14, (TOP + frame.height - BOTTOM) / 2, y_name, "middle", turned=True))
+    return parts
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: powers of ten, with 2 and 5 times them where there are few, or plain ticks."""
+    ends = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 2, 5)):
+        found = [f * 10.0**power for power in ends for f in factors if low <= f * 10.0**power <= high]
+        if len(found) >= 3:
+            return found
+    return [t for t in ticks(low, high) if t > 0]
+
+
+def _clean(value: float) -> float:
+    return 0.0 if abs(value) < 1e-12 else value
+
+
+def _dot(frame: _Frame, point: Point, colour: str, radius: float) -> str:
+    return (
+        f'<circle class="dot {colour}" cx="{frame.at_x(point.x):.1f}" cy="{frame.at_y(point.y):.1f}" r="{radius}">'
+        f"<title>{escape(point.hint)}</title></circle>"
+    )
+
+
+def _box(width: int, height: int, kind: str) -> str:
+    """The rectangle within the axes of a drawing of that size."""
+    inner = f'width="{width - LEFT - RIGHT}" height="{height - TOP - BOTTOM}"'
+    return f'<rect class="{kind}" x="{LEFT}" y="{TOP}" {inner}/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _label(x: float, y: float, text: str, anchor: str, *, turned: bool = False) -> str:
+    turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(text)}</text>'
+
+
+def _svg(width: int, height: int, name: str, parts: Sequence[str]) -> str:
+    inside = "\n".join(parts)
+    size = f'viewBox="0 0 {width} {height}" style="max-width:{round(1.1 * width)}px"'
+    return f'<svg {size} role="img" aria-label="{escape(name)}">\n{inside}\n</svg>'

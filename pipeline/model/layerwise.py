@@ -1,0 +1,138 @@
+"""A forward pass through a model that is never whole in memory: a few layers at a time, all rows through each.
+
+Takes a model folder and rows of token ids; calls `tap` with the outputs of the modules asked for. Between two groups of
+layers the rows' hidden states lie in the CPU's memory, and the weights of the group before are gone. A group is a
+`Stage`, so what it computes is what the whole Hugging Face model computes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pipeline.console import UserError, progress
+from pipeline.model.stage import PassThrough, Stage, check_entry, empty_model, read_model_config
+from pipeline.model.weights import load
+
+Tap = Callable[[int, str, Tensor], None]
+
+
+@torch.no_grad()
+def run_layerwise(
+    folder: str,
+    rows: Sequence[Tensor],
+    *,
+    modules: Callable[[str], bool],
+    tap: Tap,
+    layers_at_once: int = 1,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Send `rows`, each [T] int64 of its own length T, through the model in `folder`, `layers_at_once` layers at a time.
+
+    `modules` is asked about the full names of the embedding, of the layers and all that is in them, and of the last norm
+    ('model.embed_tokens', 'model.layers.3', 'model.layers.3.mlp.down_proj', 'model.norm'). For each that it wants,
+    `tap(row, name, output)` is called once for every row, `row` being its index and `output` [T, D] what the module gave
+    (of a tuple, its first), in `dtype` on `device`; that of 'model.layers.3' is the residual stream after layer 3. All
+    rows go through one group of layers before the next, and no further than the last module wanted. The head is not run.
+
+    On the device: the weights of one group (with the embedding, in the first) and one row's activations. On the CPU:
+    the hidden states of all rows, [T, D] in `dtype` each.
+    Raises ValueError where `modules` wants nothing or a row is empty; UserError for a token the model does not have, a
+    model that cannot be cut, and a folder that lacks weights.
+    """
+    config = read_model_config(folder)
+    skeleton = empty_model(config, dtype, None)
+    last = _last_layer_wanted(skeleton, modules)
+    _check_rows(rows, config)
+    if layers_at_once < 1:
+        raise ValueError(f"layers_at_once = {layers_at_once}")
+    states: list[Tensor] = [row.unsqueeze(0).to("cpu") for row in rows]
+    firsts = range(0, last + 1, layers_at_once)
+    with progress("through the layers", total=len(firsts) * len(rows)) as advance:
+        for first in firsts:
+            end = min(first + layers_at_once, len(skeleton.base_model.layers))
+            _run_group(folder, config, range(first, end), states, modules, tap, device, dtype, advance)
+
+
+def _run_group(
+    folder: str, config: PretrainedConfig, layers: range, states: list[Tensor], modules: Callable[[str], bool], tap: Tap,
+    device: torch.device, dtype: torch.dtype, advance: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Load `layers` and replace each of `states` by what they make of it. The weights go when this returns."""
+    stage = _headless_stage(empty_model(config, dtype, None), layers)
+    load(stage, folder, dtype, device)
+    stage.eval().to(device)  # the buffers
+    if not stage.is_first:
+        _check_can_enter(stage, len(stage.model.base_model.layers))
+    at = [0]  # the row that is being sent through
+    for name in _names(stage.model):
+        module = stage.model.get_submodule(name)
+        if not isinstance(module, PassThrough) and modules(name):
+            module.register_forward_hook(_hook(name, at, tap))
+    for row, state in enumerate(states):
+        at[0] = row
+        positions_BT = torch.arange(state.shape[1], device=device).unsqueeze(0)
+        states[row] = stage((state.to(device), positions_BT))[0].to("cpu")
+        advance(1)
+
+
+def _headless_stage(model: PreTrainedModel, layers: range) -> Stage:
+    """A stage of `layers`, the last one's norm included, that gives (hidden, positions) and never loads the head."""
+    stage = Stage(model, layers.start, layers.stop)
+    model.set_output_embeddings(PassThrough())
+    stage.is_last = False
+    return stage
+
+
+def _hook(name: str, at: list[int], tap: Tap) -> Callable[[Any, Any, Any], None]:
+    """A forward hook that hands a module's output, without the batch dimension of one, to `tap`."""
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(first, Tensor) or first.dim() not in (2, 3):
+            raise ValueError(f"{name} does not give one vector a token")
+        tap(at[0], name, first.flatten(0, -2))
+
+    return hook
+
+
+def _names(model: PreTrainedModel) -> list[str]:
+    """What `modules` is asked about: the embedding, the layers and all that is in them, the norm; not the whole base."""
+    prefix = model.base_model_prefix
+    parts = (f"{prefix}.embed_tokens", f"{prefix}.layers.", f"{prefix}.norm")
+    return [name for name, _ in model.named_modules() if name.startswith(parts)]
+
+
+def _last_layer_wanted(model: PreTrainedModel, modules: Callable[[str], bool]) -> int:
+    """The last layer that must run for all modules wanted to have run."""
+    prefix = f"{model.base_model_prefix}.layers."
+    wanted = [name for name in _names(model) if modules(name)]
+    if not wanted:
+        raise ValueError("no module is wanted: there is nothing to run for")
+    if f"{model.base_model_prefix}.norm" in wanted:
+        return len(model.base_model.layers) - 1
+    return max(int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else 0 for name in wanted)
+
+
+def _check_rows(rows: Sequence[Tensor], config: PretrainedConfig) -> None:
+    for index, row in enumerate(rows):
+        if row.dim() != 1 or row.numel() == 0 or row.dtype != torch.int64:
+            raise ValueError(f"row {index} is {row.dtype} {list(row.shape)}, not [T] int64")
+        if not 0 <= int(row.min()) <= int(row.max()) < config.vocab_size:
+            raise UserError(
+                f"a text holds the token {int(row.max())}, but the model's vocabulary has {config.vocab_size}: "
+                "the tokenizer is not this model's"
+            )
+
+
+def _check_can_enter(stage: Stage, n_layers: int) -> None:
+    try:
+        check_entry(stage)
+    except UserError:
+        raise UserError(
+            f"model_type '{stage.model.config.model_type}' changes what it is given before its first layer, so it cannot "
+            f"run a few layers at a time; only all {n_layers} at once"
+        ) from None

@@ -1,0 +1,43 @@
+"""NEFTune: noise on the embedding's output, in training only (Jain et al. 2023, arXiv:2310.05914, algorithm 1).
+
+Takes a stage; gives it hooks that add U(−1, 1)·α/√(T·D) to each row of what its embedding returns, T the row's own
+length. The first stage alone has an embedding. The embedding lies outside every layer that is recomputed, so that the
+noise is drawn once a micro-batch; from torch's default generator, whose state a checkpoint holds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.stage import Stage
+
+
+def apply(stage: Stage, alpha: float) -> None:
+    """Hook the noise onto the embedding of `stage`, if it has one."""
+    if stage.is_first:
+        noise = _Noise(alpha)
+        stage.register_forward_pre_hook(noise.note_lengths)
+        stage.model.get_input_embeddings().register_forward_hook(noise.add)
+
+
+class _Noise:
+    """The two hooks; what the first notes about a micro-batch, the second uses in the same forward."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._lengths_B = torch.empty(0)
+
+    def note_lengths(self, stage: nn.Module, arguments: tuple[tuple[Tensor, ...]]) -> None:
+        """`arguments`: the stage's ((ids [B, T], positions [B, T], lengths [B]),); without lengths, rows are full."""
+        ids_BT, _, *lengths = arguments[0]
+        self._lengths_B = lengths[0] if lengths else torch.full(ids_BT.shape[:1], ids_BT.shape[1], device=ids_BT.device)
+
+    def add(self, embedding: nn.Module, arguments: Any, output_BTD: Tensor) -> Tensor:
+        """output + noise, the sum in fp32 and rounded once to the output's dtype."""
+        if not embedding.training:
+            return output_BTD
+        places_B = self._lengths_B.clamp(min=1) * output_BTD.shape[-1]  # filler has no tokens
+        size_B = self.alpha / places_B.to(torch.float32).sqrt()
+        noise_BTD = torch.empty(output_BTD.shape, dtype=torch.float32, device=output_BTD.device).uniform_(-1, 1)
+        return noise_BTD.mul_(size_B[:, None, None]).add_(output_BTD).to(output_BTD.dtype)

@@ -1,0 +1,54 @@
+"""Peak memory of the fold's larger forms, on a base of 1 GiB: bounded by tensors, not by the model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_merge_process import ROOT, adapter_for, big_base
+
+ROWS, COLUMNS, LAYERS = 4096, 8192, 8  # two bf16 tensors of 64 MiB a layer
+CASES = ['{"adapters": 3, "base_quant": "nf4-double"}', '{"adapters": 2, "unmerge": true}']
+GROWTH = """
+import contextlib, io, json, re, sys
+from pathlib import Path
+from pipeline.artifacts.merge import merge
+folder, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
+several = asked.pop("adapters")
+
+def peak():  # in bytes; getrusage would give the peak of the process that started this one where that was higher
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+with contextlib.redirect_stdout(io.StringIO()):
+    merge(folder / "small", [folder / "adapter_small"] * several, folder / "out_small", **asked)
+    before = peak()
+    merge(folder / "large", [folder / "adapter_large"] * several, folder / "out_large", force=True, **asked)
+print(peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    big_base(folder / "small", 1, 64, 128, 1), adapter_for(folder / "adapter_small", 1, 64, 128)
+    big_base(folder / "large", LAYERS, ROWS, COLUMNS, 2), adapter_for(folder / "adapter_large", LAYERS, ROWS, COLUMNS)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("asked", CASES)
+def test_memory_is_below_that_of_two_tensors_of_a_gibibyte(bases: Path, tmp_path: Path, asked: str) -> None:
+    """As in test_merge_process, where the libraries and one small fold are in the figure before."""
+    for name in ("small", "large", "adapter_small", "adapter_large"):
+        (tmp_path / name).symlink_to(bases / name)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path), asked], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(f"{asked}: {int(done.stdout) / 2**20:.0f} MiB more")
+    assert int(done.stdout) < 2 * 2 * ROWS * COLUMNS, f"{int(done.stdout) / 2**20:.0f} MiB more"
