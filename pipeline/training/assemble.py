@@ -23,7 +23,7 @@ from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_t
 from pipeline.objectives import language_modelling
 from pipeline.planning.quantities import Plan
 from pipeline.training import engine, planned, prepare, run_folder, saving, stage_parts
-from pipeline.training.metrics import Metrics, loading_is_over, peak_memory, start_measuring_memory
+from pipeline.training.metrics import Metrics, at_rest, peak_memory
 from pipeline.training.optimizer import PipelineOptimizer, make_inner
 from pipeline.training.run_state import RunState, restore
 from pipeline.training.saver import Saver
@@ -45,7 +45,6 @@ def trainer(
     """
     followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
-    start_measuring_memory()
     stage = build_stage(config, plan, followed, place)
     optimizer = build_optimizer(config, stage, place)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
@@ -73,7 +72,7 @@ def trainer(
     saved_already = went["step"] if goes_on else None
     saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
     say_memory(place)
-    loading_is_over()
+    at_rest(engine.held_tensors(pipeline_engine, optimizer))
     return Trainer(
         engine=pipeline_engine, place=place, optimizer=optimizer, batches=batches,
         evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
