@@ -28,7 +28,9 @@ FORBIDDEN = {
     "pipeline/data/": ("pipeline.model", "pipeline.training", "pipeline.objectives", "pipeline.artifacts"),
     "pipeline/model/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
     "pipeline/objectives/": ("pipeline.training", "pipeline.data", "pipeline.artifacts"),
-    "pipeline/": ("train", "quickstart", "merge_lora", "export_lora", "tests"),
+    "pipeline/planning/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
+    "pipeline/inspection/": ("pipeline.training", "deepspeed", "peft"),
+    "pipeline/": ("train", "quickstart", "merge_lora", "export_lora", "make_adapter", "inspect_lora", "tests"),
 }
 # What a part may import of this project, where that is all.
 ONLY_OURS = {

@@ -31,7 +31,8 @@ def model_cost(
 ) -> ModelCost:  # fmt: skip
     """Count `stage`, which is the whole model on `meta`, for micro-batches of `rows` rows of `tokens` tokens.
 
-    `levels`: those to count, of layers that run backward. `trained_bytes`: what a trained parameter takes with its gradient
+    `levels`: those to count, of layers that run backward; EVERYTHING is always among them, as what is computed again is
+    the difference to it. `trained_bytes`: what a trained parameter takes with its gradient
     and optimizer state. Within `counting.as_on_a_gpu()` each kernel counts as the one it is there.
     """
     embedding = stage.model.get_input_embeddings()
@@ -43,7 +44,7 @@ def model_cost(
         enters = index > first or _trained(embedding)
         kind = (enters, *_form(layer))
         if kind not in known:
-            known[kind] = _layer_cost(stage, index, rows, tokens, enters, set(levels), trained_bytes)
+            known[kind] = _layer_cost(stage, index, rows, tokens, enters, {*levels, Level.EVERYTHING}, trained_bytes)
         layers.append(known[kind])
     tied = stage.model.config.tie_word_embeddings
     return ModelCost(

@@ -35,7 +35,7 @@ from pipeline.training import (
     saving,
     stage_parts,
 )
-from pipeline.training.metrics import Metrics, loading_is_over, peak_memory, start_measuring_memory
+from pipeline.training.metrics import Metrics, at_rest, peak_memory
 from pipeline.training.optimizer import PipelineOptimizer, make_inner
 from pipeline.training.run_state import RunState, restore
 from pipeline.training.saver import Saver
@@ -57,8 +57,7 @@ def trainer(
     """
     followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
-    stage_parts.import_quantisation(config)  # its own memory is not the run's
-    start_measuring_memory()
+    stage_parts.import_quantisation(config)
     stage = build_stage(config, plan, followed, place)
     optimizer = build_optimizer(config, stage, place)
     adapter_families.after_updates(stage, optimizer.inner)
@@ -91,7 +90,7 @@ def trainer(
     saved_already = went["step"] if goes_on else None
     saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
     say_memory(place)
-    loading_is_over()
+    at_rest(engine.held_tensors(pipeline_engine, optimizer))
     return Trainer(
         engine=pipeline_engine, place=place, optimizer=optimizer, batches=batches,
         evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),

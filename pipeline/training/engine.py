@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from pipeline.console import UserError
 from pipeline.training import schedule_cuts
@@ -142,6 +143,14 @@ def first_trained_stage(trains: bool, place: Place) -> int:
     everyone: list[int] = [0] * place.world
     dist.all_gather_object(everyone, place.stage if trains else place.stages - 1)
     return min(everyone)
+
+
+def held_tensors(engine: PipelineEngine, optimizer: PipelineOptimizer) -> list[torch.Tensor]:
+    """What is there between two steps: weights, gradient sums, optimizer state, and DeepSpeed's buffers for messages."""
+    messages = tree_leaves((engine.pipe_recv_buf, engine.grad_layer))
+    return [
+        *engine.module.parameters(), *optimizer.held_tensors(), *(t for t in messages if isinstance(t, torch.Tensor))
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager

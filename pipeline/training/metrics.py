@@ -9,10 +9,12 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.console import duration, gib, rank, say
 
@@ -95,6 +97,11 @@ class Clock:
         return seconds
 
     @property
+    def steps(self) -> int:
+        """Steps so far in this process."""
+        return self._steps
+
+    @property
     def mean_s(self) -> float:
         """Seconds of a step; the first, in which much is set up, is left out where there are others."""
         return (self._spent - self._first) / (self._steps - 1) if self._steps > 1 else self._spent
@@ -108,24 +115,24 @@ class Clock:
         )
 
 
-def start_measuring_memory() -> None:
-    """What the process holds now (libraries, data) is not the model's."""
-    global _held_before
-    _held_before = 0 if torch.cuda.is_available() else _resident("VmRSS")
+def at_rest(tensors: Iterable[Tensor]) -> None:
+    """Nothing runs now, and of tensors only these are there. Peaks from here on count.
 
-
-def loading_is_over() -> None:
-    """Peaks from here on are those of training: loading a shard may have held its file's pages."""
+    What a process holds in main memory besides (libraries and what they set up at their first use, data) is not the
+    model's, and `added_memory` leaves it out. So this is called before the first step and again after it.
+    """
+    global _held_besides
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # some containers forbid it; the peak is then the whole run's
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return
+    _held_besides = _resident("VmRSS") - sum(tensor.nbytes for tensor in tensors)
+    with contextlib.suppress(OSError):  # some containers forbid it; the peak is then the whole run's
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def added_memory() -> int:
-    """Bytes: the peak since `loading_is_over`, beyond what was held at `start_measuring_memory`."""
-    return peak_memory() - _held_before
+    """Bytes: the peak since `at_rest`, on a GPU of all tensors, else without what the process held besides."""
+    return peak_memory() - _held_besides
 
 
 def peak_memory() -> int:
@@ -141,4 +148,4 @@ def _resident(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
-_held_before = 0
+_held_besides = 0

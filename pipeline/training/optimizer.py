@@ -92,6 +92,11 @@ class PipelineOptimizer(Optimizer):
         """Sum the gradients of `names` over `group` at each step; they enter the norm where `counts` is true."""
         self.tied, self.tied_group, self.counts_tied = names, group, counts
 
+    def held_tensors(self) -> list[Tensor]:
+        """Gradient sums and optimizer state."""
+        state = (value for states in self.inner.state.values() for value in states.values())
+        return [*self._sums.values(), *(value for value in state if isinstance(value, Tensor))]
+
     def set_lr(self, lr: float) -> None:
         """For the next step, in every group, times its `lr_factor` where it has one."""
         for group in self.param_groups:

@@ -19,8 +19,8 @@ from pipeline.console import EXIT_DONE, EXIT_STOPPED, say
 from pipeline.data.batches import MicroBatches, Position, StepInfo
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.training import evaluation, prefetch
-from pipeline.training.engine import Place
-from pipeline.training.metrics import Clock, Metrics, peak_memory
+from pipeline.training.engine import Place, held_tensors
+from pipeline.training.metrics import Clock, Metrics, at_rest, peak_memory
 from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run_state import Progress, RunState
 from pipeline.training.saver import Saver
@@ -124,6 +124,8 @@ class Trainer:
                 "Lower the learning rate, or look at these documents (--preview shows chunks)."
             ) from None
         seconds = clock.stop()
+        if clock.steps == 1:
+            at_rest(held_tensors(self.engine, self.optimizer))
         self.step += 1
         self.position = info.next_position
         self._completed(settled=False)
