@@ -39,6 +39,7 @@ def test_head(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_cpu_training(tmp_path: Path) -> None:
     """Levels and kernels are one line each in the same code: one of ours stands for them."""
@@ -51,6 +52,7 @@ def test_cpu_training(tmp_path: Path) -> None:
         assert 0 < row["gradient_error"] < 0.05
 
 
+@pytest.mark.slow
 def test_pipeline_schedule(tmp_path: Path) -> None:
     (row,) = benchmark("pipeline_schedule", tmp_path, "--rounds", "2", "--micro-batches", "3", "--threads", "1")["rows"]
     assert row["measured_s"] > 0
@@ -63,6 +65,7 @@ def test_pipeline_schedule(tmp_path: Path) -> None:
     assert len(row["forward_s_alone"]) == len(row["backward_s_alone"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_gpu_h200_on_the_cpu(tmp_path: Path) -> None:
     result = benchmark(
@@ -90,6 +93,7 @@ def test_a_wrong_result_is_seen() -> None:
     assert cpu_training.distance({"0.A": wrong}, {"0.A": exact[0]}) == pytest.approx(1 / 8)
 
 
+@pytest.mark.slow
 def test_the_wall_limit_skips_and_says_so(tmp_path: Path) -> None:
     result = benchmark("gpu_h200", tmp_path, "--device", "cpu", "--skip-checks", "--wall-limit", "0")
     assert all("skipped" in row["reason"] for row in result["rows"])

@@ -234,7 +234,9 @@ def test_counted_on_meta_it_has_the_same_parameters(folder: Path, family: str) -
     assert counted == {name: p.shape for name, p in trained(stages_of(folder, config, [0, 4])).items()}
 
 
-@pytest.mark.parametrize("family", ["control", "dora", "pissa", "oft", "hra"])
+@pytest.mark.parametrize(
+    "family", ["control", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "pissa", "oft", "hra"))]
+)
 def test_the_planner_counts_it(folder: Path, family: str) -> None:
     config = config_of(folder, family)
     cost = planned.costs(config, prepare.plan_model(config).targets, [Level.INPUT, Level.EVERYTHING], False)(64)

@@ -19,6 +19,8 @@ from tests.helpers_stages import token_ids
 from tests.stage_runs import STEPS, Case, Result
 from tests.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
 
+pytestmark = pytest.mark.slow  # minutes: real processes for every case
+
 CONTROL: dict[str, Any] = {"adapter_type": "control_adapter", "lora_alpha": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     "control": CONTROL,

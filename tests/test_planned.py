@@ -37,7 +37,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "changes"),
     [
-        pytest.param(2, {}, id="everything kept"),
+        pytest.param(2, {}, id="everything kept", marks=SLOW),
         pytest.param(2, {"activation_checkpointing": True}, id="recomputed"),
         pytest.param(2, {"activation_checkpointing": "auto", "kernels": "all"}, id="auto, kernels"),
         pytest.param(2, {"kernels": "all", "lora_weight_dtype": "bfloat16"}, id="kernels", marks=SLOW),

@@ -159,6 +159,8 @@ def adapted(layer: Any) -> Any:
     layer.requires_grad_(False)
     old = layer.mlp.down_proj
     layer.mlp.down_proj = MultiplicativeLoRA(old, 2, 4, 0.0, torch.float32, old.weight.device)
+    if not old.weight.is_meta:  # its memory is as it was found until it is drawn
+        torch.nn.init.normal_(layer.mlp.down_proj.A)
     return layer
 
 

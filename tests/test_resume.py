@@ -110,6 +110,7 @@ def test_stopped_after_any_step_and_resumed_is_bit_equal(tmp_path: Path, base: P
             assert (tensor.float() - last[key].float()).abs().max().item() <= tolerance, key
 
 
+@pytest.mark.slow
 def test_killed_half_way_through_a_save_resumes_from_the_checkpoint_before(tmp_path: Path, base: Path) -> None:
     toml = config(tmp_path, base, save_steps=2, checkpoint_on_save=True)
     killed = run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")

@@ -19,6 +19,8 @@ from tests.stage_runs import STEPS, Case, Result
 from tests.test_resume import assert_equal, final_state, numbers, run_plan
 from tests.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
 
+pytestmark = pytest.mark.slow  # minutes: real processes for every case
+
 LR, EPS, DECAY, CLIP, RANK, ALPHA = 1e-2, 1e-3, 0.1, 0.1, 4, 8
 S = ALPHA / RANK
 RATIO, NOISE, COMPOSITE, LARGEST = 4.0, 5.0, 0.5, 0.05

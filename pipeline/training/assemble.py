@@ -22,7 +22,6 @@ from pipeline.model import activation, adapters, neftune, weights
 from pipeline.model.packed import saved_bytes
 from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform
 from pipeline.objectives import language_modelling
-from pipeline.planning.quantities import Plan
 from pipeline.training import (
     adapter_families,
     adapter_regularisation,
@@ -105,9 +104,9 @@ def trainer(
     )  # fmt: skip
 
 
-def build_stage(config: Config, plan: prepare.ModelPlan, followed: Plan, place: engine.Place) -> Stage:
+def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place) -> Stage:
     """Our part of the model with its weights, adapters, kernels and activation memory."""
-    first, end = followed.stages[place.stage].first, followed.stages[place.stage].end
+    first, end = followed.ranges[place.stage]
     stage = Stage(plan.shell, first, end)
     with engine.agreement(place):
         check_room(stage, place)
@@ -120,7 +119,7 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: Plan, place: 
             check_head(stage)
     stage_parts.put_adapters(stage, config, plan.targets)
     say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
-    keeping = dict(enumerate(followed.stages[place.stage].keeping, start=first))
+    keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
     if config.neftune_noise_alpha:
         neftune.apply(stage, config.neftune_noise_alpha)

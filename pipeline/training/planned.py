@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from pipeline.planning.model_cost import model_cost
 from pipeline.planning.nearest import nearest
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape
 from pipeline.planning.solve import solve
+from pipeline.planning.timeline import in_flight
 from pipeline.training import prepare, stage_parts
 from pipeline.training.engine import Place
 from pipeline.training.metrics import added_memory
@@ -121,15 +122,49 @@ def _total_steps(config: Config, plan: ModelPlan) -> int | None:
     return min(steps or math.inf, config.max_steps or math.inf)  # type: ignore[return-value]
 
 
-def for_run(config: Config, plan: ModelPlan, place: Place) -> Plan:
-    """The plan that this run follows, the same on every process. UserError if 'auto' finds none that fits."""
+class Followed(NamedTuple):
+    """What a run does: each stage's layers, what each of them keeps, and the bytes kept on the host.
+
+    `plan`: all that was or can be foreseen, on the first process; to count it takes seconds.
+    """
+
+    ranges: list[tuple[int, int]]
+    keeping: list[list[Keeping]]
+    host_bytes: list[int]
+    plan: Callable[[], Plan]
+
+
+def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
+    """What this run does, the same on every process. UserError if 'auto' finds nothing that fits."""
     usable: list[Any] = [None] * place.world
     dist.all_gather_object(usable, (place.stage, _usable_here(place)))
+    memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
+    solved = partial(_solved, config, plan.ranges, plan.targets, _products(plan), place, memory)
+    keeping = keeping_of(config)
+    if keeping is None:
+        found = _on_all(solved)
+        stages = found.stages
+        return Followed(
+            [(s.first, s.end) for s in stages], [s.keeping for s in stages], [s.host_bytes for s in stages], lambda: found
+        )  # fmt: skip
+    shape = shape_of(config, place.stages)
+    input_bytes = shape.tokens * plan.shell.config.hidden_size * plan.shell.dtype.itemsize
+    on_host = [
+        (end - first) * input_bytes * in_flight(stage, shape) if keeping.on_host else 0
+        for stage, (first, end) in enumerate(plan.ranges)
+    ]
+    share = host_bytes(config) // place.world
+    return Followed(
+        plan.ranges, [[keeping] * (end - first) for first, end in plan.ranges], [min(n, share) for n in on_host], solved
+    )  # fmt: skip
+
+
+def _on_all(solved: Callable[[], Plan]) -> Plan:
+    """What the first process solves, or its UserError, on every process."""
     decided: list[Any] = [None]
-    if place.rank == 0:
-        memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
+    if dist.get_rank() == 0:
         try:
-            decided[0] = _decide(config, plan, place, memory)
+            decided[0] = solved()
         except UserError as error:
             decided[0] = error
     dist.broadcast_object_list(decided, src=0)
@@ -138,13 +173,16 @@ def for_run(config: Config, plan: ModelPlan, place: Place) -> Plan:
     return decided[0]
 
 
-def _decide(config: Config, plan: ModelPlan, place: Place, memory: list[int]) -> Plan:
+def _solved(
+    config: Config, ranges: list[tuple[int, int]], targets: list[str], products: list[tuple[int, int]], place: Place,
+    memory: list[int],
+) -> Plan:  # fmt: skip
     shape, keeping = shape_of(config, place.stages), keeping_of(config)
-    rate = _measured(config, plan, place.device)
+    rate = _measured(config, products, place.device)
     levels = [*Level] if keeping is None else [keeping.level]
-    model = costs(config, plan.targets, levels, place.device.type == "cuda")(shape.tokens)
-    ranges = plan.ranges if config.layers_per_stage or keeping is not None else None
-    found = solve(model, memory, rate, shape, host_bytes(config) // place.replicas, ranges=ranges, keeping=keeping)
+    model = costs(config, targets, levels, place.device.type == "cuda")(shape.tokens)
+    given = ranges if config.layers_per_stage or keeping is not None else None
+    found = solve(model, memory, rate, shape, host_bytes(config) // place.replicas, ranges=given, keeping=keeping)
     if keeping is None:
         names = [gib(m) for m in memory]
         say(table.describe(found, model, shape, rate, device_names=names, total_steps=None, replicas=place.replicas))
@@ -156,27 +194,32 @@ def _decide(config: Config, plan: ModelPlan, place: Place, memory: list[int]) ->
     return found
 
 
-def arena(plan: Plan, stage: int, device: torch.device) -> HostArena | None:
-    """Host memory for what the plan's stage keeps there; None if that is nothing."""
-    mine = plan.stages[stage]
-    if not any(k.on_host for k in mine.keeping):
+def arena(followed: Followed, stage: int, device: torch.device) -> HostArena | None:
+    """Host memory for what a stage keeps there; None if that is nothing."""
+    if not (n_bytes := followed.host_bytes[stage]):
         return None
     # Each slot is rounded up; ragged micro-batches may leave gaps.
-    return HostArena(mine.host_bytes + mine.host_bytes // 16 + (1 << 20), device)
+    return HostArena(n_bytes + n_bytes // 16 + (1 << 20), device)
 
 
-def say_outcome(plan: Plan, place: Place, run_dir: Path, step_s: float) -> None:
+def say_outcome(followed: Followed, place: Place, run_dir: Path, step_s: float) -> None:
     """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
     everyone: list[Any] = [None] * place.world
     dist.all_gather_object(everyone, (place.stage, added_memory()))
+    if place.rank != 0:
+        return
     measured = [max(m for stage, m in everyone if stage == n) for n in range(place.stages)]
-    if place.rank == 0:
-        stages = [
-            {**s._asdict(), "planned_bytes": s.total_bytes, "measured_bytes": m}
-            for s, m in zip(plan.stages, measured, strict=True)
-        ]
-        facts = {**plan._asdict(), "stages": stages, "measured_step_s": step_s}
-        (run_dir / "plan.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    try:
+        plan = followed.plan()
+    except Exception as error:  # the run is done and saved: what cannot be foreseen for this model must not fail it
+        say(f"no plan to compare with: {error}")
+        return
+    stages = [
+        {**s._asdict(), "planned_bytes": s.total_bytes, "measured_bytes": m}
+        for s, m in zip(plan.stages, measured, strict=True)
+    ]
+    facts = {**plan._asdict(), "stages": stages, "measured_step_s": step_s}
+    (run_dir / "plan.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     say(table.compare(plan, measured, step_s))
 
 
@@ -187,10 +230,14 @@ def _rows(config: Config) -> tuple[int, int]:
     return rows, tokens
 
 
-def _measured(config: Config, plan: ModelPlan, device: torch.device) -> Rates:
-    """The rates of `device` at the products of one layer."""
+def _products(plan: ModelPlan) -> list[tuple[int, int]]:
+    """(in, out) of the products of one layer."""
     layer: Any = plan.shell.base_model.layers[0]
-    products = sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
+    return sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
+
+
+def _measured(config: Config, products: list[tuple[int, int]], device: torch.device) -> Rates:
+    """The rates of `device` at `products`."""
     rows, tokens = _rows(config)
     return rates.measure(device, products, rows * tokens, DTYPES[config.model_weight_dtype])
 
@@ -219,7 +266,7 @@ def _described(text: str) -> _There:
 def _devices_here(config: Config, plan: ModelPlan) -> _There:
     n, host = config.pipeline_stages, int(psutil.virtual_memory().available * HOST_SHARE)
     if not torch.cuda.is_available():
-        rate = _measured(config, plan, torch.device("cpu"))
+        rate = _measured(config, _products(plan), torch.device("cpu"))
         return _There([host // n] * n, ["main memory"] * n, rate, 0, False)
     if (found := torch.cuda.device_count()) < n:
         raise UserError(
@@ -227,7 +274,9 @@ def _devices_here(config: Config, plan: ModelPlan) -> _There:
         )
     gpus = [torch.cuda.get_device_properties(i) for i in range(n)]
     usable = [devices.usable(gpu.total_memory) for gpu in gpus]
-    return _There(usable, [gpu.name for gpu in gpus], _measured(config, plan, torch.device("cuda", 0)), host, True)
+    return _There(
+        usable, [gpu.name for gpu in gpus], _measured(config, _products(plan), torch.device("cuda", 0)), host, True
+    )
 
 
 def _usable_here(place: Place) -> int:
