@@ -33,6 +33,7 @@ def benchmark(module: str, out: Path, *arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_head(tmp_path: Path) -> None:
     rows = benchmark("head", tmp_path, "--rounds", "2")["rows"]
     assert {row["variant"] for row in rows} == {"ours", "whole logits", "torch"}

@@ -38,7 +38,7 @@ SLOW = pytest.mark.slow
     ("stages", "changes"),
     [
         pytest.param(2, {}, id="everything kept", marks=SLOW),
-        pytest.param(2, {"activation_checkpointing": True}, id="recomputed"),
+        pytest.param(2, {"activation_checkpointing": True}, id="recomputed", marks=SLOW),
         pytest.param(2, {"activation_checkpointing": "auto", "kernels": "all"}, id="auto, kernels"),
         pytest.param(2, {"kernels": "all", "lora_weight_dtype": "bfloat16"}, id="kernels", marks=SLOW),
         pytest.param(1, {}, id="one stage", marks=SLOW),
@@ -73,12 +73,13 @@ def test_plan_needs_neither_weights_nor_gpus(tmp_path: Path) -> None:
     assert not list((tmp_path / "base").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_plan_for_this_machine_measures_its_rates(tmp_path: Path) -> None:
     said = plan_of(tmp_path)
     assert said.startswith("0\n") and "measured here, on the CPU" in said and "main memory" in said
 
 
-@pytest.mark.parametrize("devices", ["two", "0x48GiB", "2x1MiB", "2x48GiB,"])
+@pytest.mark.parametrize("devices", ["two", *(pytest.param(d, marks=SLOW) for d in ("0x48GiB", "2x1MiB", "2x48GiB,"))])
 def test_devices_that_are_none(tmp_path: Path, devices: str) -> None:
     said = plan_of(tmp_path, "--devices", devices)
     assert said.startswith("2\n") and f"--devices '{devices}'" in said and "Traceback" not in said

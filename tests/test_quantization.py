@@ -274,7 +274,7 @@ MIB = 2**20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_loading_never_holds_the_16_bit_model(tmp_path: Path, bits: int) -> None:
     """340 MiB of bf16 weights, of which the largest tensor has 2 MiB.
 

@@ -185,6 +185,7 @@ def test_other_quantisations_and_misplaced_keys_are_named(tmp_path: Path) -> Non
 # The plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4", "8"])
 def test_the_plan_counts_quantised_weights_and_the_products_of_plain_ones(
     tmp_path: Path, keys: dict[str, bool]

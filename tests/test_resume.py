@@ -124,6 +124,7 @@ def test_killed_half_way_through_a_save_resumes_from_the_checkpoint_before(tmp_p
     assert numbers(both["runs"][0]) == numbers(both["runs"][1])
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_left_with_the_last_completed_step_saved(tmp_path: Path, base: Path) -> None:
     toml = config(tmp_path, base)
     ended = run_plan(tmp_path, 2, [{"config": toml, "fault": "hang:4"}], expect=75, name="hung")

@@ -51,7 +51,13 @@ def gone(pids: list[int], within_s: float) -> bool:
 
 
 @pytest.mark.parametrize(
-    "whom", ["one rank", "the group", "launch.py", "the deepspeed command", "killed launcher", "save_quit"]
+    "whom",
+    [
+        *(pytest.param(whom, marks=pytest.mark.slow) for whom in ("one rank", "the group", "launch.py")),
+        "the deepspeed command",
+        "killed launcher",
+        "save_quit",
+    ],
 )
 def test_a_stop_ends_in_a_saved_state_and_no_orphan(tmp_path: Path, base: Path, whom: str) -> None:
     launcher, ranks, run = started(tmp_path, base)

@@ -225,6 +225,7 @@ def test_divergence_ends_with_exit_code_4(root: Path) -> None:
     assert [line["step"] for line in builders.metrics(run)] == [1]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_not_finite_ends_with_exit_code_4_too(root: Path) -> None:
     """Before anything of that step is saved, and so that no best loss can be a NaN."""
     output = builders.train(2, "--config", str(diverging(root, "judged", eval_steps=1)), expect=4)
