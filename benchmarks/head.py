@@ -38,7 +38,7 @@ class Size(NamedTuple):
     block: int | None
 
 
-CPU = Size(1024, 512, torch.float32, (8192, 32768, 131072, 262144), 128)
+CPU = Size(1024, 512, torch.float32, (8192, 32768, 131072), 128)
 TINY = Size(64, 32, torch.float32, (512,), 16)
 GPU = Size(8192, 8192, torch.bfloat16, (32768, 256000), None)  # Command-R's chunk and head
 SIZES = {"cpu": CPU, "tiny": TINY, "gpu": GPU}

@@ -59,7 +59,7 @@ CUTS = [
     Cut("1", (1, 1, 2), 1),  # nothing to train below and above
     Cut("2:3", (2, 2), 1, replicas=2),
 ]
-ALL = [pytest.param(cut, marks=[pytest.mark.slow] if cut.replicas > 1 else []) for cut in CUTS]
+ALL = [pytest.param(cut, marks=[pytest.mark.slow] if cut.replicas > 1 or cut.stages > 2 else []) for cut in CUTS]
 over_cuts = pytest.mark.parametrize("cut", ALL, ids=str)
 
 
