@@ -5,14 +5,12 @@ without an error. For an output `x/adapter.gguf` that is `x/.adapter.gguf.partia
 and what a killed process left in it the next one overwrites.
 """
 
-import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.artifacts.whole_folder import disk_full_as_user_error
+from pipeline.artifacts.whole_folder import disk_full_as_user_error, open_locked
 from pipeline.console import UserError
 
 
@@ -28,8 +26,9 @@ def whole_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
     check_file_free(output, replace=replace)
     temporary = output.parent / f".{output.name}.partial"
     with disk_full_as_user_error(output):
-        descriptor = _open_locked(temporary, output)
+        descriptor = open_locked(temporary, output)
         try:
+            os.truncate(descriptor, 0)
             check_file_free(output, replace=replace)  # again: another process may have ended in between
             yield temporary
             _sync(temporary)
@@ -48,27 +47,6 @@ def check_file_free(output: Path, *, replace: bool) -> None:
         raise UserError(f"{output} is a folder; give the name of a file.")
     if output.exists() and not replace:
         raise UserError(f"{output} exists. Give another name, or --force to replace it.")
-
-
-def _open_locked(temporary: Path, output: Path) -> int:
-    """A descriptor of the temporary file that holds its lock: the system releases it however the process ends."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}. Give another name.") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who renamed the file between our open and our lock has finished: the lock is that of his output.
-        if not temporary.exists() or temporary.stat().st_ino != os.fstat(descriptor).st_ino:
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process is writing to {output}. Wait for it, or give another name.") from None
-    os.truncate(descriptor, 0)
-    return descriptor
 
 
 def _sync(path: Path) -> None:

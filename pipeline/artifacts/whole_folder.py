@@ -81,10 +81,11 @@ def disk_full_as_user_error(output: Path) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    """Hold the lock of `output`: the system releases it when the process ends, however it ends."""
-    path = output.parent / f".{output.name}.lock"
+def open_locked(path: Path, output: Path) -> int:
+    """A descriptor of `path`, beside `output`, that holds its lock: the system releases it however the process ends.
+
+    Raises UserError where another process is writing to `output`, or nothing can be written there.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -94,12 +95,20 @@ def _lock(output: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}. Give another name.") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who removed the file between our open and our lock held it before us: then this lock protects nothing.
+        # Who removed or renamed the file between our open and our lock held it before us: this lock protects nothing.
         if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
             raise BlockingIOError
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(f"another process is writing to {output}. Wait for it, or give another name.") from None
+    return descriptor
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """Hold the lock of `output`."""
+    path = output.parent / f".{output.name}.lock"
+    descriptor = open_locked(path, output)
     try:
         yield
     finally:
