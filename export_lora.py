@@ -7,15 +7,12 @@ is left behind.
 """
 
 import argparse
-import signal
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from pipeline.artifacts.adapter_files import KINDS
 from pipeline.artifacts.export import FORMATS, export
 from pipeline.artifacts.fold_plan import DTYPE_NAMES
-from pipeline.console import EXIT_ABORTED, EXIT_DONE, run_command
+from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,17 +44,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Parse the command line and export."""
     asked = parser().parse_args()
-    signal.signal(signal.SIGTERM, _stop)
+    leave_on_sigterm()
     export(
         asked.input, asked.lora, asked.output, format=asked.format, dtype=asked.dtype, device=asked.device,
         dry_run=asked.dry_run, force=asked.force, kind=asked.kind,
     )  # fmt: skip
     return EXIT_DONE
-
-
-def _stop(signum: int, frame: object) -> NoReturn:
-    """SIGTERM leaves through the same door as an error, so that the unfinished output is removed."""
-    sys.exit(EXIT_ABORTED)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ fires. --html writes the whole as one page. Exit codes: 0 done, 2 the request ca
 
 import argparse
 import shutil
-import signal
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -20,7 +18,7 @@ from pipeline.artifacts.base_files import Base, read_base
 from pipeline.artifacts.fold_match import match
 from pipeline.artifacts.safetensors_stream import FLOATS
 from pipeline.artifacts.whole_file import check_file_free, whole_file
-from pipeline.console import EXIT_ABORTED, EXIT_DONE, UserError, run_command, say
+from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
 
@@ -52,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Parse the command line, read, show."""
     asked = parser().parse_args()
-    signal.signal(signal.SIGTERM, _stop)
+    leave_on_sigterm()
     _check(asked)
     adapter = load_adapter(asked.adapter)
     base, kind = _base_and_kind(adapter, asked.input, asked.kind)
@@ -116,11 +114,6 @@ def _dtype(base: Base) -> torch.dtype:
         if tensor.dtype in sizes:
             sizes[tensor.dtype] += tensor.n_bytes
     return FLOATS[max(sizes, key=lambda name: sizes[name])]
-
-
-def _stop(signum: int, frame: object) -> NoReturn:
-    """SIGTERM leaves through the same door as an error, so that an unfinished page is removed."""
-    sys.exit(EXIT_ABORTED)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ be carried out, 28 disk full. In every case but the first no adapter is left beh
 
 import argparse
 import math
-import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from pipeline.artifacts.directions import (
 from pipeline.artifacts.merge import usable_device
 from pipeline.artifacts.whole_file import check_file_free
 from pipeline.artifacts.whole_folder import check_free
-from pipeline.console import EXIT_ABORTED, EXIT_DONE, UserError, gib, run_command, say, warn
+from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, run_command, say, warn
 from pipeline.data.rows import document_rows
 from pipeline.layers import layer_ranges
 from pipeline.model.adapters import describe_layers, resolve_targets
@@ -92,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Parse the command line and write the adapter."""
     asked = parser().parse_args()
-    signal.signal(signal.SIGTERM, _stop)
+    leave_on_sigterm()
     _check(asked)
     shell = empty_model(read_model_config(asked.input), torch.float32, None)
     n_layers, width = shell.config.num_hidden_layers, shell.config.hidden_size
@@ -242,11 +240,6 @@ def _origin(asked: argparse.Namespace) -> dict[str, object]:
         texts = [Path(path).name for path in asked.from_texts]
         return origin | {"texts": texts, "position": asked.position, "sequence_len": asked.sequence_len}
     return origin | {"directions": asked.directions.name}
-
-
-def _stop(signum: int, frame: object) -> NoReturn:
-    """SIGTERM leaves through the same door as an error, so that the unfinished output is removed."""
-    sys.exit(EXIT_ABORTED)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W f
 """
 
 import argparse
-import signal
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from pipeline.artifacts.adapter_files import KINDS
 from pipeline.artifacts.fold_plan import BASE_QUANTS, OUTPUT_DTYPES
 from pipeline.artifacts.merge import merge
-from pipeline.console import EXIT_ABORTED, EXIT_DONE, run_command
+from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,18 +68,13 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Parse the command line and fold."""
     asked = parser().parse_args()
-    signal.signal(signal.SIGTERM, _stop)
+    leave_on_sigterm()
     merge(
         asked.input, asked.lora, asked.output, scale=asked.scale, dtype=asked.dtype, device=asked.device,
         dry_run=asked.dry_run, force=asked.force, kind=asked.kind, keep_logit_scale=asked.keep_logit_scale,
         layers=asked.layers, unmerge=asked.unmerge, base_quant=asked.base_quant,
     )  # fmt: skip
     return EXIT_DONE
-
-
-def _stop(signum: int, frame: object) -> NoReturn:
-    """SIGTERM leaves through the same door as an error, so that the unfinished output is removed."""
-    sys.exit(EXIT_ABORTED)
 
 
 if __name__ == "__main__":

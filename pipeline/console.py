@@ -4,6 +4,7 @@ Takes plain text and numbers; gives lines on the terminal. Nothing here knows ab
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -90,6 +91,11 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes:02d} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours:02d} h"
+
+
+def leave_on_sigterm() -> None:
+    """SIGTERM then leaves through the same door as an error, so that an unfinished output is removed."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(EXIT_ABORTED))
 
 
 def run_command(main: Callable[[], int]) -> None:
