@@ -26,7 +26,8 @@ from pipeline.model.levels import Keeping, Level
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.objectives import language_modelling
 from pipeline.training import engine
-from pipeline.training.optimizer import PipelineOptimizer, make_inner
+from pipeline.training.inner_optimizer import make_inner
+from pipeline.training.optimizer import PipelineOptimizer
 
 Objective = Callable[..., Tensor]
 

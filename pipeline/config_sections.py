@@ -40,6 +40,10 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+OptimizerType = Literal["adamw_kahan", "adamw", "adamw8bit"]
+OPTIMIZER_TYPES: Any = {"enum": ["adamw_kahan", "AdamW", "AdamW8bit", "adamw", "adamw8bit"]}
+
+
 class Section(BaseModel):
     """A table of the TOML file; a key that is not listed is an error, and so are `true` for 1, '3' for 3, and inf."""
 
@@ -51,6 +55,9 @@ class ParameterGroup(Section):
 
     names: list[Annotated[str, AfterValidator(regular_expression)]] = Field(
         min_length=1, description="trained parameters: a name in the whole model, the end of one after a dot, or a regular expression for it: 'A', 'layers.0.mlp.down_proj.B', '.*norm.weight'")  # fmt: skip
+    type: Annotated[OptimizerType | None, BeforeValidator(_lower)] = Field(
+        None, json_schema_extra=OPTIMIZER_TYPES, description="as optimizer.type, which is the default"
+    )
     lr_ratio: PositiveFloat | None = Field(
         None, description="by which the schedule's rate is multiplied; default 1, or LoRA+'s ratio for B"
     )
@@ -63,8 +70,8 @@ class ParameterGroup(Section):
 class Optimizer(Section):
     """[optimizer]"""
 
-    type: Annotated[Literal["adamw_kahan", "adamw", "adamw8bit"], BeforeValidator(_lower)] = Field(
-        json_schema_extra={"enum": ["adamw_kahan", "AdamW", "AdamW8bit", "adamw", "adamw8bit"]},
+    type: Annotated[OptimizerType, BeforeValidator(_lower)] = Field(
+        json_schema_extra=OPTIMIZER_TYPES,
         description="'adamw_kahan': AdamW whose update and weight decay both pass through a compensated (Kahan) sum, so that small steps move bf16 weights. "
         "'AdamW': torch's. 'AdamW8bit': bitsandbytes'.")  # fmt: skip
     lr: PositiveFloat = Field(description="peak learning rate")

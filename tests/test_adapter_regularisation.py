@@ -15,7 +15,8 @@ from pipeline.model import adapters as adapters_module
 from pipeline.training import adapter_families, stage_parts
 from pipeline.training.adamw_kahan import AdamWKahan
 from pipeline.training.adapter_regularisation import Factors, bound_norms, decay_products, factors_of
-from pipeline.training.optimizer import PipelineOptimizer, make_inner
+from pipeline.training.inner_optimizer import make_inner
+from pipeline.training.optimizer import PipelineOptimizer
 from pipeline.training.parameter_groups import build
 from tests.builders import save_model
 from tests.helpers_config import small

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.console import EXIT_NON_FINITE
-from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer, make_inner
+from pipeline.training.inner_optimizer import make_inner
+from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer
 
 BF16 = torch.bfloat16
 VALUES: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from pipeline.console import UserError
-from pipeline.training.optimizer import PipelineOptimizer, make_inner
+from pipeline.training.inner_optimizer import add, make_inner, value
+from pipeline.training.optimizer import PipelineOptimizer
 from pipeline.training.parameter_groups import Special, build, check, is_fast
+from pipeline.training.run_folder import check_continues
 from pipeline.training.schedule import learning_rate
 
+KINDS = ["adamw_kahan", "adamw", "adamw8bit"]
 LAMBDA = 16.0
 MODULES = ("model.layers.0.mlp.down_proj", "model.layers.7.self_attn.B.proj")
 # Name → shape, and whether LoRA+ gives it the higher rate.
@@ -129,12 +132,16 @@ def test_first_group_that_names_a_parameter_has_it() -> None:
     assert found["model.embed_tokens.weight"]["betas"] == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("kind", ["adamw_kahan", "adamw", "adamw8bit"])
-def test_groups_learn_as_optimizers_of_their_own(kind: str) -> None:
-    """Two parameters in one optimizer with groups, bit-equal to each alone with the group's values."""
+@pytest.mark.parametrize(
+    ("kind", "other"), [*((k, k) for k in KINDS), ("adamw_kahan", "adamw"), ("adamw8bit", "adamw_kahan")]
+)
+def test_groups_learn_as_optimizers_of_their_own(kind: str, other: str) -> None:
+    """Two parameters in one optimizer with groups, bit-equal to each alone with the group's values and type."""
     values = {"first": {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}}
     values["second"] = {"lr": 3e-2, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0}
-    special = Special(["second"], {"lr_factor": 3.0, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0})
+    special = Special(
+        ["second"], {"type": other, "lr_factor": 3.0, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0}
+    )
     start = {name: torch.randn(70, 70, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(values)}
 
     def run(own: dict[str, nn.Parameter], optimizer: PipelineOptimizer, lr: float) -> None:
@@ -150,7 +157,8 @@ def test_groups_learn_as_optimizers_of_their_own(kind: str) -> None:
     run(together, PipelineOptimizer(together, make_inner(kind, groups, **values["first"]), 0.0), 1e-2)  # type: ignore[arg-type]
     for name in values:
         alone = {name: nn.Parameter(start[name].clone())}
-        inner = make_inner(kind, [{"params": list(alone.values())}], **values[name])  # type: ignore[arg-type]
+        own = kind if name == "first" else other
+        inner = make_inner(own, [{"params": list(alone.values())}], **values[name])  # type: ignore[arg-type]
         run(alone, PipelineOptimizer(alone, inner, 0.0), values[name]["lr"])  # type: ignore[arg-type]
         assert torch.equal(alone[name], together[name]) and not torch.equal(alone[name], start[name])
 
@@ -159,3 +167,31 @@ def test_pattern_that_names_nothing() -> None:
     check([Special(["A", r"layers\.0\..*"], {})], [*FAST, *SLOW])
     with pytest.raises(UserError, match=r"optimizer\.groups: 'lora_Z' names no parameter that is trained"):
         check([Special(["A", "lora_Z"], {})], [*FAST, *SLOW])
+
+
+def test_optimizers_of_several_types_are_seen_as_one() -> None:
+    """Rates, states and the compensated sum are found by parameter, whichever optimizer has it."""
+    first, second = (nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2))
+    special = Special(["second"], {"type": "adamw", "lr_factor": 2.0})
+    groups = build({"first": first, "second": second}, fast_ratio=1.0, weight_decay=0.0, specials=[special])
+    inner = make_inner("adamw_kahan", groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
+    optimizer = PipelineOptimizer({"first": first, "second": second}, inner, 0.0)
+    optimizer.set_lr(1e-3)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [1e-3, 2e-3]
+    (first.sum() + second.sum()).backward()
+    optimizer.step()
+    assert "kahan" in inner.state[first] and "exp_avg" in inner.state[second] and len(inner.state) == 2
+    before = {p: value(inner, p) for p in (first, second)}
+    for p in (first, second):
+        add(inner, p, torch.full_like(p, 2.0**-13, dtype=torch.float32))  # far below half a unit in the last place
+    assert torch.equal(value(inner, first), before[first] + 2.0**-13)
+    assert torch.equal(value(inner, second), before[second])
+
+
+def test_a_groups_type_is_said_where_a_checkpoint_has_another() -> None:
+    group = {"names": ["B"], "type": "adamw"}
+    saved = {"optimizer": {"type": "adamw_kahan", "groups": []}}
+    config = {"optimizer": {"type": "adamw_kahan", "groups": [group]}, "load_optimizer_states": True}
+    with pytest.raises(UserError, match=r"optimizer is adamw_kahan, this run's adamw_kahan, adamw for B"):
+        check_continues({"config": saved, "trained": []}, config, set(), {})
+    check_continues({"config": saved, "trained": []}, {**config, "load_optimizer_states": False}, set(), {})

@@ -21,7 +21,7 @@ from pipeline.console import UserError
 from pipeline.model import adapters, control_adapter, input_families, lora_variants
 from pipeline.model.stage import DTYPES, Stage
 from pipeline.training import initial_adapter, rank_patterns
-from pipeline.training.adamw_kahan import AdamWKahan
+from pipeline.training.inner_optimizer import add, value
 
 ON_THE_OUTPUT = ("multiplicative_lora", "control_adapter")
 IA3_TARGETS, IA3_FEEDFORWARD = ["k_proj", "v_proj", "down_proj"], ["down_proj"]
@@ -144,10 +144,7 @@ def after_updates(stage: Stage, optimizer: Optimizer) -> None:
 def orthonormalise(directions: list[nn.Parameter], optimizer: Optimizer) -> None:
     """A Newton step on each Q, in fp32; through the optimizer's compensated sum where it has one."""
     for Q in directions:
-        if isinstance(optimizer, AdamWKahan):
-            optimizer.add(Q, control_adapter.newton_step(optimizer.value(Q)))
-        else:
-            Q.add_(control_adapter.newton_step(Q.float()))
+        add(optimizer, Q, control_adapter.newton_step(value(optimizer, Q)))
 
 
 def norms(stage: Stage, config: Config) -> dict[str, float]:

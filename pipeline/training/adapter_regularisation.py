@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from pipeline.model import adapters
 from pipeline.model.stage import Stage
-from pipeline.training.adamw_kahan import AdamWKahan
+from pipeline.training.inner_optimizer import add, value
 from pipeline.training.optimizer import PipelineOptimizer
 
 
@@ -53,11 +53,11 @@ def decay_products(factors: Mapping[str, Factors], decay: float, optimizer: Opti
     """
     rates = _rates(optimizer)
     for a, b, s in factors.values():
-        A, B = _value(optimizer, a), _value(optimizer, b)
+        A, B = value(optimizer, a), value(optimizer, b)
         change_A = (B.T @ B) @ A * (-rates[a] * decay * s * s)
         change_B = B @ (A @ A.T) * (-rates[b] * decay * s * s)
-        _add(optimizer, a, change_A)
-        _add(optimizer, b, change_B)
+        add(optimizer, a, change_A)
+        add(optimizer, b, change_B)
 
 
 @torch.no_grad()
@@ -69,14 +69,14 @@ def bound_norms(factors: Mapping[str, Factors], largest: float, optimizer: Optim
     """
     if not factors:
         return 0
-    values = {module: (_value(optimizer, a), _value(optimizer, b)) for module, (a, b, _) in factors.items()}
+    values = {module: (value(optimizer, a), value(optimizer, b)) for module, (a, b, _) in factors.items()}
     squares = torch.stack([((B.T @ B).double() * (A @ A.T).double()).sum() for A, B in values.values()])
     norms = dict(zip(factors, squares.clamp(min=0).sqrt().tolist(), strict=True))
     too_large = {m: abs(f.scaling) * norms[m] for m, f in factors.items() if abs(f.scaling) * norms[m] > largest}
     for module, norm in too_large.items():
         ratio = math.sqrt(largest / norm)
-        for parameter, value in zip(factors[module][:2], values[module], strict=True):
-            _add(optimizer, parameter, value * (ratio - 1))
+        for parameter, before in zip(factors[module][:2], values[module], strict=True):
+            add(optimizer, parameter, before * (ratio - 1))
     return len(too_large)
 
 
@@ -92,16 +92,3 @@ def attach(
 
 def _rates(optimizer: Optimizer) -> dict[nn.Parameter, float]:
     return {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _value(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor:
-    """The parameter in fp32, with what its rounding left over where the optimizer keeps that."""
-    return optimizer.value(parameter) if isinstance(optimizer, AdamWKahan) else parameter.float()
-
-
-def _add(optimizer: Optimizer, parameter: nn.Parameter, change: Tensor) -> None:
-    """parameter += change (fp32), through the compensated sum where there is one, else rounded once."""
-    if isinstance(optimizer, AdamWKahan):
-        optimizer.add(parameter, change)
-    else:
-        parameter.add_(change)

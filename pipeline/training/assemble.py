@@ -34,8 +34,9 @@ from pipeline.training import (
     saving,
     stage_parts,
 )
+from pipeline.training.inner_optimizer import make_inner
 from pipeline.training.metrics import Metrics, at_rest, peak_memory
-from pipeline.training.optimizer import PipelineOptimizer, make_inner
+from pipeline.training.optimizer import PipelineOptimizer
 from pipeline.training.run_state import RunState, restore
 from pipeline.training.saver import Saver
 from pipeline.training.schedule import learning_rate, warmup_steps
@@ -71,7 +72,7 @@ def trainer(
     )  # fmt: skip
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
-    parameter_groups.check(special_groups(config), trained)
+    parameter_groups.check(parameter_groups.specials(config.optimizer), trained)
     resumed = run_folder.agree_on(resumed, place)
     if resumed is not None:
         put_back(*resumed, config, stage, optimizer, place, batches, trained)
@@ -169,26 +170,13 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     embedding = f"{stage.model.base_model_prefix}.{EMBEDDING}"
     named = {embedding if name in copies else name: p for name, p in parameters.items()}
     groups = parameter_groups.build(
-        named, fast_ratio=o.loraplus, weight_decay=o.weight_decay, undecayed=undecayed, specials=special_groups(config)
-    )
+        named, fast_ratio=o.loraplus, weight_decay=o.weight_decay, undecayed=undecayed,
+        specials=parameter_groups.specials(o),
+    )  # fmt: skip
     inner = make_inner(o.type, groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
     optimizer = PipelineOptimizer(parameters, inner, config.gradient_clipping)
     adapter_regularisation.attach(optimizer, factors, config.composite_weight_decay, config.scale_weight_norms)
     return optimizer
-
-
-def special_groups(config: Config) -> list[parameter_groups.Special]:
-    """[[optimizer.groups]] as keyword arguments of an optimizer: what each says, and nothing else."""
-    o = config.optimizer
-    specials = []
-    for group in o.groups:
-        said = group.model_dump(include={"weight_decay", "eps"}, exclude_none=True)
-        if group.lr_ratio is not None:
-            said["lr_factor"] = group.lr_ratio
-        if group.beta1 is not None or group.beta2 is not None:
-            said["betas"] = tuple(getattr(o if getattr(group, b) is None else group, b) for b in ("beta1", "beta2"))
-        specials.append(parameter_groups.Special(group.names, said))
-    return specials
 
 
 def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: engine.Place) -> None:

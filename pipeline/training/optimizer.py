@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.console import EXIT_NON_FINITE, UserError
-from pipeline.training.adamw_kahan import AdamWKahan
 
 # Where a stop can come in the middle of an update, a save must wait for its end: this lock is held during the update.
 UPDATE_LOCK = threading.RLock()
@@ -30,28 +29,6 @@ class NonFiniteError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, EXIT_NON_FINITE)
-
-
-def make_inner(
-    kind: str, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> Optimizer:
-    """'adamw_kahan', 'adamw' (torch) or 'adamw8bit' (bitsandbytes) over torch's parameter groups, which may hold none.
-
-    A group may have a value of its own for any of the keyword arguments, and an `lr_factor` (parameter_groups.py).
-    """
-    if kind == "adamw_kahan":
-        return AdamWKahan(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-
-
-def bytes_per_parameter(kind: str, element_size: int) -> int:
-    """What one trained number takes: itself, its fp32 gradient sum, its gradient during the update, optimizer state."""
-    states = {"adamw_kahan": element_size + 4 + 4, "adamw": 2 * element_size, "adamw8bit": 2}[kind]
-    return element_size + 4 + element_size + states
 
 
 class PipelineOptimizer(Optimizer):

@@ -14,16 +14,32 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from pipeline import config_sections
 from pipeline.console import UserError
 
 FAST = re.compile(r"(.*\.)?(lora_)?[BM](\.default)?(\.weight)?")
 
 
 class Special(NamedTuple):
-    """Parameters with values of their own, by patterns of their names: keyword arguments of the optimizer, `lr_factor`."""
+    """Parameters with values of their own, by patterns of their names: an optimizer's arguments, `type`, `lr_factor`."""
 
     names: Sequence[str]
     values: Mapping[str, Any]
+
+
+def specials(optimizer: config_sections.Optimizer) -> list[Special]:
+    """[[optimizer.groups]] as keyword arguments of an optimizer and its `type`: what each says, and nothing else."""
+    found = []
+    for group in optimizer.groups:
+        said = group.model_dump(include={"type", "weight_decay", "eps"}, exclude_none=True)
+        if group.lr_ratio is not None:
+            said["lr_factor"] = group.lr_ratio
+        if group.beta1 is not None or group.beta2 is not None:
+            said["betas"] = tuple(
+                getattr(optimizer if getattr(group, b) is None else group, b) for b in ("beta1", "beta2")
+            )
+        found.append(Special(group.names, said))
+    return found
 
 
 def is_fast(name: str, parameter: nn.Parameter) -> bool:
@@ -43,12 +59,17 @@ def build(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         values = {"lr_factor": fast_ratio if is_fast(name, parameter) else 1.0, "weight_decay": weight_decay}
-        values |= next((special.values for special in specials if _names(special, name)), {})
+        values |= values_of(name, specials)
         if name in undecayed:
             values["weight_decay"] = 0.0
         group = groups.setdefault(tuple(sorted(values.items())), {"params": [], **values})
         group["params"].append(parameter)
     return list(groups.values()) or [{"params": [], "lr_factor": 1.0, "weight_decay": weight_decay}]
+
+
+def values_of(name: str, specials: Sequence[Special]) -> Mapping[str, Any]:
+    """What the first of `specials` that names the parameter says; nothing where none does."""
+    return next((special.values for special in specials if _names(special, name)), {})
 
 
 def check(specials: Sequence[Special], names: Collection[str]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.console import EXIT_DONE, UserError, gib, say
+from pipeline.model import adapters
 from pipeline.model.host_arena import HostArena
 from pipeline.model.levels import Keeping, Level
 from pipeline.model.stage import DTYPES, Stage, empty_model, logit_transform, read_model_config
@@ -29,10 +30,10 @@ from pipeline.planning.nearest import nearest
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape
 from pipeline.planning.solve import solve
 from pipeline.planning.timeline import in_flight
-from pipeline.training import prepare, stage_parts
+from pipeline.training import parameter_groups, prepare, stage_parts
 from pipeline.training.engine import Place
+from pipeline.training.inner_optimizer import bytes_per_parameter
 from pipeline.training.metrics import added_memory
-from pipeline.training.optimizer import bytes_per_parameter
 from pipeline.training.prepare import ModelPlan
 
 GIB = 1 << 30
@@ -69,8 +70,11 @@ def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: b
     stage_parts.put_kernels(stage, config.kernels)
     rows, _ = _rows(config)
 
+    own_types = optimizer_types(config, stage)
+
     def trained_bytes(parameter: nn.Parameter) -> int:
-        return parameter.numel() * bytes_per_parameter(config.optimizer.type, parameter.element_size())
+        kind = own_types.get(parameter, config.optimizer.type)
+        return parameter.numel() * bytes_per_parameter(kind, parameter.element_size())
 
     @cache
     def count(tokens: int) -> ModelCost:
@@ -81,6 +85,13 @@ def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: b
             )  # fmt: skip
 
     return count
+
+
+def optimizer_types(config: Config, stage: Stage) -> dict[nn.Parameter, str]:
+    """The optimizer's type of those trained parameters for which [[optimizer.groups]] names one."""
+    specials = parameter_groups.specials(config.optimizer)
+    found = {p: parameter_groups.values_of(name, specials) for name, p in adapters.trainable(stage).items()}
+    return {p: values["type"] for p, values in found.items() if "type" in values}
 
 
 def show(config: Config, described: str | None) -> int:

@@ -57,11 +57,22 @@ def check_continues(
             f"the checkpoint has trained {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}, which this run would drop; "
             "resume with its target_modules and layers_to_transform"
         )
-    if saved["optimizer"]["type"] != config["optimizer"]["type"] and config["load_optimizer_states"]:
+    before, now = (_optimizer_types(each["optimizer"]) for each in (saved, config))
+    if before != now and config["load_optimizer_states"]:
         raise UserError(
-            f"the checkpoint's optimizer is {saved['optimizer']['type']}, this run's {config['optimizer']['type']}: their "
+            f"the checkpoint's optimizer is {before}, this run's {now}: their "
             "states do not fit; set load_optimizer_states = false to start the optimizer afresh"
         )
+
+
+def _optimizer_types(optimizer: dict[str, Any]) -> str:
+    """The type, and those of [[optimizer.groups]] that have another: 'adamw_kahan, adamw for B'."""
+    own = [
+        f"{group['type']} for {' and '.join(group['names'])}"
+        for group in optimizer.get("groups", [])
+        if group.get("type") not in (None, optimizer["type"])
+    ]
+    return ", ".join([optimizer["type"], *own])
 
 
 def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_toml: str) -> Path:
