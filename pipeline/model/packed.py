@@ -84,6 +84,20 @@ def dequantised_bytes(module: nn.Module) -> int:
     return max((part.weight.numel() * part.scheme.compute_dtype.itemsize for part in foreseen), default=0)
 
 
+def dequantising_traffic(module: nn.Module) -> tuple[int, int]:
+    """Bytes read and written to unpack the weights of `module` for their products: of one forward, of one backward.
+
+    4 bits are unpacked for both, 8 bits for backward only: their forward multiplies the codes.
+    """
+    forward = backward = 0
+    for part in (part for part in module.modules() if isinstance(part, Foreseen)):
+        codes = part.scheme.packed_bytes(part.out_features, part.in_features)
+        unpacked = part.weight.numel() * part.scheme.compute_dtype.itemsize
+        backward += codes + unpacked
+        forward += codes + unpacked if part.scheme.bits == 4 else 0
+    return forward, backward
+
+
 def foresee(model: PreTrainedModel, scheme: Scheme) -> list[str]:
     """Put a `Foreseen` for every linear layer of the decoder layers that `scheme` quantises; returns their names.
 

@@ -16,7 +16,7 @@ from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy,
 from pipeline.model import replay
 from pipeline.model.activation import whole_layer
 from pipeline.model.levels import Level
-from pipeline.model.packed import dequantised_bytes, saved_bytes
+from pipeline.model.packed import dequantised_bytes, dequantising_traffic, saved_bytes
 from pipeline.model.stage import Stage
 from pipeline.planning.counting import Measured, measure, received
 from pipeline.planning.fake_layers import fake_parameters, layer_alone
@@ -62,16 +62,21 @@ def _layer_cost(
         plain = measure(run)
         measured = dict(_by_level(layer, run, plain, levels))
     backward = Work(plain.backward.flops / n, plain.backward.elementwise_bytes / n)
-    costs = {
-        level: LevelCost(
-            m.kept_bytes / n,
-            Work(m.backward.flops / n - backward.flops, m.backward.elementwise_bytes / n - backward.elementwise_bytes),
-        )
-        for level, m in measured.items()
-    }
     forward = Work(plain.forward.flops / n, plain.forward.elementwise_bytes / n)
+    unpacked, unpacked_again = (traffic / n for traffic in dequantising_traffic(layer))
+    costs = {}
+    for level, m in measured.items():
+        flops, moved = (
+            m.backward.flops / n - backward.flops,
+            m.backward.elementwise_bytes / n - backward.elementwise_bytes,
+        )
+        # The share of the products that is computed again is about that of the weights that are unpacked for it.
+        costs[level] = LevelCost(m.kept_bytes / n, Work(flops, moved + unpacked * flops / forward.flops))
     peak = max(plain.forward_peak_bytes, plain.backward_peak_bytes) + dequantised_bytes(layer)
     working = (peak - plain.kept_bytes) / n
+    forward = forward._replace(elementwise_bytes=forward.elementwise_bytes + unpacked)
+    if plain.backward.kernels:
+        backward = backward._replace(elementwise_bytes=backward.elementwise_bytes + unpacked_again)
     return LayerCost(_bytes(layer), _state(layer, trained_bytes), forward, backward, costs, working)
 
 
