@@ -26,11 +26,15 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 train: setup ## the main job on sample books: train, stop, resume, evaluate, fold (about 2 minutes)
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python quickstart.py
 
+# Most tests are one process on one core, so two files of them run at a time; those with several processes share.
+TEST_JOBS ?= 2
+PYTEST := PATH="$(CURDIR)/$(RUN):$$PATH" OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+
 test: setup ## the tests (minutes)
-	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup ## the tests with the slow ones
-	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pytest --timeout 1800
+	$(PYTEST) --timeout 1800
 
 lint: setup ## ruff and mypy
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy

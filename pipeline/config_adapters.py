@@ -3,6 +3,7 @@
 Takes the value of adapter_type and plain keys; gives messages. pipeline/config.py describes the keys themselves.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -30,7 +31,6 @@ REFUSED_TYPES = {
 }
 OVER_QUANTISED = {
     "hra": "over quantised weights PEFT, for which it is saved, computes garbage without an error",
-    "boft": "not tried over quantised weights; use 'oft'",
 }
 
 
@@ -38,6 +38,13 @@ def known_family(value: Any) -> Any:
     """`value`, or ValueError with the reason where it is a family that is refused."""
     if isinstance(value, str) and (reason := REFUSED_TYPES.get(value.lower().replace("-", "").replace("_", ""))):
         raise ValueError(reason)
+    return value
+
+
+def known_start(value: bool | str) -> bool | str:
+    """A value of init_lora_weights, or ValueError."""
+    if value is not True and not re.fullmatch(r"pissa|pissa_niter_\d{1,3}|olora", str(value)):
+        raise ValueError("should be true, 'pissa', 'pissa_niter_4' (or another number of iterations) or 'olora'")
     return value
 
 

@@ -32,6 +32,7 @@ def run_and_compare(tmp_path: Path, stages: int, **changes: Any) -> tuple[str, d
 
 
 SLOW = pytest.mark.slow
+NF4 = {"bnb": {"load_in_4bit": True}}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,8 @@ SLOW = pytest.mark.slow
         pytest.param(2, {"activation_checkpointing": "auto", "kernels": "all"}, id="auto, kernels"),
         pytest.param(2, {"kernels": "all", "lora_weight_dtype": "bfloat16"}, id="kernels", marks=SLOW),
         pytest.param(1, {}, id="one stage", marks=SLOW),
+        pytest.param(2, {"quantization": NF4}, id="4 bits", marks=SLOW),
+        pytest.param(2, {"quantization": NF4, "activation_checkpointing": True}, id="4 bits, recomputed", marks=SLOW),
     ],
 )
 def test_planned_memory_is_within_a_tenth_of_measured(tmp_path: Path, stages: int, changes: dict[str, Any]) -> None:

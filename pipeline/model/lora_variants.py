@@ -14,6 +14,7 @@ from pipeline.console import UserError
 from pipeline.model.adapters import device_of, draw, wrap
 from pipeline.model.stage import Stage
 
+OVERSAMPLED = 10  # probes beyond the rank (Halko, Martinsson & Tropp 2011, §4.2)
 ROWS = 1024  # of a weight at a time, where fp32 copies are made
 
 
@@ -140,11 +141,21 @@ def inject_dora(
 
 
 def inject_from_weight(
-    stage: Stage, targets: list[str], start: str, rank: int, scaling: float, dropout: float, dtype: torch.dtype
-) -> None:
-    """`LoRAFromWeight` on those of `targets` that the stage owns. `start`: 'pissa' or 'olora'. UserError for a rank
-    above a weight's own, or a weight that is quantised."""
-    take = {"pissa": _principal, "olora": _first_columns}[start]
+    stage: Stage, targets: list[str], start: str, rank: int, scaling: float, dropout: float, dtype: torch.dtype,
+    seed: int,
+) -> None:  # fmt: skip
+    """`LoRAFromWeight` on those of `targets` that the stage owns. `start`: 'pissa', 'pissa_niter_<N>' or 'olora'.
+    UserError for a rank above a weight's own, or a weight that is quantised."""
+    iterations = int(start.removeprefix("pissa_niter_")) if start.startswith("pissa_niter_") else None
+
+    def take(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if start == "olora":
+            return _first_columns(weight, rank, scaling)
+        if iterations is None:
+            return _pissa(*torch.linalg.svd(weight, full_matrices=False), rank, scaling)
+        probes = torch.empty(weight.shape[1], min(rank + OVERSAMPLED, *weight.shape), device=weight.device)
+        draw(probes, f"{name}.probes", seed)
+        return _pissa(*approximate_svd(weight, probes, iterations), rank, scaling)
 
     def make(name: str, base_layer: nn.Module) -> nn.Module:
         adapter = LoRAFromWeight(base_layer, rank, scaling, dropout, dtype)
@@ -156,15 +167,29 @@ def inject_from_weight(
         if rank > min(weight.shape):
             raise UserError(f"lora_rank = {rank}: {name} has a weight of rank {min(weight.shape)} at most")
         if not weight.is_meta:
-            adapter.start(*take(weight.detach().float(), rank, scaling))
+            adapter.start(*take(name, weight.detach().float()))
         return adapter
 
     wrap(stage, targets, make)
 
 
-def _principal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """PiSSA: s·B·A is the best approximation of rank R of `weight`, its SVD's (Meng et al. 2024, arXiv 2404.02948)."""
-    U, singular, Vh = torch.linalg.svd(weight, full_matrices=False)
+@torch.no_grad()
+def approximate_svd(weight: Tensor, probes: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular vectors of `weight` [D_out, D_in]: U [D_out, q], their values [q], Vh [q, D_in].
+
+    `probes` [D_in, q], random; subspace iteration (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1). torch's
+    svd_lowrank draws its own probes on the device, other ones on another; a resumed run must find the same vectors.
+    """
+    Q = torch.linalg.qr(weight @ probes).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(weight.T @ Q).Q
+        Q = torch.linalg.qr(weight @ Q).Q
+    U, singular, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
+    return Q @ U, singular, Vh
+
+
+def _pissa(U: Tensor, singular: Tensor, Vh: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """PiSSA: s·B·A is the best approximation of rank R of U·diag(singular)·Vh (Meng et al. 2024, arXiv 2404.02948)."""
     root = (singular[:rank] / scaling).sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root
 
