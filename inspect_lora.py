@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from pipeline.artifacts.adapter_files import KINDS, Adapter, Kind
-from pipeline.artifacts.adapter_reading import load_adapter
+from pipeline.artifacts.adapter_reading import load_pairs
 from pipeline.artifacts.base_files import Base, read_base
-from pipeline.artifacts.fold_match import match
+from pipeline.artifacts.fold_match import pair_kind
 from pipeline.artifacts.safetensors_stream import FLOATS
 from pipeline.artifacts.whole_file import check_file_free, whole_file
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
@@ -52,7 +52,7 @@ def main() -> int:
     asked = parser().parse_args()
     leave_on_sigterm()
     _check(asked)
-    adapter = load_adapter(asked.adapter)
+    adapter = load_pairs(asked.adapter)
     base, kind = _base_and_kind(adapter, asked.input, asked.kind)
     tokenizer, text = _tokenizer_and_text(base, asked.text, asked.tokens)
     inspection = reading.read(
@@ -94,7 +94,7 @@ def _base_and_kind(adapter: Adapter, folder: Path | None, asked: Kind | None) ->
     if folder is None:
         return None, reading.kind_without_base(adapter, asked)
     base = read_base(folder)
-    return base, match(base, adapter, kind=asked, kind_is_meant=True, scale=1.0, layers=None).kind
+    return base, pair_kind(base, adapter, kind=asked, kind_is_meant=True)
 
 
 def _tokenizer_and_text(base: Base | None, file: Path | None, limit: int) -> tuple[Any, Text | None]:

@@ -1,11 +1,14 @@
 """Fold adapters into their base model:  python merge_lora.py --input BASE --lora ADAPTER [MORE ...] --output OUT
 
-Takes the folder of a base model (safetensors, 16 or 32 bit) and of adapters (ours, PEFT's LoRA, or the founding
-method's hacked PEFT); gives a model's folder that any program reads like the base. Exit codes: 0 done, 2 the request
-cannot be carried out, 3 the result did not verify, 28 disk full. In every case but the first nothing is left behind.
+Takes the folder of a base model (safetensors, 16 or 32 bit) and of adapters (ours; PEFT's LoRA, DoRA, IA³, OFT, BOFT, HRA,
+with modules that were trained in full; the founding method's hacked PEFT); gives a model's folder that any program
+reads like the base. Exit codes: 0 done, 2 the request cannot be carried out, 3 the result did not verify, 28 disk
+full. In every case but the first nothing is left behind.
 
 Several adapters are folded in the order given, each into the weight as the one before left it, rounded once at the end:
-W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W for multiplicative ones; an additive one adds s·B·A at its turn.
+W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W for multiplicative ones; at its turn an additive one adds s·B·A, DoRA
+scales the rows of what stands then, IA³ multiplies rows or columns, OFT, BOFT and HRA turn or reflect the inputs, and a
+tensor that was trained in full takes the place of what stands then.
 """
 
 import argparse
@@ -27,21 +30,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--lora", type=Path, required=True, nargs="+", metavar="ADAPTER",
         help="folder of the adapter, or of several, folded in this order: of multiplicative ones W' = (I + s3·B3·A3)·"
-        "(I + s2·B2·A2)·(I + s1·B1·A1)·W; an additive one adds s·B·A to the weight as it stands then",
+        "(I + s2·B2·A2)·(I + s1·B1·A1)·W; others act on the weight as it stands then: an additive one adds s·B·A, DoRA "
+        "scales rows, IA3 rows or columns, OFT, BOFT and HRA turn the inputs, a tensor trained in full takes its place",
     )  # fmt: skip
     command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write the model to")
     command.add_argument(
         "--scale", type=float, default=[1.0], nargs="+", metavar="S",
-        help="multiply the strength of the adapters: one factor for all, or one for each (default 1)",
+        help="multiply the strength s of the adapters: one factor for all, or one for each (default 1, the only one for IA3, "
+        "OFT, BOFT, HRA and what was trained in full, which have no s)",
     )  # fmt: skip
     command.add_argument(
         "--layers", metavar="RANGES",
-        help="fold the adapters' modules of these layers only: '0:38' (both ends included), '5', '0:10,20' (default all)",
+        help="fold the adapters' modules of these layers only: '0:38' (both ends included), '5', '0:10,20' (default all; "
+        "embedding, last norm and head are in no layer)",
     )  # fmt: skip
     command.add_argument(
         "--unmerge", action="store_true",
         help="take the adapters out of a model they were folded into, in the order of --lora: the exact inverses, last "
-        "one first. Refused where an adapter erases a direction, or nearly so",
+        "one first. Refused where an adapter erases a direction, or nearly so, and for DoRA and tensors trained in full",
     )  # fmt: skip
     command.add_argument(
         "--base-quant", choices=BASE_QUANTS,

@@ -17,7 +17,7 @@ from pathlib import Path  # noqa: E402
 
 from pipeline import config_sources  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, UserError, rank, run_command, say  # noqa: E402
+from pipeline.console import EXIT_DONE, UserError, rank, run_command  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -68,34 +68,22 @@ def main() -> int:
 
         return planned.show(config, arguments.devices)
     if arguments.check or arguments.preview is not None:
+        from pipeline.training.look import look
+
         return look(config, arguments.preview)
     return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
 
 
-def look(config: Config, preview_chunks: int | None) -> int:
-    """`--check` and `--preview`: nothing distributed, no weights."""
-    from pipeline.data.preview import preview
-    from pipeline.training import prepare
-
-    plan = prepare.plan_model(config)
-    prepare.check_files(config)
-    tokenizer = prepare.tokenizer_for(plan, config.model)
-    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))
-    prepare.evaluation_batches(config, data)
-    prepare.describe_steps(config, batches, replicas=1)
-    if preview_chunks is not None:
-        say("\n" + "\n".join(preview(batches, tokenizer, preview_chunks)))
-    return EXIT_DONE
-
-
 def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     """The run itself. Errors of the data and the config come before any process waits for another."""
-    from pipeline.training import assemble, engine, failures, prepare, run_folder, selftest
+    from pipeline.training import assemble, ending, engine, failures, prepare, run_folder, selftest
+    from pipeline.training.run_record import RunRecord
 
     engine.check_version()
     engine.check_processes(config.pipeline_stages)
     plan = prepare.plan_model(config)
     prepare.check_files(config)
+    ending.check(config, plan)
     data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
     resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
@@ -108,8 +96,14 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
             selftest.run(place, config.gradient_accumulation_steps)
             run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
         with failures.explained(watcher, run.save_between_boundaries):
+            record = RunRecord(run.saver.run_dir, place, data, run.step)
             code = run.run()
+            record.end(run.step)
         engine.shutdown()
+        if code == EXIT_DONE and rank() == 0:
+            done = run.saver.run_dir, run.step, run.resume_line
+            del run  # and with it the stage's weights
+            ending.follow(config, *done, watcher)
         return code
     finally:
         if rank() == 0:

@@ -15,6 +15,7 @@
     training.trainer.run     steps, evaluation, saves, stop signals
     training.checkpoint      the state of the last completed step → a folder that is whole or not there
     artifacts.merge          base + adapters → a merged model; artifacts.export: the exact additive form
+    publishing               after a run: fold, exports, model card, upload to the Hub
     inspection               what an adapter does, in numbers, tokens and passages
 
 Imports point one way: training → planning → objectives, model, data → config, console; `artifacts` needs neither DeepSpeed nor

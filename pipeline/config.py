@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline import config_adapters, config_options
+from pipeline import config_adapters, config_options, config_publishing
 from pipeline.config_sections import (
     Bnb,
     Dataset,
@@ -60,8 +60,8 @@ class Config(Section):
     use_dora: bool = Field(
         False, description="'lora' with a trained magnitude for each output's row of the merged weight (DoRA); slower"
     )
-    init_lora_weights: Literal[True, "pissa", "olora"] = Field(
-        True, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa') or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
+    init_lora_weights: Annotated[bool | str, AfterValidator(config_adapters.known_start)] = Field(
+        True, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa', or 'pissa_niter_4', which finds them by 4 subspace iterations, in seconds where the exact ones take minutes) or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
     oft_block_size: PositiveInt | None = Field(
         None, description="of 'oft': inputs that are rotated among each other; must divide a module's inputs"
     )
@@ -72,6 +72,8 @@ class Config(Section):
         None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
+    trainable_modules: list[str] = Field(
+        [], description="modules trained in full beside the adapter, in all layers whatever layers_to_transform says: a full name, or the end of one after a dot (['embed_tokens', 'input_layernorm', 'norm']); they keep model_weight_dtype")  # fmt: skip
     train_logit_scale: PositiveFloat = Field(
         1.0, description="multiplies the logits before the softmax in training; recorded in the adapter"
     )
@@ -163,6 +165,14 @@ class Config(Section):
         False, description="true: the newest complete checkpoint under output_dir; or the path of a run or a checkpoint"
     )
     load_optimizer_states: bool = Field(True, description="false starts the optimizer afresh on resuming")
+    after_training: list[config_publishing.Part] = Field(
+        [], description="what follows a run that reached its end, with what was saved at the last step, in this order whatever the list's: 'merge' (merged/ in the run's folder), 'export:peft' (peft/), 'export:gguf' (gguf/), 'card' (README.md in each of them, or in step<N>/ where there is none), 'push' (the first of merged/, peft/, gguf/ and step<N>/ that there is, to hub_model_id)")  # fmt: skip
+    hub_model_id: Annotated[str, AfterValidator(config_publishing.hub_id)] | None = Field(
+        None, description="OWNER/NAME of the repository on the Hub; required by 'push', which needs a token as well"
+    )
+    hub_private_repo: bool = Field(True, description="the repository is private; one that is public is then refused")
+    hub_base_model: Annotated[str, AfterValidator(config_publishing.hub_id)] | None = Field(
+        None, description="OWNER/NAME of the base model on the Hub, which cards and adapters then name; default: known if model is in a Hub cache")  # fmt: skip
 
     dataset_combination_mode: Literal["concatenate", "interleave"] = Field(
         "concatenate", description="how several [[datasets]] become one"
@@ -217,6 +227,7 @@ class Config(Section):
             {key: getattr(self, key) for key in config_options.OF_ADAPTERS},
             starts_from_weight=self.init_lora_weights is not True, loraplus=self.optimizer.loraplus != 1,
         )  # fmt: skip
+        yield from config_publishing.conflicts(self.after_training, self.hub_model_id, self.full_fine_tune)
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_stages:

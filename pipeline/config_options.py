@@ -9,7 +9,7 @@ from typing import Any
 # Options that speak of the product s·B·A of each module.
 OF_PRODUCTS = ("composite_weight_decay", "scale_weight_norms")
 PATTERNS = ("rank_pattern", "alpha_pattern")
-OF_ADAPTERS = (*OF_PRODUCTS, *PATTERNS, "init_adapter")
+OF_ADAPTERS = (*OF_PRODUCTS, *PATTERNS, "init_adapter", "trainable_modules")
 WITH_PRODUCTS = ("multiplicative_lora", "lora")
 WITH_FAST_PART = (*WITH_PRODUCTS, "moslora")
 
@@ -36,7 +36,7 @@ def conflicts(family: str | None, values: dict[str, Any], starts_from_weight: bo
     if values["init_adapter"] and starts_from_weight:
         yield (
             "init_adapter: what such a run saves is a plain LoRA of twice the rank; to go on from it leave "
-            "init_lora_weights out, and give twice the lora_rank and lora_alpha"
+            "init_lora_weights out, and give twice the lora_rank and the lora_alpha with which s is the same"
         )
     if loraplus and family not in WITH_FAST_PART:
         yield (

@@ -78,12 +78,13 @@ def multiplicative(
     rank: int = 4,
     size: float = 0.3,
     alpha: float = 6.0,
+    seed: int = 0,
     **facts,
 ) -> dict[str, torch.Tensor]:
     """Save a multiplicative adapter, of every down_proj where nothing else is said; its tensors."""
     from pipeline.artifacts.adapter_files import save_adapter
 
-    tensors = random_tensors(modules or down_proj(), rank, multiplicative=True, size=size)
+    tensors = random_tensors(modules or down_proj(), rank, multiplicative=True, size=size, seed=seed)
     save_adapter(folder, tensors, kind="multiplicative_lora", rank=rank, alpha=alpha, **{**FACTS, **facts})
     return tensors
 

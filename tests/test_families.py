@@ -54,7 +54,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "boft": {**ROTATIONS, "adapter_type": "boft", "boft_block_size": 8},
     "hra": {**ROTATIONS, "adapter_type": "hra", "lora_rank": 4},
 }  # fmt: skip
-FOLDABLE = ["multiplicative", "control", "lora", "rslora", "moslora", "pissa", "pissa, rslora", "olora"]
 ALL = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -190,7 +189,7 @@ def chain_rule(family: str, name: str, own: dict[str, nn.Parameter], theirs: dic
     return theirs[name]
 
 
-@pytest.mark.parametrize("family", FOLDABLE)
+@ALL
 def test_fold_is_pefts_merge_and_the_live_model(folder: Path, tmp_path: Path, family: str) -> None:
     """PiSSA and OLoRA are folded onto the original base, which is not the one PEFT would train them on."""
     config = config_of(folder, family)
@@ -203,24 +202,6 @@ def test_fold_is_pefts_merge_and_the_live_model(folder: Path, tmp_path: Path, fa
     with torch.no_grad():
         live = hidden(stages, token_ids())
     torch.testing.assert_close(theirs(base_model(tmp_path / "out")), live, rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("family", "said"),
-    [
-        ("dora", "use_dora = True: DoRA scales"),
-        ("ia3", "'IA3'"),
-        ("oft", "'OFT'"),
-        ("boft", "'BOFT'"),
-        ("hra", "'HRA'"),
-    ],
-)
-def test_what_is_not_folded_is_refused_by_name(folder: Path, tmp_path: Path, family: str, said: str) -> None:
-    config = config_of(folder, family)
-    adapter = save(config, move(stages_of(folder, config, [0, 4])), tmp_path / "adapter")
-    with pytest.raises(UserError, match=said):
-        merge(folder, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @ALL

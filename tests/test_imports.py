@@ -13,6 +13,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 330, 70, 120
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
+    "huggingface_hub": ("pipeline/publishing/",),
     "deepspeed": ("pipeline/training/",),
     "bitsandbytes": ("pipeline/model/quantization.py", "pipeline/training/inner_optimizer.py"),
 }
@@ -29,6 +30,7 @@ FORBIDDEN = {
     "pipeline/model/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
     "pipeline/objectives/": ("pipeline.training", "pipeline.data", "pipeline.artifacts"),
     "pipeline/planning/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
+    "pipeline/publishing/": ("pipeline.training", "pipeline.model", "transformers", "deepspeed", "peft"),
     "pipeline/inspection/": ("pipeline.training", "deepspeed", "peft"),
     "pipeline/": ("train", "quickstart", "merge_lora", "export_lora", "make_adapter", "inspect_lora", "tests"),
 }

@@ -140,6 +140,51 @@ def test_goes_on_from_what_is_saved(base: Path, tmp_path: Path, family: str) -> 
         adapter_families.saved(other, TARGETS, biased_targets=False)
 
 
+@pytest.mark.parametrize("family", ["lora", "rslora"])
+def test_goes_on_from_what_peft_saves(base: Path, tmp_path: Path, family: str) -> None:
+    """PEFT's own file, in which each module has its own rank and the patterns stand in the config: bit for bit."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS, rank_pattern=RANKS, alpha_pattern=ALPHAS,
+        use_rslora=family == "rslora",
+    )  # fmt: skip
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings).eval()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+        peft.save_pretrained(tmp_path / "saved")
+        wanted = peft.base_model.model.model(token_ids())[0]
+    config = config_of(base, family, init_adapter=str(tmp_path / "saved"))
+    begun = chain(base, [0, 2, 4])
+    for stage in begun:
+        adapter_families.inject(stage, config, TARGETS)
+        initial_adapter.put(stage, adapter_families.saved(config, TARGETS, biased_targets=False))
+        stage.eval()
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".A"): p.detach()
+        for name, p in peft.named_parameters() if ".lora_A." in name
+    }  # fmt: skip
+    own = parameters(begun)
+    assert {n for n in own if n.endswith(".A")} == theirs.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())
+    with torch.no_grad():
+        # As above.
+        torch.testing.assert_close(hidden(begun, token_ids()), wanted, rtol=0, atol=1e-5)
+    for changes, said in (
+        (
+            {"rank_pattern": {**RANKS, "o_proj": 2}},
+            r"0\.self_attn\.o_proj has rank 3, this run's has rank 2; set lora_rank",
+        ),
+        ({"alpha_pattern": {**ALPHAS, "o_proj": 6.0}}, r"0\.self_attn\.o_proj was trained with s = .* \(alpha"),
+    ):
+        other = config_of(base, family, init_adapter=str(tmp_path / "saved"), **changes)
+        with pytest.raises(UserError, match=said):
+            adapter_families.saved(other, TARGETS, biased_targets=False)
+
+
 @pytest.mark.parametrize("family", ["multiplicative_lora", "lora", "rslora"])
 def test_norms_are_those_of_each_modules_own_scaling(base: Path, family: str) -> None:
     config = config_of(base, family)

@@ -6,15 +6,21 @@ DeepSpeed nor transformers nor PEFT is imported here. In the order in which a fo
     safetensors_stream   headers without data; reading and writing tensors piece by piece
     whole_folder         an output folder that appears whole or not at all
     adapter_files        what an adapter is, in memory and on disk; writing one
-    adapter_reading      reading ours, PEFT's LoRA and PEANuT, and the founding method's hacked LoRA
+    full_tensors         what an adapter's files say of weights that were trained in full beside it
+    weight_maps          what the families that are no pairs do to a weight, row by row, and what undoes it
+    family_maps          DoRA, IA3, OFT, BOFT and HRA as such maps
+    adapter_configs      which keys of a configuration change what an adapter computes
+    full_reading         weights that were trained in full, among an adapter's tensors
+    adapter_reading      reading ours, PEFT's, and the founding method's hacked LoRA
     base_files           a base model's folder: its tensors, its config, and what else to copy
     nf4                  weights as 4-bit training sees them
     fold_match           exact matching of adapter and base, in both directions, or a refusal
-    fold_inverse         the inverse of a multiplicative adapter, where rounding leaves one
+    fold_inverse         the inverse of an adapter, where there is one and rounding leaves it
     fold_plan            which steps change which tensor, in which order
     fold_doubts          what speaks against a fold that can be done
     fold_rows            the arithmetic, a block of rows at a time, and what survived rounding
-    fold_check           the written result, read again and recomputed in fp64
+    fold_reference       rows of the result in fp64, by a path of their own, and how far fp32 may be from them
+    fold_check           the written result, read again and compared with these
     fold_report          the plan and the result as text
     merge                the fold itself
 """

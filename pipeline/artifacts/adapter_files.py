@@ -17,13 +17,16 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
+from pipeline.artifacts import full_tensors
 from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.artifacts.weight_maps import RowMap
 from pipeline.artifacts.whole_folder import whole_folder
 
 Kind = Literal["multiplicative_lora", "lora"]
@@ -35,6 +38,7 @@ METADATA_KEY = "mulora_pipe"  # in the safetensors metadata: one JSON object wit
 FORMAT_VERSION = 1
 OWN_TYPE = "MULTIPLICATIVE_LORA"
 PEFT_PREFIX = "base_model.model."
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Pair:
     B: torch.Tensor
     scaling: float
     origin: str  # such as "alpha / rank = 32 / 64"
+    bias: torch.Tensor | None = None  # PEFT's lora_bias: of lora_B [D_out], so that b' = b + s·bias
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class Adapter:
     """An adapter as it was read. `kind` is None where the files leave it open (type LORA, not written by us).
 
     `moves_bias`: where multiplicative, it was trained on the whole output, bias included, so that b' = b + s·B·A·b.
+    `family`: one of peft_files.FAMILIES where it is no pairs; then `maps` has each module's, and `pairs` is empty.
+    `full`: tensors that were trained in full, by their names in the model. `keeps_tie`: a tied head was trained with the
+    embedding, as one tensor.
     """
 
     folder: Path
@@ -60,6 +68,14 @@ class Adapter:
     moves_bias: bool
     train_logit_scale: float
     base_model: str | None
+    family: str | None = None
+    maps: dict[str, tuple[RowMap, ...]] = field(default_factory=dict)
+    full: dict[str, torch.Tensor] = field(default_factory=dict)
+    keeps_tie: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(self.maps if self.family else self.pairs)
 
 
 def save_adapter(
@@ -75,6 +91,8 @@ def save_adapter(
     biased_targets: bool,
     facts: Mapping[str, Any] | None = None,
     use_rslora: bool = False,
+    full: Mapping[str, torch.Tensor] = NOTHING,
+    tied: Mapping[str, str] = NOTHING,
     replace: bool = False,
 ) -> None:
     """Write an adapter to `folder`, which appears whole or not at all. Arguments as for `write_adapter`.
@@ -85,7 +103,7 @@ def save_adapter(
         write_adapter(
             temporary, tensors, kind=kind, rank=rank, alpha=alpha, dropout=dropout, base_model=base_model,
             train_logit_scale=train_logit_scale, biased_targets=biased_targets, facts=facts,
-            use_rslora=use_rslora,
+            use_rslora=use_rslora, full=full, tied=tied,
         )  # fmt: skip
 
 
@@ -102,13 +120,16 @@ def write_adapter(
     biased_targets: bool,
     facts: Mapping[str, Any] | None = None,
     use_rslora: bool = False,
+    full: Mapping[str, torch.Tensor] = NOTHING,
+    tied: Mapping[str, str] = NOTHING,
 ) -> None:
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
     `tensors`: `<module>.A` and `<module>.B` for every module, floating point, of the shapes above with R = `rank`.
     `base_model`: the name or path it was trained on; of a path only the last part is written, as adapters get shared.
     `biased_targets`: whether any of the modules has a bias. `facts`: more for the metadata (JSON values).
-    `use_rslora`: s = alpha / √rank (rsLoRA, arXiv 2312.03732); of a LoRA only.
+    `use_rslora`: s = alpha / √rank (rsLoRA, arXiv 2312.03732); of a LoRA only. `full`: weights of the model that were
+    trained whole, by their names in it; `tied`: another name of one of them, with that one's (full_tensors.py).
     Raises ValueError where a pair is incomplete or misshapen.
     """
     pairs = adapter_pairs(tensors)
@@ -119,10 +140,11 @@ def write_adapter(
         **(facts or {}), "format_version": FORMAT_VERSION, "kind": kind, "rank": rank, "alpha": alpha,
         "scaling": scaling, "dropout": dropout, "train_logit_scale": train_logit_scale, "base_model": name,
         "biased_targets": biased_targets, "modules": list(pairs), "layers": _layers(pairs),
+        **full_tensors.for_metadata(full, tied),
     }  # fmt: skip
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "inference_mode": True, "r": rank,
-        "target_modules": list(pairs), "modules_to_save": None,
+        "target_modules": list(pairs),
     }  # fmt: skip
     if kind == "lora":
         config |= {
@@ -132,9 +154,11 @@ def write_adapter(
     else:
         peft_type = OWN_TYPE if biased_targets else "PEANUT"
         config |= {"peft_type": peft_type, "depth": 0, "act_fn": "linear", "scaling": scaling, "init_weights": True}
+    config |= full_tensors.for_config(full, tied, config["peft_type"])
     stem = "lora" if kind == "lora" else "peanut"
     stored = {f"{PEFT_PREFIX}{module}.{stem}_{letter}.weight": tensor
               for module, pair in pairs.items() for letter, tensor in zip("AB", pair, strict=True)}  # fmt: skip
+    stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
     specs = [TensorSpec(name, FLOAT_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
     metadata = {"format": "pt", METADATA_KEY: json.dumps(own)}
     write_safetensors(folder / WEIGHTS_FILE, specs, lambda name: [tensor_bytes(stored[name])], metadata)

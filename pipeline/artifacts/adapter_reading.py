@@ -1,8 +1,9 @@
 """Reading an adapter from disk.
 
-Takes a folder written by us, by PEFT (LORA, PEANUT) or by the founding method's hacked PEFT; gives an `Adapter` with
-one (A, B, s) per module, or refuses with the name of what it holds that a fold would leave out. `adapter_model.bin`, in
-which the founding method's adapters were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
+Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA) or by the founding method's hacked PEFT; gives
+an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors that were trained in full; or refuses
+with the name of what it holds that a fold would leave out. `adapter_model.bin`, in which the founding method's adapters
+were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from pipeline.artifacts.adapter_configs import check_config, check_peanut_config
 from pipeline.artifacts.adapter_files import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -29,31 +31,19 @@ from pipeline.artifacts.adapter_files import (
     natural_order,
 )
 from pipeline.artifacts.base_files import read_json
+from pipeline.artifacts.family_maps import TYPES, maps_of
+from pipeline.artifacts.full_reading import read_full
 from pipeline.artifacts.safetensors_stream import read_header
+from pipeline.artifacts.weight_maps import Added, RowMap, RowNorms
 from pipeline.console import UserError
 
-# Keys of a LORA config that change what the adapter computes, with what they mean. null, false and empty switch off.
-UNFOLDABLE = {
-    "use_dora": "DoRA scales the rows of the merged weight as well",
-    "modules_to_save": "whole modules were trained beside the adapter",
-    "lora_bias": "lora_B has a bias",
-    "trainable_token_indices": "single token embeddings were trained beside the adapter",
-    "layer_replication": "layers were repeated",
-    "target_parameters": "it targets parameters that are not a Linear module's weight",
-    "fan_in_fan_out": "the weights are stored transposed",
-    "alora_invocation_tokens": "it is active on some tokens only, which no fold can express",
-    "use_qalora": "QA-LoRA pools the input",
-    "megatron_config": "it was trained on Megatron's parallel layers",
+Facts = dict[str, Any]
+# {module: {its tensors' names in the file, without the module's: tensor}}
+Grouped = dict[str, dict[str, torch.Tensor]]
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+EXPECTED = {"LORA": "lora_A or lora_B of a module"} | {
+    key: f"{' or '.join(names).replace('.weight', '')} of a module" for key, (_, names) in TYPES.items()
 }
-# Keys that change nothing about A, B and s once the adapter is trained.
-HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-# Starts that leave the base weight alone. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) train against a changed one.
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -63,22 +53,58 @@ def load_adapter(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG_FILE, "--lora: an adapter's folder has one")
     own, tensors = _read_tensors(folder)
     peft_type = config.get("peft_type")
+    pairs: dict[str, Pair] = {}
+    maps: dict[str, tuple[RowMap, ...]] = {}
     if peft_type == "LORA":
-        _check_lora_config(folder, config)
-        pairs = _pairs(folder, tensors, "lora", config, own)
+        check_config(folder, config)
+        ends = ("lora_A.weight", "lora_B.weight", *([BIAS] if config.get("lora_bias") else []))
+        ends += (MAGNITUDE,) if config.get("use_dora") else ()
+        grouped, rest = _grouped(folder, tensors, ends)
+        pairs = _pairs(folder, grouped, "lora", config, own)
     elif peft_type in ("PEANUT", OWN_TYPE):
-        _check_peanut_config(folder, config)
-        pairs = _pairs(folder, tensors, "peanut", config, own)
+        check_peanut_config(folder, config)
+        grouped, rest = _grouped(folder, tensors, ("peanut_A.weight", "peanut_B.weight"))
+        pairs = _pairs(folder, grouped, "peanut", config, own)
+    elif peft_type in TYPES:
+        check_config(folder, config)
+        grouped, rest = _grouped(folder, tensors, TYPES[peft_type][1])
+        maps = {module: _maps(folder, module, peft_type, found, config) for module, found in grouped.items()}
     else:
-        raise UserError(f"{folder} is an adapter of type {peft_type!r}. LORA and PEANUT are what can be folded.")
-    kind = _kind(folder, peft_type, own)
+        raise UserError(
+            f"{folder} is an adapter of type {peft_type!r}. LORA, PEANUT, {', '.join(TYPES)} are what can be folded."
+        )
+    if not grouped:
+        raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
+    full = read_full(folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module"))
+    family = TYPES[str(peft_type)][0] if maps else None
+    if config.get("use_dora"):
+        family, maps, pairs = "dora", _dora(folder, grouped, pairs), {}
     _check_agreement(folder, own, pairs)
     scale, name = float(own.get("train_logit_scale", 1.0)), own.get("base_model", config.get("base_model_name_or_path"))
     # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
-    return Adapter(folder, kind, pairs, bool(own) or peft_type == "LORA", scale, name)
+    return Adapter(
+        folder, _kind(folder, str(peft_type), own, family), pairs, bool(own) or peft_type == "LORA", scale, name, family,
+        maps, full, bool(own) or bool(config.get("ensure_weight_tying")),
+    )  # fmt: skip
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def load_pairs(folder: Path) -> Adapter:
+    """As `load_adapter`, of an adapter that is pairs of A and B and nothing beside them in its modules. UserError else."""
+    adapter = load_adapter(folder)
+    if adapter.family:
+        raise UserError(
+            f"{folder} is an adapter of the family {adapter.family}, which is no pair of A and B a module: it can be "
+            "folded into the base (merge_lora.py) or loaded with PEFT."
+        )
+    if biased := [module for module, pair in adapter.pairs.items() if pair.bias is not None]:
+        raise UserError(
+            f"{folder}: lora_bias: lora_B of {biased[0]} has a bias of its own beside A and B. Such an adapter can be "
+            "folded into the base (merge_lora.py) or loaded with PEFT."
+        )
+    return adapter
+
+
+def _read_tensors(folder: Path) -> tuple[Facts, dict[str, torch.Tensor]]:
     """Our own facts (empty where others wrote it) and the tensors, whose memory is mapped where that is possible."""
     if (folder / WEIGHTS_FILE).is_file():
         header = read_header(folder / WEIGHTS_FILE)  # says in plain words what is wrong with a damaged file
@@ -97,7 +123,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor adapter_model.bin.")
 
 
-def _own_facts(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _own_facts(folder: Path, metadata: dict[str, str]) -> Facts:
     if METADATA_KEY not in metadata:
         return {}
     try:
@@ -110,79 +136,62 @@ def _own_facts(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return own
 
 
-def _check_lora_config(folder: Path, config: dict[str, Any]) -> None:
-    for key, value in config.items():
-        if not value or key in HARMLESS or (key == "bias" and value == "none"):
-            continue
-        if key == "bias":
-            raise UserError(
-                f"{folder}: bias = {value!r}: biases were trained beside the adapter. That is not folded yet."
-            )
-        if key in UNFOLDABLE:
-            raise UserError(f"{folder}: {key} = {value!r}: {UNFOLDABLE[key]}. That is not folded yet.")
-        raise UserError(
-            f"{folder}/{CONFIG_FILE}: {key} = {value!r} is not known here, and may change what the adapter computes. "
-            "If it does not, remove the key and run again."
-        )
-    start = config.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise UserError(
-            f"{folder}: init_lora_weights = {start!r} trains against a base whose weights were changed first, so it "
-            "cannot be folded into the original. Save it in PEFT with path_initial_model_for_weight_conversion."
-        )
-
-
-def _check_peanut_config(folder: Path, config: dict[str, Any]) -> None:
-    depth, activation = config.get("depth", 0), config.get("act_fn", "relu")
-    if depth != 0 or activation != "linear":
-        raise UserError(
-            f"{folder}: a PEANUT adapter with depth {depth} and act_fn {activation!r} is not linear. "
-            "Only depth 0 with act_fn 'linear' is a multiplicative LoRA."
-        )
-    key = "modules_to_save"
-    if config.get(key):
-        raise UserError(f"{folder}: {key} = {config[key]!r}: {UNFOLDABLE[key]}. That is not folded yet.")
-
-
-def _pairs(
-    folder: Path, tensors: dict[str, torch.Tensor], stem: str, config: dict[str, Any], own: dict[str, Any]
-) -> dict[str, Pair]:
-    """Group the tensors by module; each must be one half of exactly one pair."""
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    unknown = []
+def _grouped(folder: Path, tensors: dict[str, torch.Tensor], ends: tuple[str, ...]) -> tuple[Grouped, dict]:
+    """The tensors that end in one of `ends`, by module in natural order, each module with all of them; and the rest."""
+    found: Grouped = {}
+    rest = {}
+    pattern = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.+?)\.({'|'.join(map(re.escape, ends))})")
     for name, tensor in tensors.items():
-        match = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.{stem}_([AB])\.weight", name)
-        if match is None or match.group(2) in halves.setdefault(match.group(1), {}):
-            unknown.append(name)
+        match = pattern.fullmatch(name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name)
+        if match is None or match.group(2) in found.setdefault(match.group(1), {}):
+            rest[name] = tensor
         else:
-            halves[match.group(1)][match.group(2)] = tensor
-    if unknown:
-        raise UserError(
-            f"{folder}: {len(unknown)} tensors are no {stem}_A or {stem}_B of a module: {unknown[0]} first."
-        )
-    if not halves:
+            found[match.group(1)][match.group(2)] = tensor
+    if not any(found.values()) and not rest:
         raise UserError(f"{folder} holds no tensors: there is nothing to fold.")
-    single = [module for module, half in halves.items() if len(half) == 1]
+    single = [module for module, group in found.items() if len(group) < len(ends)]
     if single:
-        raise UserError(
-            f"{folder}: {single[0]} has {stem}_{next(iter(halves[single[0]]))} only. The adapter is incomplete."
-        )
+        has = ", ".join(name.removesuffix(".weight") for name in found[single[0]])
+        raise UserError(f"{folder}: {single[0]} has {has} only. The adapter is incomplete.")
+    for module, group in found.items():
+        for name, tensor in group.items():
+            _check_numbers(folder, module, name, tensor)
+    return {module: found[module] for module in sorted(found, key=natural_order)}, rest
+
+
+def _check_numbers(folder: Path, module: str, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise UserError(f"{folder}: {module}: the adapter's {name} is {tensor.dtype}, not floating point.")
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{folder}: {module}: the adapter holds NaN or infinite values. Its training diverged.")
+
+
+def _maps(
+    folder: Path, module: str, peft_type: str, found: dict[str, torch.Tensor], config: Facts
+) -> tuple[RowMap, ...]:
+    try:
+        return maps_of(peft_type, found, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}: {module}: {error}.") from None
+
+
+def _pairs(folder: Path, grouped: Grouped, stem: str, config: Facts, own: Facts) -> dict[str, Pair]:
     return {
-        module: _pair(folder, module, halves[module]["A"], halves[module]["B"], config, own)
-        for module in sorted(halves, key=natural_order)
+        module: _pair(
+            folder, module, found[f"{stem}_A.weight"], found[f"{stem}_B.weight"], config, own, found.get(BIAS)
+        )
+        for module, found in grouped.items()
     }
 
 
 def _pair(
-    folder: Path, module: str, A: torch.Tensor, B: torch.Tensor, config: dict[str, Any], own: dict[str, Any]
+    folder: Path, module: str, A: torch.Tensor, B: torch.Tensor, config: Facts, own: Facts, bias: torch.Tensor | None
 ) -> Pair:
     shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or 0 in A.shape + B.shape:
         raise UserError(f"{folder}: {module}: {shapes} are not R × D and D × R.")
-    if not (A.is_floating_point() and B.is_floating_point()):
-        raise UserError(f"{folder}: {module}: the adapter's tensors are {A.dtype} and {B.dtype}, not floating point.")
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise UserError(f"{folder}: {module}: the adapter holds NaN or infinite values. Its training diverged.")
+    if bias is not None and bias.shape != B.shape[:1]:
+        raise UserError(f"{folder}: {module}: the bias of lora_B is {tuple(bias.shape)}, {shapes}.")
     rank = A.shape[0]
     try:
         scaling, origin = _scaling(folder, module, rank, config, own)
@@ -195,10 +204,23 @@ def _pair(
         raise UserError(f"{folder}: {module} has rank {rank} ({shapes}), but {CONFIG_FILE} says {declared[0]}.")
     if not math.isfinite(scaling):
         raise UserError(f"{folder}/{CONFIG_FILE}: the scaling of {module} is {scaling}.")
-    return Pair(A, B, scaling, origin)
+    return Pair(A, B, scaling, origin, bias)
 
 
-def _scaling(folder: Path, module: str, rank: int, config: dict[str, Any], own: dict[str, Any]) -> tuple[float, str]:
+def _dora(folder: Path, grouped: Grouped, pairs: dict[str, Pair]) -> dict[str, tuple[RowMap, ...]]:
+    """W + s·B·A, then every row of the length m."""
+    for module, found in grouped.items():
+        if found[MAGNITUDE].shape != pairs[module].B.shape[:1]:
+            raise UserError(
+                f"{folder}: {module}: {MAGNITUDE} is {tuple(found[MAGNITUDE].shape)}, and not as long as B."
+            )
+    return {
+        module: (Added(pair.A, pair.B, pair.scaling, pair.origin), RowNorms(grouped[module][MAGNITUDE]))
+        for module, pair in pairs.items()
+    }
+
+
+def _scaling(folder: Path, module: str, rank: int, config: Facts, own: Facts) -> tuple[float, str]:
     """A module's s and where it comes from."""
     if config["peft_type"] != "LORA":
         origin = f"alpha / rank = {own['alpha']:g} / {own['rank']}" if own else f"scaling of {CONFIG_FILE}"
@@ -219,7 +241,12 @@ def _matching(patterns: dict[str, Any] | None, module: str) -> list[Any]:
     return [value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)]
 
 
-def _kind(folder: Path, peft_type: str, own: dict[str, Any]) -> Kind | None:
+def _kind(folder: Path, peft_type: str, own: Facts, family: str | None) -> Kind | None:
+    """Of pairs: what the files say they are. None where they leave it open, and for the other families."""
+    if family:
+        if own and own.get("kind") != family:
+            raise UserError(f"{folder}: {CONFIG_FILE} says {family}, the weights' metadata {own.get('kind')!r}.")
+        return None
     if own:
         if own.get("kind") not in KINDS or (own["kind"] == "lora") != (peft_type == "LORA"):
             raise UserError(f"{folder}: {CONFIG_FILE} says {peft_type}, the weights' metadata {own.get('kind')!r}.")
@@ -227,7 +254,7 @@ def _kind(folder: Path, peft_type: str, own: dict[str, Any]) -> Kind | None:
     return None if peft_type == "LORA" else "multiplicative_lora"
 
 
-def _check_agreement(folder: Path, own: dict[str, Any], pairs: dict[str, Pair]) -> None:
+def _check_agreement(folder: Path, own: Facts, pairs: dict[str, Pair]) -> None:
     for module, pair in pairs.items():
         if own and not math.isclose(pair.scaling, own.get("scaling", math.nan), rel_tol=1e-6):
             raise UserError(

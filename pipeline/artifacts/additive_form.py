@@ -13,13 +13,15 @@ c is no product of x with anything, so whether it can be written depends on the 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind
 from pipeline.artifacts.base_files import Base
 from pipeline.artifacts.fold_doubts import doubts
-from pipeline.artifacts.fold_plan import Change, plan_fold
+from pipeline.artifacts.fold_match import EMBEDDING, Part
+from pipeline.artifacts.fold_plan import Change, PairStep, plan_fold
 from pipeline.artifacts.fold_rows import BLOCK_ITEMS, compose, round_to
 from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, read_floats
 from pipeline.console import UserError
@@ -37,6 +39,7 @@ class Target:
 
     module: str
     change: Change
+    step: PairStep
     factor: float
     constant: torch.Tensor | None
 
@@ -46,14 +49,15 @@ class Target:
 
     @property
     def rank(self) -> int:
-        return self.change.steps[0].pair.A.shape[0]
+        return self.step.pair.A.shape[0]
 
 
 @dataclass(frozen=True)
 class AdditiveForm:
     """An adapter in its additive form: A' [R, D_in], B' [D_out, R] of every target, with one R and one s for all.
 
-    `dtype` is the safetensors dtype they are written in; `doubts` are warnings for the user.
+    `dtype` is the safetensors dtype they are written in; `doubts` are warnings for the user. `full`: what was trained in
+    full beside the adapter, by its name in the model, in its own dtype; `tied`: names that are copies of one of them.
     """
 
     kind: Kind
@@ -62,6 +66,8 @@ class AdditiveForm:
     scaling: float
     dtype: str
     doubts: tuple[str, ...]
+    full: dict[str, torch.Tensor]
+    tied: dict[str, str]
 
     @property
     def alpha(self) -> float:
@@ -71,7 +77,9 @@ class AdditiveForm:
     @property
     def n_bytes(self) -> int:
         items = sum(self.rank * sum(target.weight.shape) for target in self.targets)
-        return items * FLOATS[self.dtype].itemsize
+        return items * FLOATS[self.dtype].itemsize + sum(
+            self.full[name].nbytes for name in [*self.full, *self.tied.values()]
+        )
 
 
 def additive_form(base: Base, adapter: Adapter, *, kind: Kind | None, dtype: str) -> AdditiveForm:
@@ -81,22 +89,41 @@ def additive_form(base: Base, adapter: Adapter, *, kind: Kind | None, dtype: str
     base or another shape, where the adapter's kind has no additive form, and where its strength is 0.
     """
     plan = plan_fold(base, [adapter], scales=[1.0], kind=kind)
-    found = plan.parts[0].kind
-    if found not in ADDITIVE_KINDS:
+    found = next((kind for kind in ADDITIVE_KINDS if kind == plan.parts[0].kind), None)
+    if found is None:
         raise UserError(
-            f"{adapter.folder} is a {found} adapter: its additive form is not built. Fold it (merge_lora.py)."
+            f"{adapter.folder} is a {plan.parts[0].kind} adapter, and no sum W + s·B·A with a small A "
+            "and B. Fold it (merge_lora.py), or load it with PEFT."
         )
     scaling = max((pair.scaling for pair in adapter.pairs.values()), key=abs)
     if scaling == 0:
         raise UserError(f"{adapter.folder}: its scaling is 0, so it changes nothing: there is nothing to export.")
+    full, tied = _full(plan.parts[0])
     targets = []
     for module, pair in adapter.pairs.items():
         factor = pair.scaling / scaling
-        bias = plan.changes.get(f"{module}.bias")
-        constant = None if bias is None else _constant(bias, factor)
-        targets.append(Target(module, plan.changes[f"{module}.weight"], factor, constant))
+        change = plan.changes[f"{module}.weight"]
+        step = next(step for step in change.steps if isinstance(step, PairStep))
+        bias = plan.changes.get(f"{module}.bias") if found == "multiplicative_lora" else None
+        constant = None if bias is None else _constant(bias, step, factor)
+        targets.append(Target(module, change, step, factor, constant))
     rank = max(target.rank for target in targets)
-    return AdditiveForm(found, tuple(targets), rank, scaling, dtype, tuple(doubts(plan)))
+    return AdditiveForm(found, tuple(targets), rank, scaling, dtype, tuple(doubts(plan)), full, tied)
+
+
+def _full(part: Part) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What was trained in full, and the copies of a tied head. Raises UserError where it is not of whole modules of their
+    own, which is what a reader can put in the place of the base's."""
+    for name in part.full:
+        module = name.rpartition(".")[0]
+        if module in part.adapter.modules or f"{module}.weight" not in part.full:
+            raise UserError(
+                f"{part.adapter.folder}: {name} was trained in full, without the rest of its module. No file of adapters "
+                "has a place for that. Fold it (merge_lora.py)."
+            )
+    copies = [name for name in part.adapter.full if name not in part.full]
+    source = next((name for name in part.full if name.endswith(EMBEDDING)), "")
+    return part.full, dict.fromkeys(copies, source)
 
 
 def lora_A(form: AdditiveForm, target: Target, device: torch.device) -> torch.Tensor:
@@ -104,14 +131,14 @@ def lora_A(form: AdditiveForm, target: Target, device: torch.device) -> torch.Te
 
     Raises UserError where a value is NaN or infinite, or too large for the dtype.
     """
-    exact = compose(target.change, device).M
+    exact = compose([target.step], partial(target.change.rows, BLOCK_ITEMS), device).M
     padded = torch.nn.functional.pad(exact, (0, 0, 0, form.rank - target.rank))
     return _rounded(padded, form.dtype, f"A' of {target.module}")
 
 
 def lora_B(form: AdditiveForm, target: Target) -> torch.Tensor:
     """B' [D_out, R] on the CPU in the form's dtype. Raises as `lora_A`."""
-    exact = target.change.steps[0].pair.B.to("cpu", torch.float32) * target.factor
+    exact = target.step.pair.B.to("cpu", torch.float32) * target.factor
     padded = torch.nn.functional.pad(exact, (0, form.rank - target.rank))
     return _rounded(padded, form.dtype, f"B' of {target.module}")
 
@@ -123,11 +150,10 @@ def lora_B_bias(form: AdditiveForm, target: Target) -> torch.Tensor:
     return _rounded(exact, form.dtype, f"B·A·b of {target.module}")
 
 
-def _constant(bias: Change, factor: float) -> torch.Tensor | None:
+def _constant(bias: Change, step: PairStep, factor: float) -> torch.Tensor | None:
     """factor · B·A·b in fp64, or None where it is zero (some families store biases that are all zeros)."""
     b = torch.cat(list(read_floats(bias.tensor, 1, BLOCK_ITEMS))).double()
-    pair = bias.steps[0].pair
-    constant = (pair.B.double() @ (pair.A.double() @ b)).flatten() * factor
+    constant = (step.pair.B.double() @ (step.pair.A.double() @ b)).flatten() * factor
     return constant if bool((constant != 0).any()) else None
 
 

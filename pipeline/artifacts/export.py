@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, public_name
-from pipeline.artifacts.adapter_reading import load_adapter
+from pipeline.artifacts.adapter_reading import load_pairs
 from pipeline.artifacts.additive_form import AdditiveForm, additive_form
 from pipeline.artifacts.base_files import Base, read_base
 from pipeline.artifacts.export_gguf import architecture, gguf_names, write_gguf
@@ -18,7 +18,7 @@ from pipeline.artifacts.fold_rows import exact_fp32
 from pipeline.artifacts.merge import check_places, usable_device
 from pipeline.artifacts.whole_file import check_file_free, whole_file
 from pipeline.artifacts.whole_folder import check_disk_space, check_free, whole_folder
-from pipeline.console import gib, progress, say, warn
+from pipeline.console import UserError, gib, progress, say, warn
 
 Format = Literal["peft", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -47,10 +47,10 @@ def export(
     check_places(base_folder, adapter_folder, output)
     check_output = check_free if format == "peft" else check_file_free
     check_output(output, replace=force)
-    adapter, base = load_adapter(adapter_folder), read_base(base_folder)
+    adapter, base = load_pairs(adapter_folder), read_base(base_folder)
     form = additive_form(base, adapter, kind=kind, dtype=DTYPE_NAMES[dtype])
     arch = architecture(base.config) if format == "gguf" else ""
-    names = gguf_names(form, arch) if format == "gguf" else {}
+    names = _gguf_names(form, arch) if format == "gguf" else {}
     for line in plan_lines(base, adapter, form):
         say(line)
     kept = f"a GGUF adapter of architecture {arch}" if format == "gguf" else "a PEFT adapter of type LORA"
@@ -73,6 +73,17 @@ def export(
             with whole_file(output, replace=force) as file:
                 write_gguf(file, form, arch=arch, names=names, base_model=base_model, device=where, advance=advance)
     say(f"written: {output.resolve()}")
+
+
+def _gguf_names(form: AdditiveForm, arch: str) -> dict[str, str]:
+    """{module: its weight's name in a GGUF model}. Raises UserError where the format has no place for what is written."""
+    if form.full:
+        raise UserError(
+            f"{len(form.full)} tensors were trained in full beside the adapter, {next(iter(form.full))} first, and a GGUF "
+            "adapter has no place for them. Fold the adapter (merge_lora.py), or use --format peft."
+        )
+    biased = [target.module for target in form.targets if target.constant is not None]
+    return gguf_names([target.module for target in form.targets], biased, arch)
 
 
 def plan_lines(base: Base, adapter: Adapter, form: AdditiveForm) -> list[str]:
@@ -98,6 +109,8 @@ def plan_lines(base: Base, adapter: Adapter, form: AdditiveForm) -> list[str]:
             f"biases   {biased} modules have a bias, which the adapter moves by s·B·A·b: written as the bias of lora_B "
             "(lora_bias). PEFT applies it; a program that does not know lora_bias refuses the file or leaves it out"
         )
+    if form.full:
+        lines.append(f"in full  {len(form.full)} tensors, {next(iter(form.full))} first: modules_to_save of PEFT")
     if adapter.train_logit_scale != 1.0:
         lines.append(
             f"logits   trained with the logits times {adapter.train_logit_scale:g}, which no adapter can carry"

@@ -6,7 +6,7 @@ Takes an `AdditiveForm` and the model's config; gives one file with `general.typ
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,16 @@ def architecture(config: dict[str, Any]) -> str:
     return ARCHITECTURES[family]
 
 
-def gguf_names(form: AdditiveForm, arch: str) -> dict[str, str]:
+def gguf_names(modules: Sequence[str], biased: Sequence[str], arch: str) -> dict[str, str]:
     """{module: the name of its weight in a GGUF model of architecture `arch`}.
 
-    Raises UserError where a module is not one that writes to the residual stream, or has a bias that moves.
+    `biased`: those of `modules` with a bias that moves. Raises UserError where there is one, or where a module is not one
+    that writes to the residual stream.
     """
     table = gguf.get_tensor_name_map(
-        next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), _layers(form)
+        next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), _layers(modules)
     )
-    found = {target.module: table.get_type_and_name(target.module) for target in form.targets}
+    found = {module: table.get_type_and_name(module) for module in modules}
     refused = [module for module, entry in found.items() if entry is None or entry[0] not in OUTPUT_SIDE]
     if refused:
         raise UserError(
@@ -69,7 +70,6 @@ def gguf_names(form: AdditiveForm, arch: str) -> dict[str, str]:
             "adapter would be wrong without a sign of it. Use --format peft, and llama.cpp's convert_lora_to_gguf.py, "
             "which does to the adapter what it does to the model."
         )
-    biased = [target.module for target in form.targets if target.constant is not None]
     if biased:
         raise UserError(
             f"{len(biased)} of the adapter's modules have a bias, {biased[0]} first. The adapter moves it by s·B·A·b, "
@@ -121,7 +121,7 @@ def write_gguf(
         writer.close()
 
 
-def _layers(form: AdditiveForm) -> int:
-    """One more than the largest layer number of a target: as many layers as the table of names needs."""
-    numbers = [re.search(r"\.(\d+)\.", target.module) for target in form.targets]
+def _layers(modules: Sequence[str]) -> int:
+    """One more than the largest layer number of a module: as many layers as the table of names needs."""
+    numbers = [re.search(r"\.(\d+)\.", module) for module in modules]
     return 1 + max((int(number.group(1)) for number in numbers if number), default=0)

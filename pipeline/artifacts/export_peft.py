@@ -2,7 +2,8 @@
 
 Takes an `AdditiveForm` and an empty folder; gives `adapter_model.safetensors` and `adapter_config.json` in it, one
 tensor in memory at a time. s = lora_alpha / r, without patterns and without rsLoRA. Where biases move, the constants
-are the bias of lora_B (`lora_bias`), which PEFT multiplies by s like the rest.
+are the bias of lora_B (`lora_bias`), which PEFT multiplies by s like the rest. What was trained in full beside the adapter
+is written as it is, as PEFT's `modules_to_save`.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts import full_tensors
 from pipeline.artifacts.adapter_files import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -22,7 +24,7 @@ from pipeline.artifacts.adapter_files import (
     write_json,
 )
 from pipeline.artifacts.additive_form import AdditiveForm, lora_A, lora_B, lora_B_bias
-from pipeline.artifacts.safetensors_stream import TensorSpec, tensor_bytes, write_safetensors
+from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
 
 
 def write_peft(
@@ -50,6 +52,9 @@ def write_peft(
         for stored, shape, make in tensors:
             specs.append(TensorSpec(stored, form.dtype, shape))
             makers[stored] = make
+    for name, tensor in full_tensors.named(form.full, form.tied).items():
+        specs.append(TensorSpec(f"{PEFT_PREFIX}{name}", FLOAT_NAMES[tensor.dtype], tuple(tensor.shape)))
+        makers[f"{PEFT_PREFIX}{name}"] = tensor.contiguous
 
     def pieces(name: str) -> Iterable[memoryview]:
         piece = tensor_bytes(makers[name]())
@@ -67,8 +72,9 @@ def _config(form: AdditiveForm, base_model: str, biased: bool) -> dict[str, Any]
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
         "r": form.rank, "lora_alpha": int(form.alpha) if form.alpha.is_integer() else form.alpha, "lora_dropout": 0.0,
-        "target_modules": [target.module for target in form.targets], "modules_to_save": None, "bias": "none",
-        "lora_bias": biased, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
+        "target_modules": [target.module for target in form.targets], "bias": "none", "lora_bias": biased,
+        "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
+        **full_tensors.for_config(form.full, form.tied, "LORA"),
     }  # fmt: skip
 
 
@@ -78,4 +84,5 @@ def _own_facts(form: AdditiveForm, base_model: str, train_logit_scale: float) ->
         "format_version": FORMAT_VERSION, "kind": "lora", "rank": form.rank, "alpha": form.alpha,
         "scaling": form.scaling, "train_logit_scale": train_logit_scale, "base_model": base_model,
         "modules": [target.module for target in form.targets], "exported_from": form.kind,
+        **full_tensors.for_metadata(form.full, form.tied),
     }  # fmt: skip

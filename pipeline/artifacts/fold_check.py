@@ -2,11 +2,10 @@
 
 Takes the plan, the folder written and the digests taken while writing; gives the largest deviation found, or refuses.
 Every tensor's bytes must be those that were computed, and some rows of every changed tensor are recomputed in fp64 by a
-path of their own: adapter after adapter, with a pass over the weight as it stands for each multiplicative one.
+path of their own (`fold_reference`), which also says how far fp32 may be from it.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.artifacts.fold_plan import Change, FoldPlan
+from pipeline.artifacts.fold_reference import recomputed
 from pipeline.artifacts.fold_rows import BLOCK_ITEMS
 from pipeline.artifacts.safetensors_stream import (
     FLOATS,
@@ -26,11 +26,6 @@ from pipeline.artifacts.safetensors_stream import (
 from pipeline.console import EXIT_CHECKPOINT, UserError
 
 ROWS = 16  # of each changed tensor: the first, the last, and others drawn evenly
-UNIT_FP32 = 2.0**-24
-# Rounding errors of a sum of n terms grow as √n·u with overwhelming probability, not as the worst case n·u
-# (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019, theorem 2.4): λ·√n·u fails with probability 2·exp(−λ²/2), 3e-14 for
-# λ = 8, and the Cauchy-Schwarz bound it is used with below is far from reached.
-LAMBDA = 8.0
 
 
 def check_result(
@@ -61,63 +56,16 @@ def check_result(
 
 def _deviation(change: Change, written: StoredTensor) -> float:
     """The largest |W' − W'₆₄| / bound over some rows of a tensor. Raises UserError where it is above 1."""
-    n_rows = change.steps[0].pair.B.shape[0]
     rng = np.random.default_rng(0)
-    rows = sorted({0, n_rows - 1, *rng.choice(n_rows, size=min(n_rows, ROWS), replace=False).tolist()})
-    expected, fp32 = _recomputed(change, rows)
-    fp32 = fp32 + 2 * UNIT_FP32 * (expected.abs() + fp32)  # the final addition, and the rounding of ΔW itself
+    sample = rng.choice(change.n_rows, size=min(change.n_rows, ROWS), replace=False).tolist()
+    rows = sorted({0, change.n_rows - 1, *sample})
+    expected, fp32 = recomputed(change, _base_rows(change, rows), rows, BLOCK_ITEMS // 2)
     bound = fp32 + half_spacing(expected.abs() + fp32, FLOATS[written.dtype])
     found = torch.cat(_take_rows(written, change.columns, rows)).double()
     ratio = float(((found - expected).abs() / bound).max())
     if not ratio <= 1.0:
         raise _refusal(f"{written.name} deviates from the fold in fp64 by {ratio:.3g} times what rounding allows")
     return ratio
-
-
-def _recomputed(change: Change, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [N, D_in] of W' in fp64, and how far fp32 may be from W + Σ s·B·M in them.
-
-    The fp32 error of a step s·B·M grows with the sums of absolute values behind M: for M = A those of A; for
-    M = A·(W + Σ s_j·B_j·M_j), by Cauchy-Schwarz, ‖row of A‖·‖column of W‖ + Σ |s_j|·‖row of A‖·‖column of B_j‖·(those
-    of M_j). A factor for each step covers the errors that one hands on to the next.
-    """
-    done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # s·B [D_out, R], M [R, D_in], sums behind M
-    terms = 1
-    for step in change.steps:
-        A, B = step.pair.A.double(), step.scaling * step.pair.B.double()
-        M, sums = A, A.abs()
-        if step.kind == "multiplicative_lora":
-            M, column_norms = _projected(change, A, done)
-            row_norms = torch.linalg.norm(A, dim=1)[:, None]
-            sums = row_norms * column_norms
-            for earlier, _, behind in done:
-                sums = sums + row_norms * (torch.linalg.norm(earlier, dim=0) @ behind)
-            terms = max(terms, A.shape[1])
-        done.append((B, M, sums))
-    expected = _base_rows(change, rows)
-    spread = torch.zeros_like(expected)
-    for B, M, sums in done:
-        expected = expected + B[rows] @ M
-        spread = spread + B[rows].abs() @ sums
-        terms += B.shape[1]
-    return expected, len(done) * LAMBDA * math.sqrt(terms) * UNIT_FP32 * spread
-
-
-def _projected(
-    change: Change, A: torch.Tensor, done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A·W [R, D_in] in fp64, W as the steps `done` have left it; and the norms [D_in] of the base weight's columns."""
-    M = torch.zeros(A.shape[0], change.columns, dtype=torch.float64)
-    squares = torch.zeros(change.columns, dtype=torch.float64)
-    first = 0
-    for block in change.rows(BLOCK_ITEMS // 2):
-        current = block.double()
-        squares += current.square().sum(0)
-        for B, earlier, _ in done:
-            current += B[first : first + len(block)] @ earlier
-        M += A[:, first : first + len(block)] @ current
-        first += len(block)
-    return M, squares.sqrt()
 
 
 def _base_rows(change: Change, rows: list[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What speaks against a fold that can be done: the user is warned, not refused.
 
-Takes a `FoldPlan`; gives warnings: an adapter that names another base than this one, and an adapter that is undone but
-by the model's own fold report was not what was folded.
+Takes a `FoldPlan`; gives warnings: an adapter that names another base than this one, an adapter that is undone but
+by the model's own fold report was not what was folded, and a change that a tensor trained in full takes the place of.
 """
 
 from pathlib import Path
@@ -21,7 +21,21 @@ def doubts(plan: FoldPlan) -> list[str]:
     found = [strange_base(plan.base, part.adapter, report) for part in plan.parts]
     if plan.unmerge:
         found.append(_other_fold(plan, report))
-    return [line for line in found if line]
+    return [line for line in [*found, *_overwritten(plan)] if line]
+
+
+def _overwritten(plan: FoldPlan) -> list[str]:
+    """Tensors of which a later adapter brings its own, so that nothing is left of an earlier one's change."""
+    lost = []
+    for number, part in enumerate(plan.parts):
+        earlier = {name: plan.changes[name].steps[0].part for name in part.full}
+        names = [name for name, first in earlier.items() if first != number]
+        lost += [
+            f"{part.adapter.folder} has {name}, trained in full, which takes the place of what "
+            f"{plan.parts[earlier[name]].adapter.folder} made of it. In the other order both count."
+            for name in names
+        ]
+    return lost
 
 
 def strange_base(base: Base, adapter: Adapter, report: dict[str, Any]) -> str | None:

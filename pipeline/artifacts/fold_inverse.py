@@ -1,6 +1,8 @@
-"""The inverse of a multiplicative adapter, where it has one that rounding survives.
+"""The inverse of an adapter, where it has one that rounding survives.
 
-Takes a `Pair` and its scaling s; gives the pair that undoes it, and how much of a rounding error the undoing amplifies.
+Takes a `Pair` and its scaling s; gives the pair that undoes it, and how much of a rounding error the undoing amplifies. For
+a whole `Part` of a fold, with the maps of other families (their inverses are in `weight_maps`), it refuses what cannot be
+undone.
 
 Woodbury's identity:  (I + s·B·A)⁻¹ = I − s·B·(I + s·A·B)⁻¹·A  =  I + s·B̃·A  with  B̃ = −B·(I + s·A·B)⁻¹:
 the inverse is a multiplicative pair of the same A and rank, computed in fp64 from an R × R system. The eigenvalues of
@@ -14,6 +16,8 @@ from dataclasses import replace
 import torch
 
 from pipeline.artifacts.adapter_files import Pair
+from pipeline.artifacts.fold_match import Part
+from pipeline.artifacts.weight_maps import ColumnFactors, RowFactors
 from pipeline.console import UserError
 
 # The merged weights were rounded, by up to u of their size (u = 2⁻⁸ in bf16). The inverse multiplies that error by up
@@ -46,28 +50,60 @@ def condition_number(pair: Pair, scaling: float) -> float:
     return largest / least if least > largest * 2.0**-50 else math.inf
 
 
-def check_invertible(
-    pairs: Mapping[str, Pair], scale: float, dtypes: Mapping[str, str], adapter: str, before: Mapping[str, float]
-) -> dict[str, float]:
-    """κ of every module. `dtypes`: what each module's merged weight is stored as; `scale` as on the command line.
+def check_invertible(part: Part, dtypes: Mapping[str, str], before: Mapping[str, float]) -> dict[str, float]:
+    """κ of every module of `part`. `dtypes`: what each module's merged weight is stored as.
 
-    `before`: by how much the adapters undone before this one amplify already. Raises UserError, naming the worst
-    module, where the product of all κ and u is above MOST_LOST.
+    `before`: by how much the adapters undone before this one amplify already. Raises UserError for what has no inverse,
+    and, naming the worst module, where the product of all κ and u is above MOST_LOST.
     """
-    conditions = {module: condition_number(pair, pair.scaling * scale) for module, pair in pairs.items()}
-    lost = {m: conditions[m] * before.get(m, 1.0) * UNIT_ROUNDOFF[dtypes[m]] for m in pairs}
-    refused = [module for module in pairs if lost[module] > MOST_LOST]
+    _check_kept(part)
+    conditions = {module: _condition(part, module) for module in part.modules}
+    lost = {m: conditions[m] * before.get(m, 1.0) * UNIT_ROUNDOFF[dtypes[m]] for m in part.modules}
+    refused = [module for module in part.modules if lost[module] > MOST_LOST]
     if refused:
         worst = max(refused, key=lost.__getitem__)
         others = f" (and {before[worst]:.3g} of the adapters undone before it)" if before.get(worst, 1.0) > 1 else ""
+        what = "I + s·B·A" if worst in part.pairs else f"the {part.kind} adapter's map"
         raise UserError(
-            f"--unmerge: {adapter} cannot be taken out of {len(refused)} of {len(pairs)} modules. Worst is {worst}: "
-            f"I + s·B·A has the condition number {conditions[worst]:.3g}{others}"
-            f"{_nearest_to_erasing(pairs[worst], scale)}. What rounding to {dtypes[worst]} changed in the merged "
+            f"--unmerge: {part.adapter.folder} cannot be taken out of {len(refused)} of {len(part.modules)} modules. "
+            f"Worst is {worst}: {what} has the condition number {conditions[worst]:.3g}{others}{_cause(part, worst)}. "
+            f"What rounding to {dtypes[worst]} changed in the merged "
             f"weights would come back as up to {lost[worst]:.2g} of their size; more than {MOST_LOST:g} is refused. "
             "Go back to the original base model instead."
         )
-    return conditions
+    return conditions if part.adapter.family or part.kind == "multiplicative_lora" else {}
+
+
+def _check_kept(part: Part) -> None:
+    """Raise UserError where what the fold overwrote is nowhere: the base's row norms, or the tensor before."""
+    if part.full:
+        raise UserError(
+            f"--unmerge: {part.adapter.folder} has {next(iter(part.full))}, which was trained in full and took the place "
+            "of the base's: what was there before is not in the adapter. Go back to the original base model instead."
+        )
+    if part.kind == "dora":
+        raise UserError(
+            f"--unmerge: {part.adapter.folder} is a DoRA adapter, which gives every row a length of its own: the lengths "
+            "the base had are not in the adapter. Go back to the original base model instead."
+        )
+
+
+def _condition(part: Part, module: str) -> float:
+    """κ of what the adapter does to the module's weight; 1 for an additive pair."""
+    if module in part.adapter.maps:
+        return math.prod(one.condition() for one in part.adapter.maps[module])
+    return condition_number(part.pairs[module], part.scaling(module)) if part.kind == "multiplicative_lora" else 1.0
+
+
+def _cause(part: Part, module: str) -> str:
+    """What makes a map hard to invert, in words."""
+    if module in part.pairs:
+        return _nearest_to_erasing(part.pairs[module], part.scale)
+    factors = [one.factors.abs() for one in part.adapter.maps[module] if isinstance(one, RowFactors | ColumnFactors)]
+    if not factors:
+        return ""
+    least, most = min(float(f.min()) for f in factors), max(float(f.max()) for f in factors)
+    return f", as its factors are between {least:.3g} and {most:.3g} in size"
 
 
 def _nearest_to_erasing(pair: Pair, scale: float) -> str:

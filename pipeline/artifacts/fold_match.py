@@ -1,36 +1,49 @@
-"""An adapter against a base: which weight each pair belongs to, what kind the adapter is, which layers are taken.
+"""An adapter against a base: which tensor each part of it changes, what kind it is, which layers are taken.
 
-Takes a `Base` and an `Adapter`; gives a `Part`. Every pair of the adapter has exactly one weight, and every shape fits,
-or it is refused with the names: also the pairs of layers that are left out.
+Takes a `Base` and an `Adapter`; gives a `Part`. Every module of the adapter has exactly one weight, every tensor that was
+trained in full replaces exactly one of the base, and every shape fits, or it is refused with the names: also the modules
+of layers that are left out.
 """
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
 from pipeline.artifacts.base_files import Base
+from pipeline.artifacts.family_maps import SCALABLE
 from pipeline.artifacts.safetensors_stream import StoredTensor
+from pipeline.artifacts.weight_maps import shape_of
 from pipeline.console import UserError
 from pipeline.layers import layer_ranges
 
 FOLDABLE = ("BF16", "F16", "F32")
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter's part in a fold: its pairs by module, all to be used, and the modules left out by --layers."""
+    """One adapter's part in a fold: its modules and full tensors by name, all to be used, and what --layers leaves out.
+
+    `kind`: one of adapter_files.KINDS or peft_files.FAMILIES.
+    """
 
     adapter: Adapter
-    kind: Kind
-    scale: float  # --scale, by which every pair's scaling is multiplied
-    pairs: dict[str, Pair]
+    kind: str
+    scale: float  # --scale, by which every scaling is multiplied
+    modules: tuple[str, ...]
+    full: dict[str, torch.Tensor]
     left_out: tuple[str, ...]
 
+    @property
+    def pairs(self) -> dict[str, Pair]:
+        return {module: self.adapter.pairs[module] for module in self.modules if module in self.adapter.pairs}
+
     def scaling(self, module: str) -> float:
-        return self.pairs[module].scaling * self.scale
+        return self.adapter.pairs[module].scaling * self.scale
 
 
 def match(
@@ -39,29 +52,116 @@ def match(
     """Match one adapter with the base. `layers` as '0:38' (both ends included), None for all.
 
     `kind` is the user's word where the files leave the kind open; with `kind_is_meant` it must also not contradict
-    them. Raises UserError where a module or a shape does not fit, or where `layers` leaves nothing.
+    them. Raises UserError where a module or a shape does not fit, where `layers` leaves nothing, and for a `scale` of
+    what has no strength.
     """
     weights = _weights(base, adapter)
+    if adapter.family:
+        found: str = adapter.family
+        if kind is not None and kind_is_meant:
+            raise UserError(f"--kind {kind}: {adapter.folder} is a {found} by its files.")
+        _check_maps(adapter, weights)
+    else:
+        found = pair_kind(base, adapter, kind=kind, kind_is_meant=kind_is_meant)
+    full = full_tensors(base, adapter)
+    names = [*adapter.modules, *full]
+    taken = set(names if layers is None else _within(names, adapter, base, layers))
+    part = Part(
+        adapter, found, scale, tuple(m for m in adapter.modules if m in taken),
+        {name: tensor for name, tensor in full.items() if name in taken},
+        tuple(name for name in names if name not in taken),
+    )  # fmt: skip
+    _check_scale(part)
+    return part
+
+
+def pair_kind(base: Base, adapter: Adapter, *, kind: Kind | None, kind_is_meant: bool) -> Kind:
+    """The kind of an adapter that is pairs, by its files, its shapes, and the user's word. Raises as `match`."""
+    weights = _weights(base, adapter)
     possible = possible_kinds(adapter, weights)
-    asked = kind if kind_is_meant or len(possible) > 1 else None
-    found = resolve_kind(adapter, weights, possible, asked)
-    taken = adapter.pairs if layers is None else _within(adapter, base, layers)
-    left_out = tuple(module for module in adapter.pairs if module not in taken)
-    return Part(adapter, found, scale, taken, left_out)
+    return resolve_kind(adapter, weights, possible, kind if kind_is_meant or len(possible) > 1 else None)
+
+
+def _check_maps(adapter: Adapter, weights: dict[str, StoredTensor]) -> None:
+    for module, maps in adapter.maps.items():
+        for one in maps:
+            if found := one.misfit(*weights[module].shape):
+                raise UserError(
+                    f"{adapter.folder}: {found} on {module}, whose weight is {_shape(weights[module])}: the shapes do "
+                    "not fit. Was the adapter trained on another model?"
+                )
+
+
+def _check_scale(part: Part) -> None:
+    """Raise UserError where a strength other than the training's has no meaning."""
+    if part.scale == 1.0:
+        return
+    if part.adapter.family and part.kind not in SCALABLE and part.modules:
+        raise UserError(
+            f"--scale {part.scale:g}: {part.adapter.folder} is a {part.kind} adapter: it rotates or multiplies the weight "
+            "and has no strength s. Fold it with --scale 1."
+        )
+    if part.full:
+        raise UserError(
+            f"--scale {part.scale:g}: {part.adapter.folder} has {next(iter(part.full))}, which was trained in full: it "
+            "takes the place of the base's and has no strength. Fold it with --scale 1, or leave it out with --layers."
+        )
+
+
+def full_tensors(base: Base, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """{tensor of the base: what takes its place}, of the tensors that were trained in full.
+
+    A base that ties its head to the embedding stores one tensor for both, which is replaced where the adapter's two are
+    equal. Raises UserError where they are not, or where a name or a shape does not fit.
+    """
+    full = dict(adapter.full)
+    embedding = next((name for name in base.tensors if name.endswith(f".{EMBEDDING}")), None)
+    tied = HEAD not in base.tensors or base.config.get("tie_word_embeddings") is True
+    if tied and embedding is not None and (HEAD in full or embedding in full):
+        _check_tied(base, adapter, embedding)
+        if HEAD not in base.tensors:
+            full.pop(HEAD, None)
+    for name, tensor in full.items():
+        stored = base.tensors.get(name)
+        if stored is None:
+            raise UserError(f"{adapter.folder}: {name} was trained in full, and {base.folder} has no such tensor.")
+        if stored.shape != tuple(tensor.shape) or stored.dtype not in FOLDABLE:
+            raise UserError(
+                f"{adapter.folder}: {name} was trained in full as {shape_of(tensor)}; {base.folder} has it as "
+                f"{stored.dtype} {_shape(stored)}. Was the vocabulary changed, or the adapter trained on another model?"
+            )
+    return full
+
+
+def _check_tied(base: Base, adapter: Adapter, embedding: str) -> None:
+    """Raise UserError where the head and the embedding of a base that ties them were not trained as one tensor."""
+    head, table = adapter.full.get(HEAD), adapter.full.get(embedding)
+    if table is None or (head is None and (not adapter.keeps_tie or HEAD in base.tensors)):
+        alone, other = (HEAD, embedding) if table is None else (embedding, HEAD)
+        raise UserError(
+            f"{adapter.folder}: {alone} was trained by itself, while {other} stayed as it was. {base.folder} ties the two: "
+            "they are one tensor, so no fold can hold both. Load the adapter with PEFT."
+        )
+    if head is not None and not torch.equal(head, table):
+        raise UserError(
+            f"{adapter.folder}: {HEAD} and {embedding} were trained apart. {base.folder} ties the two: they are one "
+            "tensor, so no fold can hold both. Load the adapter with PEFT."
+        )
 
 
 def _weights(base: Base, adapter: Adapter) -> dict[str, StoredTensor]:
     """{module: its weight}. Names match whole, never in part."""
-    missing = [module for module in adapter.pairs if f"{module}.weight" not in base.tensors]
+    modules = adapter.modules
+    missing = [module for module in modules if f"{module}.weight" not in base.tensors]
     if missing:
         like = difflib.get_close_matches(f"{missing[0]}.weight", list(base.tensors), n=1)
         raise UserError(
-            f"{len(missing)} of the adapter's {len(adapter.pairs)} modules are not in {base.folder}: "
+            f"{len(missing)} of the adapter's {len(modules)} modules are not in {base.folder}: "
             f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. "
             + (f"The nearest tensor there is {like[0]}. " if like else "")
             + f"The adapter was trained on {adapter.base_model or 'a base it does not name'}. Nothing was written."
         )
-    weights = {module: base.tensors[f"{module}.weight"] for module in adapter.pairs}
+    weights = {module: base.tensors[f"{module}.weight"] for module in modules}
     for module, weight in weights.items():
         if weight.dtype not in FOLDABLE:
             packed = weight.dtype in ("U8", "I8", "I32")
@@ -123,8 +223,8 @@ def _misfit(
     return f"{adapter.folder}: {shapes}: the shapes do not fit. Was the adapter trained on another model?"
 
 
-def _within(adapter: Adapter, base: Base, layers: str) -> dict[str, Pair]:
-    """The pairs of the layers that `layers` names."""
+def _within(names: Collection[str], adapter: Adapter, base: Base, layers: str) -> list[str]:
+    """Those modules and tensors that lie in the layers that `layers` names."""
     try:
         ranges = layer_ranges(layers)
     except ValueError as error:
@@ -134,13 +234,10 @@ def _within(adapter: Adapter, base: Base, layers: str) -> dict[str, Pair]:
         raise UserError(
             f"--layers '{layers}': {base.folder} has the layers 0 to {last} (both ends of a range are included)."
         )
-    taken = {}
-    for module, pair in adapter.pairs.items():
-        number = layer_of(module)
-        if number is not None and any(low <= number <= high for low, high in ranges):
-            taken[module] = pair
+    numbers = {name: layer_of(name) for name in names}
+    taken = [name for name, n in numbers.items() if n is not None and any(low <= n <= high for low, high in ranges)]
     if not taken:
-        held = sorted({number for module in adapter.pairs if (number := layer_of(module)) is not None})
+        held = sorted({number for number in numbers.values() if number is not None})
         what = f"its layers are {held[0]} to {held[-1]}" if held else "it adapts no numbered layer"
         raise UserError(f"--layers '{layers}' leaves nothing of {adapter.folder}: {what}.")
     return taken

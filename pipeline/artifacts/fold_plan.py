@@ -3,24 +3,29 @@
 Takes a `Base` and one or more `Adapter`s; gives a `FoldPlan`: which tensors change and by which steps in which order,
 which tensors are read through 4 bits, which dtype each tensor has afterwards, and the new config.
 
-Composition, in the order given: a multiplicative adapter changes the weight as it stands then, an additive one adds to
-it. Of three multiplicative ones: W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Undoing (`unmerge`) takes the
-inverses in the opposite order. Everything is rounded once, at the end.
+Composition, in the order given: each adapter changes the weight as the one before left it. A multiplicative one multiplies
+it from the left, rotations, reflections and factors of inputs from the right, an additive one adds, DoRA takes the norms
+of its rows, and a tensor that was trained in full takes its place. Of three multiplicative ones:
+W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Within one adapter full tensors come first. Undoing (`unmerge`)
+takes the inverses in the opposite order. Everything is rounded once, at the end.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
 from pipeline.artifacts.base_files import Base
+from pipeline.artifacts.family_maps import MOVES_BIAS
 from pipeline.artifacts.fold_inverse import check_invertible, inverse
 from pipeline.artifacts.fold_match import FOLDABLE, Part, layer_of, match
 from pipeline.artifacts.nf4 import read_nf4
 from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, TensorSpec, read_floats
+from pipeline.artifacts.weight_maps import Added, Replaced, RowFactors, RowMap
 from pipeline.console import UserError
 
 OutputDtype = Literal["keep", "bfloat16", "float16", "float32"]
@@ -38,13 +43,25 @@ LOGIT_KEYS = {
 
 
 @dataclass(frozen=True)
-class Step:
+class PairStep:
     """One change of a weight: W → W + s·B·(A·W), or W → W + s·B·A, by `kind`. `part`: the adapter's place in the plan."""
 
     part: int
     kind: Kind
     pair: Pair
     scaling: float
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """One change of a weight by maps, each of every row by itself, in order. `scaling`: s, for DoRA."""
+
+    part: int
+    maps: tuple[RowMap, ...]
+    scaling: float | None = None
+
+
+Step = PairStep | RowStep
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,10 @@ class Change:
     def columns(self) -> int:
         return self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1
 
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.tensor.shape) // self.columns
+
     def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
         """The weight before the fold, in blocks of about `piece_items` values, in its own dtype."""
         return read_rows(self.tensor, self.columns, piece_items, self.base_quant)
@@ -69,7 +90,7 @@ class FoldPlan:
     """A fold. `changes` by tensor name; `files` as they will be written; `config` is None where it stays as it is.
 
     `quantised`: the tensors that are read through `base_quant`, changed ones included. `conditions`: for --unmerge, the
-    condition number κ of every pair that is undone, by adapter and module.
+    condition number κ of what is undone, by adapter and module.
     """
 
     base: Base
@@ -112,7 +133,7 @@ def plan_fold(
         for adapter, scale in zip(adapters, scales, strict=True)
     )
     quantised = quantised_weights(base) if base_quant else frozenset()
-    steps, conditions = _steps(base, parts, unmerge)
+    steps, conditions = plan_steps(base, parts, unmerge)
     changes = {
         name: Change(base.tensors[name], tuple(found), base_quant if name in quantised else None)
         for name, found in steps.items()
@@ -125,37 +146,88 @@ def plan_fold(
     return FoldPlan(base, parts, unmerge, changes, base_quant, quantised, conditions, files, config)
 
 
-def _steps(
+def plan_steps(
     base: Base, parts: Sequence[Part], unmerge: bool
 ) -> tuple[dict[str, list[Step]], dict[tuple[int, str], float]]:
     """The steps of every changed tensor in the order of their effect, and the condition numbers of what is undone."""
     steps: dict[str, list[Step]] = {}
     conditions: dict[tuple[int, str], float] = {}
     amplified: dict[str, float] = {}
+    replaced: dict[str, str] = {}
     for number, part in reversed(list(enumerate(parts))) if unmerge else enumerate(parts):
-        if unmerge and part.kind == "multiplicative_lora":
-            stored = {module: base.tensors[f"{module}.weight"].dtype for module in part.pairs}
-            found = check_invertible(part.pairs, part.scale, stored, str(part.adapter.folder), amplified)
+        if unmerge:
+            dtypes = {module: base.tensors[f"{module}.weight"].dtype for module in part.modules}
+            found = check_invertible(part, dtypes, amplified)
             conditions |= {(number, module): value for module, value in found.items()}
             amplified |= {module: value * amplified.get(module, 1.0) for module, value in found.items()}
-        for module in part.pairs:
-            step = _step(part, number, module, unmerge)
-            steps.setdefault(f"{module}.weight", []).append(step)
-            bias = base.tensors.get(f"{module}.bias")
-            if bias is not None and part.kind == "multiplicative_lora" and part.adapter.moves_bias:
-                _check_bias(bias, step.pair)
-                steps.setdefault(bias.name, []).append(step)
+        for name, tensor in part.full.items():
+            _check_replaced_once(name, part, replaced)
+            steps.setdefault(name, []).append(RowStep(number, (Replaced(tensor),)))
+        for module in part.modules:
+            for name, step in _module_steps(base, part, number, module, unmerge):
+                steps.setdefault(name, []).append(step)
     return steps, conditions
 
 
-def _step(part: Part, number: int, module: str, unmerge: bool) -> Step:
+def _check_replaced_once(name: str, part: Part, replaced: dict[str, str]) -> None:
+    """Raise UserError where a second adapter brings a tensor that was trained in full: one of them would be lost."""
+    if name in replaced:
+        raise UserError(
+            f"{replaced[name]} and {part.adapter.folder} both have {name}, trained in full: one would take the other's "
+            "place. Fold one of them alone, or leave it out of the other with --layers."
+        )
+    replaced[name] = str(part.adapter.folder)
+
+
+def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: bool) -> Iterator[tuple[str, Step]]:
+    """What an adapter does to a module's weight and bias, or what undoes it, by the name of the tensor."""
+    bias = base.tensors.get(f"{module}.bias")
+    if part.adapter.family:
+        maps = scaled_maps(part, module)
+        if unmerge:
+            maps = tuple(undone for one in reversed(maps) if (undone := one.undone()) is not None)
+        s = next((one.scaling for one in maps if isinstance(one, Added)), None)
+        yield f"{module}.weight", RowStep(number, maps, s)
+        on_bias = tuple(one for one in maps if isinstance(one, RowFactors)) if part.kind in MOVES_BIAS else ()
+        if bias is not None and on_bias:
+            _check_bias(bias, base.tensors[f"{module}.weight"].shape[0])
+            yield bias.name, RowStep(number, on_bias)
+        return
+    step = _pair_step(part, number, module, unmerge)
+    yield f"{module}.weight", step
+    if step.pair.bias is not None:
+        if bias is None or step.kind != "lora":
+            raise UserError(
+                f"{part.adapter.folder}: lora_B of {module} has a bias, "
+                + (
+                    f"and {base.folder} has no {module}.bias to take it."
+                    if bias is None
+                    else "which only a LoRA can have."
+                )
+            )
+        _check_bias(bias, len(step.pair.bias))
+        moved = Pair(torch.ones(1, 1), step.pair.bias[:, None], step.pair.scaling, step.pair.origin)
+        yield bias.name, replace(step, pair=moved)  # b + s·bias·1, additive
+    if bias is not None and part.kind == "multiplicative_lora" and part.adapter.moves_bias:
+        _check_bias(bias, step.pair.B.shape[0])
+        yield bias.name, step
+
+
+def scaled_maps(part: Part, module: str) -> tuple[RowMap, ...]:
+    """A module's maps, with the part's scale on the one that has a strength."""
+    maps = part.adapter.maps[module]
+    return tuple(replace(one, scaling=one.scaling * part.scale) if isinstance(one, Added) else one for one in maps)
+
+
+def _pair_step(part: Part, number: int, module: str, unmerge: bool) -> PairStep:
     """What an adapter does to a module's weight, or what undoes it: B̃ for B, or -s for s."""
     pair, scaling = part.pairs[module], part.scaling(module)
+    kind: Kind = "multiplicative_lora" if part.kind == "multiplicative_lora" else "lora"
     if not unmerge:
-        return Step(number, part.kind, pair, scaling)
-    if part.kind == "multiplicative_lora":
-        return Step(number, part.kind, inverse(pair, scaling), scaling)
-    return Step(number, part.kind, pair, -scaling)
+        return PairStep(number, kind, pair, scaling)
+    if kind == "multiplicative_lora":
+        return PairStep(number, kind, inverse(pair, scaling), scaling)
+    return PairStep(number, kind, pair, -scaling)
 
 
 def logit_factor(parts: Sequence[Part], unmerge: bool) -> float:
@@ -201,11 +273,9 @@ def output_dtype(stored: str, dtype: OutputDtype) -> str:
     return stored if dtype == "keep" or stored not in FLOATS else DTYPE_NAMES[dtype]
 
 
-def _check_bias(bias: StoredTensor, pair: Pair) -> None:
-    if bias.dtype not in FOLDABLE or bias.shape != (pair.B.shape[0],):
-        raise UserError(
-            f"{bias.name} is {bias.dtype} {bias.shape}; the fold needs a float vector of {pair.B.shape[0]}."
-        )
+def _check_bias(bias: StoredTensor, length: int) -> None:
+    if bias.dtype not in FOLDABLE or bias.shape != (length,):
+        raise UserError(f"{bias.name} is {bias.dtype} {bias.shape}; the fold needs a float vector of {length}.")
 
 
 def new_config(config: dict[str, Any], dtype: OutputDtype, logit_factor: float) -> dict[str, Any] | None:

@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.artifacts.adapter_files import public_name
+from pipeline.artifacts.adapter_files import Pair, public_name
 from pipeline.artifacts.fold_match import Part
 from pipeline.artifacts.fold_plan import LOGIT_KEYS, FoldPlan, logit_factor
 from pipeline.artifacts.fold_rows import Survival
+from pipeline.artifacts.weight_maps import Added
 from pipeline.console import gib
 
 # Below this gain the fold is weaker than the training by more than 5% of the adapter's strength: as if alpha had been
@@ -19,6 +20,24 @@ from pipeline.console import gib
 # in size, but it has no direction and averages out over the thousands of terms of a product; the lost gain does not.
 LEAST_GAIN = 0.95
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+# What each kind does to a weight, and what undoes it. # stands for the adapter's place; ⊙ is by rows (of IA³ by columns too).
+RULES = {
+    "multiplicative_lora": "W + s#·B#·(A#·W)",
+    "lora": "W + s#·B#·A#",
+    "dora": "m#/‖W + s#·B#·A#‖ ⊙ (W + s#·B#·A#)",
+    "ia3": "l# ⊙ W",
+    "oft": "W·R#ᵀ",
+    "boft": "s# ⊙ (W·R#ᵀ)",
+    "hra": "W·Π(I - 2·u#·u#ᵀ)",
+}
+UNDOING = {
+    "multiplicative_lora": "W + s#·B̃#·(A#·W)",
+    "lora": "W - s#·B#·A#",
+    "ia3": "W / l#",
+    "oft": "W·R#⁻ᵀ",
+    "boft": "(W / s#)·R#⁻ᵀ",
+    "hra": "W·Π(I - 2·u#·u#ᵀ) backwards",
+}
 ROWS_SHOWN = 48  # the whole of a 40-layer model with one target; of more, those that lost most
 
 
@@ -27,21 +46,26 @@ def plan_lines(plan: FoldPlan, *, keep_logit_scale: bool) -> list[str]:
     total = sum(len(specs) for specs in plan.files.values())
     lines = [f"base     {plan.base.folder}: {total} tensors in {len(plan.files)} file{'s' * (len(plan.files) != 1)}"]
     for number, part in enumerate(plan.parts):
-        adapter, pairs = part.adapter, list(part.pairs.values())
+        adapter = part.adapter
         lines.append(
-            f"{'adapter' + _index(plan, number):<8} {adapter.folder}: {part.kind}, {len(pairs)} modules, "
-            + _span([pair.A.shape[0] for pair in pairs])
+            f"{'adapter' + _index(plan, number):<8} {adapter.folder}: {part.kind}, {len(part.modules)} modules"
+            + _span([one.A.shape[0] for one in _strong(part)])
             + (f", trained on {adapter.base_model}" if adapter.base_model else "")
-            + (f", {_strength(part)}" if len(plan.parts) > 1 else "")
+            + (f", {_strength(part)}" if len(plan.parts) > 1 and _strength(part) else "")
         )
+        if part.full:
+            lines.append(f"         in full: {len(part.full)} tensors, {_named(tuple(part.full))}")
         if part.left_out:
             lines.append(f"         left out by --layers: {len(part.left_out)} modules, {_named(part.left_out)}")
-    biases = sum(len(change.tensor.shape) == 1 for change in plan.changes.values())
+    replaced = {name for part in plan.parts for name in part.full}
+    biases = sum(name.endswith(".bias") for name in plan.changes.keys() - replaced)
+    strength = f", {_strength(plan.parts[0])}" if _strength(plan.parts[0]) else ""
     lines += [
         f"{'unmerge' if plan.unmerge else 'fold':<9}{formula(plan)}"
-        + (f", {_strength(plan.parts[0])}" if len(plan.parts) == 1 else ", rounded once at the end"),
-        f"changed  {len(plan.changes) - biases} weights"
-        + (f" and {biases} biases (b' = b + s·{'B̃' if plan.unmerge else 'B'}·A·b)" if biases else "")
+        + (strength if len(plan.parts) == 1 else ", rounded once at the end"),
+        f"changed  {len(plan.changes) - biases - len(replaced)} weights"
+        + (f" and {biases} biases ({_bias_rules(plan)})" if biases else "")
+        + (f"; {len(replaced)} tensors take the base's place" if replaced else "")
         + f"; {total - len(plan.changes.keys() | plan.quantised)} other tensors {_others(plan)}",
         f"dtypes   {_dtypes(plan)}; {gib(plan.weight_bytes)} of weights",
     ]
@@ -66,15 +90,28 @@ def formula(plan: FoldPlan) -> str:
     for place, number in enumerate(reversed(order) if plan.unmerge else order):
         i = str(number + 1).translate(SUBSCRIPTS) if several else ""
         W = f"W{str(place).translate(SUBSCRIPTS)}" if several and place else "W"
-        B = "B̃" if plan.unmerge else "B"
-        if plan.parts[number].kind == "multiplicative_lora":
-            change = f"{W} + s{i}·{B}{i}·(A{i}·{W})"
-        else:
-            change = f"{W} {'-' if plan.unmerge else '+'} s{i}·B{i}·A{i}"
+        rule = (UNDOING if plan.unmerge else RULES)[plan.parts[number].kind]
         last = place == len(plan.parts) - 1
-        steps.append(f"{'W' + chr(39) if last else 'W' + str(place + 1).translate(SUBSCRIPTS)} = {change}")
+        left = "W" + chr(39) if last else "W" + str(place + 1).translate(SUBSCRIPTS)
+        steps.append(f"{left} = {rule.replace('W', W).replace('#', i)}")
     inverted = plan.unmerge and any(part.kind == "multiplicative_lora" for part in plan.parts)
     return "; ".join(steps) + " in fp32" + (", B̃ = -B·(I + s·A·B)⁻¹" if inverted else "")
+
+
+def _bias_rules(plan: FoldPlan) -> str:
+    """What happens to biases, of the kinds of adapter that move one."""
+    B = "B̃" if plan.unmerge else "B"
+    rules = {"multiplicative_lora": f"b' = b + s·{B}·A·b", "ia3": "b' = b / l" if plan.unmerge else "b' = l·b"}
+    used = [rules[part.kind] for part in plan.parts if part.kind in rules]
+    if any(pair.bias is not None for part in plan.parts for pair in part.pairs.values()):
+        used.append(f"b' = b {'-' if plan.unmerge else '+'} s·(the bias of lora_B)")
+    return "; ".join(dict.fromkeys(used))
+
+
+def _strong(part: Part) -> list[Pair | Added]:
+    """The pairs of an adapter, of a DoRA one too; none of the other families."""
+    maps = [one for module in part.modules for one in part.adapter.maps.get(module, ())]
+    return [*part.pairs.values(), *(one for one in maps if isinstance(one, Added))]
 
 
 def _index(plan: FoldPlan, number: int) -> str:
@@ -86,15 +123,17 @@ def _named(modules: Sequence[str]) -> str:
 
 
 def _strength(part: Part) -> str:
-    """`s = alpha / rank = 64 / 64 × 0.5 = 0.5`, for the first few distinct scalings of the adapter."""
-    by_origin = {pair.origin: pair.scaling for pair in part.pairs.values()}
+    """`s = alpha / rank = 64 / 64 × 0.5 = 0.5`, for the first few distinct scalings of the adapter; empty without one."""
+    by_origin = {one.origin: one.scaling for one in _strong(part)}
     factor = f" × {part.scale:g} (--scale)" if part.scale != 1.0 else ""
     shown = [f"s = {origin}{factor} = {s * part.scale:g}" for origin, s in by_origin.items()]
     return "; ".join(shown[:4]) + ("; ..." if len(shown) > 4 else "")
 
 
 def _span(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    if not ranks:
+        return ""
+    return f", rank {ranks[0]}" if min(ranks) == max(ranks) else f", ranks {min(ranks)} to {max(ranks)}"
 
 
 def _others(plan: FoldPlan) -> str:
@@ -152,7 +191,10 @@ def warnings(figures: Sequence[Survival], dtypes: dict[str, str]) -> list[str]:
     found = []
     idle = [figure for figure in figures if math.isnan(figure.gain)]
     if idle:
-        found.append(f"the fold changes nothing in {len(idle)} of {len(figures)} tensors (B is zero): {idle[0].name}")
+        found.append(
+            f"the fold changes nothing in {len(idle)} of {len(figures)} tensors (what was trained "
+            f"is there as it began: B is zero): {idle[0].name}"
+        )
     weak = [figure for figure in figures if figure.gain < LEAST_GAIN]
     if weak:
         worst = min(weak, key=lambda figure: figure.gain)
@@ -176,7 +218,8 @@ def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
                 "adapter": public_name(str(part.adapter.folder)),
                 "kind": part.kind,
                 "scale": part.scale,
-                "modules": len(part.pairs),
+                "modules": len(part.modules),
+                "full": list(part.full),
                 "left_out": list(part.left_out),
             }
             for part in plan.parts

@@ -1,21 +1,26 @@
 """The arithmetic of a fold, a block of rows at a time, and what survived the last rounding.
 
 Takes a `Change`; gives the new tensor's rows, rounded once, and the figures of how much of ΔW is in them. Everything is
-computed in fp32 without TF32; a block and the R × D_in projection are all that is in memory.
+computed in fp32 without TF32; a block, the R × D_in projections and a module's rotations are all that is in memory.
 
-Both kinds are W' = W + s·B·M with M [R, D_in]:  M = A (lora),  M = A·W (multiplicative; (I + sBA)W = W + sB(AW)).
-B·(A·W) takes 4·R operations an element where (B·A)·W takes 2·D_out. Several in sequence are one of the sum of ranks.
+Pairs of both kinds are W' = W + s·B·M with M [R, D_in]:  M = A (lora),  M = A·W (multiplicative; (I + sBA)W = W + sB(AW)).
+B·(A·W) takes 4·R operations an element where (B·A)·W takes 2·D_out. Several in sequence are one of the sum of ranks. The
+maps of other families take each row by itself, so they wait between such sums, and where a multiplicative pair comes after
+them one more pass over the weight gives its A·W.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 
 import torch
 
-from pipeline.artifacts.fold_plan import BaseQuant, Change, read_rows
+from pipeline.artifacts.fold_plan import BaseQuant, Change, PairStep, RowStep, read_rows
 from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor
+from pipeline.artifacts.weight_maps import RowChange
 from pipeline.console import UserError
 
 BLOCK_ITEMS = 2**19  # values of a block. 2 MiB in fp32: about ten such arrays are alive at a time
@@ -34,28 +39,73 @@ def exact_fp32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LowRank:
-    """All steps of a change as one: ΔW = B·M, with B [D_out, ΣR] (the scalings in it) and M [ΣR, D_in], fp32.
+    """Steps in sequence that are pairs, as one: ΔW = B·M, with B [D_out, ΣR] (the scalings in it) and M [ΣR, D_in], fp32.
 
-    `sizes`: ‖s_k·B_k·M_k‖ (Frobenius) of every step.
+    `sizes`: (the adapter's place, ‖s_k·B_k·M_k‖, Frobenius) of every step.
     """
 
     B: torch.Tensor
     M: torch.Tensor
-    sizes: tuple[float, ...]
+    sizes: tuple[tuple[int, float], ...]
+
+    def change(self, W: torch.Tensor, first: int) -> torch.Tensor:
+        """ΔW of a block of rows."""
+        return torch.mm(self.B[first : first + len(W)], self.M)
 
 
-def compose(change: Change, device: torch.device) -> LowRank:
-    """The steps of a change, made one of the sum of their ranks, in one pass over the weight.
+@dataclass(frozen=True)
+class ByRows:
+    """A step whose maps take each row by itself. `part`: the adapter's place."""
+
+    part: int
+    maps: tuple[RowChange, ...]
+
+    def apply(self, W: torch.Tensor, first: int) -> torch.Tensor:
+        for one in self.maps:
+            W = one(W, first)
+        return W
+
+
+Stage = LowRank | ByRows
+
+
+def prepare(change: Change, device: torch.device) -> tuple[Stage, ...]:
+    """What a block of rows goes through: sequences of pairs as one, other steps one by one."""
+    done: tuple[Stage, ...] = ()
+    for in_pairs, group in groupby(change.steps, key=lambda step: isinstance(step, PairStep)):
+        steps = list(group)
+        if in_pairs:
+            done += (
+                compose([s for s in steps if isinstance(s, PairStep)], partial(_after, change, done, device), device),
+            )
+        else:
+            done += tuple(ByRows(s.part, tuple(m.on(device) for m in s.maps)) for s in steps if isinstance(s, RowStep))
+    return done
+
+
+def _after(change: Change, stages: Sequence[Stage], device: torch.device) -> Iterator[torch.Tensor]:
+    """The weight as `stages` leave it, in blocks of rows in fp32."""
+    first = 0
+    for block in change.rows(BLOCK_ITEMS):
+        W = block.to(device, torch.float32)
+        for stage in stages:
+            W = W + stage.change(W, first) if isinstance(stage, LowRank) else stage.apply(W, first)
+        first += len(W)
+        yield W
+
+
+def compose(steps: Sequence[PairStep], blocks: Callable[[], Iterator[torch.Tensor]], device: torch.device) -> LowRank:
+    """Pairs in sequence, made one of the sum of their ranks, in one pass over the weight before them (`blocks`).
 
     Step k turns W_{k-1} = W + Σ_{j<k} s_j·B_j·M_j into W_{k-1} + s_k·B_k·M_k, where M_k = A_k (lora) or
     M_k = A_k·W_{k-1} = A_k·W + Σ_{j<k} s_j·(A_k·B_j)·M_j (multiplicative). So all A_k·W are summed up while the rows
     of W go by, and the rest needs R × R matrices only.
     """
-    of_weight = _projections(change, device)
+    of_weight = _projections(steps, blocks, device)
     Bs: list[torch.Tensor] = []
     Ms: list[torch.Tensor] = []
     sizes = []
-    for number, step in enumerate(change.steps):
+    for number, step in enumerate(steps):
         M = step.pair.A.to(device, torch.float32)
         if number in of_weight:
             M, A = of_weight[number], M
@@ -63,18 +113,20 @@ def compose(change: Change, device: torch.device) -> LowRank:
                 M = M + (A.double() @ B.double()).float() @ earlier
         B = step.pair.B.to(device, torch.float32) * step.scaling
         squared = torch.sum((B.T.double() @ B.double()) * (M.double() @ M.double().T))  # ‖B·M‖² = ⟨BᵀB, MMᵀ⟩
-        sizes.append(math.sqrt(max(float(squared), 0.0)))
+        sizes.append((step.part, math.sqrt(max(float(squared), 0.0))))
         Bs.append(B)
         Ms.append(M)
     return LowRank(torch.cat(Bs, dim=1), torch.cat(Ms), tuple(sizes))
 
 
-def _projections(change: Change, device: torch.device) -> dict[int, torch.Tensor]:
+def _projections(
+    steps: Sequence[PairStep], blocks: Callable[[], Iterator[torch.Tensor]], device: torch.device
+) -> dict[int, torch.Tensor]:
     """{step: A·W [R, D_in]} of the multiplicative steps: sums of A[:, block]·W[block, :] over blocks of rows."""
-    As = {n: s.pair.A.to(device, torch.float32) for n, s in enumerate(change.steps) if s.kind == "multiplicative_lora"}
+    As = {n: s.pair.A.to(device, torch.float32) for n, s in enumerate(steps) if s.kind == "multiplicative_lora"}
     totals: dict[int, torch.Tensor] = {}
     first = 0
-    for block in change.rows(BLOCK_ITEMS) if As else ():
+    for block in blocks() if As else ():
         wide = block.to(device, torch.float32)
         for number, A in As.items():
             part = A[:, first : first + len(wide)] @ wide
@@ -96,7 +148,7 @@ class Survival:
     products: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("D·Δ", "Δ·Δ", "E·E", "W·W"), 0.0))
     equal: int = 0
     items: int = 0
-    parts: dict[int, float] = field(default_factory=dict)  # ‖ΔW‖ of each adapter's own change, by its place
+    parts: dict[int, float] = field(default_factory=dict)  # ‖ΔW‖² of each adapter's own change, by its place
 
     def add(self, before: torch.Tensor, change: torch.Tensor, after: torch.Tensor) -> None:
         """Count a block: W and ΔW in fp32, and W' as rounded. Sums of products are kept in fp64."""
@@ -108,6 +160,9 @@ class Survival:
             self.products[key] += float(torch.sum(left * right, dtype=torch.float64))
         self.equal += int((difference == 0).sum())
         self.items += before.numel()
+
+    def add_part(self, part: int, squared: float) -> None:
+        self.parts[part] = self.parts.get(part, 0.0) + squared
 
     @property
     def gain(self) -> float:
@@ -123,7 +178,7 @@ class Survival:
 
     def share(self, part: int) -> float:
         """‖ΔW‖ / ‖W‖ of one adapter's own change."""
-        return self.parts[part] / math.sqrt(self.products["W·W"]) if self.products["W·W"] else math.nan
+        return math.sqrt(self.parts[part] / self.products["W·W"]) if self.products["W·W"] else math.nan
 
     @property
     def size(self) -> float:
@@ -135,13 +190,23 @@ def fold_rows(change: Change, dtype: str, device: torch.device, survival: Surviv
 
     Raises UserError where a value is NaN or infinite, or too large for `dtype`.
     """
-    whole = compose(change, device)
-    survival.parts = {step.part: size for step, size in zip(change.steps, whole.sizes, strict=True)}
+    stages = prepare(change, device)
+    for part, size in (size for stage in stages if isinstance(stage, LowRank) for size in stage.sizes):
+        survival.add_part(part, size**2)
     first = 0
     for block in change.rows(BLOCK_ITEMS):
         before = block.to(device, torch.float32)
-        delta = torch.mm(whole.B[first : first + len(before)], whole.M)
-        exact = before + delta
+        exact = before
+        for stage in stages:
+            if isinstance(stage, LowRank):
+                delta = stage.change(exact, first)
+                exact = exact + delta
+            else:
+                changed = stage.apply(exact, first)
+                survival.add_part(stage.part, float(torch.sum((changed - exact).double().square())))
+                exact = changed
+        if len(stages) > 1 or not isinstance(stages[0], LowRank):
+            delta = exact - before
         if not torch.isfinite(exact).all():
             raise UserError(
                 f"{change.tensor.name}: the fold gives NaN or infinite values. Either the base holds them already, or "

@@ -2,7 +2,8 @@
 
 Takes a base model's folder and one or more adapters'; gives a new model's folder, whole or not at all, and what survived
 rounding. Tensors the adapter does not change are copied byte for byte; config, tokenizer, chat template and licence
-come along. Memory: a few dozen MiB of blocks, the adapters and one projection [ΣR, D_in], however large the model is.
+come along. Memory: a few dozen MiB of blocks, the adapters, and one projection [ΣR, D_in] or one module's rotations
+[D_in, K], however large the model is.
 """
 
 import math
@@ -43,8 +44,9 @@ def merge(
 ) -> list[Survival]:
     """Fold one adapter or several, in order, and write the model to `output`; the figures of the changed tensors.
 
-    Of multiplicative adapters 1, 2, 3:  W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W;  an additive one adds s·B·A
-    to the weight as it stands then. `scale` multiplies an adapter's scaling (alpha lowered after the training): one
+    Each changes the weight as the one before left it: of multiplicative adapters 1, 2, 3
+    W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W;  an additive one adds s·B·A, others rotate, multiply or replace
+    (`fold_plan`). `scale` multiplies an adapter's scaling (alpha lowered after the training): one
     factor for all or one for each. `layers` ('0:38', both ends included) restricts what is folded. `unmerge` takes the
     adapters out of a model they were folded into, last one first. `base_quant` folds into the base as 4-bit training
     saw it. `dry_run` checks everything that can be checked without computing, prints the plan, and writes nothing.

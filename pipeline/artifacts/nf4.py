@@ -90,7 +90,13 @@ def read_nf4(tensor: StoredTensor, columns: int, piece_items: int, *, double_qua
 
     stored = None
     if double_quant:
-        stored = double_quantised(torch.cat([absmax_of(block.float().view(-1), BLOCK) for block in blocks()]))
+        # Filled in place: a small tensor kept from every block would leave gaps between the freed ones, of twice the weight.
+        stored, first = torch.empty(-(-math.prod(tensor.shape) // BLOCK)), 0
+        for block in blocks():
+            found = absmax_of(block.float().view(-1), BLOCK)
+            stored[first : first + len(found)] = found
+            first += len(found)
+        stored = double_quantised(stored)
     first = 0
     for block in blocks():
         indices, absmax = quantise(block.float().view(-1), CODE, BLOCK)

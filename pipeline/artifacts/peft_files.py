@@ -18,10 +18,12 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline.artifacts import full_tensors
 from pipeline.artifacts.adapter_files import (
     CONFIG_FILE,
     FORMAT_VERSION,
     METADATA_KEY,
+    NOTHING,
     PEFT_PREFIX,
     WEIGHTS_FILE,
     natural_order,
@@ -52,12 +54,14 @@ def write_peft_adapter(
     settings: Mapping[str, Any],
     base_model: str,
     train_logit_scale: float,
+    full: Mapping[str, torch.Tensor] = NOTHING,
+    tied: Mapping[str, str] = NOTHING,
 ) -> None:
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
     `tensors`: for every module those of its family, floating point. `settings`: the family's own keys of PEFT's config.
-    `base_model`: as for `adapter_files.write_adapter`. Raises ValueError where a module lacks a tensor, has one too many,
-    or one is not finite.
+    `base_model`, `full`, `tied`: as for `adapter_files.write_adapter`. Raises ValueError where a module lacks a tensor,
+    has one too many, or one is not finite.
     """
     peft_type, names = FAMILIES[family]
     modules = sorted({name.rpartition(".")[0] for name in tensors}, key=natural_order)
@@ -69,17 +73,18 @@ def write_peft_adapter(
     base = public_name(base_model)
     config = {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "target_modules": modules,
-        "modules_to_save": None, **settings, "peft_type": peft_type,
+        **full_tensors.for_config(full, tied, peft_type), **settings, "peft_type": peft_type,
     }  # fmt: skip
     own = {
         "format_version": FORMAT_VERSION, "kind": family, "train_logit_scale": train_logit_scale, "base_model": base,
-        "modules": modules, "settings": dict(settings),
+        "modules": modules, "settings": dict(settings), **full_tensors.for_metadata(full, tied),
     }  # fmt: skip
     stored = {
         f"{PEFT_PREFIX}{module}.{theirs}": tensors[f"{module}.{key}"].contiguous()
         for module in modules
         for key, theirs in names.items()
     }
+    stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
     specs = [TensorSpec(name, FLOAT_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
     metadata = {"format": "pt", METADATA_KEY: json.dumps(own)}
     write_safetensors(folder / WEIGHTS_FILE, specs, lambda name: [tensor_bytes(stored[name])], metadata)

@@ -191,6 +191,11 @@ def _notes(adapter: Adapter, kind: Kind, modules: Sequence[Module], base: Base |
         notes.append(
             "this adapter leaves biases alone, but in a text its detectors are shown the whole output, bias included"
         )
+    if adapter.full:
+        shown = ", ".join(list(adapter.full)[:4]) + (" ..." if len(adapter.full) > 4 else "")
+        notes.append(
+            f"{len(adapter.full)} tensors were trained in full beside the pairs, and are not read here: {shown}"
+        )
     if kind == "lora":
         notes.append(
             "an additive LoRA reads a module's input and writes to its output, so I + s·B·A is no map of one space: what its "

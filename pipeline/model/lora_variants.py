@@ -152,10 +152,12 @@ def inject_from_weight(
         if start == "olora":
             return _first_columns(weight, rank, scaling)
         if iterations is None:
-            return _pissa(*torch.linalg.svd(weight, full_matrices=False), rank, scaling)
-        probes = torch.empty(weight.shape[1], min(rank + OVERSAMPLED, *weight.shape), device=weight.device)
-        draw(probes, f"{name}.probes", seed)
-        return _pissa(*approximate_svd(weight, probes, iterations), rank, scaling)
+            U, singular, Vh = torch.linalg.svd(weight, full_matrices=False)
+        else:
+            probes = torch.empty(weight.shape[1], min(rank + OVERSAMPLED, *weight.shape), device=weight.device)
+            draw(probes, f"{name}.probes", seed)
+            U, singular, Vh = approximate_svd(weight, probes, iterations)
+        return _pissa(U, singular, Vh, rank, scaling)
 
     def make(name: str, base_layer: nn.Module) -> nn.Module:
         adapter = LoRAFromWeight(base_layer, rank, scaling, dropout, dtype)

@@ -8,7 +8,7 @@ the gradient of their input only; trained ones that of their weight as well.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import nn
@@ -28,24 +28,31 @@ class Costs(NamedTuple):
 
 
 def costs(base: nn.Module, head: nn.Module, *, first_adapted: int | None, recompute: bool, sequence_len: int, key_width: int,
-          active_share_of_experts: float = 1.0) -> Costs:  # fmt: skip
+          active_share_of_experts: float = 1.0, in_full: Collection[nn.Parameter] = ()) -> Costs:  # fmt: skip
     """Count from the modules' shapes (`meta` tensors do).
 
-    `first_adapted`: index of the first layer with an adapter; below it nothing runs backward. None: all weights train.
-    `recompute`: layers run forward once more in backward. Attention costs 2·T·key_width forward (causal).
+    `first_adapted`: index of the first layer that runs backward, for an adapter's sake or for that of what is trained
+    `in_full` beside it. None: all weights train. `recompute`: layers run forward once more in backward. Attention costs
+    2·T·key_width forward (causal).
     """
+    trained = {id(parameter) for parameter in in_full}
+
+    def of_weights(module: nn.Module) -> float:
+        """The gradients of what is trained in full."""
+        return 2.0 * sum(p.numel() for p in module.parameters() if id(p) in trained and p.dim() >= 2)
+
     per_layer = []
     for index, layer in enumerate(base.layers):  # type: ignore[arg-type]
         dense = sum(p.numel() for name, p in layer.named_parameters() if p.dim() >= 2 and ".experts." not in f".{name}")
         experts = sum(p.numel() for name, p in layer.named_parameters() if ".experts." in f".{name}")
         forward = 2 * (dense + experts * active_share_of_experts) + 2 * sequence_len * key_width
         trained_below = first_adapted is None or index >= first_adapted
-        backward = (2 * forward if first_adapted is None else forward) if trained_below else 0
+        backward = (2 * forward if first_adapted is None else forward + of_weights(layer)) if trained_below else 0
         per_layer.append(float(forward + backward + (forward if recompute and backward else 0)))
     head_flops = 2.0 * sum(p.numel() for p in head.parameters())
     return Costs(
         layers=per_layer,
-        head=head_flops * (2 if first_adapted is not None else 3),
+        head=head_flops * 3 if first_adapted is None else head_flops * 2 + of_weights(head),
         layer_bytes=[_bytes(layer) for layer in base.layers],  # type: ignore[union-attr]
         embedding_bytes=_bytes(base.embed_tokens),  # type: ignore[arg-type]
         head_bytes=_bytes(head),

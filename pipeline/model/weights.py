@@ -7,7 +7,7 @@ its stage does not own.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,14 @@ def check_saved_as_run(model: PreTrainedModel) -> None:
         )
 
 
+def stored_in_another_form(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Those of `names`, parameters of `model`, that a checkpoint holds under another name or in another shape."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stored = revert_weight_conversion(model, {name: model.get_parameter(name) for name in names})
+    return [name for name in names if name not in stored]
+
+
 def tied_source(model: PreTrainedModel, name: str) -> str | None:
     """The name under which a tied checkpoint stores `name`: the embedding's, for a tied head; else None."""
     if not model.config.tie_word_embeddings or not name.startswith("lm_head."):
@@ -113,6 +121,7 @@ def _load_by_name(
     dtype: torch.dtype, device: torch.device,
 ) -> None:  # fmt: skip
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    quantised = any(isinstance(module, Packs) for module in model.modules())
     done: dict[str, torch.Tensor] = {}
     for path in sorted({files[s] for s in sources.values()}):
         with _open(path) as file:
@@ -129,19 +138,28 @@ def _load_by_name(
                             f"but config.json makes it {list(wanted[name].shape)}"
                         )
                     to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
-                    done = {source: tensor.to(device=device, dtype=to if tensor.is_floating_point() else None)}
+                    # On the CPU a tensor is a view of the mapped file, and a norm that stays would keep all of it there.
+                    copy = quantised and not _packs(model, name)
+                    kind = to if tensor.is_floating_point() else None
+                    done = {source: tensor.to(device=device, dtype=kind, copy=copy)}
                 _assign(model, name, done[source])
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    if leaf == "weight" and isinstance(parent, Packs):
+    parent: Any = model.get_submodule(parent_name)
+    if _packs(model, name):
         parent._parameters[leaf] = parent.pack(tensor)
     elif leaf in parent._parameters:
         parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         parent._buffers[leaf] = tensor
+
+
+def _packs(model: nn.Module, name: str) -> bool:
+    """Whether `name` is the weight of a layer that stores it in another form."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(parent), Packs)
 
 
 def _load_converted(stage: Stage, files: dict[str, Path], device: torch.device, missing: list[str]) -> None:

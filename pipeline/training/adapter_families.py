@@ -4,7 +4,7 @@ Takes the config; gives plain values to pipeline/model and pipeline/artifacts, w
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from pipeline.artifacts.adapter_files import adapter_norms, write_adapter
+from pipeline.artifacts.adapter_files import NOTHING, adapter_norms, write_adapter
 from pipeline.artifacts.peft_files import write_peft_adapter
 from pipeline.config import Config
 from pipeline.console import UserError
 from pipeline.model import adapters, control_adapter, input_families, lora_variants
 from pipeline.model.stage import DTYPES, Stage
+from pipeline.publishing.facts import id_in_cache
 from pipeline.training import initial_adapter, rank_patterns
 from pipeline.training.inner_optimizer import add, value
 
 ON_THE_OUTPUT = ("multiplicative_lora", "control_adapter")
 IA3_TARGETS, IA3_FEEDFORWARD = ["k_proj", "v_proj", "down_proj"], ["down_proj"]
 BOFT_WIDEST = 4096  # inputs: 64 MiB for each of PEFT's permutations, one a module
-
-Write = Callable[[Path, dict[str, Tensor]], None]
 
 
 def default_targets(config: Config) -> list[str] | str:
@@ -99,7 +98,9 @@ def _inject(stage: Stage, config: Config, targets: list[str]) -> None:
         case "lora" if config.use_dora:
             lora_variants.inject_dora(stage, targets, rank, s, dropout, dtype, seed)
         case "lora" if config.init_lora_weights is not True:
-            lora_variants.inject_from_weight(stage, targets, config.init_lora_weights, rank, s, dropout, dtype)
+            lora_variants.inject_from_weight(
+                stage, targets, str(config.init_lora_weights), rank, s, dropout, dtype, seed
+            )
         case "lora":
             adapters.inject_lora(stage, targets, rank, alpha, dropout, dtype, seed, config.use_rslora)
         case "ia3":
@@ -114,17 +115,24 @@ def _inject(stage: Stage, config: Config, targets: list[str]) -> None:
 
 def saved(config: Config, targets: list[str], biased_targets: bool) -> dict[str, Tensor]:
     """The tensors of init_adapter, by global name. UserError where it is not what this run trains."""
-    if _patterned(config):
-        ranks = {module: rank for module, (rank, _) in _sizes(config, targets).items()}
-        tensors = saved(_one_rank(config, targets), targets, biased_targets)
-        return rank_patterns.from_one_rank(tensors, ranks, _factors(config, targets))
-    folder, on_the_output = config.init_adapter or "", config.adapter_type in ON_THE_OUTPUT
+    folder, patterned = config.init_adapter or "", _patterned(config)
+    one = _one_rank(config, targets) if patterned else config
+    uniform = one.lora_rank or 1, scaling(one)
+    ranks = {module: rank for module, (rank, _) in _sizes(config, targets).items()}
+    factors = _factors(config, targets) if patterned else dict.fromkeys(targets, 1.0)
     if family := _family_of_peft(config):
-        return initial_adapter.read_family(folder, targets, family, _peft_settings(config, targets))
+        tensors = initial_adapter.read_family(folder, targets, family, _peft_settings(one, targets))
+        return rank_patterns.from_one_rank(tensors, ranks, factors) if patterned else tensors
+    sizes = {module: (ranks[module], uniform[1] * factors[module]) for module in targets}
+    on_the_output = config.adapter_type in ON_THE_OUTPUT
     return initial_adapter.read_pairs(
-        folder, targets, on_the_output=on_the_output, rank=config.lora_rank or 1, scaling=scaling(config),
-        biased_targets=biased_targets,
-    )  # fmt: skip
+        folder, sizes, uniform=uniform, on_the_output=on_the_output, biased_targets=biased_targets
+    )
+
+
+def saved_kind(config: Config) -> str:
+    """What pipeline/artifacts calls the form in which the family is saved."""
+    return _family_of_peft(config) or ("multiplicative_lora" if config.adapter_type in ON_THE_OUTPUT else "lora")
 
 
 def feedforward(config: Config, targets: list[str]) -> list[str]:
@@ -157,14 +165,30 @@ def norms(stage: Stage, config: Config) -> dict[str, float]:
     return adapter_norms(pairs, scaling(config))
 
 
-def writer(config: Config, targets: list[str], biased_targets: bool) -> Write:
-    """What writes `adapters.written` of all stages into a folder, in the form of the family."""
+def writer(
+    config: Config, targets: list[str], biased_targets: bool, tied: Mapping[str, str] = NOTHING
+) -> Callable[[Path, dict[str, Tensor]], None]:
+    """What writes `adapters.written` of all stages into a folder: the adapter in the form of its family, and what is
+    trained in full beside it. `tied`: names under which a stage has another one's weight, from `trained_modules.tied`.
+    """
+    write, adapted = _writer(config, targets, biased_targets), set(targets)
+
+    def write_all(folder: Path, tensors: dict[str, Tensor]) -> None:
+        full = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in adapted}
+        own = {name: tensor for name, tensor in tensors.items() if name not in full}
+        write(folder, own, full={n: t for n, t in full.items() if n not in tied}, tied=tied)
+
+    return write_all
+
+
+def _writer(config: Config, targets: list[str], biased_targets: bool) -> Callable[..., None]:
     if _patterned(config):
         uniform, factors = _one_rank(config, targets), _factors(config, targets)
         rank = (uniform.lora_rank or 1) * (2 if config.init_lora_weights is not True else 1)
-        write = writer(uniform, targets, biased_targets)
-        return lambda folder, tensors: write(folder, rank_patterns.to_one_rank(tensors, rank, factors))
-    common: dict[str, Any] = {"base_model": config.model, "train_logit_scale": config.train_logit_scale}
+        write = _writer(uniform, targets, biased_targets)
+        return lambda folder, own, **full: write(folder, rank_patterns.to_one_rank(own, rank, factors), **full)
+    base = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
+    common: dict[str, Any] = {"base_model": base, "train_logit_scale": config.train_logit_scale}
     if family := _family_of_peft(config):
         return partial(write_peft_adapter, family=family, settings=_peft_settings(config, targets), **common)
     kind: Any = "multiplicative_lora" if config.adapter_type in ON_THE_OUTPUT else "lora"

@@ -78,7 +78,8 @@ def trainer(
         put_back(*resumed, config, stage, optimizer, place, batches, trained)
     elif config.init_adapter:
         with engine.agreement(place):
-            initial_adapter.put(stage, adapter_families.saved(config, plan.targets, plan.biased_targets))
+            initial = prepare.initial_tensors(config, plan.targets, plan.biased_targets, plan.in_full, plan.tied)
+            initial_adapter.put(stage, initial)
     run_dir = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
     went: dict[str, Any] = (
         resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
@@ -118,7 +119,7 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Follo
             check_entry(stage)
         if stage.is_last:
             check_head(stage)
-    stage_parts.put_adapters(stage, config, plan.targets)
+    stage_parts.put_trained(stage, config, plan.targets, plan.in_full)
     say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
@@ -235,8 +236,13 @@ def artifact_writer(
     dtype = DTYPES[config.save_dtype] if config.save_dtype else None
     if config.full_fine_tune:
         return lambda folder: saving.save_model(folder, place, stage, Path(config.model), dtype)
-    write = adapter_families.writer(config, plan.targets, plan.biased_targets)
-    return lambda folder: saving.save_adapter(folder, place, adapters.written(stage), dtype, write)
+    write = adapter_families.writer(config, plan.targets, plan.biased_targets, plan.tied)
+
+    def save(folder: Path) -> None:
+        tensors = {name: t for name, t in adapters.written(stage).items() if name not in plan.tied}
+        saving.save_adapter(folder, place, tensors, dtype, write)
+
+    return save
 
 
 def names_on_all_stages(optimizer: PipelineOptimizer, place: engine.Place) -> list[str]:

@@ -7,7 +7,7 @@ does not fit, and puts them into a stage. At step 0 the model is the one that wa
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pipeline.artifacts.adapter_files import METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE
-from pipeline.artifacts.adapter_reading import load_adapter
+from pipeline.artifacts.adapter_files import METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE, Pair
+from pipeline.artifacts.adapter_reading import load_pairs
 from pipeline.artifacts.peft_files import FAMILIES
 from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.console import UserError
@@ -24,37 +24,37 @@ from pipeline.model import adapters
 from pipeline.model.control_adapter import ControlAdapter
 from pipeline.model.lora_variants import MosLoRA
 from pipeline.model.stage import Stage
+from pipeline.training import rank_patterns
+
+Size = tuple[int, float]  # rank R, s
 
 
 def read_pairs(
-    folder: str, targets: Collection[str], *, on_the_output: bool, rank: int, scaling: float, biased_targets: bool
+    folder: str, sizes: Mapping[str, Size], *, uniform: Size, on_the_output: bool, biased_targets: bool
 ) -> dict[str, Tensor]:
-    """`<module>.A` and `<module>.B` of an adapter that is pairs, for each of `targets`.
+    """`<module>.A` and `<module>.B` of an adapter that is pairs, for each module of `sizes`.
 
-    `on_the_output`: whether it must be multiplicative (h + s·B·A·h), else it is a LoRA. `rank`, `scaling`: what every pair
-    must have. UserError naming what the two differ in.
+    `sizes`: the rank and s with which each is trained. A pair has these, as PEFT saves patterns, or those of `uniform`, the
+    form in which we save them (rank_patterns.py). `on_the_output`: whether it must be multiplicative (h + s·B·A·h), else it
+    is a LoRA. UserError naming what the two differ in.
     """
-    where, adapter = f"init_adapter = '{folder}'", load_adapter(_existing(folder))
+    where, adapter = f"init_adapter = '{folder}'", load_pairs(_existing(folder))
     kind = "multiplicative_lora" if on_the_output else "lora"
     if adapter.kind not in (None, kind):
         raise UserError(f"{where}: it is a {adapter.kind}, and this run trains a {kind}; set adapter_type")
-    _check_modules(where, adapter.pairs, targets)
-    for module, pair in adapter.pairs.items():
-        if pair.A.shape[0] != rank:
-            raise UserError(
-                f"{where}: {module} has rank {pair.A.shape[0]}, this run's has rank {rank}; set lora_rank accordingly"
-            )
-        if not math.isclose(pair.scaling, scaling, rel_tol=1e-6):
-            raise UserError(
-                f"{where}: {module} was trained with s = {pair.scaling:g} ({pair.origin}), this run has s = {scaling:g}, "
-                "with which it would be another function; set lora_alpha so that s is the same"
-            )
+    _check_modules(where, adapter.pairs, sizes)
     if on_the_output and biased_targets and not adapter.moves_bias:
         raise UserError(
             f"{where}: it was trained on the modules' products without their biases, and here it would move those too"
         )
-    halves = {module: {"A": pair.A, "B": pair.B} for module, pair in adapter.pairs.items()}
-    return {f"{module}.{letter}": tensor for module, half in halves.items() for letter, tensor in half.items()}
+    tensors: dict[str, Tensor] = {}
+    for module, pair in adapter.pairs.items():
+        halves, own = {f"{module}.A": pair.A, f"{module}.B": pair.B}, sizes[module]
+        if not _has(pair, own):
+            _check_size(f"{where}: {module}", pair, own, uniform)
+            halves = rank_patterns.from_one_rank(halves, {module: own[0]}, {module: own[1] / uniform[1]})
+        tensors |= halves
+    return tensors
 
 
 def read_family(folder: str, targets: Collection[str], family: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
@@ -111,6 +111,23 @@ def _as_trained(name: str, module: nn.Module, written: dict[str, Tensor]) -> dic
             raise UserError(f"init_adapter: {name} is no control adapter: B is not Q·diag(e^S − 1) with A = Qᵀ")
         return {"Q": Q, "S": torch.log1p(gains)}
     return written
+
+
+def _has(pair: Pair, size: Size) -> bool:
+    return pair.A.shape[0] == size[0] and math.isclose(pair.scaling, size[1], rel_tol=1e-6)
+
+
+def _check_size(where: str, pair: Pair, own: Size, uniform: Size) -> None:
+    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair has those of `uniform`."""
+    found = pair.A.shape[0]
+    if found not in (own[0], uniform[0]):
+        raise UserError(f"{where} has rank {found}, this run's has rank {own[0]}; set lora_rank accordingly")
+    if not _has(pair, uniform):
+        s = own[1] if found == own[0] else uniform[1]
+        raise UserError(
+            f"{where} was trained with s = {pair.scaling:g} ({pair.origin}), this run has s = {s:g}, "
+            "with which it would be another function; set lora_alpha so that s is the same"
+        )
 
 
 def _existing(folder: str) -> Path:

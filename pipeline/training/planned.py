@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.console import EXIT_DONE, UserError, gib, say
-from pipeline.model import adapters
+from pipeline.model import adapters, trained_modules
 from pipeline.model.host_arena import HostArena
 from pipeline.model.levels import Keeping, Level
 from pipeline.model.stage import DTYPES, Stage, empty_model, logit_transform, read_model_config
@@ -62,11 +62,12 @@ def host_bytes(config: Config) -> int:
 
 
 def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
-    """The model's cost for micro-batches of so many tokens: the whole model on `meta` with adapters and kernels."""
+    """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
     shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
     stage_parts.foresee_quantised(shell, config)
+    beside = trained_modules.resolve(shell, config.trainable_modules, targets)
     stage = Stage(shell.requires_grad_(False), 0, len(shell.base_model.layers)).train()
-    stage_parts.put_adapters(stage, config, targets)
+    stage_parts.put_trained(stage, config, targets, beside)
     stage_parts.put_kernels(stage, config.kernels)
     rows, _ = _rows(config)
 

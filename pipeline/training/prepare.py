@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
@@ -18,21 +19,27 @@ from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, split, whole
-from pipeline.model import adapters, partition
+from pipeline.model import adapters, partition, trained_modules
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.model.weights import check_saved_as_run, tensor_files
-from pipeline.training import adapter_families, stage_parts
+from pipeline.training import adapter_families, initial_full_tensors, stage_parts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The model without weights, the modules to adapt (with whether any has a bias), and each stage's range of layers."""
+    """The model without weights, the modules to adapt (with whether any has a bias), and each stage's range of layers.
+
+    `in_full`: names of the parameters that are trained in full beside the adapter. `tied`: of the head's, if it is the
+    embedding, with that one's.
+    """
 
     shell: PreTrainedModel
     targets: list[str]
     biased_targets: bool
+    in_full: list[str]
+    tied: dict[str, str]
     ranges: list[tuple[int, int]]
 
 
@@ -51,15 +58,19 @@ def plan_model(config: Config) -> ModelPlan:
     if quantised := stage_parts.foresee_quantised(shell, config):
         say(f"base:     {len(quantised)} linear layers in {stage_parts.quantisation(config)}")
     if config.full_fine_tune:
-        targets, first_adapted = list[str](), None
+        targets, in_full, first_trained = list[str](), list[str](), None
         check_full_fine_tune(config, shell)
     else:
         targets, first_adapted = resolve_adapter(config, shell)
+        in_full = resolve_in_full(config, shell, targets)
+        first_trained = min(first_adapted, trained_modules.first_layer(shell, in_full))
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
+    tied = trained_modules.tied(shell)
     if config.init_adapter and not config.resume_from_checkpoint:
-        adapter_families.saved(config, targets, biased)
+        initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
-    return ModelPlan(shell, targets, biased, cut_into_stages(config, shell, first_adapted))
+    ranges = cut_into_stages(config, shell, first_trained, in_full)
+    return ModelPlan(shell, targets, biased, in_full, tied, ranges)
 
 
 def check_files(config: Config) -> None:
@@ -109,10 +120,31 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], 
     return targets, layers[0]
 
 
-def cut_into_stages(config: Config, shell: PreTrainedModel, first_adapted: int | None) -> list[tuple[int, int]]:
+def resolve_in_full(config: Config, shell: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Names of the parameters that are trained in full beside the adapter; says them in words."""
+    names = config.trainable_modules
+    in_full = trained_modules.resolve(shell, names, targets)
+    if in_full:
+        dtype = config.model_weight_dtype
+        say(f"          and in full, in {dtype}: {trained_modules.describe(shell, names, in_full)}")
+    return in_full
+
+
+def initial_tensors(
+    config: Config, targets: list[str], biased: bool, in_full: list[str], tied: dict[str, str]
+) -> dict[str, Tensor]:
+    """All that init_adapter holds, by global name. UserError where it is not what this run trains."""
+    adapter = adapter_families.saved(config, targets, biased)
+    return adapter | initial_full_tensors.read(config.init_adapter or "", in_full, tied)
+
+
+def cut_into_stages(
+    config: Config, shell: PreTrainedModel, first_trained: int | None, in_full: list[str]
+) -> list[tuple[int, int]]:
     """Each stage's range of layers; says it with the stage's weights and share of the work."""
     cost = partition.costs(
-        shell.base_model, shell.get_output_embeddings(), first_adapted=first_adapted,
+        shell.base_model, shell.get_output_embeddings(), first_adapted=first_trained,
+        in_full=[shell.get_parameter(name) for name in in_full],
         recompute=bool(config.activation_checkpointing), sequence_len=max(d.sequence_len for d in config.datasets),
         key_width=_key_width(shell.config), active_share_of_experts=_active_share(shell.config),
     )  # fmt: skip

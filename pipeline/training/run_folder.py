@@ -55,7 +55,7 @@ def check_continues(
     if lost := sorted(set(manifest["trained"]) - known):
         raise UserError(
             f"the checkpoint has trained {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}, which this run would drop; "
-            "resume with its target_modules and layers_to_transform"
+            "resume with its target_modules, layers_to_transform and trainable_modules"
         )
     before, now = (_optimizer_types(each["optimizer"]) for each in (saved, config))
     if before != now and config["load_optimizer_states"]:

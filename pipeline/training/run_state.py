@@ -140,7 +140,8 @@ def restore(
                     state[state_key] = value().to("cpu" if state_key == "step" else parameter.device)
     if lacking := sorted(own - found):
         raise checkpoint.CheckpointError(
-            f"{folder} has no weights for {', '.join(lacking[:3])}; was it made with other target_modules?"
+            f"{folder} has no weights for {', '.join(lacking[:3])}; was it made with other target_modules or "
+            "trainable_modules?"
         )
     optimizer.completed_steps = manifest["step"]
     if same_layout and rng:

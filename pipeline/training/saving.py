@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.artifacts.adapter_files import write_json
 from pipeline.artifacts.base_files import files_to_copy
-from pipeline.artifacts.safetensors_stream import read_header
+from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, TensorSpec, read_header, tensor_bytes, write_safetensors
 from pipeline.artifacts.whole_folder import whole_folder
 from pipeline.console import EXIT_DISK_FULL
 from pipeline.model.stage import Stage
@@ -26,18 +27,35 @@ from pipeline.training.checkpoint import CheckpointError, is_disk_full
 from pipeline.training.engine import Place
 
 Write = Callable[[Path], None]
+PART = ".stage-{}.safetensors"  # what a stage contributes, while an adapter is put together
 
 
 def save_adapter(
     folder: Path, place: Place, tensors: dict[str, Tensor], dtype: torch.dtype | None,
     write: Callable[[Path, dict[str, Tensor]], None],
 ) -> None:  # fmt: skip
-    """Gather the stages' adapter tensors and have `write` put them into the folder as one adapter."""
-    own = {name: t.detach().to("cpu", dtype) for name, t in tensors.items()} if place.replica == 0 else {}
-    parts: list[dict[str, Tensor]] | None = [{} for _ in range(place.world)] if place.rank == 0 else None
-    dist.gather_object(own, parts)
-    everything = {name: t for part in parts or [] for name, t in part.items()}
-    _together(folder, place, lambda _: None, lambda temporary: write(temporary, everything))
+    """Have `write` put the stages' trained tensors into the folder as one adapter.
+
+    They meet in files: an embedding that is trained beside the adapter has gigabytes, and a collective would need them
+    on the first GPU, once for every process.
+    """
+
+    def write_part(temporary: Path) -> None:
+        if place.replica == 0 and tensors:
+            own = {name: t.detach().to("cpu", dtype) for name, t in tensors.items()}
+            specs = [TensorSpec(name, FLOAT_NAMES[t.dtype], tuple(t.shape)) for name, t in own.items()]
+            write_safetensors(temporary / PART.format(place.stage), specs, lambda name: [tensor_bytes(own[name])])
+
+    def finish(temporary: Path) -> None:
+        files = [temporary / PART.format(stage) for stage in range(place.stages)]
+        files = [file for file in files if file.exists()]
+        with contextlib.ExitStack() as opened:
+            parts = [opened.enter_context(safe_open(file, framework="pt")) for file in files]
+            write(temporary, {name: part.get_tensor(name) for part in parts for name in part.keys()})  # noqa: SIM118
+        for file in files:
+            file.unlink()
+
+    _together(folder, place, write_part, finish)
 
 
 def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torch.dtype | None) -> None:

@@ -4,12 +4,13 @@ The same for a stage with its weights and for one on `meta` that is only counted
 """
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from pipeline.config import Config
-from pipeline.model import adapters, fusion, packed
+from pipeline.model import adapters, fusion, packed, trained_modules
 from pipeline.model.stage import DTYPES, Stage
 from pipeline.training import adapter_families
 
@@ -46,12 +47,15 @@ def put_quantised(stage: Stage, config: Config) -> None:
         quantization.put_in(stage)
 
 
-def put_adapters(stage: Stage, config: Config, targets: list[str]) -> None:
-    """Adapters on those of `targets` that the stage owns; with full_fine_tune, the weights that are trained."""
+def put_trained(stage: Stage, config: Config, targets: list[str], in_full: Collection[str]) -> None:
+    """Adapters on those of `targets` that the stage owns, and those of the parameters `in_full` set free to train; with
+    full_fine_tune, the weights that are trained.
+    """
     if config.full_fine_tune:
         adapters.unfreeze(stage, config.target_modules if isinstance(config.target_modules, list) else None)
         return
     adapter_families.inject(stage, config, targets)
+    trained_modules.unfreeze(stage, in_full)
 
 
 def put_kernels(stage: Stage, wanted: str | list[Any]) -> Counter[str]:

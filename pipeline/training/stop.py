@@ -50,6 +50,7 @@ class Watcher:
         self._interrupts = 0
         self._told = False
         self._since: float | None = None
+        self._handed_over = False
         self._launcher = _launcher_chain()
         self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
         self._thread.start()
@@ -67,6 +68,17 @@ class Watcher:
         """The run is over: a late signal has nothing to do."""
         self._save = None
 
+    def hand_over(self) -> None:
+        """Call from the main thread when the run is over and there is more to do: from here on a stop ends that with
+        SystemExit(75), on the way of any error, so that unfinished outputs are removed. At once if one was asked for.
+        """
+        for number in self._held:
+            signal.signal(number, _leave)
+        self._handed_over = True
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._held)
+        if self.requested():
+            _leave()
+
     def requested(self) -> bool:
         """Whether any process of the run has been told to stop."""
         return self._told or (self._run_dir is not None and (self._run_dir / STOP_FILE).exists())
@@ -75,6 +87,11 @@ class Watcher:
         while True:
             caught = signal.sigtimedwait(self._held, POLL_S)
             told = caught is not None or _launcher_chain(self._launcher) != self._launcher
+            if self._handed_over:
+                if told or self.requested():
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                    return
+                continue
             if caught is not None and caught.si_signo == signal.SIGINT:
                 self._interrupts += 1
                 if self._interrupts > 1:
@@ -113,6 +130,13 @@ class Watcher:
             traceback.print_exc()
             code = 1
         os._exit(code)
+
+
+def _leave(*_: object) -> None:
+    """Leave the main thread once; what comes later must not disturb the clearing up."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(EXIT_STOPPED)
 
 
 def _launcher_chain(known: tuple[int, ...] | None = None) -> tuple[int, ...]:

@@ -1,0 +1,53 @@
+"""Weights that were trained in full beside an adapter, found among an adapter's tensors.
+
+Takes the tensors that are no adapter's, the configuration and our own facts; gives them by their names in the model, or
+refuses what nobody announced. Three things announce one: PEFT's `modules_to_save` (a module, or a module's last name, or
+one that contains others), PEFT's `bias` (trained biases), and "full" and "tied" of our own facts, which name tensors.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifacts.adapter_files import CONFIG_FILE, PEFT_PREFIX
+from pipeline.console import UserError
+
+
+def read_full(
+    folder: Path, rest: dict[str, torch.Tensor], config: dict[str, Any], own: dict[str, Any], expected: str
+) -> dict[str, torch.Tensor]:
+    """{name in the model: tensor}. `expected`: in words, what a tensor would have to be that is none of these.
+
+    Raises UserError for a tensor that is not announced, one that is announced and missing, and NaN or infinite values.
+    """
+    named = {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in rest.items()}
+    modules = config.get("modules_to_save") or []
+    ties = ["lm_head"] if config.get("ensure_weight_tying") else []  # PEFT saves a tied head and does not list it
+    announced = {*own.get("full", ()), *own.get("tied", ())}
+    biases = str(config.get("bias") or "none") != "none"
+    unknown = [
+        name
+        for name in named
+        if not (name in announced if own else any(_within(name, module) for module in [*modules, *ties]))
+        and not (biases and name.endswith(".bias"))
+    ]
+    if unknown:
+        raise UserError(f"{folder}: {len(unknown)} tensors are no {expected}: {unknown[0]} first.")
+    missing = sorted(announced - named.keys()) if own else [m for m in modules if not any(_within(n, m) for n in named)]
+    if missing:
+        raise UserError(
+            f"{folder}: {missing[0]} was trained in full by its {CONFIG_FILE}, and is not in the file. The adapter is "
+            "incomplete."
+        )
+    for name, tensor in named.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise UserError(f"{folder}: {name} holds NaN or infinite values, or integers. Its training diverged.")
+    return named
+
+
+def _within(name: str, module: str) -> bool:
+    """Whether PEFT takes a tensor's module, or one that contains it, for `module`: where its name ends so ('norm' is
+    'model.norm', and 'input_layernorm' too)."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]).endswith(module) for n in range(1, len(parts)))

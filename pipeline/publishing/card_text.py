@@ -1,0 +1,177 @@
+"""The sections of a model card's text, in Markdown.
+
+Takes `Facts`; gives text. A number that the run's folder does not tell is left out, and so is a section without any.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import tomli_w
+
+from pipeline.console import duration, gib
+from pipeline.publishing.facts import Facts, Loss, unrecorded
+
+FAMILIES = {
+    "multiplicative_lora": "a multiplicative LoRA, h' = h + s·B·A·h on a module's output h",
+    "control_adapter": "a control adapter, h' = h + Q·diag(e^S − 1)·Qᵀ·h on a module's output h, saved as h + s·B·A·h",
+    "lora": "a LoRA, W' = W + s·B·A", "moslora": "a MoSLoRA, W' = W + s·B·M·A, saved as the LoRA with B·M",
+    "dora": "a DoRA, W + s·B·A with a trained magnitude for each row", "ia3": "(IA)³, a factor for each output",
+    "oft": "OFT, the inputs rotated in blocks", "boft": "BOFT, the inputs rotated in butterfly blocks",
+    "hra": "HRA, the inputs reflected",
+}  # fmt: skip
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MOST_ROWS = 12
+
+
+def family(facts: Facts) -> str:
+    """The adapter's family in words, or the model itself."""
+    if facts.config.get("full_fine_tune"):
+        return "the model's own weights"
+    return FAMILIES["dora" if facts.config.get("use_dora") else facts.config["adapter_type"]]
+
+
+def trained(facts: Facts) -> str:
+    """What was trained: base, family, modules, rank and s."""
+    config = facts.config
+    lines = [f"- base: {facts.base}", f"- trained: {family(facts)}"]
+    if modules := facts.adapter.get("target_modules"):
+        lines.append(f"- modules: {modules_in_words(modules)}")
+    if beside := config.get("trainable_modules"):
+        lines.append(f"- trained in full beside it: {', '.join(beside)}")
+    if rank := config.get("lora_rank"):
+        alpha, root = config.get("lora_alpha"), "√" if config.get("use_rslora") else ""
+        s = rank**0.5 if root else rank
+        lines.append(f"- rank {rank}" + (f", s = {alpha:g}/{root}{rank} = {alpha / s:g}" if alpha else ""))
+    for key in ("oft_block_size", "boft_block_size"):
+        if size := config.get(key):
+            lines.append(f"- blocks of {size} inputs")
+    if facts.values[0]:
+        count, dtypes = facts.values
+        lines.append(f"- the adapter: {count:,} numbers, {', '.join(DTYPES.get(d, d) for d in dtypes)}")
+    if bnb := config.get("quantization", {}).get("bnb", {}):
+        bits = f"4 bits ({bnb['bnb_4bit_quant_type']})" if bnb.get("load_in_4bit") else "8 bits"
+        lines.append(f"- the base's linear layers were held in {bits} in training; a fold is into the original weights")
+    if (scale := config.get("train_logit_scale", 1.0)) != 1:
+        lines.append(
+            f"- in training the logits were multiplied by {scale:g} (train_logit_scale); nothing here does that, and the "
+            "evaluations below were without it"
+        )
+    return "\n".join(lines)
+
+
+def modules_in_words(modules: Sequence[str]) -> str:
+    """`down_proj of layers 0 to 38 (39 modules)`."""
+    names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    found = (re.search(r"\.(\d+)\.", module) for module in modules)
+    layers = sorted({int(match.group(1)) for match in found if match})
+    words = ", ".join(names)
+    if layers:
+        starts = [layers[0], *(b for a, b in pairwise(layers) if b != a + 1)]
+        ends = [*(a for a, b in pairwise(layers) if b != a + 1), layers[-1]]
+        ranges = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+        words += f" of layer{'s' * (len(layers) > 1)} {', '.join(ranges)}"
+    return f"{words} ({len(modules)} module{'s' * (len(modules) > 1)})"
+
+
+def data(facts: Facts) -> str:
+    """The sets by name: documents, tokens, chunks, and how many of the chunks were used."""
+    rows = [
+        (
+            d["name"], d["use"], f"{d['documents']:,}", f"{d['tokens']:,}", f"{d['chunks']:,} × {d['sequence_len']:,}",
+            _used(d),
+        )
+        for d in facts.data
+    ]  # fmt: skip
+    head = ("data", "for", "documents", "tokens", "chunks × tokens", "chunks used")
+    said = "Documents, tokens (without BOS and EOS) and chunks are of the whole text of a set."
+    if facts.epochs is not None:
+        said += f" The run read {facts.epochs:.4g} times what is used for training."
+    return f"{table(head, rows)}\n{said}" if rows else ""
+
+
+def _used(entry: dict[str, Any]) -> str:
+    repeated = entry["rows"] != entry["different"]
+    return f"{entry['rows']:,}" + (f" an epoch, {entry['different']:,} different" if repeated else "")
+
+
+def losses(facts: Facts) -> str:
+    """The curve, and a table of the evaluated steps (of logged ones where nothing was evaluated)."""
+    if not facts.training and not facts.evaluation:
+        return ""
+    names = list(facts.evaluation)
+    by_set = {name: {loss.step: loss for loss in found} for name, found in facts.evaluation.items()}
+    training = {loss.step: loss for loss in facts.training}
+    steps = sorted({step for found in by_set.values() for step in found}) or sorted(training)
+    rows = []
+    for step in thinned(steps):
+        found = [by_set[name].get(step) for name in names]
+        cells = [cell for loss in found for cell in _loss_cells(loss)]
+        rows.append((str(step), f"{training[step].loss:.4f}" if step in training else "", *cells))
+    head = ("step", "training loss", *(f"{name} {what}" for name in names for what in ("loss", "perplexity")))
+    left_out = f" {len(rows)} of {len(steps)} steps are shown." if len(rows) < len(steps) else ""
+    return (
+        f"![losses over the steps](loss.svg)\n\n{table(head, rows)}\n"
+        f"Losses are means over target tokens, in nats; perplexity is exp of that.{left_out}"
+    )
+
+
+def _loss_cells(loss: Loss | None) -> tuple[str, str]:
+    if loss is None:
+        return "", ""
+    return f"{loss.loss:.4f}", "" if loss.perplexity is None else f"{loss.perplexity:.2f}"
+
+
+def thinned(steps: Sequence[int]) -> list[int]:
+    """At most MOST_ROWS of `steps`, the first and the last among them."""
+    if len(steps) <= MOST_ROWS:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
+
+
+def run(facts: Facts) -> str:
+    """Where the run ran, in which time and memory; one row for each start or resumption."""
+    rows = [
+        (
+            f"{p['from_step'] + 1} to {p['to_step']}", f"{p['stages']} × {p['replicas']}", _devices(p["devices"]),
+            ", ".join(gib(peak) for peak in p["peak_bytes"]), duration(p["seconds"]),
+        )
+        for p in facts.parts
+    ]  # fmt: skip
+    said = list(_about_run(facts))
+    head = ("steps", "stages × replicas", "devices", "peak memory of each process", "time")
+    return "\n".join([*([table(head, rows)] if rows else []), *said])
+
+
+def _about_run(facts: Facts) -> Iterator[str]:
+    if missing := unrecorded(facts.parts, facts.step) if facts.parts else []:
+        ranges = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in missing)
+        yield f"Of the steps {ranges} time and memory were not recorded."
+    elif len(facts.parts) > 1:
+        yield f"In all {duration(sum(p['seconds'] for p in facts.parts))}."
+    if facts.speeds:
+        yield f"{median(facts.speeds):,.0f} tokens/s (the median of {len(facts.speeds)} logged steps)."
+
+
+def _devices(names: Sequence[str]) -> str:
+    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+
+
+def versions(facts: Facts) -> str:
+    """The libraries of the run's last part."""
+    found = facts.parts[-1].get("versions", {}) if facts.parts else {}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def configuration(facts: Facts) -> str:
+    """The resolved configuration, folded away; of paths the last part."""
+    text = tomli_w.dumps(facts.config)
+    return f"<details><summary>Every key, defaults included</summary>\n\n```toml\n{text}```\n\n</details>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

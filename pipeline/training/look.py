@@ -1,0 +1,23 @@
+"""`--check` and `--preview`: everything of a run that needs no weights and no other process, said, and nothing more.
+
+Takes the config; gives lines on the console, or one UserError.
+"""
+
+from pipeline.config import Config
+from pipeline.console import EXIT_DONE, say
+from pipeline.data.preview import preview
+from pipeline.training import ending, prepare
+
+
+def look(config: Config, preview_chunks: int | None) -> int:
+    """Resolve and check; with `preview_chunks`, show so many chunks as the model will read them."""
+    plan = prepare.plan_model(config)
+    prepare.check_files(config)
+    ending.check(config, plan)
+    tokenizer = prepare.tokenizer_for(plan, config.model)
+    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))
+    prepare.evaluation_batches(config, data)
+    prepare.describe_steps(config, batches, replicas=1)
+    if preview_chunks is not None:
+        say("\n" + "\n".join(preview(batches, tokenizer, preview_chunks)))
+    return EXIT_DONE

@@ -1,0 +1,76 @@
+"""Peak memory of the fold of all families in one go, with a pass over the weight between them: that of about one tensor."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.artifacts.peft_files import Family, write_peft_adapter
+from tests.test_merge_process import ROOT, adapter_for, big_base
+
+ROWS, COLUMNS, LAYERS = 4096, 8192, 2  # two bf16 tensors of 64 MiB a layer
+GROWTH = """
+import contextlib, io, re, sys
+from pathlib import Path
+from pipeline.artifacts.merge import merge
+folder = Path(sys.argv[1])
+order = ["dora", "multiplicative", "oft", "hra", "multiplicative", "ia3", "boft"]
+
+def peak():  # in bytes; getrusage would give the peak of the process that started this one where that was higher
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+with contextlib.redirect_stdout(io.StringIO()):
+    for size in ("small", "large"):
+        before = peak()
+        merge(folder / size, [folder / f"{name}_{size}" for name in order], folder / f"out_{size}")
+print(peak() - before)
+"""
+FACTS = {"base_model": "base", "train_logit_scale": 1.0}
+OFT = {
+    "r": 0,
+    "oft_block_size": 32,
+    "use_cayley_neumann": True,
+    "num_cayley_neumann_terms": 5,
+    "peft_version": "0.18.0",
+}
+
+
+def write(folder: Path, family: Family, tensors: dict[str, torch.Tensor], **settings: object) -> None:
+    folder.mkdir()
+    write_peft_adapter(folder, tensors, family=family, settings=settings, **FACTS)  # type: ignore[arg-type]
+
+
+def adapters(folder: Path, size: str, layers: int, rows: int, columns: int) -> None:
+    adapter_for(folder / f"multiplicative_{size}", layers, rows, columns)
+    modules = [f"model.layers.{i}.mlp.down_proj" for i in range(layers)]
+
+    def each(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """Half-normal values: a factor of 0 would have no part in the result."""
+        return {
+            f"{module}.{name}": torch.randn(shape).abs() * 0.1 for module in modules for name, shape in shapes.items()
+        }
+
+    settings = {"r": 8, "lora_alpha": 8, "use_dora": True}
+    write(folder / f"dora_{size}", "dora", each(A=(8, columns), B=(rows, 8), lora_magnitude_vector=(rows,)), **settings)
+    write(folder / f"oft_{size}", "oft", each(oft_R=(columns // 32, 496)), **OFT)
+    write(folder / f"boft_{size}", "boft", each(boft_R=(1, columns // 8, 8, 8), boft_s=(rows, 1)))
+    write(folder / f"hra_{size}", "hra", each(hra_u=(columns, 8)), r=8, apply_GS=False)
+    write(folder / f"ia3_{size}", "ia3", each(ia3_l=(1, columns)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory_is_that_of_about_one_tensor(tmp_path: Path) -> None:
+    """256 MiB in one file of 4 tensors of 64 MiB; the libraries and one small fold are in the figure before."""
+    big_base(tmp_path / "small", 1, 64, 96, 1), adapters(tmp_path, "small", 1, 64, 96)
+    big_base(tmp_path / "large", LAYERS, ROWS, COLUMNS, 1), adapters(tmp_path, "large", LAYERS, ROWS, COLUMNS)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(f"{int(done.stdout) / 2**20:.0f} MiB more")
+    assert int(done.stdout) < 1.5 * 2 * ROWS * COLUMNS, f"{int(done.stdout) / 2**20:.0f} MiB more"
