@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeanutConfig, get_peft_model
 
-from pipeline.artifacts import fold_check, fold_rows
 from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.fold_plan import OUTPUT_DTYPES, OutputDtype
 from pipeline.artifacts.merge import merge
@@ -28,17 +27,12 @@ from tests.helpers_artifacts import (
     tensors_of,
 )
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 # Logits of about 1 after three layers in fp32: rounding is below 1e-6, a wrong adapter is above 1e-2.
 LOGIT_TOLERANCE = 1e-5
 # Weights of about 0.1 to 1, changed by sums of at most 48 + 4 products of the same size: 52·2⁻²⁴ ≈ 3e-6.
 WEIGHT_TOLERANCE = 3e-6
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of ten rows of 48: matrices of 32 rows fall into three and a rest, as real ones do at the real size."""
-    monkeypatch.setattr(fold_rows, "BLOCK_ITEMS", 500)
-    monkeypatch.setattr(fold_check, "BLOCK_ITEMS", 700)
 
 
 @pytest.fixture(scope="module")

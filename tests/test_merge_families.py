@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts import fold_check, fold_rows, weight_maps
+from pipeline.artifacts import fold_rows, weight_maps
 from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.artifacts.base_files import read_base
 from pipeline.artifacts.fold_plan import plan_fold
@@ -20,17 +20,12 @@ from pipeline.console import UserError
 from tests.helpers_artifacts import bytes_of, down_proj, fold64, load_model, logits, multiplicative, tensors_of
 from tests.helpers_families import CONFIGS, TARGETS, by_peft, dense, loud_base, stored
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 # As in test_merge.py: logits of about 1 in fp32, and weights of about 1 changed by sums of some 50 products.
 LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 5e-6
 FAMILIES = [case for case in CONFIGS if case != "lora"]
 PLAIN = ["dora", "ia3", "oft", "boft", "hra"]
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of ten rows of 48: matrices of 32 rows fall into three and a rest, as real ones do at the real size."""
-    monkeypatch.setattr(fold_rows, "BLOCK_ITEMS", 500)
-    monkeypatch.setattr(fold_check, "BLOCK_ITEMS", 700)
 
 
 @pytest.fixture(scope="module")

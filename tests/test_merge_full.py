@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts import fold_check, fold_rows, weight_maps
+from pipeline.artifacts import weight_maps
 from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.artifacts.merge import merge
@@ -28,15 +28,11 @@ from tests.helpers_artifacts import (
 )
 from tests.helpers_families import by_peft, loud_base
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 # As in test_merge_families.py.
 LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 5e-6
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fold_rows, "BLOCK_ITEMS", 500)
-    monkeypatch.setattr(fold_check, "BLOCK_ITEMS", 700)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import merge_lora
-from pipeline.artifacts import fold_check, fold_rows
+from pipeline.artifacts import fold_rows
 from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.merge import merge
 from pipeline.console import UserError, run_command
@@ -32,16 +32,11 @@ from tests.helpers_artifacts import (
     tensors_of,
 )
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 # As in test_merge.py: logits of about 1 in fp32, and weights of about 1 changed by sums of some 50 products.
 LOGIT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 5e-6
 QUERIES = {f"model.layers.{i}.self_attn.q_proj": (32, 32) for i in range(3)}
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of ten rows of 48: matrices of 32 rows fall into three and a rest, as real ones do at the real size."""
-    monkeypatch.setattr(fold_rows, "BLOCK_ITEMS", 500)
-    monkeypatch.setattr(fold_check, "BLOCK_ITEMS", 700)
 
 
 @pytest.fixture(scope="module")

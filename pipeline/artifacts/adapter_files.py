@@ -78,33 +78,13 @@ class Adapter:
         return tuple(self.maps if self.family else self.pairs)
 
 
-def save_adapter(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    kind: Kind,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    base_model: str,
-    train_logit_scale: float,
-    biased_targets: bool,
-    facts: Mapping[str, Any] | None = None,
-    use_rslora: bool = False,
-    full: Mapping[str, torch.Tensor] = NOTHING,
-    tied: Mapping[str, str] = NOTHING,
-    replace: bool = False,
-) -> None:
-    """Write an adapter to `folder`, which appears whole or not at all. Arguments as for `write_adapter`.
+def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], *, replace: bool = False, **arguments: Any) -> None:
+    """Write an adapter to `folder`, which appears whole or not at all. Arguments are those of `write_adapter`.
 
     Raises UserError where `folder` has something in it (unless `replace`) or the disk is full (exit code 28).
     """
     with whole_folder(folder, replace=replace) as temporary:
-        write_adapter(
-            temporary, tensors, kind=kind, rank=rank, alpha=alpha, dropout=dropout, base_model=base_model,
-            train_logit_scale=train_logit_scale, biased_targets=biased_targets, facts=facts,
-            use_rslora=use_rslora, full=full, tied=tied,
-        )  # fmt: skip
+        write_adapter(temporary, tensors, **arguments)
 
 
 def write_adapter(

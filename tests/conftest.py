@@ -1,0 +1,12 @@
+"""Fixtures of several test files."""
+
+import pytest
+
+from pipeline.artifacts import fold_check, fold_rows
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of ten rows of 48: matrices of 32 rows fall into three and a rest, as real ones do at the real size."""
+    monkeypatch.setattr(fold_rows, "BLOCK_ITEMS", 500)
+    monkeypatch.setattr(fold_check, "BLOCK_ITEMS", 700)
