@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.artifacts.adapter_files import KINDS
-from pipeline.artifacts.fold_plan import BASE_QUANTS, OUTPUT_DTYPES
+from pipeline.artifacts.fold_plan import BASE_QUANTS, DTYPE_NAMES, OUTPUT_DTYPES
 from pipeline.artifacts.merge import merge
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
 
@@ -52,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--base-quant", choices=BASE_QUANTS,
         help="fold into the base as a QLoRA run saw it: the linear weights of its layers rounded to 4 bits and back "
-        "(nf4-double: with bnb_4bit_use_double_quant). Default: into the original weights",
+        "(nf4-double: with bnb_4bit_use_double_quant), all of them: for a run without llm_int8_skip_modules. Default: into "
+        "the original weights",
+    )  # fmt: skip
+    command.add_argument(
+        "--base-dtype", choices=tuple(DTYPE_NAMES),
+        help="with --base-quant, the run's model_weight_dtype, to which it rounded the weights before it rounded them to 4 "
+        "bits (default: as they are stored in the base)",
     )  # fmt: skip
     command.add_argument(
         "--dtype", choices=OUTPUT_DTYPES, default="keep",
@@ -78,7 +84,7 @@ def main() -> int:
     merge(
         asked.input, asked.lora, asked.output, scale=asked.scale, dtype=asked.dtype, device=asked.device,
         dry_run=asked.dry_run, force=asked.force, kind=asked.kind, keep_logit_scale=asked.keep_logit_scale,
-        layers=asked.layers, unmerge=asked.unmerge, base_quant=asked.base_quant,
+        layers=asked.layers, unmerge=asked.unmerge, base_quant=asked.base_quant, base_dtype=asked.base_dtype,
     )  # fmt: skip
     return EXIT_DONE
 

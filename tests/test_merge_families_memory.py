@@ -1,5 +1,6 @@
 """Peak memory of the fold of all families in one go, with a pass over the weight between them: that of about one tensor."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.peft_files import Family, write_peft_adapter
+from tests.helpers_artifacts import FACTS as LORA
+from tests.helpers_artifacts import random_tensors
 from tests.test_merge_process import ROOT, adapter_for, big_base
 
 ROWS, COLUMNS, LAYERS = 4096, 8192, 2  # two bf16 tensors of 64 MiB a layer
@@ -59,6 +64,44 @@ def adapters(folder: Path, size: str, layers: int, rows: int, columns: int) -> N
     write(folder / f"boft_{size}", "boft", each(boft_R=(1, columns // 8, 8, 8), boft_s=(rows, 1)))
     write(folder / f"hra_{size}", "hra", each(hra_u=(columns, 8)), r=8, apply_GS=False)
     write(folder / f"ia3_{size}", "ia3", each(ia3_l=(1, columns)))
+
+
+FULL = """
+import contextlib, io, re, sys
+from pathlib import Path
+from pipeline.artifacts.merge import merge
+folder = Path(sys.argv[1])
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+with contextlib.redirect_stdout(io.StringIO()):
+    merge(folder / "small", folder / "adapter_small", folder / "out_small")
+    before = peak()
+    merge(folder / "large", folder / "adapter_large", folder / "out_large")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_a_tensor_in_full_is_read_where_it_lies(tmp_path: Path) -> None:
+    """An embedding of 128 MiB: its mapped file counts once, and nothing of its size is made beside it."""
+    for size, rows, tokens in (("small", 64, 64), ("large", 1024, 2**16)):
+        big_base(tmp_path / size, 1, rows, 64, 1)
+        file = tmp_path / size / "model-00001-of-00001.safetensors"
+        name, tensors = "model.embed_tokens.weight", load_file(file)
+        save_file({**tensors, "lm_head.weight": torch.zeros(1, rows), name: torch.zeros(tokens, rows).bfloat16()}, file)
+        index = dict.fromkeys([*tensors, "lm_head.weight", name], file.name)
+        (tmp_path / size / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        full = {name: torch.ones(tokens, rows).bfloat16()}
+        pair = random_tensors({"model.layers.0.mlp.down_proj": (rows, 64)}, 8, multiplicative=True)
+        save_adapter(tmp_path / f"adapter_{size}", pair, kind="multiplicative_lora", rank=8, alpha=8, full=full, **LORA)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.5 * 2 * 1024 * 2**16, f"{int(done.stdout) / 2**20:.0f} MiB more"
 
 
 @pytest.mark.slow

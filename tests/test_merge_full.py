@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts import weight_maps
+from pipeline.artifacts import fold_check, weight_maps
 from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.artifacts.merge import merge
 from pipeline.console import UserError
 from tests.helpers_artifacts import (
     FACTS,
+    VOCABULARY,
     bytes_of,
     down_proj,
     edit_json,
@@ -22,6 +23,7 @@ from tests.helpers_artifacts import (
     hooked,
     load_model,
     logits,
+    make_base,
     multiplicative,
     random_tensors,
     tensors_of,
@@ -179,6 +181,13 @@ def test_a_tied_base_has_one_tensor_for_embedding_and_head(tied: Path, tmp_path:
         assert (logits(load_model(tmp_path / "out")) - logits(model)).abs().max() < LOGIT_TOLERANCE
 
 
+def test_an_embedding_trained_beside_a_head_of_its_own_is_none_of_a_tied_base(tied: Path, tmp_path: Path) -> None:
+    """The run's model did not tie them: the head stayed as it was, which one tensor for both cannot say."""
+    ours(tmp_path / "adapter", trained(tied, EMBEDDING))
+    words = "embed_tokens.weight was trained by itself, while lm_head.weight stayed"
+    refused(words, tied, tmp_path / "adapter", tmp_path / "out")
+
+
 def test_stock_peft_on_a_tied_base(tied: Path, tmp_path: Path) -> None:
     model = by_peft(tied, tmp_path / "both", "lora", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     with torch.no_grad():
@@ -269,6 +278,25 @@ def test_tensors_the_base_has_not_or_otherwise_are_refused(llama: Path, tmp_path
     by_peft(llama, tmp_path / "peft", "lora", modules_to_save=["lm_head"])
     edit_json(tmp_path / "peft" / "adapter_config.json", modules_to_save=None)
     refused("1 tensors are no lora_A or lora_B of a module: lm_head.weight", llama, tmp_path / "peft", tmp_path / "o")
+
+
+def test_a_tensor_that_is_there_twice_is_refused(llama: Path, tmp_path: Path) -> None:
+    """With PEFT's prefix and without it: one of the two would be lost."""
+    by_peft(llama, tmp_path / "adapter", "lora", modules_to_save=["lm_head"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, HEAD: tensors[f"base_model.model.{HEAD}"] + 1}, file)
+    refused("lm_head.weight is in the file more than once", llama, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_values_in_fp64_pass_the_check(tmp_path: Path, monkeypatch) -> None:
+    """Just above the middle of two bf16 values, where fp32 is the middle itself: half a spacing and what fp32 lost."""
+    monkeypatch.setattr(fold_check, "ROWS", VOCABULARY)
+    base = make_base(tmp_path / "base", dtype="bfloat16")
+    head = torch.full((VOCABULARY, 32), 1 + 2.0**-8 + 2.0**-40, dtype=torch.float64)
+    ours(tmp_path / "adapter", {HEAD: head})
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert ((tensors_of(tmp_path / "out")[HEAD].double() - head).abs() <= 2.0**-8 + 2.0**-40).all()
 
 
 def test_other_values_than_the_adapters_are_found(llama: Path, tmp_path: Path, monkeypatch) -> None:

@@ -170,6 +170,36 @@ def test_the_fold_into_a_4_bit_base(tmp_path: Path, small_blocks: None, quant: A
     assert f"4 bits   21 weights of the base are rounded to {quant} and back first" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_weights_go_through_the_dtype_in_which_the_run_held_them(
+    tmp_path: Path, small_blocks: None, stored: str, capsys
+) -> None:
+    """A run reads a base in model_weight_dtype and rounds that to 4 bits: by bitsandbytes, from bf16."""
+    base = make_base(tmp_path / "base", dtype=stored, **SIZES)
+    tensors = multiplicative(tmp_path / "adapter", down_proj(3, 64, 128))
+    asked: dict[str, Any] = {"base_quant": "nf4", "dtype": "float32"}
+    merge(base, tmp_path / "adapter", tmp_path / "out", base_dtype="bfloat16", **asked)
+    said = capsys.readouterr()
+    assert (
+        "21 weights of the base are rounded to bfloat16, to nf4 and back first" in said.out
+        and "--base-dtype" not in said.err
+    )
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    for name in (name for name in before if ".layers." in name and before[name].dim() == 2):
+        expected = by_bitsandbytes(before[name].bfloat16(), False).double()
+        module = name.removesuffix(".weight")
+        if f"{module}.A" in tensors:
+            A, B = tensors[f"{module}.A"], tensors[f"{module}.B"]
+            expected = torch.from_numpy(fold64(expected.numpy(), A, B, 1.5, multiplicative=True))
+        assert (after[name].double() - expected).abs().max() < 4e-6, name
+    merge(base, tmp_path / "adapter", tmp_path / "stored", **asked)
+    assert "give --base-dtype" in " ".join(capsys.readouterr().err.split())
+    as_stored = tensors_of(tmp_path / "stored")
+    assert any((as_stored[name] - after[name]).abs().max() > 1e-3 for name in after)
+    with pytest.raises(UserError, match="--base-dtype is of the weights that --base-quant"):
+        merge(base, tmp_path / "adapter", tmp_path / "no", base_dtype="bfloat16")
+
+
 def test_what_is_not_quantised_is_copied(tmp_path: Path, small_blocks: None) -> None:
     base = make_base(tmp_path / "base", dtype="bfloat16", **SIZES)
     multiplicative(tmp_path / "adapter", down_proj(3, 64, 128))

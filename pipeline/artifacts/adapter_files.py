@@ -58,8 +58,8 @@ class Adapter:
 
     `moves_bias`: where multiplicative, it was trained on the whole output, bias included, so that b' = b + s·B·A·b.
     `family`: one of peft_files.FAMILIES where it is no pairs; then `maps` has each module's, and `pairs` is empty.
-    `full`: tensors that were trained in full, by their names in the model. `keeps_tie`: a tied head was trained with the
-    embedding, as one tensor.
+    `full`: tensors that were trained in full, by their names in the model; of a tied head and embedding both. `keeps_tie`:
+    PEFT's word that the two were trained as one tensor, should the file hold one of them alone.
     """
 
     folder: Path

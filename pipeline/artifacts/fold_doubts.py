@@ -1,7 +1,8 @@
 """What speaks against a fold that can be done: the user is warned, not refused.
 
 Takes a `FoldPlan`; gives warnings: an adapter that names another base than this one, an adapter that is undone but
-by the model's own fold report was not what was folded, and a change that a tensor trained in full takes the place of.
+by the model's own fold report was not what was folded, a change that a tensor trained in full takes the place of, and
+4 bits of weights in another dtype than most runs hold them.
 """
 
 from pathlib import Path
@@ -21,7 +22,18 @@ def doubts(plan: FoldPlan) -> list[str]:
     found = [strange_base(plan.base, part.adapter, report) for part in plan.parts]
     if plan.unmerge:
         found.append(_other_fold(plan, report))
-    return [line for line in [*found, *_overwritten(plan)] if line]
+    return [line for line in [*found, *_overwritten(plan), _held(plan)] if line]
+
+
+def _held(plan: FoldPlan) -> str | None:
+    """A warning where weights are rounded to 4 bits from a dtype that is not bf16, and nobody said it is the run's."""
+    dtypes = sorted({plan.base.tensors[name].dtype for name in plan.quantised} - {"BF16"})
+    if not dtypes or plan.base_dtype:
+        return None
+    return (
+        f"--base-quant {plan.base_quant} rounds weights as they are stored here, in {' and '.join(dtypes)}. A run that held "
+        "them in another dtype (model_weight_dtype, bfloat16 where it was not set) saw other 4-bit values: give --base-dtype."
+    )
 
 
 def _overwritten(plan: FoldPlan) -> list[str]:

@@ -33,6 +33,7 @@ OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 BaseQuant = Literal["nf4", "nf4-double"]
 BASE_QUANTS: tuple[BaseQuant, ...] = get_args(BaseQuant)
+BaseDtype = Literal["bfloat16", "float16", "float32"]
 
 # Where a family keeps the factor of its logits, and whether it multiplies (1) or divides (-1) them.
 LOGIT_KEYS = {
@@ -71,6 +72,7 @@ class Change:
     tensor: StoredTensor
     steps: tuple[Step, ...]
     base_quant: BaseQuant | None
+    base_dtype: BaseDtype | None = None
 
     @property
     def columns(self) -> int:
@@ -81,16 +83,16 @@ class Change:
         return math.prod(self.tensor.shape) // self.columns
 
     def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
-        """The weight before the fold, in blocks of about `piece_items` values, in its own dtype."""
-        return read_rows(self.tensor, self.columns, piece_items, self.base_quant)
+        """The weight before the fold, in blocks of about `piece_items` values."""
+        return read_rows(self.tensor, self.columns, piece_items, self.base_quant, self.base_dtype)
 
 
 @dataclass(frozen=True)
 class FoldPlan:
     """A fold. `changes` by tensor name; `files` as they will be written; `config` is None where it stays as it is.
 
-    `quantised`: the tensors that are read through `base_quant`, changed ones included. `conditions`: for --unmerge, the
-    condition number κ of what is undone, by adapter and module.
+    `quantised`: the tensors that are read through `base_dtype` and `base_quant`, changed ones included. `conditions`: for
+    --unmerge, the condition number κ of what is undone, by adapter and module.
     """
 
     base: Base
@@ -98,6 +100,7 @@ class FoldPlan:
     unmerge: bool
     changes: dict[str, Change]
     base_quant: BaseQuant | None
+    base_dtype: BaseDtype | None
     quantised: frozenset[str]
     conditions: dict[tuple[int, str], float]
     files: dict[str, tuple[TensorSpec, ...]]
@@ -119,6 +122,7 @@ def plan_fold(
     layers: str | None = None,
     unmerge: bool = False,
     base_quant: BaseQuant | None = None,
+    base_dtype: BaseDtype | None = None,
 ) -> FoldPlan:
     """Match adapters and base, and settle steps, dtypes and config. Raises UserError where anything is left over.
 
@@ -127,6 +131,8 @@ def plan_fold(
     """
     if unmerge and base_quant:
         raise UserError("--unmerge with --base-quant: rounding to 4 bits has no inverse. Leave one of them out.")
+    if base_dtype and not base_quant:
+        raise UserError("--base-dtype is of the weights that --base-quant rounds to 4 bits: give both, or --dtype.")
     alone = len(adapters) == 1
     parts = tuple(
         match(base, adapter, kind=kind, kind_is_meant=alone, scale=scale, layers=layers)
@@ -135,7 +141,7 @@ def plan_fold(
     quantised = quantised_weights(base) if base_quant else frozenset()
     steps, conditions = plan_steps(base, parts, unmerge)
     changes = {
-        name: Change(base.tensors[name], tuple(found), base_quant if name in quantised else None)
+        name: Change(base.tensors[name], tuple(found), base_quant if name in quantised else None, base_dtype)
         for name, found in steps.items()
     }
     files = {
@@ -143,7 +149,7 @@ def plan_fold(
         for name, header in base.headers.items()
     }
     config = new_config(base.config, dtype, logit_factor(parts, unmerge) if keep_logit_scale else 1.0)
-    return FoldPlan(base, parts, unmerge, changes, base_quant, quantised, conditions, files, config)
+    return FoldPlan(base, parts, unmerge, changes, base_quant, base_dtype, quantised, conditions, files, config)
 
 
 def plan_steps(
@@ -239,7 +245,8 @@ def logit_factor(parts: Sequence[Part], unmerge: bool) -> float:
 
 
 def quantised_weights(base: Base) -> frozenset[str]:
-    """The weights a QLoRA run quantises: of every linear module of the decoder layers; no head, embedding or norm.
+    """The weights a QLoRA run quantises that skips none: of every linear module of the decoder layers; no head,
+    embedding or norm.
 
     Raises UserError for a mixture of experts (which of its weights are quantised depends on the program that loads it)
     and for weights that are not 16 or 32 bit.
@@ -260,12 +267,13 @@ def quantised_weights(base: Base) -> frozenset[str]:
 
 
 def read_rows(
-    tensor: StoredTensor, columns: int, piece_items: int, base_quant: BaseQuant | None
+    tensor: StoredTensor, columns: int, piece_items: int, base_quant: BaseQuant | None, base_dtype: BaseDtype | None
 ) -> Iterator[torch.Tensor]:
-    """A stored float tensor as [rows, columns] blocks in its own dtype: as it is, or after 4 bits and back."""
+    """A stored float tensor as [rows, columns] blocks: as it is, or after 4 bits and back (from `base_dtype`, in that)."""
     if base_quant is None:
         return read_floats(tensor, columns, piece_items)
-    return read_nf4(tensor, columns, piece_items, double_quant=base_quant == "nf4-double")
+    held = FLOATS[DTYPE_NAMES[base_dtype]] if base_dtype else None
+    return read_nf4(tensor, columns, piece_items, double_quant=base_quant == "nf4-double", held=held)
 
 
 def output_dtype(stored: str, dtype: OutputDtype) -> str:

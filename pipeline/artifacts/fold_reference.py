@@ -146,11 +146,17 @@ def _mapped(one: RowMap) -> RowPath:
         case Reflected():
             return _reflected(one.vectors.double() / torch.linalg.norm(one.vectors.double(), dim=0))
         case Replaced():
-            values = one.values
-            return lambda rows, numbers: (
-                values.reshape(-1, rows[0].shape[1])[numbers].double(),
-                torch.zeros_like(rows[0]),
-            )
+            return _replaced(one.values)
+
+
+def _replaced(values: torch.Tensor) -> RowPath:
+    """Exact, but for values in fp64, which go through fp32."""
+
+    def take(rows: Rows, numbers: Numbers) -> Rows:
+        W = values.reshape(-1, rows[0].shape[1])[numbers].double()
+        return W, (W - W.float()).abs()
+
+    return take
 
 
 def _multiplied(rows: Rows, factors: torch.Tensor) -> Rows:

@@ -71,7 +71,9 @@ def plan_lines(plan: FoldPlan, *, keep_logit_scale: bool) -> list[str]:
     ]
     if plan.base_quant:
         lines.append(
-            f"4 bits   {len(plan.quantised)} weights of the base are rounded to {plan.base_quant} and back first"
+            f"4 bits   {len(plan.quantised)} weights of the base are rounded to "
+            + (f"{plan.base_dtype}, to " if plan.base_dtype else "")
+            + f"{plan.base_quant} and back first"
         )
     if plan.conditions:
         (number, module), worst = max(plan.conditions.items(), key=lambda item: item[1])
@@ -213,6 +215,7 @@ def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
         "base": public_name(str(plan.base.folder)),
         "unmerge": plan.unmerge,
         "base_quant": plan.base_quant,
+        "base_dtype": plan.base_dtype,
         "adapters": [
             {
                 "adapter": public_name(str(part.adapter.folder)),

@@ -18,7 +18,7 @@ from itertools import groupby
 
 import torch
 
-from pipeline.artifacts.fold_plan import BaseQuant, Change, PairStep, RowStep, read_rows
+from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, Change, PairStep, RowStep, read_rows
 from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor
 from pipeline.artifacts.weight_maps import RowChange
 from pipeline.console import UserError
@@ -230,10 +230,12 @@ def round_to(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     return rounded
 
 
-def convert(tensor: StoredTensor, dtype: str, base_quant: BaseQuant | None = None) -> Iterator[torch.Tensor]:
+def convert(
+    tensor: StoredTensor, dtype: str, base_quant: BaseQuant | None = None, base_dtype: BaseDtype | None = None
+) -> Iterator[torch.Tensor]:
     """The values of a tensor that no adapter changes, in another dtype or through 4 bits, in blocks.
 
     Raises as `round_to`.
     """
-    for block in read_rows(tensor, tensor.shape[-1] if base_quant else 1, BLOCK_ITEMS, base_quant):
+    for block in read_rows(tensor, tensor.shape[-1] if base_quant else 1, BLOCK_ITEMS, base_quant, base_dtype):
         yield round_to(block, dtype, tensor.name)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE, PEFT_PREFIX
+from pipeline.artifacts.full_tensors import holds_numbers
 from pipeline.console import UserError
 
 
@@ -19,9 +20,13 @@ def read_full(
 ) -> dict[str, torch.Tensor]:
     """{name in the model: tensor}. `expected`: in words, what a tensor would have to be that is none of these.
 
-    Raises UserError for a tensor that is not announced, one that is announced and missing, and NaN or infinite values.
+    Raises UserError for a tensor that is not announced, one that is announced and missing, one that is there twice, and
+    NaN or infinite values.
     """
-    named = {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in rest.items()}
+    named = {_plain(name): tensor for name, tensor in rest.items()}
+    if len(named) < len(rest):
+        twice = next(name for name in named if sum(_plain(stored) == name for stored in rest) > 1)
+        raise UserError(f"{folder}: {twice} is in the file more than once. One of them would be lost: leave one.")
     modules = config.get("modules_to_save") or []
     ties = ["lm_head"] if config.get("ensure_weight_tying") else []  # PEFT saves a tied head and does not list it
     announced = {*own.get("full", ()), *own.get("tied", ())}
@@ -41,9 +46,14 @@ def read_full(
             "incomplete."
         )
     for name, tensor in named.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not holds_numbers(tensor):
             raise UserError(f"{folder}: {name} holds NaN or infinite values, or integers. Its training diverged.")
     return named
+
+
+def _plain(name: str) -> str:
+    """A tensor's name in the model."""
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def _within(name: str, module: str) -> bool:

@@ -25,9 +25,16 @@ def named(full: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str
     if own := sorted(full.keys() & tied.keys()):
         raise ValueError(f"{own[0]} is {tied[own[0]]}, and not a tensor of its own")
     for name, tensor in full.items():
-        if not tensor.is_floating_point() or not all(part.isfinite().all() for part in tensor.split(ROWS_AT_A_TIME)):
+        if not holds_numbers(tensor):
             raise ValueError(f"{name}: a tensor trained in full holds NaN or infinite values, or integers")
     return {**full, **{name: full[source] for name, source in tied.items() if source in full}}
+
+
+def holds_numbers(tensor: torch.Tensor) -> bool:
+    """Whether it is floating point without NaN and infinite values; looked at in pieces, as an embedding has gigabytes."""
+    return tensor.is_floating_point() and all(
+        bool(part.isfinite().all()) for part in torch.atleast_1d(tensor).split(ROWS_AT_A_TIME)
+    )
 
 
 def for_config(full: Mapping[str, torch.Tensor], tied: Mapping[str, str], peft_type: str) -> dict[str, Any]:

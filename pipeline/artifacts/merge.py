@@ -18,7 +18,7 @@ from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.artifacts.base_files import INDEX, files_to_copy, read_base
 from pipeline.artifacts.fold_check import check_result
 from pipeline.artifacts.fold_doubts import REPORT_FILE, doubts
-from pipeline.artifacts.fold_plan import BaseQuant, FoldPlan, OutputDtype, plan_fold
+from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
 from pipeline.artifacts.fold_report import plan_lines, report_json, result_lines, warnings
 from pipeline.artifacts.fold_rows import Survival, convert, exact_fp32, fold_rows
 from pipeline.artifacts.safetensors_stream import TensorSpec, read_pieces, tensor_bytes, write_safetensors
@@ -41,6 +41,7 @@ def merge(
     layers: str | None = None,
     unmerge: bool = False,
     base_quant: BaseQuant | None = None,
+    base_dtype: BaseDtype | None = None,
 ) -> list[Survival]:
     """Fold one adapter or several, in order, and write the model to `output`; the figures of the changed tensors.
 
@@ -49,9 +50,9 @@ def merge(
     (`fold_plan`). `scale` multiplies an adapter's scaling (alpha lowered after the training): one
     factor for all or one for each. `layers` ('0:38', both ends included) restricts what is folded. `unmerge` takes the
     adapters out of a model they were folded into, last one first. `base_quant` folds into the base as 4-bit training
-    saw it. `dry_run` checks everything that can be checked without computing, prints the plan, and writes nothing.
-    `force` replaces what stands at `output`, once the new model is whole. Raises UserError, with nothing written, where
-    anything does not fit.
+    saw it, which held it in `base_dtype`. `dry_run` checks everything that can be checked without computing, prints the
+    plan, and writes nothing. `force` replaces what stands at `output`, once the new model is whole. Raises UserError, with
+    nothing written, where anything does not fit.
     """
     folders = [adapter_folders] if isinstance(adapter_folders, Path) else list(adapter_folders)
     scales = _one_each(scale, len(folders))
@@ -63,7 +64,7 @@ def merge(
     base = read_base(base_folder)
     plan = plan_fold(
         base, adapters, scales=scales, kind=kind, dtype=dtype, keep_logit_scale=keep_logit_scale, layers=layers,
-        unmerge=unmerge, base_quant=base_quant,
+        unmerge=unmerge, base_quant=base_quant, base_dtype=base_dtype,
     )  # fmt: skip
     copied = files_to_copy(base_folder)
     needed = plan.weight_bytes + sum((base_folder / file).stat().st_size for file in copied)
@@ -162,7 +163,7 @@ def _pieces(
             return (tensor_bytes(block) for block in rows)
         if dtype != stored.dtype or name in plan.quantised:
             quant = plan.base_quant if name in plan.quantised else None
-            return (tensor_bytes(block) for block in convert(stored, dtype, quant))
+            return (tensor_bytes(block) for block in convert(stored, dtype, quant, plan.base_dtype))
         return read_pieces(stored)
 
     def counted(name: str) -> Iterable[memoryview | bytearray]:
