@@ -13,7 +13,7 @@ from pipeline.model.levels import Level
 from pipeline.model.stage import Stage, empty_model
 from pipeline.planning.counting import as_on_a_gpu
 from pipeline.planning.model_cost import model_cost
-from pipeline.planning.quantities import ModelCost
+from pipeline.planning.quantities import ModelCost, Update
 
 T, RANK, L = 8192, 64, 40
 D, V = 8192, 256000
@@ -33,7 +33,7 @@ def cost() -> ModelCost:
     fusion.apply(stage, frozenset(fusion.KERNELS))
     with as_on_a_gpu():
         return model_cost(
-            stage, rows=1, tokens=T, levels=Level, trained_bytes=lambda p: 18 * p.numel(),
+            stage, rows=1, tokens=T, levels=Level, training=lambda p: (16 * p.numel(), Update()),
             transform=LogitTransform(before=0.0625),
         )  # fmt: skip
 

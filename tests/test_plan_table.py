@@ -23,7 +23,7 @@ SHAPE = Shape(8192, 16, 2)
 
 def stage_plan(first: int, end: int, keeping: list[Keeping], **changes: object) -> StagePlan:
     plan = StagePlan(
-        first, end, keeping, 2, 30 * GIB, GIB, 4 * GIB, 2 * GIB, 5 * GIB, 40 * GIB, 1.25, 2.5, 80e9
+        first, end, keeping, 2, 30 * GIB, GIB, 4 * GIB, 2 * GIB, GIB, 5 * GIB, 40 * GIB, 1.25, 2.5, 80e9
     )  # fmt: skip
     return plan._replace(**changes)  # type: ignore[arg-type]
 
@@ -48,10 +48,10 @@ def cells(line: str) -> list[str]:
 
 def test_table_shows_each_stages_bytes() -> None:
     head, first, last = (cells(line) for line in show(by_hand()).splitlines()[:3])
-    assert head == ["stage", "layers", "device", "weights", "adapters + optimizer", "activations", "working", "total",
-                    "free", "on host"]  # fmt: skip
-    assert first == ["0", "0–19", "48 GiB", "30.00", "1.00", "4.00 (2 ×)", "2.00", "37.00", "3.00", "5.00"]
-    assert last == ["1", "20–39", "48 GiB", "30.00", "1.00", "4.00 (1 ×)", "2.00", "37.00", "3.00", "0.00"]
+    assert head == ["stage", "layers", "device", "weights", "adapters + optimizer", "activations", "working", "update",
+                    "total", "free", "on host"]  # fmt: skip
+    assert first == ["0", "0–19", "48 GiB", "30.00", "1.00", "4.00 (2 ×)", "2.00", "1.00", "37.00", "3.00", "5.00"]
+    assert last == ["1", "20–39", "48 GiB", "30.00", "1.00", "4.00 (1 ×)", "2.00", "1.00", "37.00", "3.00", "0.00"]
 
 
 def test_what_is_kept_in_words() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.console import UserError
 from pipeline.model.levels import Keeping, Level
+from pipeline.planning import quantities
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Plan, Rates, Shape, StagePlan, Work
 from pipeline.planning.solve import solve
 from pipeline.planning.split import Choice, best_split, undominated
@@ -22,28 +23,31 @@ RATES = Rates(1.0, 2.0, 4.0, 0.5, 1.0, "test")
 
 
 def layer(weights: int, forward: int, backward: int, kept: tuple[int, int, int], again: tuple[int, int, int], working: int,
-          runs_backward: bool = True) -> LayerCost:  # fmt: skip
+          update: quantities.Update) -> LayerCost:  # fmt: skip
     levels = {
         level: LevelCost(sum(kept[: i + 1]), Work(sum(again[i:]) - again[-1], 2.0 * i))
         for i, level in enumerate(LEVELS)
     }
     return LayerCost(
-        weights, 3, Work(forward, 4.0), Work(backward, 2.0) if runs_backward else Work(0.0),
-        levels if runs_backward else {}, working,
+        weights, 3, Work(forward, 4.0), Work(backward, 2.0), levels, working, update,
     )  # fmt: skip
 
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelCost:
     small = st.integers(0, 9)
+    most = draw(st.sampled_from([0, 10, 50]))
+    update = st.builds(quantities.Update, st.integers(0, most), st.integers(0, most))
     three = st.tuples(small, small, small)
-    kinds = [layer(draw(small), draw(small), draw(small), draw(three), draw(three), draw(small)) for _ in range(2)]
+    kinds = [layer(draw(small), draw(small), draw(small), draw(three), draw(three), draw(small), draw(update))
+             for _ in range(2)]  # fmt: skip
     n = draw(st.integers(2, 4))
-    first = draw(st.integers(0, n - 1))
+    first = draw(st.sampled_from([0, 0, *range(1, n)]))
     chosen = [kinds[draw(st.integers(0, 1))] for _ in range(n)]
     layers = [c if i >= first else c._replace(backward=Work(0.0), levels={}) for i, c in enumerate(chosen)]
-    head = HeadCost(draw(small), 2, Work(draw(small)), draw(st.integers(0, 30)))
-    return ModelCost(layers, draw(small), 1, head, draw(st.integers(0, 3)), first, draw(st.booleans()))
+    head = HeadCost(draw(small), 2, Work(draw(small)), draw(st.integers(0, 30)), draw(update))
+    embedding = (draw(st.sampled_from([0, 20, 80, 150])), draw(update)) if first == 0 else (0, quantities.Update())
+    return ModelCost(layers, draw(small), 1, head, draw(st.integers(0, 3)), first, draw(st.booleans()), *embedding)
 
 
 # The oracle
@@ -55,19 +59,23 @@ def seconds(work: Work) -> float:
 
 def reckon(model: ModelCost, a: int, b: int, stage: int, shape: Shape, keeping: tuple[Keeping, ...], as_if: Level | None = None
            ) -> tuple[float, float, float]:  # fmt: skip
-    """Device bytes, host bytes and seconds of a stage. `as_if`: the level whose recomputation room is left for."""
+    """Device bytes, host bytes and seconds of a stage. `as_if`: the level whose recomputation room is left for.
+
+    The device's are the most of three times: when a layer or the head works and all is kept, when the embedding makes its
+    gradient and the first micro-batch in flight is gone, when the optimizer updates.
+    """
     tokens, n = shape.tokens, len(model.layers)
     trained = b > model.first_trained
     flight = min(shape.stages - stage, shape.micro_batches) if trained else 1
-    device = sum(c.weight_bytes + c.trained_bytes for c in model.layers[a:b])
-    device += (model.embedding_bytes + model.embedding_trained_bytes) * (a == 0)
-    if b == n and not (a == 0 and model.tied):
-        device += model.head.weight_bytes + model.head.trained_bytes
+    always, update = standing(model, a, b)
+    # The gradient of a head that is the embedding waits for the embedding's.
+    shared = model.embedding_gradient_bytes if model.tied and (a, b) == (0, n) else 0
+    kept = 0.0
     works, hosted = [model.head.working_bytes] if b == n else [], []
     forward, backward = (seconds(model.head.work) * tokens if b == n else 0.0), 0.0
     for c, k in zip(model.layers[a:b], keeping, strict=True):
         forward += seconds(c.forward) * tokens
-        works.append(c.working_bytes * tokens)
+        works.append(c.working_bytes * tokens + shared)
         if not c.levels:
             continue
         price, room = c.levels[k.level], c.levels[as_if if as_if is not None else k.level]
@@ -76,17 +84,36 @@ def reckon(model: ModelCost, a: int, b: int, stage: int, shape: Shape, keeping: 
         if k.on_host:
             hosted.append(price.kept_bytes * tokens)
         else:
-            device += price.kept_bytes * tokens * flight
-    device += max(works) + 2 * max(hosted, default=0)
-    hidden = model.hidden_bytes * tokens
+            kept += price.kept_bytes * tokens
+    hidden, passing = model.hidden_bytes * tokens, 0
     if a > 0:  # receive buffer; the gradient on its way back, or the state in passing
-        device += 2 * hidden
+        passing += 2 * hidden
+        update += hidden
         if a > model.first_trained and keeping[0].on_host and model.layers[a].levels:
-            device += flight * hidden
+            passing += flight * hidden
     if b < n:  # outputs, and the buffer of their gradient
-        device += (flight + trained) * hidden
+        passing += (flight + trained) * hidden
+        update += trained * hidden
+    device = always + max(
+        kept * flight + max(works) + 2 * max(hosted, default=0) + passing,
+        kept * (flight - 1) + passing + shared + model.embedding_gradient_bytes * (a == 0),
+        update,
+    )
     out, back = sum(hosted) / RATES.copy_out_bytes_per_s, sum(hosted) / RATES.copy_in_bytes_per_s
     return device, sum(hosted) * flight, max(forward, out) + max(backward, back)
+
+
+def standing(model: ModelCost, a: int, b: int) -> tuple[int, int]:
+    """Bytes that a stage always has, and those that only its update has, without buffers."""
+    always = sum(c.weight_bytes + c.trained_bytes for c in model.layers[a:b])
+    updates = [c.update for c in model.layers[a:b]]
+    if a == 0:
+        always += model.embedding_bytes + model.embedding_trained_bytes
+        updates.append(model.embedding_update)
+    if b == len(model.layers) and not (a == 0 and model.tied):
+        always += model.head.weight_bytes + model.head.trained_bytes
+        updates.append(model.head.update)
+    return always, sum(u.all_bytes for u in updates) + max(u.one_bytes for u in updates)
 
 
 def ways(model: ModelCost, a: int, b: int) -> Iterator[tuple[Keeping, ...]]:

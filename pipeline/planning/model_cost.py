@@ -20,20 +20,21 @@ from pipeline.model.packed import dequantised_bytes, dequantising_traffic, saved
 from pipeline.model.stage import Stage
 from pipeline.planning.counting import Measured, measure, received
 from pipeline.planning.fake_layers import fake_parameters, layer_alone
-from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Work
+from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Update, Work, together
 
-TrainedBytes = Callable[[nn.Parameter], int]
+# Of a trained parameter: its bytes with gradient sum and optimizer state, and what its update takes besides.
+Training = Callable[[nn.Parameter], tuple[int, Update]]
 FEW_ROWS = 8  # of a head whose block of logits is next to nothing
 
 
 def model_cost(
-    stage: Stage, *, rows: int, tokens: int, levels: Iterable[Level], trained_bytes: TrainedBytes, transform: LogitTransform
+    stage: Stage, *, rows: int, tokens: int, levels: Iterable[Level], training: Training, transform: LogitTransform
 ) -> ModelCost:  # fmt: skip
     """Count `stage`, which is the whole model on `meta`, for micro-batches of `rows` rows of `tokens` tokens.
 
     `levels`: those to count, of layers that run backward; EVERYTHING is always among them, as what is computed again is
-    the difference to it. `trained_bytes`: what a trained parameter takes with its gradient
-    and optimizer state. Within `counting.as_on_a_gpu()` each kernel counts as the one it is there.
+    the difference to it. `training`: what a trained parameter takes. Within `counting.as_on_a_gpu()` each kernel counts
+    as the one it is there.
     """
     embedding = stage.model.get_input_embeddings()
     trains = [index for index, layer in stage.layers.items() if _trained(layer)]
@@ -44,21 +45,24 @@ def model_cost(
         enters = index > first or _trained(embedding)
         kind = (enters, *_form(layer))
         if kind not in known:
-            known[kind] = _layer_cost(stage, index, rows, tokens, enters, {*levels, Level.EVERYTHING}, trained_bytes)
+            known[kind] = _layer_cost(stage, index, rows, tokens, enters, {*levels, Level.EVERYTHING}, training)
         layers.append(known[kind])
     tied = stage.model.config.tie_word_embeddings
+    state, update = _held(embedding, training)
     return ModelCost(
-        layers, _bytes(embedding), _state(embedding, trained_bytes),
-        _head_cost(stage, rows * tokens, trained_bytes, transform, gradient=first < len(layers)),
+        layers, _bytes(embedding), state,
+        _head_cost(stage, rows * tokens, training, transform, gradient=first < len(layers)),
         stage.model.config.hidden_size * stage.model.dtype.itemsize, first, tied,
+        sum(p.nbytes for p in embedding.parameters() if p.requires_grad), update,
     )  # fmt: skip
 
 
 def _layer_cost(
-    stage: Stage, index: int, rows: int, tokens: int, enters: bool, levels: set[Level], trained_bytes: TrainedBytes
+    stage: Stage, index: int, rows: int, tokens: int, enters: bool, levels: set[Level], training: Training
 ) -> LayerCost:
     layer, n = stage.layers[index], rows * tokens
     with layer_alone(stage.model, index, tokens, rows=rows, gradients_enter=enters) as run:
+        _free_gradients(layer)
         plain = measure(run)
         measured = dict(_by_level(layer, run, plain, levels))
     backward = Work(plain.backward.flops / n, plain.backward.elementwise_bytes / n)
@@ -77,7 +81,8 @@ def _layer_cost(
     forward = forward._replace(elementwise_bytes=forward.elementwise_bytes + unpacked)
     if plain.backward.kernels:
         backward = backward._replace(elementwise_bytes=backward.elementwise_bytes + unpacked_again)
-    return LayerCost(_bytes(layer), _state(layer, trained_bytes), forward, backward, costs, working)
+    state, update = _held(layer, training)
+    return LayerCost(_bytes(layer), state, forward, backward, costs, working, update)
 
 
 def _by_level(
@@ -102,9 +107,7 @@ def _by_level(
             layer.forward = forward  # type: ignore[method-assign]
 
 
-def _head_cost(
-    stage: Stage, tokens: int, trained_bytes: TrainedBytes, transform: LogitTransform, gradient: bool
-) -> HeadCost:
+def _head_cost(stage: Stage, tokens: int, training: Training, transform: LogitTransform, gradient: bool) -> HeadCost:
     """The last norm, the head's products and the loss, of one micro-batch.
 
     One block of logits is counted, and what grows with the tokens beside it with a head of a few rows: the blocks are alike.
@@ -131,8 +134,9 @@ def _head_cost(
     )
     forward = one.forward_peak_bytes + beside_all.forward_peak_bytes - beside.forward_peak_bytes
     backward = one.backward_peak_bytes + beside_all.backward_peak_bytes - beside.backward_peak_bytes
-    state = _state(head, trained_bytes) + _state(norm, trained_bytes)
-    return HeadCost(_bytes(head) + _bytes(norm), state, work, max(forward, backward))
+    (state, update), (of_norm, update_of_norm) = _held(head, training), _held(norm, training)
+    working = max(forward, backward)
+    return HeadCost(_bytes(head) + _bytes(norm), state + of_norm, work, working, together([update, update_of_norm]))
 
 
 def _trained(module: nn.Module) -> bool:
@@ -144,8 +148,21 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad) - saved_bytes(module)
 
 
-def _state(module: nn.Module, trained_bytes: TrainedBytes) -> int:
-    return sum(trained_bytes(p) for p in module.parameters() if p.requires_grad)
+def _held(module: nn.Module, training: Training) -> tuple[int, Update]:
+    """What all that is trained of `module` takes."""
+    each = [training(p) for p in module.parameters() if p.requires_grad]
+    return sum(n for n, _ in each), together(update for _, update in each)
+
+
+def _free_gradients(layer: nn.Module) -> None:
+    """As training/optimizer.py does: a gradient is added to its sum as soon as autograd has it, and is gone."""
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(free)
 
 
 def _form(layer: nn.Module) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@
 bytes of activations are per token (of one micro-batch); weights are bytes.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pipeline.model.levels import Keeping, Level
@@ -23,17 +24,32 @@ class LevelCost(NamedTuple):
     recomputed: Work
 
 
+class Update(NamedTuple):
+    """What is on the device only while the optimizer updates: of all that is trained together (`all_bytes`: its gradients),
+    and of one parameter after another (`one_bytes`, the largest's), with what the optimizer computes."""
+
+    all_bytes: int = 0
+    one_bytes: int = 0
+
+
+def together(updates: Iterable[Update]) -> Update:
+    """Of several parameters, or parts of a model, in one update."""
+    every = list(updates)
+    return Update(sum(u.all_bytes for u in every), max((u.one_bytes for u in every), default=0))
+
+
 class LayerCost(NamedTuple):
     """One decoder layer. `backward` is without recomputation and zero where nothing runs backward."""
 
     weight_bytes: int
-    trained_bytes: int  # adapter, its fp32 gradient sum and optimizer state
+    trained_bytes: int  # adapter, its fp32 gradient sum and optimizer state; not what only the update has
     forward: Work
     backward: Work
     levels: dict[Level, LevelCost]  # empty where nothing runs backward
     # Most that is alive within one pass of the layer, in either direction, beyond what is kept where everything is kept.
     # A layer that keeps less also has alive, in its backward, what it computes again.
     working_bytes: float
+    update: Update = Update()
 
 
 class HeadCost(NamedTuple):
@@ -43,10 +59,14 @@ class HeadCost(NamedTuple):
     trained_bytes: int
     work: Work
     working_bytes: int
+    update: Update = Update()
 
 
 class ModelCost(NamedTuple):
-    """The whole model. `hidden_bytes`: of one token's hidden state; a stage holds it as received and as handed on."""
+    """The whole model. `hidden_bytes`: of one token's hidden state; a stage holds it as received and as handed on.
+
+    `embedding_gradient_bytes`: of one micro-batch, which the embedding's backward makes where it is trained, else 0.
+    """
 
     layers: list[LayerCost]
     embedding_bytes: int
@@ -55,6 +75,8 @@ class ModelCost(NamedTuple):
     hidden_bytes: int
     first_trained: int  # below this layer nothing runs backward
     tied: bool = False  # the head's weight is the embedding's: one stage has it once
+    embedding_gradient_bytes: int = 0
+    embedding_update: Update = Update()
 
 
 class Rates(NamedTuple):
@@ -77,7 +99,8 @@ class Shape(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """One stage of a plan. Bytes are at the schedule's peak; seconds are per micro-batch."""
+    """One stage of a plan. Bytes are at the schedule's peak, or the update's, which is at another time; seconds
+    are per micro-batch."""
 
     first: int
     end: int
@@ -89,6 +112,7 @@ class StagePlan(NamedTuple):
         int  # kept on the device, all in-flight micro-batches, hidden states received and handed on included
     )
     working_bytes: int  # within a layer, or the head's block, and staging buffers of what comes back from the host
+    update_bytes: int  # on the device while the optimizer updates, when there are no activations
     host_bytes: int
     device_bytes: int  # what the device has for the run
     forward_s: float
@@ -97,7 +121,8 @@ class StagePlan(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.trained_bytes + self.activation_bytes + self.working_bytes
+        passing = self.activation_bytes + self.working_bytes
+        return self.weight_bytes + self.trained_bytes + max(passing, self.update_bytes)
 
     @property
     def headroom_bytes(self) -> int:

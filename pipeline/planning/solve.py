@@ -6,6 +6,7 @@ Takes the model's cost, the devices' memory, the rates, the run's shape and the 
 - the layers whose kept tensors go to the host are the first of their stage's, whose backward comes last, all at one level;
 - the others stay on the device, each at any level; what recomputes more comes first;
 - room for recomputation is left as if the stage's layers were all at the lowest level that one of them is at.
+It must fit at three times: in a layer's pass, in a trained embedding's backward, and in the optimizer's update.
 
 For a stage, the ways to keep its resident layers form a front: fewest seconds for so many bytes. Layers that may keep the same
 are interchangeable, so a front is built once for each number of them. For each number of layers on the host and their level
@@ -27,14 +28,16 @@ from pipeline.planning.split import Choice, Ranges, best_split, undominated
 from pipeline.planning.stages import (
     compute_seconds,
     copied,
+    embedding_bytes,
     evaluate,
     first_trained_stage,
     flight_of,
     kept_bytes,
     passing_bytes,
-    recomputed_bytes,
     seconds,
+    update_bytes,
     weights_of,
+    working_bytes,
 )  # fmt: skip
 from pipeline.planning.timeline import simulate
 
@@ -50,11 +53,18 @@ class Point(NamedTuple):
     chosen: Any
 
 
-class _Placement(NamedTuple):
-    """`n_host` layers on the host at `level`; the others, so many of each class, on the device, none below `floor`, with
-    room for so many bytes per token and micro-batch in flight. `copied_bytes` are of one micro-batch."""
+class _Limit(NamedTuple):
+    """At one time in a step, the kept tensors of so many tokens must fit into so many bytes; of none, where there are none."""
 
-    room: float
+    room_bytes: float
+    tokens: int
+
+
+class _Placement(NamedTuple):
+    """`n_host` layers on the host at `level`; the others, so many of each class, on the device, none below `floor`, within
+    `limits`. `copied_bytes` are of one micro-batch."""
+
+    limits: tuple[_Limit, ...]
     floor: Level
     resident: tuple[int, ...]
     copied_bytes: float
@@ -65,6 +75,17 @@ class _Placement(NamedTuple):
     @property
     def host_bytes(self) -> float:
         return self.copied_bytes * self.flight
+
+    @property
+    def room(self) -> float:
+        """The most bytes per token that may be kept; below zero where nothing fits."""
+        if (least := min(limit.room_bytes for limit in self.limits)) < 0:
+            return least
+        return min(limit.room_bytes / limit.tokens for limit in self.limits if limit.tokens)
+
+    def above(self, kept: float) -> float:
+        """Bytes by which `kept` bytes per token exceed the device's memory, or, below zero, what is left."""
+        return max(kept * limit.tokens - limit.room_bytes for limit in self.limits)
 
 
 def solve(
@@ -160,10 +181,10 @@ class _Search:
             for level in (self.model.layers[held[0]].levels if held else [Level.INPUT])
         }
         for place in self._placements(stage, first, end):
-            if place.room < 0:
+            if (room := place.room) < 0:
                 continue
             front = self._front(place.floor, place.resident)
-            at = bisect.bisect_right(front, place.room, key=operator.itemgetter(0)) - 1
+            at = bisect.bisect_right(front, room, key=operator.itemgetter(0)) - 1
             if at >= 0:
                 again = front[at].seconds + again_s[place.level][place.n_host]
                 both = copied((forward, backward + again * tokens), place.copied_bytes, self.rates)
@@ -174,23 +195,23 @@ class _Search:
             plan = self._uniform(stage, first, end)
             yield Choice(-plan.headroom_bytes, plan.host_bytes, 0, self.keeping.level, None)
             return
-        held_at_once = self.shape.tokens * flight_of(self.model, first, end, stage, self.shape)
         for place in self._placements(stage, first, end):
             least = self._front(place.floor, place.resident)[0]
-            above = (least.kept - place.room) * held_at_once
-            yield Choice(above, place.host_bytes, place.n_host, place.level, least.chosen)
+            yield Choice(place.above(least.kept), place.host_bytes, place.n_host, place.level, least.chosen)
 
     def _placements(self, stage: int, first: int, end: int) -> Iterator[_Placement]:
         """Every number of layers on the host at every level, with every lowest level of the stage's layers."""
         model, tokens = self.model, self.shape.tokens
         flight = flight_of(model, first, end, stage, self.shape)
+        room = self.devices[stage] - sum(weights_of(model, first, end))
+        of_embedding, of_update = embedding_bytes(model, first, end), update_bytes(model, first, end, tokens)
         held = self._held(first, end)
         levels = sorted(model.layers[held[0]].levels) if held else [Level.INPUT]
         counts = [0] * len(self.classes)
         for i in held:
             counts[self.class_of[i]] += 1
         for floor in levels:
-            fixed = sum(weights_of(model, first, end)) + self._working(first, end, floor)
+            working = working_bytes(model, first, end, tokens, [floor] * (end - first))
             for level in [level for level in levels if level >= floor]:
                 resident, hosted, largest = list(counts), 0.0, 0.0
                 for n_host in range(len(held) + 1):
@@ -203,14 +224,12 @@ class _Search:
                     if n_host == 0 and level > floor:
                         continue  # without a layer on the host its level means nothing: once is enough
                     passing = passing_bytes(model, first, end, flight, tokens, n_host > 0 and held[0] == first)
-                    room = (self.devices[stage] - fixed - 2 * largest * tokens - passing) / (tokens * flight)
-                    yield _Placement(room, floor, tuple(resident), hosted * tokens, flight, n_host, level)
-
-    def _working(self, first: int, end: int, floor: Level) -> float:
-        """Bytes that the stage's passes need at most, where no layer keeps less than `floor`."""
-        layers, tokens = self.model.layers[first:end], self.shape.tokens
-        most = max(c.working_bytes + recomputed_bytes(c, floor) for c in layers) * tokens
-        return max(most, self.model.head.working_bytes) if end == len(self.model.layers) else most
+                    limits = (
+                        _Limit(room - working - 2 * largest * tokens - passing, tokens * flight),
+                        _Limit(room - of_embedding - passing, tokens * (flight - 1)),
+                        _Limit(room - of_update, 0),
+                    )
+                    yield _Placement(limits, floor, tuple(resident), hosted * tokens, flight, n_host, level)
 
     def _held(self, first: int, end: int) -> list[int]:
         return [i for i in range(first, end) if self.model.layers[i].levels]

@@ -10,12 +10,14 @@ Assumptions, which the end of a run checks:
   longer of computing and copying in. Two layers' kept tensors are on the device meanwhile, each way at its time.
 - The peak is when the last micro-batch in flight has gone forward: all micro-batches' kept tensors, and what one layer's
   pass, or the head's block, works with. What backward computes again adds to that layer's.
+- A trained embedding's backward comes when its micro-batch's kept tensors are gone, the others' still there.
+- In the optimizer's update there are no activations: its gradients and what it works with are a peak of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeline.model.levels import Keeping, Level
-from pipeline.planning.quantities import LayerCost, ModelCost, Rates, Shape, StagePlan, Work
+from pipeline.planning.quantities import LayerCost, ModelCost, Rates, Shape, StagePlan, Work, together
 from pipeline.planning.timeline import in_flight
 
 
@@ -45,7 +47,7 @@ def flight_of(model: ModelCost, first: int, end: int, stage: int, shape: Shape) 
 
 
 def weights_of(model: ModelCost, first: int, end: int) -> tuple[int, int]:
-    """Bytes of weights and of what is trained (with gradient sums and optimizer state) on a stage."""
+    """Bytes of weights and of what is trained (with gradient sums and optimizer state) on a stage, at any time."""
     layers = model.layers[first:end]
     weights, trained = sum(c.weight_bytes for c in layers), sum(c.trained_bytes for c in layers)
     is_first, is_last = first == 0, end == len(model.layers)
@@ -54,6 +56,37 @@ def weights_of(model: ModelCost, first: int, end: int) -> tuple[int, int]:
     if is_last and not (model.tied and is_first):
         weights, trained = weights + model.head.weight_bytes, trained + model.head.trained_bytes
     return weights, trained
+
+
+def update_bytes(model: ModelCost, first: int, end: int, tokens: int) -> int:
+    """What a stage has, in the optimizer's update, beyond weights and what is trained.
+
+    The buffers of DeepSpeed's engine for the states and the gradients that it receives stay where they are meanwhile.
+    """
+    is_first, is_last = first == 0, end == len(model.layers)
+    parts = [c.update for c in model.layers[first:end]] + [model.embedding_update] * is_first
+    parts += [model.head.update] * (is_last and not (model.tied and is_first))
+    buffers = (not is_first) + (not is_last and end > model.first_trained)
+    return sum(together(parts)) + buffers * model.hidden_bytes * tokens
+
+
+def working_bytes(model: ModelCost, first: int, end: int, tokens: int, levels: Iterable[Level]) -> float:
+    """What a pass of one of the stage's layers, kept at `levels`, or the head's block works with at most."""
+    each = zip(model.layers[first:end], levels, strict=True)
+    most = max(c.working_bytes + recomputed_bytes(c, level) for c, level in each) * tokens
+    most += _waiting_bytes(model, first, end)
+    return max(most, model.head.working_bytes) if end == len(model.layers) else most
+
+
+def embedding_bytes(model: ModelCost, first: int, end: int) -> int:
+    """Gradients that are alive in the backward of the stage's embedding; zero where there is none that is trained."""
+    return (first == 0) * model.embedding_gradient_bytes + _waiting_bytes(model, first, end)
+
+
+def _waiting_bytes(model: ModelCost, first: int, end: int) -> int:
+    """Of an embedding that is also the stage's head: autograd holds the head's gradient until it has the embedding's."""
+    both = model.tied and first == 0 and end == len(model.layers)
+    return model.embedding_gradient_bytes if both else 0
 
 
 def passing_bytes(model: ModelCost, first: int, end: int, flight: int, tokens: int, first_on_host: bool) -> int:
@@ -101,11 +134,9 @@ def evaluate(
     resident = sum(kept_bytes(c, k.level) for c, k in pairs if not k.on_host)
     hosted = [kept_bytes(c, k.level) for c, k in pairs if k.on_host]
     again = [c.levels[k.level].recomputed for c, k in pairs]
-    working = [c.working_bytes * tokens for c in layers]
-    working += [(c.working_bytes + recomputed_bytes(c, k.level)) * tokens for c, k in pairs]
-    is_last = end == len(model.layers)
-    working += [float(model.head.working_bytes)] * is_last
     staging = 2 * max(hosted, default=0.0) * tokens
+    working = working_bytes(model, first, end, tokens, [k.level for k in keeping]) + staging
+    working = max(working, embedding_bytes(model, first, end) - resident * tokens)
     weight_bytes, trained_bytes = weights_of(model, first, end)
     compute = compute_seconds(model, first, end, rates, tokens)
     compute = compute[0], compute[1] + sum(seconds(work, rates) for work in again) * tokens
@@ -116,7 +147,8 @@ def evaluate(
         first=first, end=end, keeping=list(keeping), in_flight=flight, weight_bytes=weight_bytes,
         trained_bytes=trained_bytes,
         activation_bytes=round(resident * tokens * flight) + passing_bytes(model, first, end, flight, tokens, first_on_host),
-        working_bytes=round(max(working) + staging), host_bytes=round(sum(hosted) * tokens * flight),
+        working_bytes=round(working), update_bytes=update_bytes(model, first, end, tokens),
+        host_bytes=round(sum(hosted) * tokens * flight),
         device_bytes=device_bytes, forward_s=forward_s, backward_s=backward_s,
-        flops=flops + (model.head.work.flops if is_last else 0.0),
+        flops=flops + (model.head.work.flops if end == len(model.layers) else 0.0),
     )  # fmt: skip

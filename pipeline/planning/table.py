@@ -77,6 +77,7 @@ def _table(plan: Plan, device_names: Sequence[str]) -> str:
             "adapters + optimizer",
             "activations",
             "working",
+            "update",
             "total",
             "free",
             "on host",
@@ -85,12 +86,13 @@ def _table(plan: Plan, device_names: Sequence[str]) -> str:
     for stage, (s, name) in enumerate(zip(plan.stages, device_names, strict=True)):
         rows.append([
             str(stage), _span(s.first, s.end - 1), name, _in_gib(s.weight_bytes), _in_gib(s.trained_bytes),
-            f"{_in_gib(s.activation_bytes)} ({s.in_flight} ×)", _in_gib(s.working_bytes), _in_gib(s.total_bytes),
-            _in_gib(s.headroom_bytes), _in_gib(s.host_bytes),
+            f"{_in_gib(s.activation_bytes)} ({s.in_flight} ×)", _in_gib(s.working_bytes), _in_gib(s.update_bytes),
+            _in_gib(s.total_bytes), _in_gib(s.headroom_bytes), _in_gib(s.host_bytes),
         ])  # fmt: skip
     note = (
         "GiB at the schedule's peak. Activations: kept tensors of the micro-batches in flight (×) and hidden states passed on. "
-        "Working: the largest pass of a layer, or the head's block of logits, and buffers for what comes from the host."
+        "Working: the largest pass of a layer, or the head's block of logits, and buffers for what comes from the host. "
+        "Update: what the optimizer needs when activations are gone; the total has the larger of the two."
     )
     return f"{_aligned(rows)}\n{_wrapped(note)}"
 

@@ -44,9 +44,23 @@ def _of_type(kind: str, groups: list[dict[str, Any]], **values: Any) -> Optimize
 
 
 def bytes_per_parameter(kind: str, element_size: int) -> int:
-    """What one trained number takes: itself, its fp32 gradient sum, its gradient during the update, optimizer state."""
+    """What one trained number takes at any time: itself, its fp32 gradient sum, optimizer state."""
     states = {"adamw_kahan": element_size + 4 + 4, "adamw": 2 * element_size, "adamw8bit": 2}[kind]
-    return element_size + 4 + element_size + states
+    return element_size + 4 + states
+
+
+def update_bytes_per_parameter(kind: str, element_size: int, on_gpu: bool) -> tuple[int, int]:
+    """What one number takes in the update besides: for as long as it lasts, and while its own parameter is updated.
+
+    Gradients in the parameter's dtype are all made before the update (optimizer.py); in fp32 they are the sums themselves.
+    AdamWKahan works parameter by parameter, with three fp32 tensors alive. Torch's AdamW makes the denominators of all
+    parameters together on a GPU; elsewhere one parameter's in two steps, when that of the one before is still alive.
+    bitsandbytes' has one kernel.
+    """
+    gradient = element_size if element_size < 4 else 0
+    all_denominators, one_denominator = (element_size, 0) if on_gpu else (0, 3 * element_size)
+    at_once = {"adamw_kahan": (0, 3 * 4), "adamw": (all_denominators, one_denominator), "adamw8bit": (0, 0)}[kind]
+    return gradient + at_once[0], at_once[1]
 
 
 class Several(Optimizer):

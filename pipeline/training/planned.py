@@ -27,12 +27,12 @@ from pipeline.planning import devices, rates, table
 from pipeline.planning.counting import as_on_a_gpu
 from pipeline.planning.model_cost import model_cost
 from pipeline.planning.nearest import nearest
-from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape
+from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, Update
 from pipeline.planning.solve import solve
 from pipeline.planning.timeline import in_flight
 from pipeline.training import parameter_groups, prepare, stage_parts
 from pipeline.training.engine import Place
-from pipeline.training.inner_optimizer import bytes_per_parameter
+from pipeline.training.inner_optimizer import bytes_per_parameter, update_bytes_per_parameter
 from pipeline.training.metrics import added_memory
 from pipeline.training.prepare import ModelPlan
 
@@ -73,15 +73,16 @@ def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: b
 
     own_types = optimizer_types(config, stage)
 
-    def trained_bytes(parameter: nn.Parameter) -> int:
-        kind = own_types.get(parameter, config.optimizer.type)
-        return parameter.numel() * bytes_per_parameter(kind, parameter.element_size())
+    def training(parameter: nn.Parameter) -> tuple[int, Update]:
+        kind, n, size = own_types.get(parameter, config.optimizer.type), parameter.numel(), parameter.element_size()
+        every, one = update_bytes_per_parameter(kind, size, on_gpu)
+        return n * bytes_per_parameter(kind, size), Update(n * every, n * one)
 
     @cache
     def count(tokens: int) -> ModelCost:
         with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
             return model_cost(
-                stage, rows=rows, tokens=tokens // rows, levels=levels, trained_bytes=trained_bytes,
+                stage, rows=rows, tokens=tokens // rows, levels=levels, training=training,
                 transform=logit_transform(shell.config),
             )  # fmt: skip
 
