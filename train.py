@@ -81,7 +81,7 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
 
     engine.check_version()
     engine.check_processes(config.pipeline_stages)
-    plan = prepare.plan_model(config)
+    plan = prepare.plan_model(config, resumes=bool(resume))
     prepare.check_files(config)
     ending.check(config, plan)
     data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
@@ -102,7 +102,8 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
             done = run.saver.run_dir, run.step, run.resume_line
-            del run  # and with it the stage's weights
+            engine.let_go(run.engine)
+            del run, plan  # and with them the stage's weights
             ending.follow(config, *done, watcher)
         return code
     finally:

@@ -61,7 +61,7 @@ class Config(Section):
         False, description="'lora' with a trained magnitude for each output's row of the merged weight (DoRA); slower"
     )
     init_lora_weights: Annotated[bool | str, AfterValidator(config_adapters.known_start)] = Field(
-        True, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa', or 'pissa_niter_4', which finds them by 4 subspace iterations, in seconds where the exact ones take minutes) or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
+        True, json_schema_extra=config_adapters.STARTS_SCHEMA, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa', or 'pissa_niter_4', which finds them by 4 subspace iterations, in seconds where the exact ones take minutes) or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
     oft_block_size: PositiveInt | None = Field(
         None, description="of 'oft': inputs that are rotated among each other; must divide a module's inputs"
     )

@@ -41,9 +41,13 @@ def known_family(value: Any) -> Any:
     return value
 
 
+STARTS = r"pissa|pissa_niter_\d{1,3}|olora"
+STARTS_SCHEMA: Any = {"anyOf": [{"const": True}, {"type": "string", "pattern": f"^({STARTS})$"}]}
+
+
 def known_start(value: bool | str) -> bool | str:
     """A value of init_lora_weights, or ValueError."""
-    if value is not True and not re.fullmatch(r"pissa|pissa_niter_\d{1,3}|olora", str(value)):
+    if value is not True and not re.fullmatch(STARTS, str(value)):
         raise ValueError("should be true, 'pissa', 'pissa_niter_4' (or another number of iterations) or 'olora'")
     return value
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.config_refused import REFUSED
-from pipeline.config_sections import Bnb, Dataset, EvalDataset, Optimizer, Quantization, Section
+from pipeline.config_sections import Bnb, Dataset, EvalDataset, Optimizer, ParameterGroup, Quantization, Section
 from pipeline.console import UserError
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
@@ -29,7 +29,7 @@ JSON_KEYS = {
 }
 SECTIONS: dict[str, type[Section]] = {
     "optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset, "quantization": Quantization,
-    "quantization.bnb": Bnb,
+    "quantization.bnb": Bnb, "optimizer.groups": ParameterGroup,
 }  # fmt: skip
 # What pydantic puts into the place of an error to say which member of a union it tried.
 BRANCHES = {"function-after", "bool", "str", "float", "int", "list[str]", "literal['all-linear']", "literal['unsloth']"}
@@ -150,7 +150,9 @@ def _nearest(loc: list[Any]) -> str:
     elsewhere = [s for s, m in SECTIONS.items() if loc[-1] in m.model_fields and m is not model]
     if elsewhere:
         table = elsewhere[0]
-        return f"It belongs into [[{table}]]." if table.endswith("datasets") else f"It belongs into [{table}]."
+        return (
+            f"It belongs into [[{table}]]." if table.endswith(("datasets", "groups")) else f"It belongs into [{table}]."
+        )
     if len(loc) > 1 and loc[-1] in Config.model_fields:
         return "It belongs to the top level, above the first [table]."
     return f"Did you mean '{close[0]}'?" if close else f"Valid keys: {', '.join(known)}."

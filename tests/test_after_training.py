@@ -25,7 +25,7 @@ from pipeline.console import UserError
 from pipeline.publishing import foresight
 from pipeline.publishing.after_training import by_hand, follow
 from pipeline.training import adapter_families, ending, prepare
-from tests.builders import environment, metrics, only_run, save_model, train, write_config
+from tests.builders import environment, launch, metrics, only_run, save_model, train, write_config
 from tests.helpers_artifacts import files_of, hooked, load_model, logits, make_base, tensors_of
 from tests.helpers_config import problems, small
 from tests.helpers_publishing import make_run
@@ -325,6 +325,20 @@ def test_train_fold_and_describe_in_one_go(tmp_path: Path) -> None:
     again = train(2, "--config", toml, "--resume_from_checkpoint")
     assert "step 5/5" not in again and (run / "merged/README.md").exists()
     assert len(json.loads((run / "run.json").read_text())["parts"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_follows_begins_without_the_stages_weights(tmp_path: Path, stages: int) -> None:
+    """DeepSpeed's engine and autograd's hooks hold each other where no garbage collector looks."""
+    save_model(tmp_path / "base", tie_word_embeddings=True)
+    toml = write_config(
+        tmp_path / "c.toml", model=str(tmp_path / "base"), output_dir=str(tmp_path / "runs"), max_steps=2,
+        pipeline_stages=stages, trainable_modules=["embed_tokens"], eval_after_last_step=True, after_training=["card"],
+    )  # fmt: skip
+    output = launch(stages, ROOT / "tests/freed_weights_worker.py", "--config", str(toml))
+    (line,) = [line for line in output.splitlines() if line.startswith("alive: ")]
+    assert json.loads(line.removeprefix("alive: ")) == []
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pipeline import config_sources
 from pipeline.console import UserError
 from pipeline.model import adapters
 from pipeline.model.control_adapter import ControlAdapter
-from pipeline.training import adapter_families, initial_adapter
+from pipeline.training import adapter_families, initial_adapter, prepare
 from tests.builders import save_model
 from tests.helpers_config import small
 from tests.helpers_stages import chain, hidden, token_ids
@@ -149,6 +149,14 @@ def test_no_folder(base: Path, tmp_path: Path) -> None:
     config = config_of(base, init_adapter=str(tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):
         adapter_families.saved(config, TARGETS, biased_targets=False)
+
+
+def test_it_is_not_looked_at_when_resuming(base: Path, tmp_path: Path) -> None:
+    """Also where the command line says so and the configuration does not."""
+    config = config_of(base, init_adapter=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no such folder"):
+        prepare.plan_model(config)
+    assert prepare.plan_model(config, resumes=True).targets
 
 
 def test_another_models_shapes_change_nothing(base: Path, saved: Mapping[str, Path]) -> None:

@@ -1,6 +1,8 @@
 """The step over all stages, in one process: fp32 accumulation, one norm, one coefficient, one rounding, one update."""
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +16,18 @@ from pipeline.training.optimizer import NonFiniteError, PipelineOptimizer
 BF16 = torch.bfloat16
 VALUES: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}
 KINDS = ["adamw_kahan", "adamw", "adamw8bit"]
+
+
+def test_it_is_freed_when_it_is_let_go() -> None:
+    """Hooks on parameters hold no optimizer: autograd would hold it where no garbage collector looks."""
+    parameter = nn.Parameter(torch.ones(8))
+    optimizer = PipelineOptimizer({"p": parameter}, make_inner("adamw", [{"params": [parameter]}], **VALUES), 0.0)
+    parameter.sum().backward()
+    optimizer.step()
+    left = weakref.ref(optimizer), weakref.ref(parameter)
+    del optimizer, parameter
+    gc.collect()
+    assert [ref() for ref in left] == [None, None]
 
 
 class Recorder(torch.optim.Optimizer):

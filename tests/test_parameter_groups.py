@@ -1,6 +1,7 @@
 """LoRA+'s groups by name, and their rates under a schedule. Oracle: PEFT's own helper, on matrices alone."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,26 @@ def test_a_groups_type_is_said_where_a_checkpoint_has_another() -> None:
     group = {"names": ["B"], "type": "adamw"}
     saved = {"optimizer": {"type": "adamw_kahan", "groups": []}}
     config = {"optimizer": {"type": "adamw_kahan", "groups": [group]}, "load_optimizer_states": True}
-    with pytest.raises(UserError, match=r"optimizer is adamw_kahan, this run's adamw_kahan, adamw for B"):
-        check_continues({"config": saved, "trained": []}, config, set(), {})
-    check_continues({"config": saved, "trained": []}, {**config, "load_optimizer_states": False}, set(), {})
+    manifest = {"config": saved, "trained": ["m.A", "m.B"]}
+    with pytest.raises(UserError, match=r"optimizer is adamw_kahan, this run's adamw_kahan, adamw for B: of m\.B"):
+        check_continues(manifest, config, {"m.A", "m.B"}, {})
+    check_continues(manifest, {**config, "load_optimizer_states": False}, {"m.A", "m.B"}, {})
+    check_continues({**manifest, "trained": ["m.A"]}, config, {"m.A"}, {})
+
+
+def test_a_groups_type_is_that_of_the_first_that_names_the_parameter() -> None:
+    """However the groups are written: what counts is each parameter's optimizer. A tied head has its embedding's."""
+    typed, faster = {"names": ["B", "embed"], "type": "adamw"}, {"names": ["B"], "lr_ratio": 2.0}
+    apart = [{**typed, "names": [name]} for name in ("embed", "B")]
+
+    def continues(before: list[Any], now: list[Any], names: set[str]) -> None:
+        saved, config = ({"optimizer": {"type": "adamw_kahan", "groups": groups}} for groups in (before, now))
+        manifest = {"config": saved, "trained": sorted(names)}
+        check_continues(manifest, {**config, "load_optimizer_states": True}, names, {"lm_head": "embed"})
+
+    continues([typed], apart, {"m.A", "m.B", "embed", "lm_head"})
+    continues([typed], [*apart, faster], {"m.A", "m.B"})
+    with pytest.raises(UserError, match=r"of m\.B their states do not fit"):
+        continues([typed], [faster, typed], {"m.A", "m.B"})
+    with pytest.raises(UserError, match="of lm_head their states do not fit"):
+        continues([typed], apart[1:], {"m.A", "lm_head"})

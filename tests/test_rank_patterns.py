@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline import config_sources
 from pipeline.console import UserError
 from pipeline.model import adapters
-from pipeline.training import adapter_families, initial_adapter, rank_patterns
+from pipeline.training import adapter_families, initial_adapter, prepare, rank_patterns
 from tests.builders import save_model
 from tests.helpers_config import problems, small
 from tests.helpers_stages import chain, hidden, token_ids
@@ -196,6 +196,12 @@ def test_norms_are_those_of_each_modules_own_scaling(base: Path, family: str) ->
         product = s * own[f"{module}.B"].double() @ own[f"{module}.A"].double()
         # Gram matrices of fp32 sums of at most 64 products.
         assert found[module] == pytest.approx(float(torch.linalg.matrix_norm(product)), rel=100 * 2**-24)
+
+
+def test_a_start_from_the_weight_has_no_more_than_its_rank(base: Path) -> None:
+    config = config_of(base, "pissa", rank_pattern={"layers.3.mlp.down_proj": 33}, alpha_pattern={})
+    with pytest.raises(UserError, match=r"rank_pattern = 33: model\.layers\.3\.mlp\.down_proj has a weight of rank 32"):
+        prepare.plan_model(config)
 
 
 def test_patterns_that_match_nothing_or_mean_nothing(base: Path) -> None:

@@ -11,6 +11,9 @@ import torch
 from builders import BOOKS, ROOT, environment, metrics, save_model, write_config
 from safetensors.torch import load_file
 
+from pipeline.console import UserError
+from pipeline.training.run_folder import check_continues
+
 STEPS = 6
 
 
@@ -63,6 +66,31 @@ def final_state(run: str, step: int = STEPS) -> dict[str, torch.Tensor]:
 def numbers(run: str) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
     return [{k: v for k, v in line.items() if k != "train/tokens_per_s"} for line in metrics(Path(run))]
+
+
+SAVED: dict[str, Any] = {"optimizer": {"type": "adamw"}, "load_optimizer_states": True, "seed": 1, "lora_alpha": 8}
+
+
+def test_a_tied_embedding_that_was_trained_is_not_dropped() -> None:
+    names, aliases = ["m.A", "embed", "head"], {"head": "embed"}
+    for manifest in ({"config": SAVED, "trained": names}, {"config": SAVED, "trained": names[:2]}):
+        check_continues(manifest, SAVED, {"m.A", "embed"}, aliases)  # one stage, or two
+        check_continues(manifest, SAVED, {*names}, aliases)
+        with pytest.raises(UserError, match=r"has trained embed.*, which this run would drop"):
+            check_continues(manifest, SAVED, {"m.A"}, aliases)
+
+
+@pytest.mark.parametrize(("start", "keys"), [("pissa_niter_4", {"seed": 2}), ("olora", {"lora_alpha": 4})])
+def test_a_start_that_no_checkpoint_holds_has_to_be_the_same(start: str, keys: dict[str, Any]) -> None:
+    """PiSSA's and OLoRA's first A and B are computed again, and taken off what was trained."""
+    saved = {**SAVED, "init_lora_weights": start}
+    check_continues({"config": saved, "trained": []}, saved, set(), {})
+    with pytest.raises(UserError, match=rf"made with {next(iter(keys))} = .*resume with the former"):
+        check_continues({"config": saved, "trained": []}, {**saved, **keys}, set(), {})
+    plain = {**SAVED, "init_lora_weights": True}
+    check_continues({"config": plain, "trained": []}, {**plain, **keys}, set(), {})
+    exact = {**SAVED, "init_lora_weights": "pissa"}  # draws nothing
+    check_continues({"config": exact, "trained": []}, {**exact, "seed": 2}, set(), {})
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

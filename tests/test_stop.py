@@ -8,7 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from builders import metrics, only_run, save_model, start, write_config
+
+from pipeline.console import RankError
+from pipeline.training import failures
+from pipeline.training.stop import Watcher
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +21,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     save_model(folder)
     return folder
+
+
+def test_out_of_memory_while_loading_is_said_as_such() -> None:
+    """There is no run's folder yet in which the others could be told."""
+    with (
+        pytest.raises(RankError, match="out of memory: no room") as caught,
+        failures.explained(Watcher(set()), lambda: None),
+    ):
+        raise torch.OutOfMemoryError("no room")
+    assert caught.value.exit_code == 5
 
 
 def started(folder: Path, base: Path) -> tuple[subprocess.Popen[str], list[int], Path]:

@@ -72,16 +72,18 @@ def left_to_do(run: Finished, parts: Sequence[Part]) -> str:
 
 
 def by_hand(part: Part, run: Finished) -> str | None:
-    """The command line of a part; the card has none."""
+    """The command line of a part, which replaces what an earlier attempt left; the card has none."""
     read = ["--input", str(run.base), "--lora", str(run.saved), "--output"]
     match part:
         case "merge":
-            return shlex.join(["python", "merge_lora.py", *read, str(run.run_dir / "merged")])
+            return shlex.join(["python", "merge_lora.py", *read, str(run.run_dir / "merged"), "--force"])
         case "export:peft":
-            return shlex.join(["python", "export_lora.py", *read, str(run.run_dir / "peft"), "--format", "peft"])
+            return shlex.join(
+                ["python", "export_lora.py", *read, str(run.run_dir / "peft"), "--format", "peft", "--force"]
+            )
         case "export:gguf":
             file = run.run_dir / "gguf" / GGUF_FILE
-            return shlex.join(["python", "export_lora.py", *read, str(file), "--format", "gguf"])
+            return shlex.join(["python", "export_lora.py", *read, str(file), "--format", "gguf", "--force"])
         case "push":
             private = ["--private"] if run.private else []
             return shlex.join(["hf", "upload", run.repository or "OWNER/NAME", str(run.made[0]), *private])

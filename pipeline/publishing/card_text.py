@@ -50,7 +50,7 @@ def trained(facts: Facts) -> str:
             lines.append(f"- blocks of {size} inputs")
     if facts.values[0]:
         count, dtypes = facts.values
-        lines.append(f"- the adapter: {count:,} numbers, {', '.join(DTYPES.get(d, d) for d in dtypes)}")
+        lines.append(f"- the adapter's file: {count:,} numbers, {', '.join(DTYPES.get(d, d) for d in dtypes)}")
     if bnb := config.get("quantization", {}).get("bnb", {}):
         bits = f"4 bits ({bnb['bnb_4bit_quant_type']})" if bnb.get("load_in_4bit") else "8 bits"
         lines.append(f"- the base's linear layers were held in {bits} in training; a fold is into the original weights")

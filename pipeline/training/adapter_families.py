@@ -44,7 +44,8 @@ def check_fits(config: Config, shell: PreTrainedModel, targets: list[str]) -> No
         raise UserError(f"feedforward_modules: {', '.join(sorted(unknown))} is none of target_modules")
     for name in targets:
         module: Any = shell.get_submodule(name)
-        inputs, outputs, rank = module.in_features, module.out_features, config.lora_rank or 0
+        inputs, outputs = module.in_features, module.out_features
+        rank, _ = rank_patterns.resolve(name, config.lora_rank or 0, 1.0, config.rank_pattern, {})
         if config.adapter_type == "boft" and inputs > BOFT_WIDEST:
             raise UserError(f"adapter_type = 'boft': PEFT makes {inputs} × {inputs} matrices for {name}; use 'oft'")
         if size and inputs % size:
@@ -52,7 +53,8 @@ def check_fits(config: Config, shell: PreTrainedModel, targets: list[str]) -> No
         if config.adapter_type == "control_adapter" and rank > outputs:
             raise UserError(f"lora_rank = {rank}: {name} has {outputs} outputs, which are all the directions there are")
         if config.init_lora_weights is not True and rank > min(inputs, outputs):
-            raise UserError(f"lora_rank = {rank}: {name} has a weight of rank {min(inputs, outputs)} at most")
+            key = "lora_rank" if rank == config.lora_rank else "rank_pattern"
+            raise UserError(f"{key} = {rank}: {name} has a weight of rank {min(inputs, outputs)} at most")
 
 
 def describe(config: Config) -> str:

@@ -72,7 +72,8 @@ def trainer(
     )  # fmt: skip
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
-    parameter_groups.check(parameter_groups.specials(config.optimizer), trained)
+    # A tied head goes by its embedding's name in groups, on any number of stages.
+    parameter_groups.check(parameter_groups.specials(config.optimizer), [n for n in trained if n not in plan.tied])
     resumed = run_folder.agree_on(resumed, place)
     if resumed is not None:
         put_back(*resumed, config, stage, optimizer, place, batches, trained)
@@ -119,7 +120,7 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Follo
             check_entry(stage)
         if stage.is_last:
             check_head(stage)
-    stage_parts.put_trained(stage, config, plan.targets, plan.in_full)
+        stage_parts.put_trained(stage, config, plan.targets, plan.in_full)
     say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)

@@ -180,6 +180,12 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
+def let_go(engine: PipelineEngine) -> None:
+    """Clear what DeepSpeed's engine keeps of its last step: the graph of it has hooks that hold the engine, where Python's
+    garbage collector does not see it, and with the engine all weights of the stage."""
+    engine.loss, engine.total_loss, engine.pipe_buffers = None, None, {}
+
+
 def rendezvous_in(folder: Path) -> Path:
     """The file through which this launch's processes find each other; removes those of launches that have died."""
     folder.mkdir(parents=True, exist_ok=True)

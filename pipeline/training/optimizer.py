@@ -59,7 +59,7 @@ class PipelineOptimizer(Optimizer):
         self.after_update: list[Callable[[], object]] = []
         self._sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._adder(name))
+            parameter.register_post_accumulate_grad_hook(_adder(self._sums[name]))
 
     def connect(self, pipe_group: Any, replica_group: Any) -> None:
         """The process groups over which the norm is summed (stages) and gradients are averaged (replicas)."""
@@ -105,13 +105,6 @@ class PipelineOptimizer(Optimizer):
             parameter.grad = None
             self._sums[name].zero_()
 
-    def _adder(self, name: str) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            self._sums[name].add_(parameter.grad)  # type: ignore[arg-type]
-            parameter.grad = None
-
-        return add
-
     def _reduce(self) -> None:
         replicas = dist.get_world_size(self.replica_group) if self.replica_group is not None else 1
         for name, gradient in self._sums.items():
@@ -133,6 +126,16 @@ class PipelineOptimizer(Optimizer):
         total = torch.as_tensor(squares, dtype=torch.float64).to(device)
         dist.all_reduce(total, group=self.pipe_group)
         return float(total)
+
+
+def _adder(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that holds the sum alone: one that held the optimizer would keep it, and all it has, alive for ever."""
+
+    def add(parameter: Tensor) -> None:
+        total.add_(parameter.grad)  # type: ignore[arg-type]
+        parameter.grad = None
+
+    return add
 
 
 def _communication_device() -> torch.device:

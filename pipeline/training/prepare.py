@@ -51,8 +51,11 @@ class Data:
     evaluation: dict[str, Rows]
 
 
-def plan_model(config: Config) -> ModelPlan:
-    """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to."""
+def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
+    """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to.
+
+    `resumes`: whether the run goes on from a checkpoint, whatever the config says: then init_adapter is not looked at.
+    """
     model_config = read_model_config(config.model)
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
     if quantised := stage_parts.foresee_quantised(shell, config):
@@ -66,7 +69,7 @@ def plan_model(config: Config) -> ModelPlan:
         first_trained = min(first_adapted, trained_modules.first_layer(shell, in_full))
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
     tied = trained_modules.tied(shell)
-    if config.init_adapter and not config.resume_from_checkpoint:
+    if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
     ranges = cut_into_stages(config, shell, first_trained, in_full)

@@ -17,10 +17,15 @@ import torch.distributed as dist
 from pipeline.console import UserError, say
 from pipeline.training import checkpoint
 from pipeline.training.engine import Place
+from pipeline.training.parameter_groups import Special, values_of
 from pipeline.training.stop import STOP_FILE
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
 LOCK = ".lock"
+# What the start of PiSSA and OLoRA depends on.
+OF_A_START = (
+    "lora_rank", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_weight_dtype", "model_weight_dtype",
+)  # fmt: skip
 RESUME = "--resume_from_checkpoint"
 
 
@@ -51,18 +56,42 @@ def check_continues(
             raise UserError(
                 f"the checkpoint was made with {key} = {saved[key]}, this run has {config.get(key)}; nothing of it fits"
             )
-    known = trained | set(aliases) | set(aliases.values())
+    _check_same_start(saved, config)
+    known = trained | {name for pair in aliases.items() if trained & set(pair) for name in pair}
     if lost := sorted(set(manifest["trained"]) - known):
         raise UserError(
             f"the checkpoint has trained {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}, which this run would drop; "
             "resume with its target_modules, layers_to_transform and trainable_modules"
         )
-    before, now = (_optimizer_types(each["optimizer"]) for each in (saved, config))
-    if before != now and config["load_optimizer_states"]:
-        raise UserError(
-            f"the checkpoint's optimizer is {before}, this run's {now}: their "
-            "states do not fit; set load_optimizer_states = false to start the optimizer afresh"
-        )
+    if not config["load_optimizer_states"]:
+        return
+    for name in manifest["trained"]:
+        before, now = (_type_of(aliases.get(name, name), each["optimizer"]) for each in (saved, config))
+        if before != now:
+            raise UserError(
+                f"the checkpoint's optimizer is {_optimizer_types(saved['optimizer'])}, this run's "
+                f"{_optimizer_types(config['optimizer'])}: of {name} their states do not fit; set "
+                "load_optimizer_states = false to start the optimizer afresh"
+            )
+
+
+def _check_same_start(saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """UserError where the start that is subtracted from A and B (PiSSA, OLoRA), which no checkpoint holds, would be another."""
+    start = config.get("init_lora_weights", True)
+    if start is True:
+        return
+    for key in (*OF_A_START, *(("seed",) if "niter" in start else ())):
+        if saved.get(key) != config.get(key):
+            raise UserError(
+                f"the checkpoint was made with {key} = {saved.get(key)}, this run has {config.get(key)}, with which "
+                f"'{start}' would take another part out of the weights than was trained; resume with the former"
+            )
+
+
+def _type_of(name: str, optimizer: dict[str, Any]) -> str:
+    """Of the optimizer that updates the parameter."""
+    specials = [Special(g["names"], {"type": g.get("type")}) for g in optimizer.get("groups", [])]
+    return values_of(name, specials).get("type") or optimizer["type"]
 
 
 def _optimizer_types(optimizer: dict[str, Any]) -> str:

@@ -107,8 +107,10 @@ class Watcher:
 
     def _tell_the_others(self, code: str = "") -> None:
         self._told = True
+        if self._run_dir is None:  # the others look nowhere yet, and have nothing to save: the launcher ends them
+            return
         with contextlib.suppress(OSError):  # a full disk: then this process alone knows, and the step boundary tells
-            (self._run_dir / STOP_FILE).write_text(code)  # type: ignore[operator]
+            (self._run_dir / STOP_FILE).write_text(code)
 
     def _code(self) -> int:
         """What the process that asked for the stop said to end with."""
