@@ -47,6 +47,26 @@ def copy_of(base: Path, tmp_path: Path, **config: Any) -> Path:
     return folder
 
 
+def groups(*names: str) -> dict[str, Any]:
+    """[optimizer] with a group for these names."""
+    return {"type": "adamw_kahan", "lr": 1e-2, "groups": [{"names": list(names), "lr_ratio": 0.1}]}
+
+
+def test_a_group_that_names_nothing_trained_is_refused_before_weights_are_read(tmp_path: Path, base: Path) -> None:
+    """A tied head goes by its embedding's name, on any number of stages: a group for the other would have no effect."""
+    plan(tmp_path, base, optimizer=groups("B", r"layers\.0\..*A"))
+    with pytest.raises(UserError, match=r"optimizer\.groups: 'lora_Z' names no parameter that is trained"):
+        plan(tmp_path, base, optimizer=groups("B", "lora_Z"))
+    tied = copy_of(base, tmp_path, tie_word_embeddings=True)
+    for stages in (1, 2):
+        settings = {"trainable_modules": ["lm_head"], "pipeline_stages": stages}
+        plan(tmp_path, tied, optimizer=groups("embed_tokens.weight"), **settings)
+        with pytest.raises(
+            UserError, match=r"'lm_head\.weight' names no parameter that is trained; there are model\.embed"
+        ):
+            plan(tmp_path, tied, optimizer=groups("lm_head.weight"), **settings)
+
+
 def test_a_quantised_base_is_refused(tmp_path: Path, base: Path) -> None:
     """fp8 weights cast without their scales would train as garbage, without a word."""
     folder = copy_of(base, tmp_path, quantization_config={"quant_method": "fp8"})

@@ -72,8 +72,6 @@ def trainer(
     )  # fmt: skip
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
-    # A tied head goes by its embedding's name in groups, on any number of stages.
-    parameter_groups.check(parameter_groups.specials(config.optimizer), [n for n in trained if n not in plan.tied])
     resumed = run_folder.agree_on(resumed, place)
     if resumed is not None:
         put_back(*resumed, config, stage, optimizer, place, batches, trained)

@@ -19,10 +19,10 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.console import EXIT_DONE, UserError, gib, say
-from pipeline.model import adapters, trained_modules
+from pipeline.model import adapters
 from pipeline.model.host_arena import HostArena
 from pipeline.model.levels import Keeping, Level
-from pipeline.model.stage import DTYPES, Stage, empty_model, logit_transform, read_model_config
+from pipeline.model.stage import DTYPES, Stage, logit_transform
 from pipeline.planning import devices, rates, table
 from pipeline.planning.counting import as_on_a_gpu
 from pipeline.planning.model_cost import model_cost
@@ -63,14 +63,9 @@ def host_bytes(config: Config) -> int:
 
 def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
     """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
-    shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
-    stage_parts.foresee_quantised(shell, config)
-    beside = trained_modules.resolve(shell, config.trainable_modules, targets)
-    stage = Stage(shell.requires_grad_(False), 0, len(shell.base_model.layers)).train()
-    stage_parts.put_trained(stage, config, targets, beside)
+    stage = stage_parts.whole_on_meta(config, targets)
     stage_parts.put_kernels(stage, config.kernels)
     rows, _ = _rows(config)
-
     own_types = optimizer_types(config, stage)
 
     def training(parameter: nn.Parameter) -> tuple[int, Update]:
@@ -83,7 +78,7 @@ def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: b
         with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
             return model_cost(
                 stage, rows=rows, tokens=tokens // rows, levels=levels, training=training,
-                transform=logit_transform(shell.config),
+                transform=logit_transform(stage.model.config),
             )  # fmt: skip
 
     return count

@@ -22,7 +22,7 @@ from pipeline.data.split import Rows, split, whole
 from pipeline.model import adapters, partition, trained_modules
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.model.weights import check_saved_as_run, tensor_files
-from pipeline.training import adapter_families, initial_full_tensors, stage_parts
+from pipeline.training import adapter_families, initial_full_tensors, parameter_groups, stage_parts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
@@ -72,6 +72,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
+    check_groups(config, targets, tied)
     ranges = cut_into_stages(config, shell, first_trained, in_full)
     return ModelPlan(shell, targets, biased, in_full, tied, ranges)
 
@@ -131,6 +132,13 @@ def resolve_in_full(config: Config, shell: PreTrainedModel, targets: list[str]) 
         dtype = config.model_weight_dtype
         say(f"          and in full, in {dtype}: {trained_modules.describe(shell, names, in_full)}")
     return in_full
+
+
+def check_groups(config: Config, targets: list[str], tied: dict[str, str]) -> None:
+    """UserError for a name in [[optimizer.groups]] that nothing trained has. A tied head goes by its embedding's name."""
+    if specials := parameter_groups.specials(config.optimizer):
+        trained = adapters.trainable(stage_parts.whole_on_meta(config, targets))
+        parameter_groups.check(specials, [name for name in trained if name not in tied])
 
 
 def initial_tensors(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config import Config
 from pipeline.model import adapters, fusion, packed, trained_modules
-from pipeline.model.stage import DTYPES, Stage
+from pipeline.model.stage import DTYPES, Stage, empty_model, read_model_config
 from pipeline.training import adapter_families
 
 
@@ -56,6 +56,16 @@ def put_trained(stage: Stage, config: Config, targets: list[str], in_full: Colle
         return
     adapter_families.inject(stage, config, targets)
     trained_modules.unfreeze(stage, in_full)
+
+
+def whole_on_meta(config: Config, targets: list[str]) -> Stage:
+    """The whole model as one stage on `meta`, with what is trained and without kernels: for counting and for names."""
+    shell = empty_model(read_model_config(config.model), DTYPES[config.model_weight_dtype], config.attn_implementation)
+    foresee_quantised(shell, config)
+    in_full = trained_modules.resolve(shell, config.trainable_modules, targets)
+    stage = Stage(shell.requires_grad_(False), 0, len(shell.base_model.layers)).train()
+    put_trained(stage, config, targets, in_full)
+    return stage
 
 
 def put_kernels(stage: Stage, wanted: str | list[Any]) -> Counter[str]:
