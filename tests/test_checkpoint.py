@@ -141,6 +141,15 @@ def test_a_later_step_supersedes_one_that_waits(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, "launch", 1, 2, 2, {"x": torch.zeros(3)}, FACTS)
 
 
+def test_what_killed_saves_left_behind_is_cleared(tmp_path: Path) -> None:
+    """Unfinished checkpoints and adapters go, and what a killed pruning had begun to remove; whole ones stay."""
+    save(tmp_path, 3, world=1)
+    for name in ("step3", ".staging-4-launch", ".step4.partial-0a1b2c3d", ".trash-step1-0"):
+        (tmp_path / name).mkdir()
+    checkpoint.clear_rubbish(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"global_step3", "step3"}
+
+
 def test_pruning_keeps_the_newest_and_ignores_other_names(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         save(tmp_path, step, world=1)

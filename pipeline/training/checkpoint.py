@@ -154,7 +154,8 @@ def clear_rubbish(run_dir: Path) -> None:
         final = run_dir / path.name.removeprefix(".trash-").rsplit("-", 1)[0]
         if (path / MANIFEST).exists() and not final.exists():
             path.rename(final)
-    for path in [*run_dir.glob(".staging-*-*"), *run_dir.glob(".trash-*step*")]:
+    unfinished = (*run_dir.glob(".staging-*-*"), *run_dir.glob(".*.partial-*"))  # of a checkpoint, of an adapter
+    for path in [*unfinished, *run_dir.glob(".trash-*step*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
