@@ -66,12 +66,12 @@ class ByRows:
         return W
 
 
-Stage = LowRank | ByRows
+Operation = LowRank | ByRows
 
 
-def prepare(change: Change, device: torch.device) -> tuple[Stage, ...]:
+def prepare(change: Change, device: torch.device) -> tuple[Operation, ...]:
     """What a block of rows goes through: sequences of pairs as one, other steps one by one."""
-    done: tuple[Stage, ...] = ()
+    done: tuple[Operation, ...] = ()
     for in_pairs, group in groupby(change.steps, key=lambda step: isinstance(step, PairStep)):
         steps = list(group)
         if in_pairs:
@@ -83,13 +83,13 @@ def prepare(change: Change, device: torch.device) -> tuple[Stage, ...]:
     return done
 
 
-def _after(change: Change, stages: Sequence[Stage], device: torch.device) -> Iterator[torch.Tensor]:
-    """The weight as `stages` leave it, in blocks of rows in fp32."""
+def _after(change: Change, operations: Sequence[Operation], device: torch.device) -> Iterator[torch.Tensor]:
+    """The weight as `operations` leave it, in blocks of rows in fp32."""
     first = 0
     for block in change.rows(BLOCK_ITEMS):
         W = block.to(device, torch.float32)
-        for stage in stages:
-            W = W + stage.change(W, first) if isinstance(stage, LowRank) else stage.apply(W, first)
+        for operation in operations:
+            W = W + operation.change(W, first) if isinstance(operation, LowRank) else operation.apply(W, first)
         first += len(W)
         yield W
 
@@ -190,22 +190,22 @@ def fold_rows(change: Change, dtype: str, device: torch.device, survival: Surviv
 
     Raises UserError where a value is NaN or infinite, or too large for `dtype`.
     """
-    stages = prepare(change, device)
-    for part, size in (size for stage in stages if isinstance(stage, LowRank) for size in stage.sizes):
+    operations = prepare(change, device)
+    for part, size in (size for operation in operations if isinstance(operation, LowRank) for size in operation.sizes):
         survival.add_part(part, size**2)
     first = 0
     for block in change.rows(BLOCK_ITEMS):
         before = block.to(device, torch.float32)
         exact = before
-        for stage in stages:
-            if isinstance(stage, LowRank):
-                delta = stage.change(exact, first)
+        for operation in operations:
+            if isinstance(operation, LowRank):
+                delta = operation.change(exact, first)
                 exact = exact + delta
             else:
-                changed = stage.apply(exact, first)
-                survival.add_part(stage.part, float(torch.sum((changed - exact).double().square())))
+                changed = operation.apply(exact, first)
+                survival.add_part(operation.part, float(torch.sum((changed - exact).double().square())))
                 exact = changed
-        if len(stages) > 1 or not isinstance(stages[0], LowRank):
+        if len(operations) > 1 or not isinstance(operations[0], LowRank):
             delta = exact - before
         if not torch.isfinite(exact).all():
             raise UserError(
