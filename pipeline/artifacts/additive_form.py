@@ -21,7 +21,7 @@ from pipeline.artifacts.adapter_files import Adapter, Kind
 from pipeline.artifacts.base_files import Base
 from pipeline.artifacts.fold_doubts import doubts
 from pipeline.artifacts.fold_match import EMBEDDING, Part
-from pipeline.artifacts.fold_plan import Change, PairStep, plan_fold
+from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, Change, PairStep, plan_fold
 from pipeline.artifacts.fold_rows import BLOCK_ITEMS, compose, round_to
 from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, read_floats
 from pipeline.console import UserError
@@ -82,13 +82,17 @@ class AdditiveForm:
         )
 
 
-def additive_form(base: Base, adapter: Adapter, *, kind: Kind | None, dtype: str) -> AdditiveForm:
-    """Match the adapter with the base and settle rank, scaling and constants. `kind` as for `plan_fold`.
+def additive_form(
+    base: Base, adapter: Adapter, *, kind: Kind | None, dtype: str, base_quant: BaseQuant | None = None,
+    base_dtype: BaseDtype | None = None,
+) -> AdditiveForm:  # fmt: skip
+    """Match the adapter with the base and settle rank, scaling and constants. `kind`, `base_quant` and `base_dtype` as for
+    `plan_fold`: with these A' = A·W₄, which beside a base that is served in 4 bits is what was trained.
 
     Biases of the targets are read here, weights are not. Raises UserError where an adapter module has no weight in the
     base or another shape, where the adapter's kind has no additive form, and where its strength is 0.
     """
-    plan = plan_fold(base, [adapter], scales=[1.0], kind=kind)
+    plan = plan_fold(base, [adapter], scales=[1.0], kind=kind, base_quant=base_quant, base_dtype=base_dtype)
     found = next((kind for kind in ADDITIVE_KINDS if kind == plan.parts[0].kind), None)
     if found is None:
         raise UserError(

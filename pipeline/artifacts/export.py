@@ -13,7 +13,7 @@ from pipeline.artifacts.additive_form import AdditiveForm, additive_form
 from pipeline.artifacts.base_files import Base, read_base
 from pipeline.artifacts.export_gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export_peft import write_peft
-from pipeline.artifacts.fold_plan import DTYPE_NAMES
+from pipeline.artifacts.fold_plan import DTYPE_NAMES, BaseDtype, BaseQuant
 from pipeline.artifacts.fold_rows import exact_fp32
 from pipeline.artifacts.merge import check_places, usable_device
 from pipeline.artifacts.whole_file import check_file_free, whole_file
@@ -35,11 +35,14 @@ def export(
     dry_run: bool = False,
     force: bool = False,
     kind: Kind | None = None,
+    base_quant: BaseQuant | None = None,
+    base_dtype: BaseDtype | None = None,
 ) -> None:
     """Write the adapter's additive form to `output`: with "peft" a folder, with "gguf" a file.
 
     `dtype`: float32, bfloat16 or float16, of A' and B'; A' = A·W is a product and not stored anywhere, so float32 is
-    the only one that adds no rounding to what was trained. `kind` says what a LORA adapter on square weights is. `dry_run`
+    the only one that adds no rounding to what was trained. `base_quant`: for serving beside a base in 4 bits, A' of the
+    weights as those are, from `base_dtype`, as in `merge`. `kind` says what a LORA adapter on square weights is. `dry_run`
     checks everything that can be checked without computing, prints the plan, and writes nothing. `force` replaces what
     stands at `output`, once the new one is whole. Raises UserError, with nothing written, where anything does not fit.
     """
@@ -48,11 +51,15 @@ def export(
     check_output = check_free if format == "peft" else check_file_free
     check_output(output, replace=force)
     adapter, base = load_pairs(adapter_folder), read_base(base_folder)
-    form = additive_form(base, adapter, kind=kind, dtype=DTYPE_NAMES[dtype])
+    form = additive_form(
+        base, adapter, kind=kind, dtype=DTYPE_NAMES[dtype], base_quant=base_quant, base_dtype=base_dtype
+    )
     arch = architecture(base.config) if format == "gguf" else ""
     names = _gguf_names(form, arch) if format == "gguf" else {}
     for line in plan_lines(base, adapter, form):
         say(line)
+    if base_quant and form.kind != "lora":
+        say(f"base     W is rounded to {base_quant} and back first: serve the result beside the base in 4 bits")
     kept = f"a GGUF adapter of architecture {arch}" if format == "gguf" else "a PEFT adapter of type LORA"
     say(f"output   {output.resolve()}: {kept}, {dtype}, {gib(form.n_bytes)}")
     for line in form.doubts:
