@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline import config_sources
+from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.config import Config
 from pipeline.model import adapters
 from pipeline.model.stage import Stage
@@ -78,6 +79,19 @@ def test_gradients_are_those_over_the_dequantised_weights(folder: Path, family: 
         for name, tensor in expected.items():
             # fp32: the same products in another order of rounding, some forty of them behind one another.
             assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), (name, cuts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_says_over_which_weights_it_was_trained(folder: Path, tmp_path: Path, family: str) -> None:
+    bnb = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["o_proj"]}
+    raw = {"model": str(folder), "layers_to_transform": "0:2", **FAMILIES[family]}
+    config = config_sources.validate(small(**raw, quantization={"bnb": bnb}), "x.toml")
+    plan = prepare.plan_model(config)
+    stage = build(folder, NF4, 0, 4)
+    adapter_families.inject(stage, config, plan.targets)
+    adapter_families.writer(config, plan.targets, plan.biased_targets, plan.tied)(tmp_path, adapters.written(stage))
+    says = {"bits": 4, "quant_type": "nf4", "double_quant": True, "skip": ["o_proj"], "dtype": "bfloat16"}
+    assert load_adapter(tmp_path).trained_over == says
 
 
 @pytest.mark.parametrize("key", SCHEMES)

@@ -238,3 +238,28 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     multiplicative(tmp_path / "adapter", down_proj(3, 64, 128))
     with pytest.raises(UserError, match=r"mixture of experts .*experts.0.w1.* not built yet"):
         merge(base, tmp_path / "adapter", tmp_path / "out", base_quant="nf4")
+
+
+@pytest.mark.parametrize(
+    ("over", "asked", "said"),
+    [
+        ({}, {"base_quant": "nf4"}, None),
+        ({"double_quant": True}, {"base_quant": "nf4"}, "was trained over nf4-double: with --base-quant nf4"),
+        ({"quant_type": "fp4"}, {"base_quant": "nf4"}, "was trained over fp4"),
+        ({"bits": 8, "quant_type": None}, {"base_quant": "nf4"}, "was trained over 8 bits"),
+        ({"dtype": "bfloat16"}, {"base_quant": "nf4"}, "from weights in bfloat16 (--base-dtype bfloat16)"),
+        ({"dtype": "bfloat16"}, {"base_quant": "nf4", "base_dtype": "bfloat16"}, None),
+        ({"skip": ["o_proj"]}, {"base_quant": "nf4"}, "with o_proj left alone"),
+        ({"bits": 8, "quant_type": None}, {}, None),  # into the original weights: the default
+    ],
+)
+def test_an_adapter_that_was_trained_over_other_bits_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], over: dict[str, Any], asked: dict[str, Any], said: str | None
+) -> None:
+    base = make_base(tmp_path / "base")
+    says = {"bits": 4, "quant_type": "nf4", "double_quant": False, "skip": [], "dtype": "float32", **over}
+    multiplicative(tmp_path / "adapter", trained_over=says)
+    merge(base, tmp_path / "adapter", tmp_path / "out", dry_run=True, **asked)
+    output = capsys.readouterr()
+    warned = output.out + output.err
+    assert said in warned if said else "was trained" not in warned.replace("was trained on", "")

@@ -59,7 +59,8 @@ class Adapter:
     `moves_bias`: where multiplicative, it was trained on the whole output, bias included, so that b' = b + s·B·A·b.
     `family`: one of peft_files.FAMILIES where it is no pairs; then `maps` has each module's, and `pairs` is empty.
     `full`: tensors that were trained in full, by their names in the model; of a tied head and embedding both. `keeps_tie`:
-    PEFT's word that the two were trained as one tensor, should the file hold one of them alone.
+    PEFT's word that the two were trained as one tensor, should the file hold one of them alone. `trained_over`: of an
+    adapter of ours that was trained over quantised weights, how they were (`write_adapter`); None where nothing says so.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Adapter:
     maps: dict[str, tuple[RowMap, ...]] = field(default_factory=dict)
     full: dict[str, torch.Tensor] = field(default_factory=dict)
     keeps_tie: bool = False
+    trained_over: dict[str, Any] | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -102,6 +104,7 @@ def write_adapter(
     use_rslora: bool = False,
     full: Mapping[str, torch.Tensor] = NOTHING,
     tied: Mapping[str, str] = NOTHING,
+    trained_over: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
@@ -110,6 +113,8 @@ def write_adapter(
     `biased_targets`: whether any of the modules has a bias. `facts`: more for the metadata (JSON values).
     `use_rslora`: s = alpha / √rank (rsLoRA, arXiv 2312.03732); of a LoRA only. `full`: weights of the model that were
     trained whole, by their names in it; `tied`: another name of one of them, with that one's (full_tensors.py).
+    `trained_over`: of a quantised base its `bits`, `quant_type`, `double_quant`, `skip` (modules left alone) and the `dtype`
+    in which it was held before, for the fold to compare with what it is asked for.
     Raises ValueError where a pair is incomplete or misshapen.
     """
     pairs = adapter_pairs(tensors)
@@ -120,7 +125,7 @@ def write_adapter(
         **(facts or {}), "format_version": FORMAT_VERSION, "kind": kind, "rank": rank, "alpha": alpha,
         "scaling": scaling, "dropout": dropout, "train_logit_scale": train_logit_scale, "base_model": name,
         "biased_targets": biased_targets, "modules": list(pairs), "layers": _layers(pairs),
-        **full_tensors.for_metadata(full, tied),
+        "trained_over": trained_over, **full_tensors.for_metadata(full, tied),
     }  # fmt: skip
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "inference_mode": True, "r": rank,

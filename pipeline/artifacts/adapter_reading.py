@@ -84,7 +84,7 @@ def load_adapter(folder: Path) -> Adapter:
     # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
     return Adapter(
         folder, _kind(folder, str(peft_type), own, family), pairs, bool(own) or peft_type == "LORA", scale, name, family,
-        maps, full, bool(config.get("ensure_weight_tying")),
+        maps, full, bool(config.get("ensure_weight_tying")), own.get("trained_over"),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Takes a `FoldPlan`; gives warnings: an adapter that names another base than this one, an adapter that is undone but
 by the model's own fold report was not what was folded, a change that a tensor trained in full takes the place of, and
-4 bits of weights in another dtype than most runs hold them.
+4 bits of weights that are not those an adapter was trained over, or perhaps not.
 """
 
 from pathlib import Path
@@ -22,13 +22,33 @@ def doubts(plan: FoldPlan) -> list[str]:
     found = [strange_base(plan.base, part.adapter, report) for part in plan.parts]
     if plan.unmerge:
         found.append(_other_fold(plan, report))
-    return [line for line in [*found, *_overwritten(plan), _held(plan)] if line]
+    return [line for line in [*found, *_overwritten(plan), *_other_bits(plan), _held(plan)] if line]
+
+
+def _other_bits(plan: FoldPlan) -> list[str]:
+    """With --base-quant: adapters that say that they were trained over other weights than these will be."""
+    stored = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    now = {plan.base_dtype or stored[plan.base.tensors[name].dtype] for name in plan.quantised}
+    found = []
+    for part in plan.parts:
+        if (over := part.adapter.trained_over) is None or plan.base_quant is None:
+            continue
+        was = over["quant_type"] + ("-double" if over["double_quant"] else "") if over["bits"] == 4 else "8 bits"
+        others = [f"over {was}"] if was != plan.base_quant else []
+        others += [f"from weights in {over['dtype']} (--base-dtype {over['dtype']})"] if now != {over["dtype"]} else []
+        others += [f"with {', '.join(over['skip'])} left alone"] if over["skip"] else []
+        if others:
+            found.append(
+                f"{part.adapter.folder} was trained {' and '.join(others)}: with --base-quant {plan.base_quant} as asked "
+                "for it is folded into other weights than it was trained over."
+            )
+    return found
 
 
 def _held(plan: FoldPlan) -> str | None:
     """A warning where weights are rounded to 4 bits from a dtype that is not bf16, and nobody said it is the run's."""
     dtypes = sorted({plan.base.tensors[name].dtype for name in plan.quantised} - {"BF16"})
-    if not dtypes or plan.base_dtype:
+    if not dtypes or plan.base_dtype or all(part.adapter.trained_over for part in plan.parts):
         return None
     return (
         f"--base-quant {plan.base_quant} rounds weights as they are stored here, in {' and '.join(dtypes)}. A run that held "

@@ -56,11 +56,12 @@ def write_peft_adapter(
     train_logit_scale: float,
     full: Mapping[str, torch.Tensor] = NOTHING,
     tied: Mapping[str, str] = NOTHING,
+    trained_over: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
     `tensors`: for every module those of its family, floating point. `settings`: the family's own keys of PEFT's config.
-    `base_model`, `full`, `tied`: as for `adapter_files.write_adapter`. Raises ValueError where a module lacks a tensor,
+    `base_model`, `full`, `tied`, `trained_over`: as for `adapter_files.write_adapter`. Raises ValueError where a module lacks a tensor,
     has one too many, or one is not finite.
     """
     peft_type, names = FAMILIES[family]
@@ -77,7 +78,8 @@ def write_peft_adapter(
     }  # fmt: skip
     own = {
         "format_version": FORMAT_VERSION, "kind": family, "train_logit_scale": train_logit_scale, "base_model": base,
-        "modules": modules, "settings": dict(settings), **full_tensors.for_metadata(full, tied),
+        "modules": modules, "settings": dict(settings), "trained_over": trained_over,
+        **full_tensors.for_metadata(full, tied),
     }  # fmt: skip
     stored = {
         f"{PEFT_PREFIX}{module}.{theirs}": tensors[f"{module}.{key}"].contiguous()

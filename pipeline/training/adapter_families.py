@@ -190,7 +190,9 @@ def _writer(config: Config, targets: list[str], biased_targets: bool) -> Callabl
         write = _writer(uniform, targets, biased_targets)
         return lambda folder, own, **full: write(folder, rank_patterns.to_one_rank(own, rank, factors), **full)
     base = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
-    common: dict[str, Any] = {"base_model": base, "train_logit_scale": config.train_logit_scale}
+    common: dict[str, Any] = {
+        "base_model": base, "train_logit_scale": config.train_logit_scale, "trained_over": trained_over(config),
+    }  # fmt: skip
     if family := _family_of_peft(config):
         return partial(write_peft_adapter, family=family, settings=_peft_settings(config, targets), **common)
     kind: Any = "multiplicative_lora" if config.adapter_type in ON_THE_OUTPUT else "lora"
@@ -202,6 +204,18 @@ def _writer(config: Config, targets: list[str], biased_targets: bool) -> Callabl
         write_adapter, kind=kind, rank=rank, alpha=(config.lora_alpha or 1.0) if rslora else s * rank, use_rslora=rslora,
         dropout=config.lora_dropout, biased_targets=biased_targets, facts=facts, **common,
     )  # fmt: skip
+
+
+def trained_over(config: Config) -> dict[str, Any] | None:
+    """How the base is quantised, for the adapter to say; None where it is not."""
+    if config.quantization is None:
+        return None
+    b = config.quantization.bnb
+    return {
+        "bits": 4 if b.load_in_4bit else 8, "quant_type": b.bnb_4bit_quant_type if b.load_in_4bit else None,
+        "double_quant": b.load_in_4bit and b.bnb_4bit_use_double_quant, "skip": b.llm_int8_skip_modules,
+        "dtype": config.model_weight_dtype,
+    }  # fmt: skip
 
 
 def _patterned(config: Config) -> bool:
