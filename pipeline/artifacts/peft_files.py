@@ -61,8 +61,8 @@ def write_peft_adapter(
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
     `tensors`: for every module those of its family, floating point. `settings`: the family's own keys of PEFT's config.
-    `base_model`, `full`, `tied`, `trained_over`: as for `adapter_files.write_adapter`. Raises ValueError where a module lacks a tensor,
-    has one too many, or one is not finite.
+    `base_model`, `full`, `tied`, `trained_over`: as for `adapter_files.write_adapter`. Raises ValueError where a module
+    lacks a tensor, has one too many, or one is not finite.
     """
     peft_type, names = FAMILIES[family]
     modules = sorted({name.rpartition(".")[0] for name in tensors}, key=natural_order)
