@@ -103,12 +103,15 @@ def run_command(main: Callable[[], int]) -> None:
 
     Every rank raises the same UserError; the first one says it. The others leave it time to: the launcher ends all
     processes as soon as one has failed. A RankError is said where it is raised, and ends the process at once: other
-    threads and libraries may be waiting for peers.
+    threads and libraries may be waiting for peers. Only who has lost the others leaves them time too: the launcher ends
+    with the code it sees first, and theirs says why.
     """
     try:
         code = main()
     except RankError as error:
         print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        if error.exit_code == EXIT_PEER_LOST:
+            time.sleep(OTHER_RANKS_WAIT_S)
         os._exit(error.exit_code)
     except UserError as error:
         if rank() == 0:

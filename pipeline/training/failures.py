@@ -21,19 +21,27 @@ def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
     """`save` writes the last completed step, if there is one, together with the other processes."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_failed_collective(error):
+            raise RankError(f"lost the other processes: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
+        if not is_out_of_memory(error):
+            raise
         print(f"rank {rank()} is out of memory; saving the last completed step", file=sys.stderr, flush=True)
         watcher.request(EXIT_OUT_OF_MEMORY)
         save()
         raise RankError(
-            f"out of memory: {str(error).splitlines()[0]}\n"
+            f"out of memory: {(str(error) or 'Python got no more').splitlines()[0]}\n"
             "Try activation_checkpointing = 'auto', a shorter sequence_len, or more stages.", EXIT_OUT_OF_MEMORY
         ) from error  # fmt: skip
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise RankError(f"the disk is full: {error}", EXIT_DISK_FULL) from error
-    except RuntimeError as error:
-        if not is_failed_collective(error):
-            raise
-        raise RankError(f"lost the other processes: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the machine had no more: torch has a type for a GPU's memory only, of pinned and of main memory it
+    says so in words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
+    )
