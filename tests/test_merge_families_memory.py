@@ -14,6 +14,7 @@ from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.peft_files import Family, write_peft_adapter
 from tests.helpers_artifacts import FACTS as LORA
 from tests.helpers_artifacts import random_tensors
+from tests.test_merge_process import GROWTH as ONE_FOLD
 from tests.test_merge_process import ROOT, adapter_for, big_base
 
 ROWS, COLUMNS, LAYERS = 4096, 8192, 2  # two bf16 tensors of 64 MiB a layer
@@ -66,23 +67,6 @@ def adapters(folder: Path, size: str, layers: int, rows: int, columns: int) -> N
     write(folder / f"ia3_{size}", "ia3", each(ia3_l=(1, columns)))
 
 
-FULL = """
-import contextlib, io, re, sys
-from pathlib import Path
-from pipeline.artifacts.merge import merge
-folder = Path(sys.argv[1])
-
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
-
-with contextlib.redirect_stdout(io.StringIO()):
-    merge(folder / "small", folder / "adapter_small", folder / "out_small")
-    before = peak()
-    merge(folder / "large", folder / "adapter_large", folder / "out_large")
-print(peak() - before)
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_a_tensor_in_full_is_read_where_it_lies(tmp_path: Path) -> None:
     """An embedding of 128 MiB: its mapped file counts once, and nothing of its size is made beside it."""
@@ -97,7 +81,7 @@ def test_a_tensor_in_full_is_read_where_it_lies(tmp_path: Path) -> None:
         pair = random_tensors({"model.layers.0.mlp.down_proj": (rows, 64)}, 8, multiplicative=True)
         save_adapter(tmp_path / f"adapter_{size}", pair, kind="multiplicative_lora", rank=8, alpha=8, full=full, **LORA)
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", ONE_FOLD, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ from. A problem that one process finds is raised on all of them.
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from pipeline.training import (
     planned,
     prepare,
     run_folder,
+    run_record,
     saving,
     stage_parts,
 )
@@ -43,7 +43,6 @@ from pipeline.training.schedule import learning_rate, warmup_steps
 from pipeline.training.stop import Watcher
 from pipeline.training.trainer import Cadence, Trainer
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -255,7 +254,7 @@ def facts(config: Config, place: engine.Place, trained: list[str]) -> dict[str, 
     """What every checkpoint of the run says about itself."""
     return {
         "trained": trained, "config": config.model_dump(mode="json"), "layout": [place.stages, place.replicas],
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": run_record.versions(),
     }  # fmt: skip
 
 

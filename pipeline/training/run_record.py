@@ -43,7 +43,7 @@ class RunRecord:
         part = {
             "from_step": self._step, "to_step": step, "seconds": seconds, "stages": self._place.stages,
             "replicas": self._place.replicas, "devices": [name for name, _ in everyone],
-            "peak_bytes": [peak for _, peak in everyone], "versions": {name: version(name) for name in PACKAGES},
+            "peak_bytes": [peak for _, peak in everyone], "versions": versions(),
         }  # fmt: skip
         earlier = read(self._run_dir).get("parts", [])
         parts = earlier + [part] * (step > self._step)
@@ -74,6 +74,11 @@ def _described(use: str, name: str, rows: Rows) -> dict[str, Any]:
         "use": use, "name": name, "documents": report.documents, "tokens": report.text_tokens, "chunks": report.chunks,
         "sequence_len": report.sequence_len, "rows": len(rows), "different": len(np.unique(rows.chunks)),
     }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """The libraries that the numbers depend on."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def device_name() -> str:
