@@ -14,11 +14,11 @@ import torch
 
 from pipeline.artifacts.adapter_files import KINDS, Adapter, Kind
 from pipeline.artifacts.adapter_reading import load_pairs
-from pipeline.artifacts.base_files import Base, read_base
 from pipeline.artifacts.fold_match import pair_kind
-from pipeline.artifacts.safetensors_stream import FLOATS
-from pipeline.artifacts.whole_file import check_file_free, whole_file
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
+from pipeline.files import check_file_free, whole_file
+from pipeline.formats.base_model import Base, read_base
+from pipeline.formats.safetensors import FLOATS
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
 

@@ -26,10 +26,9 @@ from pipeline.artifacts.directions import (
     write_directions,
 )
 from pipeline.artifacts.merge import usable_device
-from pipeline.artifacts.whole_file import check_file_free
-from pipeline.artifacts.whole_folder import check_free
 from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, run_command, say, warn
 from pipeline.data.rows import document_rows
+from pipeline.files import check_file_free, check_free
 from pipeline.layers import layer_ranges
 from pipeline.model.adapters import describe_layers, resolve_targets
 from pipeline.model.hidden_means import mean_hidden_states

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export_lora
-from pipeline.artifacts import whole_folder as whole_folder_module
-from pipeline.artifacts.whole_file import whole_file
+from pipeline import files as files_module
 from pipeline.console import UserError, run_command
+from pipeline.files import whole_file
 from tests.helpers_artifacts import edit_json, files_of, make_base, multiplicative, random_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +154,7 @@ def test_quantised_bases_and_ambiguous_adapters_are_refused(work: Path, run: Cal
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_is_exit_code_28_and_leaves_nothing(work: Path, run: Callable, format: str, monkeypatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(whole_folder_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+        patched.setattr(files_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
         refuses(work, run, "not enough disk space", format, code=28)
 
     def full(descriptor: int) -> None:

@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from pipeline.artifacts import additive_form, fold_rows, safetensors_stream
+from pipeline.artifacts import additive_form, fold_rows
 from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.artifacts.export import export
 from pipeline.artifacts.merge import merge
 from pipeline.console import UserError
+from pipeline.formats import safetensors
 from tests.helpers_artifacts import (
     FACTS,
     down_proj,
@@ -133,7 +134,7 @@ def test_an_additive_adapter_is_the_same_function_with_one_rank_and_one_alpha(
     def unread(*_: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(safetensors_stream, "read_pieces", unread)
+    monkeypatch.setattr(safetensors, "read_pieces", unread)
     export(llama, tmp_path / "adapter", tmp_path / "out", format="peft", kind="lora")
     monkeypatch.undo()
     assert distance(logits(by_peft(llama, tmp_path / "out")), expected) < RELATIVE
@@ -203,13 +204,13 @@ def test_sixteen_bit_results_are_rounded_once(cohere: Path, tmp_path: Path, dtyp
 
 def test_of_the_base_only_the_targets_are_read(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    pieces = safetensors_stream.read_pieces
+    pieces = safetensors.read_pieces
 
     def counted(tensor: Any, size: int) -> Any:
         read.append(tensor.name)
         return pieces(tensor, size)
 
-    monkeypatch.setattr(safetensors_stream, "read_pieces", counted)
+    monkeypatch.setattr(safetensors, "read_pieces", counted)
     chosen = {"model.layers.1.mlp.down_proj": (32, 48)}
     multiplicative(tmp_path / "adapter", chosen, biased_targets=True)
     export(llama, tmp_path / "adapter", tmp_path / "out", format="peft")

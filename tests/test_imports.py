@@ -20,6 +20,7 @@ CONFINED = {
 # What a part may not import: layers above it, and libraries it must do without.
 FORBIDDEN = {
     "pipeline/artifacts/": ("transformers", "deepspeed", "peft", "datasets"),
+    "pipeline/formats/": ("transformers", "deepspeed", "peft", "datasets"),
     "merge_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
     "export_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
     "pipeline/config.py": ("transformers", "torch"),
@@ -34,11 +35,16 @@ FORBIDDEN = {
     "pipeline/inspection/": ("pipeline.training", "deepspeed", "peft"),
     "pipeline/": ("train", "quickstart", "merge_lora", "export_lora", "make_adapter", "inspect_lora", "tests"),
 }
+# What everything may stand on.
+GROUND = ("pipeline.console", "pipeline.files", "pipeline.foreign", "pipeline.layers")
 # What a part may import of this project, where that is all.
 ONLY_OURS = {
-    "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.console", "pipeline.layers"),
-    "merge_lora.py": ("pipeline.artifacts", "pipeline.console"),
-    "export_lora.py": ("pipeline.artifacts", "pipeline.console"),
+    "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.formats", *GROUND),
+    "pipeline/formats/": ("pipeline.formats", *GROUND),
+    "pipeline/files.py": GROUND,
+    "pipeline/foreign.py": GROUND,
+    "merge_lora.py": ("pipeline.artifacts", *GROUND),
+    "export_lora.py": ("pipeline.artifacts", *GROUND),
     "kernels/": ("pipeline.kernels",),
 }
 

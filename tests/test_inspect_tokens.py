@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifacts.base_files import read_base
 from pipeline.console import UserError
+from pipeline.formats.base_model import read_base
 from pipeline.inspection import tokens
 from pipeline.inspection.tokens import labels, lens, nearest_tokens, sides, visible
 from tests.builders import VOCABULARY, save_model

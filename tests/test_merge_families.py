@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts import fold_rows, weight_maps
 from pipeline.artifacts.adapter_reading import load_adapter
-from pipeline.artifacts.base_files import read_base
 from pipeline.artifacts.fold_plan import plan_fold
 from pipeline.artifacts.fold_reference import recomputed
 from pipeline.artifacts.merge import merge
 from pipeline.console import UserError
+from pipeline.formats.base_model import read_base
 from tests.helpers_artifacts import bytes_of, down_proj, fold64, load_model, logits, multiplicative, tensors_of
 from tests.helpers_families import CONFIGS, TARGETS, by_peft, dense, loud_base, stored
 

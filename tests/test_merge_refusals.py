@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merge_lora
+from pipeline import files as files_module
 from pipeline.artifacts import merge as merge_module
-from pipeline.artifacts import whole_folder as whole_folder_module
 from pipeline.artifacts.adapter_files import save_adapter
-from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.console import UserError, run_command
+from pipeline.formats.safetensors import read_header
 from tests.helpers_artifacts import FACTS, down_proj, edit_json, files_of, make_base, random_tensors
 
 SQUARE = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.self_attn.o_proj": (32, 32)}
@@ -272,7 +272,7 @@ def test_a_changed_weight_that_is_not_finite(work: Path, fold: Callable[..., str
 
 
 def test_too_little_disk_space(work: Path, fold: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_folder_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(files_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     for flags in ([], ["--dry-run"]):
         refuses(work, fold, "not enough disk space .*KiB needed, 1000 B free", *flags, code=28)
 
@@ -328,5 +328,5 @@ def test_a_fold_that_computes_something_else_is_found(work: Path, fold: Callable
 def test_an_output_where_nothing_can_be_written(work: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "below" / "out"
-    with pytest.raises(UserError, match="cannot write to"), whole_folder_module.whole_folder(output):
+    with pytest.raises(UserError, match="cannot write to"), files_module.whole_folder(output):
         pass

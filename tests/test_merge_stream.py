@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
 
-from pipeline.artifacts import whole_folder as whole_folder_module
+from pipeline import files as files_module
 from pipeline.artifacts.fold_check import half_spacing
-from pipeline.artifacts.safetensors_stream import (
+from pipeline.console import UserError
+from pipeline.files import check_disk_space, whole_folder
+from pipeline.formats.safetensors import (
     FLOATS,
     ITEM_BITS,
     TensorSpec,
@@ -26,8 +28,6 @@ from pipeline.artifacts.safetensors_stream import (
     tensor_bytes,
     write_safetensors,
 )
-from pipeline.artifacts.whole_folder import check_disk_space, whole_folder
-from pipeline.console import UserError
 from tests.helpers_artifacts import files_of
 
 NAMES = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__" and name.isprintable())
@@ -194,7 +194,7 @@ def test_a_full_disk_is_exit_code_28_and_leaves_nothing(tmp_path: Path, monkeypa
 
 
 def test_disk_space_is_checked_with_figures(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(whole_folder_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    monkeypatch.setattr(files_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     check_disk_space(tmp_path / "not" / "yet", 2**30)
     with pytest.raises(UserError, match=r"1.5 GiB needed, 1 GiB free") as refused:
         check_disk_space(tmp_path / "not" / "yet", 3 * 2**29)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from pipeline.artifacts import fold_check, fold_rows, nf4
 from pipeline.artifacts.merge import merge
-from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.console import UserError
+from pipeline.formats.safetensors import read_header
 from tests.helpers_artifacts import bytes_of, down_proj, fold64, make_base, multiplicative, tensors_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -3,8 +3,6 @@
 Takes folders of safetensors; gives folders of safetensors. Needs torch and the standard library: neither
 DeepSpeed nor transformers nor PEFT is imported here. In the order in which a fold walks through it:
 
-    safetensors_stream   headers without data; reading and writing tensors piece by piece
-    whole_folder         an output folder that appears whole or not at all
     adapter_files        what an adapter is, in memory and on disk; writing one
     full_tensors         what an adapter's files say of weights that were trained in full beside it
     weight_maps          what the families that are no pairs do to a weight, row by row, and what undoes it
@@ -12,7 +10,6 @@ DeepSpeed nor transformers nor PEFT is imported here. In the order in which a fo
     adapter_configs      which keys of a configuration change what an adapter computes
     full_reading         weights that were trained in full, among an adapter's tensors
     adapter_reading      reading ours, PEFT's, and the founding method's hacked LoRA
-    base_files           a base model's folder: its tensors, its config, and what else to copy
     nf4                  weights as 4-bit training sees them
     fold_match           exact matching of adapter and base, in both directions, or a refusal
     fold_inverse         the inverse of an adapter, where there is one and rounding leaves it

@@ -25,9 +25,9 @@ from typing import Any, Literal
 import torch
 
 from pipeline.artifacts import full_tensors
-from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
 from pipeline.artifacts.weight_maps import RowMap
-from pipeline.artifacts.whole_folder import whole_folder
+from pipeline.files import whole_folder
+from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
 
 Kind = Literal["multiplicative_lora", "lora"]
 KINDS: tuple[Kind, ...] = ("multiplicative_lora", "lora")

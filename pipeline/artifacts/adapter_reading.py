@@ -30,12 +30,12 @@ from pipeline.artifacts.adapter_files import (
     Pair,
     natural_order,
 )
-from pipeline.artifacts.base_files import read_json
 from pipeline.artifacts.family_maps import TYPES, maps_of
 from pipeline.artifacts.full_reading import read_full
-from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.artifacts.weight_maps import Added, RowMap, RowNorms
 from pipeline.console import UserError
+from pipeline.foreign import read_object
+from pipeline.formats.safetensors import read_header
 
 Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
@@ -50,7 +50,7 @@ def load_adapter(folder: Path) -> Adapter:
     """Read the adapter in `folder`; tensors keep their dtype. Raises UserError with what is wrong or not foldable."""
     if not folder.is_dir():
         raise UserError(f"--lora: there is no folder {folder}.")
-    config = read_json(folder / CONFIG_FILE, "--lora: an adapter's folder has one")
+    config = read_object(folder / CONFIG_FILE, "--lora: an adapter's folder has one")
     own, tensors = _read_tensors(folder)
     peft_type = config.get("peft_type")
     pairs: dict[str, Pair] = {}

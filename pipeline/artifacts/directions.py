@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, read_header
-from pipeline.artifacts.whole_file import whole_file
 from pipeline.console import UserError
+from pipeline.files import whole_file
+from pipeline.formats.safetensors import FLOAT_NAMES, read_header
 
 Method = Literal["abliteration", "householder"]
 STRENGTHS: dict[Method, float] = {"abliteration": 1.0, "householder": 2.0}  # times f: how much of V·h is taken off

@@ -10,15 +10,14 @@ from typing import Literal, get_args
 from pipeline.artifacts.adapter_files import Adapter, Kind, public_name
 from pipeline.artifacts.adapter_reading import load_pairs
 from pipeline.artifacts.additive_form import AdditiveForm, additive_form
-from pipeline.artifacts.base_files import Base, read_base
 from pipeline.artifacts.export_gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export_peft import write_peft
 from pipeline.artifacts.fold_plan import DTYPE_NAMES, BaseDtype, BaseQuant
 from pipeline.artifacts.fold_rows import exact_fp32
 from pipeline.artifacts.merge import check_places, usable_device
-from pipeline.artifacts.whole_file import check_file_free, whole_file
-from pipeline.artifacts.whole_folder import check_disk_space, check_free, whole_folder
 from pipeline.console import UserError, gib, progress, say, warn
+from pipeline.files import check_disk_space, check_file_free, check_free, whole_file, whole_folder
+from pipeline.formats.base_model import Base, read_base
 
 Format = Literal["peft", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from pipeline.artifacts.additive_form import AdditiveForm, lora_A, lora_B
-from pipeline.artifacts.safetensors_stream import tensor_bytes
 from pipeline.console import UserError
+from pipeline.formats.safetensors import tensor_bytes
 
 # transformers' model_type → GGUF's name of the architecture, for families whose conversion to GGUF leaves the matrices
 # that write to the residual stream as they are, and stores each under one name.

@@ -24,7 +24,7 @@ from pipeline.artifacts.adapter_files import (
     write_json,
 )
 from pipeline.artifacts.additive_form import AdditiveForm, lora_A, lora_B, lora_B_bias
-from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
 
 
 def write_peft(

@@ -15,15 +15,8 @@ import torch
 from pipeline.artifacts.fold_plan import Change, FoldPlan
 from pipeline.artifacts.fold_reference import recomputed
 from pipeline.artifacts.fold_rows import BLOCK_ITEMS
-from pipeline.artifacts.safetensors_stream import (
-    FLOATS,
-    StoredTensor,
-    forget_cached,
-    read_floats,
-    read_header,
-    read_pieces,
-)
 from pipeline.console import EXIT_CHECKPOINT, UserError
+from pipeline.formats.safetensors import FLOATS, StoredTensor, forget_cached, read_floats, read_header, read_pieces
 
 ROWS = 16  # of each changed tensor: the first, the last, and others drawn evenly
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.adapter_files import Adapter, public_name
-from pipeline.artifacts.base_files import Base, read_json
 from pipeline.artifacts.fold_plan import FoldPlan
+from pipeline.foreign import read_object
+from pipeline.formats.base_model import Base
 
 REPORT_FILE = "fold_report.json"
 
@@ -18,7 +19,7 @@ REPORT_FILE = "fold_report.json"
 def doubts(plan: FoldPlan) -> list[str]:
     """The warnings. `fold_report.json` in the input's folder tells what an earlier fold made it from."""
     file = plan.base.folder / REPORT_FILE
-    report = read_json(file, "the report of an earlier fold") if file.is_file() else {}
+    report = read_object(file, "the report of an earlier fold") if file.is_file() else {}
     found = [strange_base(plan.base, part.adapter, report) for part in plan.parts]
     if plan.unmerge:
         found.append(_other_fold(plan, report))

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
-from pipeline.artifacts.base_files import Base
 from pipeline.artifacts.family_maps import SCALABLE
-from pipeline.artifacts.safetensors_stream import StoredTensor
 from pipeline.artifacts.weight_maps import shape_of
 from pipeline.console import UserError
+from pipeline.formats.base_model import Base
+from pipeline.formats.safetensors import StoredTensor
 from pipeline.layers import layer_ranges
 
 FOLDABLE = ("BF16", "F16", "F32")

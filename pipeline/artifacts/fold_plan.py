@@ -19,14 +19,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
-from pipeline.artifacts.base_files import Base
 from pipeline.artifacts.family_maps import MOVES_BIAS
 from pipeline.artifacts.fold_inverse import check_invertible, inverse
 from pipeline.artifacts.fold_match import FOLDABLE, Part, layer_of, match
 from pipeline.artifacts.nf4 import read_nf4
-from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, TensorSpec, read_floats
 from pipeline.artifacts.weight_maps import Added, Replaced, RowFactors, RowMap
 from pipeline.console import UserError
+from pipeline.formats.base_model import Base
+from pipeline.formats.safetensors import FLOATS, StoredTensor, TensorSpec, read_floats
 
 OutputDtype = Literal["keep", "bfloat16", "float16", "float32"]
 OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)

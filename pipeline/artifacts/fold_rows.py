@@ -19,9 +19,9 @@ from itertools import groupby
 import torch
 
 from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, Change, PairStep, RowStep, read_rows
-from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor
 from pipeline.artifacts.weight_maps import RowChange
 from pipeline.console import UserError
+from pipeline.formats.safetensors import FLOATS, StoredTensor
 
 BLOCK_ITEMS = 2**19  # values of a block. 2 MiB in fp32: about ten such arrays are alive at a time
 

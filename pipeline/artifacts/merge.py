@@ -15,15 +15,15 @@ import torch
 
 from pipeline.artifacts.adapter_files import Kind, natural_order, write_json
 from pipeline.artifacts.adapter_reading import load_adapter
-from pipeline.artifacts.base_files import INDEX, files_to_copy, read_base
 from pipeline.artifacts.fold_check import check_result
 from pipeline.artifacts.fold_doubts import REPORT_FILE, doubts
 from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
 from pipeline.artifacts.fold_report import plan_lines, report_json, result_lines, warnings
 from pipeline.artifacts.fold_rows import Survival, convert, exact_fp32, fold_rows
-from pipeline.artifacts.safetensors_stream import TensorSpec, read_pieces, tensor_bytes, write_safetensors
-from pipeline.artifacts.whole_folder import check_disk_space, check_free, whole_folder
 from pipeline.console import UserError, gib, progress, say, warn
+from pipeline.files import check_disk_space, check_free, whole_folder
+from pipeline.formats.base_model import INDEX, files_to_copy, read_base
+from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
 
 
 def merge(

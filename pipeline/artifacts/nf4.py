@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.artifacts.safetensors_stream import StoredTensor, read_floats
 from pipeline.console import UserError
+from pipeline.formats.safetensors import StoredTensor, read_floats
 
 BLOCK, ABSMAX_BLOCK = 64, 256
 SMALLEST_ABSMAX = 1e-38  # of a block of zeros, so that none is divided by zero

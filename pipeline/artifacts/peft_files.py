@@ -30,7 +30,7 @@ from pipeline.artifacts.adapter_files import (
     public_name,
     write_json,
 )
-from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
 
 Family = Literal["dora", "ia3", "oft", "boft", "hra"]
 # The family's type in PEFT, and for each tensor of a module what PEFT calls it in the file.

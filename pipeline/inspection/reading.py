@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts.adapter_files import Adapter, Kind
-from pipeline.artifacts.base_files import Base
 from pipeline.console import UserError, progress
+from pipeline.formats.base_model import Base
 from pipeline.inspection.firing import Firing, fire
 from pipeline.inspection.passages import Passage, Text, largest
 from pipeline.inspection.spectrum import Spectrum, hand_overs, spectrum

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts.adapter_files import Kind
-from pipeline.artifacts.base_files import Base
-from pipeline.artifacts.safetensors_stream import FLOATS, StoredTensor, read_floats
 from pipeline.console import UserError, progress
+from pipeline.formats.base_model import Base
+from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
 
 BLOCK_ITEMS = 2**24  # 64 MiB in fp32
 

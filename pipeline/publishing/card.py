@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE, OWN_TYPE
-from pipeline.artifacts.whole_file import whole_file
+from pipeline.files import whole_file
 from pipeline.publishing import card_text
 from pipeline.publishing.facts import Facts
 from pipeline.publishing.loss_curve import loss_curve

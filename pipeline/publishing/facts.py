@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import tomli
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE, public_name
-from pipeline.artifacts.safetensors_stream import read_header
+from pipeline.formats.safetensors import read_header
 
 PATH_KEYS = ("model", "output_dir", "init_adapter", "resume_from_checkpoint")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pipeline.artifacts.adapter_files import KINDS
 from pipeline.artifacts.additive_form import ADDITIVE_KINDS
-from pipeline.artifacts.base_files import Base, files_to_copy, read_base
 from pipeline.artifacts.peft_files import FAMILIES
 from pipeline.config_publishing import OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, warn
+from pipeline.formats.base_model import Base, files_to_copy, read_base
 
 FOLDED_KINDS: tuple[str, ...] = (*KINDS, *FAMILIES)
 EXPORTED_KINDS: tuple[str, ...] = ADDITIVE_KINDS

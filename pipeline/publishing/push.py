@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from pipeline.artifacts.base_files import read_base
 from pipeline.console import UserError
+from pipeline.formats.base_model import read_base
 
 BESIDE_WEIGHTS = (
     "README.md", "loss.svg", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "adapter_config.json", "config.json",

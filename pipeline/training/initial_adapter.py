@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pipeline.artifacts.adapter_files import METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.artifacts.adapter_reading import load_pairs
 from pipeline.artifacts.peft_files import FAMILIES
-from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.console import UserError
+from pipeline.formats.safetensors import read_header
 from pipeline.model import adapters
 from pipeline.model.control_adapter import ControlAdapter
 from pipeline.model.lora_variants import MosLoRA

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.artifacts.adapter_files import METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE
-from pipeline.artifacts.safetensors_stream import read_header
 from pipeline.console import UserError
+from pipeline.formats.safetensors import read_header
 
 OF_PAIRS = re.compile(r".+\.(lora|peanut)_[AB]\.weight")  # of an adapter that says nothing of itself: PEFT's own
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.artifacts.adapter_files import write_json
-from pipeline.artifacts.base_files import files_to_copy
-from pipeline.artifacts.safetensors_stream import FLOAT_NAMES, TensorSpec, read_header, tensor_bytes, write_safetensors
-from pipeline.artifacts.whole_folder import whole_folder
 from pipeline.console import EXIT_DISK_FULL
+from pipeline.files import whole_folder
+from pipeline.formats.base_model import files_to_copy
+from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, read_header, tensor_bytes, write_safetensors
 from pipeline.model.stage import Stage
 from pipeline.training.checkpoint import CheckpointError, is_disk_full
 from pipeline.training.engine import Place

@@ -1,11 +1,13 @@
-"""An output folder that appears whole or not at all.
+"""Outputs that appear whole or not at all: folders and files.
 
-Takes the final name; gives a temporary folder beside it to write into, and puts that in place when the caller's block
-ends without an error. A process killed on the way leaves the final name as it was; what it left beside it is cleared
-by the next one that writes to the same name.
+Takes the final name; gives a temporary one beside it to write into, and puts that in place when the caller's block ends
+without an error. A process killed on the way leaves the final name as it was; what it left beside it is cleared by the
+next one that writes to the same name.
 
-For an output `runs/merged` the names beside it are `runs/.merged.lock` (held while writing), `runs/.merged.partial-*`
-(being written) and `runs/.merged.replaced-*` (what stood there before, while it is being replaced).
+For a folder `runs/merged` the names beside it are `runs/.merged.lock` (held while writing), `runs/.merged.partial-*`
+(being written) and `runs/.merged.replaced-*` (what stood there before, while it is being replaced). For a file
+`x/adapter.gguf` there is `x/.adapter.gguf.partial`: whoever holds its lock is writing, and what a killed process left in
+it the next one overwrites.
 """
 
 import errno
@@ -38,11 +40,46 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _sync(temporary)
+            _sync_tree(temporary)
             _put_in_place(temporary, output)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextmanager
+def whole_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield the temporary name, where an empty file is; when the block ends, sync it and give it the name `output`.
+
+    With `replace`, what stands at `output` stays until then. If the block raises, only the temporary file is removed.
+    Raises UserError where `output` is a folder or (without `replace`) exists, where another process is writing to it,
+    and, with exit code 28, where the disk fills up.
+    """
+    output = output.resolve()
+    check_file_free(output, replace=replace)
+    temporary = output.parent / f".{output.name}.partial"
+    with disk_full_as_user_error(output):
+        descriptor = open_locked(temporary, output)
+        try:
+            os.truncate(descriptor, 0)
+            check_file_free(output, replace=replace)  # again: another process may have ended in between
+            yield temporary
+            sync(temporary)
+            os.rename(temporary, output)
+            sync(output.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def check_file_free(output: Path, *, replace: bool) -> None:
+    """Raise UserError where a file cannot be written at `output`; with `replace`, an existing one is no obstacle."""
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; give the name of a file.")
+    if output.exists() and not replace:
+        raise UserError(f"{output} exists. Give another name, or --force to replace it.")
 
 
 def check_free(output: Path, *, replace: bool) -> None:
@@ -139,22 +176,23 @@ def _put_in_place(temporary: Path, output: Path) -> None:
         replaced = output.parent / f".{output.name}.replaced-{secrets.token_hex(4)}"
         os.rename(output, replaced)
     os.rename(temporary, output)  # over an empty folder this is allowed, and atomic
-    _sync_folder(output.parent)
+    sync(output.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def _sync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, and `folder` itself."""
     for parent, _, files in os.walk(folder):
         for name in files:
             with open(os.path.join(parent, name), "rb") as stream:
                 os.fsync(stream.fileno())
-        _sync_folder(Path(parent))
+        sync(Path(parent))
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """fsync a file, or a folder's own entries."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -5,13 +5,13 @@ tensor's bytes are, and the config as plain JSON. No weight is read here. Also s
 belong to the model and are to be copied along.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.safetensors_stream import Header, StoredTensor, read_header
 from pipeline.console import UserError
+from pipeline.foreign import read_object
+from pipeline.formats.safetensors import Header, StoredTensor, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +43,7 @@ def read_base(folder: Path) -> Base:
     """
     if not folder.is_dir():
         raise UserError(f"--input: there is no folder {folder}.")
-    config = read_json(folder / "config.json", "--input: a model's folder has one")
+    config = read_object(folder / "config.json", "--input: a model's folder has one")
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "an unnamed method") if isinstance(quantised, dict) else quantised
@@ -54,25 +54,12 @@ def read_base(folder: Path) -> Base:
     if (folder / SINGLE).is_file():
         index, headers = None, {SINGLE: read_header(folder / SINGLE)}
     elif (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, "the index of the weights")
+        index = read_object(folder / INDEX, "the index of the weights")
         headers = _indexed_headers(folder, index)
     else:
         raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}.{_what_else(folder)}")
     tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
     return Base(folder, headers, tensors, index, config)
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `file`. Raises UserError, saying `what` the file is for, where there is none."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing ({what}).")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} does not read as JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object.")
-    return content
 
 
 def _indexed_headers(folder: Path, index: dict[str, Any]) -> dict[str, Header]:

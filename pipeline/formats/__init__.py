@@ -1,0 +1,7 @@
+"""Files as they lie on disk, ours and other people's: what is in them and where, before anything is computed.
+
+Takes paths; gives headers, configurations and bytes in pieces, or one UserError with the file and the reason.
+
+    safetensors   headers without data; reading and writing tensors piece by piece
+    base_model    a base model's folder: its tensors, its config, and what else belongs to it
+"""
