@@ -1,5 +1,7 @@
 """What modules compute, found out on miniatures: real families without weights, and modules that only look like one."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +104,71 @@ def test_a_rotary_function_that_does_more_is_left_alone() -> None:
     assert probe.rotation(attention_calling(lambda q, k, c, s: (theirs(q, k, c, s)[0], k))) is None
 
 
+def doubled(forward: Any) -> Any:
+    """Twice the output: a decorator that changes what a module computes."""
+
+    @functools.wraps(forward)
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        output, *others = forward(*args, **kwargs)
+        return output * 2, *others
+
+    return decorated
+
+
+def renamed(forward: Any) -> Any:
+    """Takes an argument under an older name, as transformers 5.24's attentions take `past_key_values`."""
+
+    @functools.wraps(forward)
+    def decorated(*args: Any, table: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, position_embeddings=table, **kwargs)
+
+    return decorated
+
+
+def test_decorators_of_a_forward_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do, they do around ours too, in their order."""
+
+    class Attention(modeling_cohere.CohereAttention):
+        forward = doubled(doubled(modeling_cohere.CohereAttention.forward))
+
+    attention: Any = Attention(transformers.CohereConfig(**SMALL), 0)
+    attention.config._attn_implementation = "eager"
+    tables = torch.randn(2, 1, 5, 8).unbind()
+    given = {"hidden_states": torch.randn(1, 5, 32), "position_embeddings": tables, "attention_mask": None}
+    expected = attention(**given)[0]
+    calls: list[bool] = []
+    ours = fusion.rope
+    monkeypatch.setattr(fusion, "rope", lambda *args, **options: calls.append(True) or ours(*args, **options))
+    assert fusion.put_into(attention, frozenset({"rope"})) == {"rope": 1}
+    torch.testing.assert_close(attention(**given)[0], expected)
+    assert calls == [True]
+
+
+def test_a_decorator_that_hides_its_function_leaves_the_attention_alone() -> None:
+    """It is not in the decorator's closure, so a copy would go on calling the original."""
+    hidden = [modeling_cohere.CohereAttention.forward]
+
+    class Attention(modeling_cohere.CohereAttention):
+        @functools.wraps(hidden[0])
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return hidden[0](self, *args, **kwargs)
+
+    assert probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0)) is None
+
+
+def test_an_argument_may_be_renamed_on_its_way() -> None:
+    class Attention(modeling_cohere.CohereAttention):
+        forward = renamed(modeling_cohere.CohereAttention.forward)
+
+    attention: Any = Attention(transformers.CohereConfig(**SMALL), 0)
+    attention.config._attn_implementation = "eager"
+    tables, x = torch.randn(2, 1, 5, 8).unbind(), torch.randn(1, 5, 32)
+    ours = probe.with_global(Attention.forward, probe.ROTATION, lambda q, k, *_: (q * 0, k))
+    found = ours(attention, hidden_states=x, table=tables, attention_mask=None)[1]
+    # Queries of zero attend to all alike; the names have gone through both.
+    torch.testing.assert_close(found, torch.full_like(found, 1 / 5))
+
+
 def test_an_attention_that_names_another_dimension_is_left_alone() -> None:
     class Attention(modeling_cohere.CohereAttention):
         def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **_: Any) -> Any:
@@ -119,8 +186,8 @@ def test_transformers_module_stays_as_it_is() -> None:
     theirs, layer = modeling_cohere.apply_rotary_pos_emb, empty_layer("Cohere")
     assert fusion.put_into(layer, frozenset({"rope"})) == {"rope": 1}
     assert modeling_cohere.apply_rotary_pos_emb is theirs
-    assert layer.self_attn.forward.__func__.__globals__[probe.ROTATION] is not theirs
-    assert modeling_cohere.CohereAttention.forward.__globals__[probe.ROTATION] is theirs
+    assert inspect.unwrap(layer.self_attn.forward).__globals__[probe.ROTATION] is not theirs
+    assert inspect.unwrap(modeling_cohere.CohereAttention.forward).__globals__[probe.ROTATION] is theirs
 
 
 class GatedMLP(nn.Module):

@@ -117,8 +117,8 @@ def rotation(attention: nn.Module) -> bool | None:
 
     None as well for one that rotates a part of the head, calls its function in another way, or does not call it.
     """
-    forward = type(attention).forward
-    # A decorated forward has another function inside: whether that is all it does cannot be seen from here.
+    decorated = type(attention).forward
+    forward: Any = inspect.unwrap(decorated)
     if not isinstance(forward, types.FunctionType) or ROTATION not in forward.__code__.co_names:
         return None
     theirs: Any = forward.__globals__.get(ROTATION)
@@ -132,7 +132,7 @@ def rotation(attention: nn.Module) -> bool | None:
         mini: Any = _miniature(attention, _projections(attention))
         mini.config._attn_implementation = "eager"  # behind the rotation, and runs on any device
         tables = torch.randn(2, 1, ROWS, mini.head_dim).unbind()
-        run = with_global(forward, ROTATION, watched)
+        run = with_global(decorated, ROTATION, watched)
         run(mini, hidden_states=_rows(WIDTH), position_embeddings=tables, attention_mask=None)
         return layouts.pop() if len(layouts) == 1 else None
     return None
@@ -152,11 +152,27 @@ def _layout(theirs: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool
 
 
 def with_global(function: Any, name: str, value: Any) -> Any:
-    """The same function with another value of one global; the module it comes from is not changed."""
-    made = types.FunctionType(
-        function.__code__, {**function.__globals__, name: value}, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
+    """The same function with another value of one global; the module it comes from is not changed.
+
+    Decorations stay: a copy of each decorator's function holds the copy of the one below it. Raises ValueError for a
+    decorator that keeps the function it calls somewhere else than in its closure.
+    """
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        return _copied(function, {**function.__globals__, name: value}, function.__closure__)
+    held = [cell.cell_contents is inner for cell in function.__closure__ or ()]
+    if sum(held) != 1:
+        raise ValueError(f"a decorator of {function.__qualname__} does not hold the function it calls")
+    changed = types.CellType(with_global(inner, name, value))
+    cells = tuple(changed if is_inner else cell for is_inner, cell in zip(held, function.__closure__, strict=True))
+    made = _copied(function, function.__globals__, cells)
+    made.__wrapped__ = changed.cell_contents
+    return made
+
+
+def _copied(function: Any, variables: dict[str, Any], closure: tuple[types.CellType, ...] | None) -> Any:
+    """The function's code with other globals and another closure."""
+    made = types.FunctionType(function.__code__, variables, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
