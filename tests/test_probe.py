@@ -72,20 +72,22 @@ def test_a_norm_s_form(make: Callable[[], nn.Module], form: Any, device: str) ->
     assert probe.norm_form(make().to(torch.bfloat16).to(device)) == form
 
 
-ROTATIONS = [
+PARTIAL = "may rotate only a part of the head"
+ROTATIONS: list[tuple[str, dict[str, Any], bool | str]] = [
     ("Cohere", {}, True), ("Llama", {}, False), ("Mistral", {}, False), ("Qwen2", {}, False), ("Qwen3", {}, False),
     ("Gemma2", {}, False), ("Gemma3Text", {}, False), ("Granite", {}, False), ("Mixtral", {"num_local_experts": 4}, False),
     ("Olmo2", {}, False),
     ("Cohere2", {"layer_types": ["sliding_attention"] * 4}, True),
-    ("Cohere2", {"layer_types": ["full_attention"] * 4}, None),  # has the function and does not call it
-    ("Glm4", {}, None), ("Phi3", {}, None), ("Nemotron", {}, None),  # may rotate a part of the head
-    ("GptOss", {"num_local_experts": 4}, None),  # tables of half the width
+    ("Cohere2", {"layer_types": ["full_attention"] * 4}, "does not rotate, or not always alike"),
+    ("Glm4", {}, PARTIAL), ("Phi3", {}, "has no q_proj, k_proj, v_proj, o_proj"), ("Nemotron", {}, PARTIAL),
+    ("GptOss", {"num_local_experts": 4}, PARTIAL),  # tables of half the width
+    ("Moshi", {}, "does not run by itself"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "changes", "interleaved"), ROTATIONS, ids=str)
-def test_a_family_s_rotation(name: str, changes: dict[str, Any], interleaved: bool | None) -> None:
-    assert probe.rotation(empty_layer(name, **changes).self_attn) is interleaved
+def test_a_family_s_rotation(name: str, changes: dict[str, Any], interleaved: bool | str) -> None:
+    assert probe.rotation(empty_layer(name, **changes).self_attn) == interleaved
 
 
 def attention_calling(call: Callable[..., Any]) -> nn.Module:
@@ -98,10 +100,10 @@ def attention_calling(call: Callable[..., Any]) -> nn.Module:
 
 
 def test_a_rotary_function_that_does_more_is_left_alone() -> None:
-    theirs = modeling_cohere.apply_rotary_pos_emb
+    theirs, another = modeling_cohere.apply_rotary_pos_emb, "rotates in another way"
     assert probe.rotation(attention_calling(theirs)) is True
-    assert probe.rotation(attention_calling(lambda q, k, c, s: theirs(q, k, c * 1.1, s))) is None
-    assert probe.rotation(attention_calling(lambda q, k, c, s: (theirs(q, k, c, s)[0], k))) is None
+    assert probe.rotation(attention_calling(lambda q, k, c, s: theirs(q, k, c * 1.1, s))) == another
+    assert probe.rotation(attention_calling(lambda q, k, c, s: (theirs(q, k, c, s)[0], k))) == another
 
 
 def doubled(forward: Any) -> Any:
@@ -153,7 +155,7 @@ def test_a_decorator_that_hides_its_function_leaves_the_attention_alone() -> Non
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return hidden[0](self, *args, **kwargs)
 
-    assert probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0)) is None
+    assert probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0)) == "does not run by itself"
 
 
 def test_an_argument_may_be_renamed_on_its_way() -> None:
@@ -176,7 +178,8 @@ def test_an_attention_that_names_another_dimension_is_left_alone() -> None:
             k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
             return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
 
-    assert probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0)) is None
+    reason = probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0))
+    assert reason == "gives apply_rotary_pos_emb more than q, k, cos and sin"
 
 
 apply_rotary_pos_emb = modeling_cohere.apply_rotary_pos_emb  # the name by which the class above finds it

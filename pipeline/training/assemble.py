@@ -4,7 +4,6 @@ Takes the config and what `prepare` made of it, and our place in the pipeline; g
 from. A problem that one process finds is raised on all of them.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipeline.training import (
     adapter_regularisation,
     engine,
     initial_adapter,
+    kernel_places,
     parameter_groups,
     planned,
     prepare,
@@ -118,7 +118,7 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Follo
         if stage.is_last:
             check_head(stage)
         stage_parts.put_trained(stage, config, plan.targets, plan.in_full)
-    say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
+    kernel_places.put(stage, config.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
     if config.neftune_noise_alpha:
@@ -138,15 +138,6 @@ def check_room(stage: Stage, place: engine.Place) -> None:
             f"stage {place.stage} has {gib(needed)} of weights, its GPU has {gib(free)} free: "
             "use more stages, or layers_per_stage"
         )
-
-
-def say_kernels(config: Config, taken: Counter[str], place: engine.Place) -> None:
-    """How many modules of the whole model took each kernel."""
-    everyone: list[Counter[str]] = [Counter()] * place.world
-    dist.all_gather_object(everyone, taken if place.replica == 0 else Counter())
-    total = sum(everyone, Counter[str]())
-    if stage_parts.kernel_names(config.kernels):
-        say("kernels:  " + (", ".join(f"{name} in {n} modules" for name, n in total.items()) or "no module fits one"))
 
 
 def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> PipelineOptimizer:
