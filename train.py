@@ -54,6 +54,12 @@ def parse() -> argparse.Namespace:
         raise UserError("--config is missing: give a TOML file, in the current folder or in configs/")
     if arguments.preview is not None and arguments.preview < 1:
         raise UserError(f"--preview {arguments.preview}: give a number of chunks, 1 or more")
+    if arguments.plan and (arguments.check or arguments.preview is not None):
+        raise UserError(
+            "--plan, --check and --preview each end the program: give one (--plan checks the model as well)"
+        )
+    if arguments.devices and not arguments.plan:
+        raise UserError("--devices names the GPUs of a --plan: add --plan, or leave it out")
     return arguments
 
 
