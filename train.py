@@ -30,9 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optimizer.lr=1e-5"
     )
-    parser.add_argument(
-        "--check", action="store_true", help="validate and resolve everything that needs no weights, then end"
-    )
+    parser.add_argument("--check", action="store_true", help="resolve everything that needs no weights, then end")
     parser.add_argument(
         "--plan",
         action="store_true",
