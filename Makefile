@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup train test test-all lint bench docs clean
+.PHONY: help setup train test test-all golden lint bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -35,6 +35,9 @@ test: setup ## the tests (minutes)
 
 test-all: setup ## the tests with the slow ones
 	$(PYTEST) --timeout 1800
+
+golden: setup ## run the golden runs (or ONLY="…"), say what differs from tests/golden/, and write it there (2 minutes)
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m tests.golden.record $(ONLY)
 
 lint: setup ## ruff and mypy
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
