@@ -36,7 +36,7 @@ class Run:
     """One run. `says`: patterns of what the console must say, so that the run does touch what it is there for.
 
     `free_kib`: as on a machine with so little memory, where 'auto' must recompute. `again_from`: it is resumed from the
-    checkpoint of this step, and must be equal to the bit. `slow`: has several processes to start. `rounding`: of bf16, as a
+    checkpoint of this step, and must be equal to the bit. `slow`: left out of `make test`. `rounding`: of bf16, as a
     multiple of the bounds for fp32.
     """
 
@@ -79,10 +79,10 @@ RUNS = {
         Run("multiplicative_3_stages", COHERE, MULTIPLICATIVE, stages=3, slow=True, says=("stage 2: layers",)),
         Run("kernels_auto", COHERE, {"kernels": "all", "activation_checkpointing": "auto",
             "datasets": [data(BOOK, 256, "book")]}, free_kib=2900,
-            says=("norm in 5 modules", "rope in 4", "multiplicative in 3", "parallel_block in 3",
+            slow=True, says=("norm in 5 modules", "rope in 4", "multiplicative in 3", "parallel_block in 3",
                   r"layers? .*(?<!nothing) recomputed")),
         Run("bfloat16", COHERE, {**MULTIPLICATIVE, "model_weight_dtype": "bfloat16", "lora_weight_dtype": "bfloat16",
-            "kernels": "all", "activation_checkpointing": True}, says=("= 2, bfloat16",), rounding=2.0**8),
+            "kernels": "all", "activation_checkpointing": True}, slow=True, says=("= 2, bfloat16",), rounding=2.0**8),
         Run("lora_dora", LLAMA, {"adapter_type": "lora", "use_dora": True, "use_rslora": True,
             "target_modules": "all-linear", "activation_checkpointing": True, "max_steps": 4,
             "optimizer": {"type": "adamw", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.01, "loraplus_lr_ratio": 4}},
@@ -93,7 +93,7 @@ RUNS = {
             stages=2, slow=True, says=("and in full",)),
         Run("interleaved", GRANITE, INTERLEAVED, says=("data:     other",)),
         Run("resumed", LLAMA, {"neftune_noise_alpha": 5, "save_steps": 3, "checkpoint_on_save": True, "eval_steps": 3},
-            again_from=3, says=("resumed:  after step 3",)),
+            again_from=3, slow=True, says=("resumed:  after step 3",)),
         Run("full_fine_tune", GEMMA2, {"full_fine_tune": True, "layers_to_transform": None, "target_modules": None,
             "lora_rank": None, "lora_alpha": None, "optimizer": {"type": "adamw", "lr": 1e-3, "eps": 1e-3}},
             says=("the model's own weights",)),
