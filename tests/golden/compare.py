@@ -1,6 +1,6 @@
 """What two digests of one run (`runs.record`) differ in, within fp32 rounding.
 
-A bound is ten times or more what other vector lengths and orders of summation change, which was tried with
+A bound is three times or more what other vector lengths and orders of summation change, which was tried with
 ATEN_CPU_CAPABILITY=default and MKL_CBWR=COMPATIBLE. Errors grow over the steps: Adam turns small gradients, which rounding
 changes most, into steps of full size; eps = 1e-3 keeps that small.
 """
