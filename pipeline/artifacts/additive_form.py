@@ -19,11 +19,11 @@ import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind
 from pipeline.artifacts.fold_doubts import doubts
-from pipeline.artifacts.fold_match import EMBEDDING, Part
+from pipeline.artifacts.fold_match import Part
 from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, Change, PairStep, plan_fold
 from pipeline.artifacts.fold_rows import BLOCK_ITEMS, compose, round_to
 from pipeline.console import UserError
-from pipeline.formats.base_model import Base
+from pipeline.formats.base_model import EMBEDDING, Base
 from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
 
 # The kinds whose fold is W' = W + s·B·M with B the adapter's own.

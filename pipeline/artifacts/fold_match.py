@@ -16,12 +16,11 @@ from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
 from pipeline.artifacts.family_maps import SCALABLE
 from pipeline.artifacts.weight_maps import shape_of
 from pipeline.console import UserError
-from pipeline.formats.base_model import Base
+from pipeline.formats.base_model import EMBEDDING, HEAD, Base, head_of
 from pipeline.formats.safetensors import StoredTensor
 from pipeline.layers import layer_ranges
 
 FOLDABLE = ("BF16", "F16", "F32")
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ def full_tensors(base: Base, adapter: Adapter) -> dict[str, torch.Tensor]:
     """
     full = dict(adapter.full)
     embedding = next((name for name in base.tensors if name.endswith(f".{EMBEDDING}")), None)
-    tied = HEAD not in base.tensors or base.config.get("tie_word_embeddings") is True
-    if tied and embedding is not None and (HEAD in full or embedding in full):
+    if embedding is not None and (HEAD in full or embedding in full) and head_of(base).tied:
         _check_tied(base, adapter, embedding)
         if HEAD not in base.tensors:
             full.pop(HEAD, None)

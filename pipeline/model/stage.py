@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.formats.base_model import HEAD, has_weights, head_of, read_base
 from pipeline.kernels.cross_entropy import LogitTransform
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -51,7 +52,10 @@ LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
-    """config.json of a model folder. Never runs code from it. UserError if there is none, or its weights are quantised."""
+    """config.json of a model folder, with `tie_word_embeddings` as it holds for the weights that lie beside it.
+
+    Never runs code from the folder. UserError if there is no config.json, its weights are quantised, or they do not read.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"model = '{folder}': no such folder; download the model first and give its folder")
     if not (Path(folder) / "config.json").is_file():
@@ -65,6 +69,10 @@ def read_model_config(folder: str) -> PretrainedConfig:
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
         raise UserError(f"model = '{folder}' is quantised ({method}), which is not built yet; give the 16-bit model")
+    text = config.get_text_config(decoder=True)
+    if has_weights(Path(folder)) and getattr(text, "tie_word_embeddings", False):
+        tied = head_of(read_base(Path(folder), "model"), ties=True).tied
+        config.tie_word_embeddings = text.tie_word_embeddings = tied
     return config
 
 
@@ -93,7 +101,17 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
             "and their like)"
         )
     model.config.use_cache = False
+    model.config.tie_word_embeddings = bool(tied_head(model))
     return model
+
+
+def tied_head(model: PreTrainedModel) -> dict[str, str]:
+    """The head's parameter by name, with that of the embedding which it is; nothing where they are two.
+
+    It is transformers' own word, by the config and the model's class. That a checkpoint may hold two different tensors
+    all the same, `read_model_config` has put into the config.
+    """
+    return {name: source for name, source in model.all_tied_weights_keys.items() if name == HEAD}
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:

@@ -19,9 +19,10 @@ from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, split, whole
+from pipeline.formats.base_model import read_base, say_remarks
 from pipeline.model import adapters, partition, trained_modules
-from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.model.weights import check_saved_as_run, tensor_files
+from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
+from pipeline.model.weights import check_saved_as_run
 from pipeline.training import adapter_families, initial_full_tensors, parameter_groups, stage_parts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -68,7 +69,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
         in_full = resolve_in_full(config, shell, targets)
         first_trained = min(first_adapted, trained_modules.first_layer(shell, in_full))
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
-    tied = trained_modules.tied(shell)
+    tied = tied_head(shell)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
@@ -80,7 +81,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
 def check_files(config: Config) -> None:
     """UserError if the model's weights are not there, or nothing can be written to output_dir. Nothing is read."""
     usable_output_dir(config.output_dir)
-    tensor_files(config.model)
+    say_remarks(read_base(Path(config.model), "model"))
 
 
 def usable_output_dir(folder: str) -> None:
