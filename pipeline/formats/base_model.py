@@ -82,8 +82,8 @@ def read_base(folder: Path, asked: str = "--input") -> Base:
     """
     if not folder.is_dir():
         raise UserError(f"{asked}: there is no folder {printable(folder)}.")
-    config = read_object(folder / "config.json", f"{asked}: a model's folder has one")
     check_links(folder)
+    config = read_object(folder / "config.json", f"{asked}: a model's folder has one")
     _check_not_quantised(folder, config)
     names = _files_taken(folder, config, asked)
     if names == [SINGLE]:
@@ -93,7 +93,7 @@ def read_base(folder: Path, asked: str = "--input") -> Base:
         headers = _indexed_headers(folder, index)
     tensors = {tensor.name: tensor for header in headers.values() for tensor in header.tensors}
     _check_scales(folder, tensors)
-    taken = SINGLE if index is None else f"{len(headers)} files by {INDEX}"
+    taken = SINGLE if index is None else f"{len(headers)} files of {INDEX}"
     return Base(folder, headers, tensors, index, config, taken, _remarks(folder, index))
 
 

@@ -72,6 +72,39 @@ def stored_in_another_form(model: PreTrainedModel, names: Collection[str]) -> li
     return [name for name in names if name not in stored]
 
 
+def check_complete(model: PreTrainedModel, base: Base) -> None:
+    """Raise UserError if the folder lacks a tensor of the whole `model`, as `empty_model` makes it. Nothing is read."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    parameters = model.state_dict(keep_vars=True)
+    missing = [name for name in parameters if source_of(name, model, base) is None]
+    if missing and (mapping := get_model_conversion_mapping(model)):
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+        targets = {pattern: one.target_patterns for one in converters for pattern in one.source_patterns}
+        made: set[str] = set()
+        for stored in base.tensors:
+            name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, parameters)
+            into = targets.get(pattern or "", [""])
+            made |= {name, *(name.replace(into[0], other) for other in into[1:])}
+        made |= {name for pair in tied_head(model).items() if made & set(pair) for name in pair}
+        missing = [name for name in missing if name not in made]
+    if missing:
+        raise UserError(_lacks(base.folder, missing))
+
+
+def _lacks(folder: Path, missing: list[str]) -> str:
+    named = f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+    why = ""
+    if missing == [HEAD]:
+        why = (
+            ". Its config does not tie the head to the embedding, and the file was saved without one (AutoModel saves none): "
+            "save the model again from AutoModelForCausalLM"
+        )
+    return f"model = '{folder}': the model folder has no tensor for {named}{why}"
+
+
 def source_of(name: str, model: PreTrainedModel, base: Base) -> StoredTensor | None:
     """Where the folder has the tensor of the model's `name`; of a tied head and embedding it may hold either."""
     for head, embedding in tied_head(model).items():
@@ -92,9 +125,14 @@ def _load_by_name(
                 f"{stored.file.name}: {stored.name} has shape {list(stored.shape)}, "
                 f"but config.json makes it {list(wanted[name].shape)}"
             )
-        tensor = read_tensor(stored)
         to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
-        _assign(model, name, tensor.to(device=device, dtype=to if tensor.is_floating_point() else None))
+        _assign(model, name, _read(stored, to, device))
+
+
+def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, floating-point values in `dtype`. As it was stored, it is gone on return."""
+    tensor = read_tensor(stored)
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -128,7 +166,7 @@ class _Slice:
 def _load_converted(stage: Stage, base: Base, device: torch.device, missing: list[str]) -> None:
     """Checkpoints stored under other names or shapes than the model's (experts one by one): transformers' own conversion.
 
-    Uses transformers' loader with lazy slices of the tensors of this stage's layers. Written for transformers 5.23,
+    Uses transformers' loader with lazy slices of the tensors of this stage's layers. Written for transformers 5.24,
     which has no public function for a part of a model; `tests/test_weights.py` covers it with a mixture of experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -137,9 +175,7 @@ def _load_converted(stage: Stage, base: Base, device: torch.device, missing: lis
 
     mapping = get_model_conversion_mapping(stage.model)
     if not mapping:
-        raise UserError(
-            f"the model folder has no tensor for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
-        )
+        raise UserError(_lacks(base.folder, missing))
     if any(isinstance(module, Packs) for module in stage.model.modules()):
         raise UserError(
             f"quantization: the model folder stores model_type '{stage.model.config.model_type}' in another form than it "
