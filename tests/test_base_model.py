@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from pipeline.artifacts.merge import merge
 from pipeline.console import UserError
 from pipeline.formats.base_model import files_to_copy, head_of, read_base
 from pipeline.formats.safetensors import read_tensor
@@ -27,6 +28,7 @@ from pipeline.model.stage import empty_model, logit_transform, read_model_config
 from pipeline.publishing.push import files_of
 from pipeline.training import prepare, saving
 from tests import builders
+from tests.helpers_artifacts import multiplicative
 from tests.helpers_stages import build, chain, hidden, token_ids
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -143,12 +145,34 @@ def test_what_is_trained_of_a_tied_head(tmp_path: Path, change: Change, one: boo
     assert head.head and head.embedding and (head.head == head.embedding) == (change is head_alone)
 
 
-@pytest.mark.parametrize(("change", "says"), [(another_head, False), (the_same_head, True)])
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["tied, two that differ", "tied by default, two that differ"])
+def test_an_embedding_trained_beside_a_head_of_its_own_leaves_it_alone(tmp_path: Path, layout: str) -> None:
+    """The fold of it, too: transformers reads the folded folder as the base with another embedding."""
+    base = tmp_path / "base"
+    LAYOUTS[layout](base)
+    right = AutoModelForCausalLM.from_pretrained(base).eval()
+    right.model.embed_tokens.weight.add_(0.1 * torch.randn(right.model.embed_tokens.weight.shape))
+    full = {EMBEDDING: right.model.embed_tokens.weight.clone()}
+    multiplicative(tmp_path / "adapter", {"model.layers.0.mlp.down_proj": (32, 64)}, size=0.0, full=full)
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[HEAD], right.lm_head.weight)
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(folded(token_ids()).logits, right(token_ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ("tied, two that differ", False), ("tied by default, two that differ", False), ("tied, two that are equal", True),
+        ("tied, the head alone", True),
+    ],
+)  # fmt: skip
 def test_a_whole_model_is_saved_as_it_was_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, says: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, says: bool
 ) -> None:
     """Two different tensors stay two, and the config says so; a program that goes by it alone would drop one."""
-    tied(tmp_path / "base", "llama", change)
+    LAYOUTS[layout](tmp_path / "base")
     stage = build(tmp_path / "base", 0, 4)
     (tmp_path / "out").mkdir()
 

@@ -133,6 +133,14 @@ def config_ties(config: dict[str, Any]) -> bool | None:
     return None
 
 
+def untie(config: dict[str, Any]) -> None:
+    """Say in `config`, and in its text model's part if that says otherwise, that head and embedding are two."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        text["tie_word_embeddings"] = False
+    config["tie_word_embeddings"] = False
+
+
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors hold the same numbers. Reads until the first difference, in pieces."""
     stamps = tuple((tensor.file.stat().st_mtime_ns, tensor.file.stat().st_size) for tensor in (one, other))

@@ -127,15 +127,19 @@ def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterato
 def read_tensor(tensor: StoredTensor) -> torch.Tensor:
     """The whole of `tensor` in its own dtype and shape, in memory of its own: nothing of the file is mapped.
 
-    Raises UserError where the file ends early, or torch has no such dtype.
+    Raises UserError where the file ends early or cannot be read, or torch has no such dtype.
     """
     if tensor.dtype not in TORCH_DTYPES:
         raise UserError(f"{tensor.file}: {tensor.name!r} is {tensor.dtype}, which torch cannot hold.")
     found = torch.empty(tensor.n_bytes, dtype=torch.uint8)
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.start)
-        if stream.readinto(found.numpy().data) != tensor.n_bytes:
-            raise UserError(f"{tensor.file} ends within {tensor.name!r}: it changed while it was read.")
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            read = stream.readinto(found.numpy().data)
+    except OSError as error:
+        raise UserError(f"{tensor.file}: {tensor.name!r} cannot be read: {error.strerror}.") from None
+    if read != tensor.n_bytes:
+        raise UserError(f"{tensor.file} ends within {tensor.name!r}: it changed while it was read.")
     return found.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
 

@@ -50,7 +50,7 @@ def files_of(folder: Path) -> list[str]:
     if (folder / CONFIG_FILE).is_file():
         weights = {WEIGHTS_FILE}
     elif (folder / "config.json").is_file():
-        weights = set(read_base(folder).headers)
+        weights = set(read_base(folder, "push").headers)
     else:
         weights = {path.name for path in folder.glob("*.gguf")}
     if not weights or not all((folder / name).is_file() for name in weights):
