@@ -29,6 +29,7 @@ from pipeline.publishing.push import files_of
 from pipeline.training import prepare, saving
 from tests import builders
 from tests.helpers_artifacts import multiplicative
+from tests.helpers_families import by_peft
 from tests.helpers_stages import build, chain, hidden, token_ids
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -145,20 +146,41 @@ def test_what_is_trained_of_a_tied_head(tmp_path: Path, change: Change, one: boo
     assert head.head and head.embedding and (head.head == head.embedding) == (change is head_alone)
 
 
+FOLDED = [
+    "tied, stored once", "tied, two that differ", "tied by default, two that differ", "tied, two that are equal",
+    "tied, the head alone", "by AutoModel", "by AutoModel, sharded", "a file beside shards and an index",
+]  # fmt: skip
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["tied, two that differ", "tied by default, two that differ"])
-def test_an_embedding_trained_beside_a_head_of_its_own_leaves_it_alone(tmp_path: Path, layout: str) -> None:
-    """The fold of it, too: transformers reads the folded folder as the base with another embedding."""
-    base = tmp_path / "base"
+@pytest.mark.parametrize("in_full", [False, True], ids=["pairs", "and the embedding"])
+@pytest.mark.parametrize("layout", FOLDED)
+def test_the_fold_of_what_is_trained_on_every_layout(tmp_path: Path, layout: str, in_full: bool) -> None:
+    """As the adapter that the training writes: a trained embedding is the head's, too, where the two are one."""
+    base, module = tmp_path / "base", "model.layers.1.mlp.down_proj"
     LAYOUTS[layout](base)
     right = AutoModelForCausalLM.from_pretrained(base).eval()
-    right.model.embed_tokens.weight.add_(0.1 * torch.randn(right.model.embed_tokens.weight.shape))
-    full = {EMBEDDING: right.model.embed_tokens.weight.clone()}
-    multiplicative(tmp_path / "adapter", {"model.layers.0.mlp.down_proj": (32, 64)}, size=0.0, full=full)
+    table, weight = right.model.embed_tokens.weight, right.get_parameter(f"{module}.weight")
+    one = tied_head(empty_model(read_model_config(str(base)), torch.float32, None))
+    if in_full:
+        table.add_(0.1 * torch.randn(table.shape, generator=torch.Generator().manual_seed(3)))
+    full = {"full": {EMBEDDING: table.clone()}, "tied": one} if in_full else {}
+    pair = multiplicative(tmp_path / "adapter", {module: (32, 64)}, **full)
+    weight.copy_(weight + 1.5 * pair[f"{module}.B"] @ pair[f"{module}.A"] @ weight)
     merge(base, tmp_path / "adapter", tmp_path / "out")
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[HEAD], right.lm_head.weight)
     folded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(folded(token_ids()).logits, right(token_ids()).logits)
+    logits = right(token_ids()).logits
+    assert (folded(token_ids()).logits - logits).abs().max() <= 1e-5 * logits.abs().max()
+    if not one:
+        assert torch.equal(folded.lm_head.weight, right.lm_head.weight), "the head is as it was"
+
+
+def test_an_adapter_of_the_head_of_a_base_that_stores_the_head_for_both(tmp_path: Path) -> None:
+    """Folded into the one tensor it would change the embedding as well."""
+    tied(tmp_path / "base", "llama", head_alone)
+    by_peft(tmp_path / "base", tmp_path / "adapter", "lora", target_modules=["lm_head", "down_proj"])
+    with pytest.raises(UserError, match=r"holds lm_head\.weight alone for both"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
