@@ -66,9 +66,9 @@ def head_alone(tensors: Tensors) -> None:
     tensors[HEAD] = tensors.pop(EMBEDDING)
 
 
-def by_automodel(folder: Path, **options: Any) -> None:
+def by_automodel(folder: Path, kind: str = "cohere", **options: Any) -> None:
     """Saved from AutoModel: no prefix, no head."""
-    builders.save_model(folder, "cohere")
+    builders.save_model(folder, kind, tie_word_embeddings=True)
     model = AutoModel.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, **options)
@@ -115,6 +115,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "experts, tied, stored once": lambda folder: tied(folder, "mixtral", **EXPERTS),
     "by AutoModel": by_automodel,
     "by AutoModel, sharded": lambda folder: by_automodel(folder, max_shard_size="30KB"),
+    "by AutoModel, experts": lambda folder: by_automodel(folder, "mixtral"),
     "a file beside shards and an index": single_beside_shards,
     "an index left over beside a file": left_over_index,
 }
