@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.artifacts.fold_match import Part
 from pipeline.console import UserError
+from pipeline.formats.base_model import untie
 
 # Where a family keeps the factor of its logits, and whether it multiplies (1) or divides (-1) them.
 LOGIT_KEYS = {
@@ -35,9 +36,7 @@ def new_config(config: dict[str, Any], dtype: str, logit_factor: float, untied: 
     """
     changed = copy.deepcopy(config)
     if untied:
-        changed["tie_word_embeddings"] = False
-        if isinstance(text := changed.get("text_config"), dict) and "tie_word_embeddings" in text:
-            text["tie_word_embeddings"] = False
+        untie(changed)
     if dtype != "keep" and not _set_dtype(changed, dtype):
         changed["torch_dtype"] = dtype  # the older name of the key: old and new readers know it
     if logit_factor != 1.0:

@@ -7,7 +7,6 @@ say that they are no longer tied: transformers would else overwrite one of the t
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from pipeline.artifacts.adapter_files import Adapter
 from pipeline.artifacts.full_reading import EMBEDDINGS, last_name
 from pipeline.artifacts.stored_form import places
 from pipeline.console import UserError
-from pipeline.formats.base_model import Base
+from pipeline.formats.base_model import Base, config_ties, same_values
 from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
 
 HEAD = "lm_head"
@@ -27,7 +26,9 @@ def settled(base: Base, adapters: Sequence[Adapter]) -> tuple[Base, list[Adapter
     adapters = [without_copies(base, adapter) for adapter in adapters]
     embedding = embedding_of(base)
     stored = f"{HEAD}.weight" in base.tensors
-    if embedding is None or (stored and not says_tied(base.config)):
+    if stored and config_ties(base.config) is not False and not _embeddings(base):
+        return base, [_of_the_head(base, adapter) for adapter in adapters], False
+    if embedding is None or (stored and not config_ties(base.config)):
         return base, adapters, False
     touching = [touches(adapter) for adapter in adapters]
     if not any(touching):
@@ -36,22 +37,24 @@ def settled(base: Base, adapters: Sequence[Adapter]) -> tuple[Base, list[Adapter
     if all(_does_the_same(adapter) for adapter in adapters):
         if not stored:
             return base, [_without_head(adapter) for adapter in adapters], False
-        return base, adapters, not _same_values(base.tensors[f"{HEAD}.weight"], base.tensors[embedding])
+        return base, adapters, not same_values(base.tensors[f"{HEAD}.weight"], base.tensors[embedding])
     return (base if stored else _with_head(base, embedding)), adapters, True
 
 
-def says_tied(config: dict[str, Any]) -> bool:
-    """Whether a model's config ties its head to its embedding. (Where it says nothing, the tensors in the folder do.)"""
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return (config.get("tie_word_embeddings", inner)) is True
-
-
 def embedding_of(base: Base) -> str | None:
-    """The name of the embedding's tensor; None where several might be it, or none is found."""
+    """The name of the embedding's tensor; None where several might be it, or none is found.
+
+    Layers that predict further tokens bring copies of it under longer names.
+    """
+    found = _embeddings(base)
+    fewest = min((name.count(".") for name in found), default=0)
+    shortest = [name for name in found if name.count(".") == fewest]
+    return shortest[0] if len(shortest) == 1 else None
+
+
+def _embeddings(base: Base) -> list[str]:
     found = [name for name in base.tensors if name.endswith(".weight") and is_embedding(name.removesuffix(".weight"))]
-    text = [name for name in found if len(base.tensors[name].shape) == 2]
-    return text[0] if len(text) == 1 else None
+    return [name for name in found if len(base.tensors[name].shape) == 2]
 
 
 def is_embedding(module: str) -> bool:
@@ -124,6 +127,21 @@ def _without_head(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs=pairs, full={n: t for n, t in adapter.full.items() if n != f"{HEAD}.weight"})
 
 
+def _of_the_head(base: Base, adapter: Adapter) -> Adapter:
+    """The adapter of a base that holds the head for both. Raises UserError where it does not change the two alike."""
+    if not touches(adapter):
+        return adapter
+    adapter = _both(adapter)
+    if not _does_the_same(adapter):
+        raise UserError(
+            f"{adapter.folder} changes head or embedding, each in its own way, and {base.folder} holds {HEAD}.weight alone "
+            "for both. Save the model again with transformers (save_pretrained stores the embedding), and fold into that."
+        )
+    pairs = {module: pair for module, pair in adapter.pairs.items() if not is_embedding(module)}
+    full = {name: t for name, t in adapter.full.items() if not is_embedding(name.removesuffix(".weight"))}
+    return replace(adapter, pairs=pairs, full=full)
+
+
 def _with_head(base: Base, embedding: str) -> Base:
     """The base with a tensor for its head, in the embedding's file and read from the embedding's place."""
     head = replace(base.tensors[embedding], name=f"{HEAD}.weight")
@@ -145,10 +163,3 @@ def _holds(stored: StoredTensor, values: torch.Tensor) -> bool:
             return False
         first += len(block)
     return True
-
-
-def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    if one.shape != other.shape or one.dtype not in FLOATS or other.dtype not in FLOATS:
-        return False
-    blocks = (read_floats(tensor, tensor.shape[-1], BLOCK_ITEMS) for tensor in (one, other))
-    return all(torch.equal(left.float(), right.float()) for left, right in zip(*blocks, strict=True))

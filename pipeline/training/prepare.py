@@ -4,6 +4,7 @@ Takes the config; gives what it resolves to (layers, targets, stages, rows) or o
 the same outcome; the first to come builds the data cache, the others find it.
 """
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,17 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
-from pipeline.console import UserError, gib, say
+from pipeline.console import UserError, gib, say, warn
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, split, whole
-from pipeline.model import adapters, partition, trained_modules
-from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.model.weights import check_saved_as_run, tensor_files
+from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
+from pipeline.model import adapters, partition, trained_modules, weights
+from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
 from pipeline.training import adapter_families, initial_full_tensors, parameter_groups, stage_parts
+from pipeline.training.schedule import warmup_steps
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
@@ -68,7 +70,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
         in_full = resolve_in_full(config, shell, targets)
         first_trained = min(first_adapted, trained_modules.first_layer(shell, in_full))
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
-    tied = trained_modules.tied(shell)
+    tied = tied_head(shell)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
@@ -77,10 +79,17 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     return ModelPlan(shell, targets, biased, in_full, tied, ranges)
 
 
-def check_files(config: Config) -> None:
-    """UserError if the model's weights are not there, or nothing can be written to output_dir. Nothing is read."""
+def check_files(config: Config, shell: PreTrainedModel) -> None:
+    """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     usable_output_dir(config.output_dir)
-    tensor_files(config.model)
+    base = read_base(Path(config.model), "model")
+    weights.check_complete(shell, base)
+    say_remarks(base)
+    if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
+        warn(
+            f"{config.model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
+            "are kept, as in transformers; tie_word_embeddings = false would say so."
+        )
 
 
 def usable_output_dir(folder: str) -> None:
@@ -95,7 +104,7 @@ def usable_output_dir(folder: str) -> None:
 
 def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
     """Say that the model's own weights are trained; UserError where that is not possible."""
-    check_saved_as_run(shell)
+    weights.check_saved_as_run(shell)
     if config.target_modules == "all-linear":
         raise UserError(
             "target_modules = 'all-linear': with full_fine_tune, give names of modules, "
@@ -260,6 +269,12 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     )
     epochs = f"{config.epochs} epoch(s) of {steps} steps" if config.epochs else "max_steps"
     limit = f", at most {config.max_steps} steps" if config.max_steps else ""
+    total = min(config.max_steps or math.inf, (config.epochs or math.inf) * steps)
+    if (warmup := warmup_steps(config.warmup_steps, steps)) >= total:
+        warn(
+            f"warmup_steps: {warmup} steps of warmup in a run of {total:.0f}: the learning rate never reaches "
+            f"optimizer.lr = {config.optimizer.lr:g}; give fewer"
+        )
     say(
         f"the run:  {epochs}{limit}; warmup {config.warmup_steps:g}, then {config.lr_scheduler} at lr {config.optimizer.lr:g}"
     )
