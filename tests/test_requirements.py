@@ -1,4 +1,4 @@
-"""Every package that is imported is required, what is required is used, and the versions that were tested are written down once."""
+"""What is imported is required, what is required is used, and the versions that were tested are written down once."""
 
 import ast
 import functools

@@ -50,7 +50,15 @@ def test_two_stages_train_from_a_plain_shell(tmp_path: Path) -> None:
     nothing.mkdir()
     # DeepSpeed names what it leaves by the port: another than any run that goes on beside this one.
     port = str(20000 + os.getpid() % 10000)
-    command = [Path(sys.executable).parent / "deepspeed", "--quiet", "--num_gpus", "2", "--master_port", port, "train.py"]
+    command = [
+        Path(sys.executable).parent / "deepspeed",
+        "--quiet",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        port,
+        "train.py",
+    ]
     kept = {key: value for key, value in environment().items() if key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
     launcher = subprocess.Popen(
         [*map(str, command), "--config", str(toml)], cwd=ROOT, env={**kept, "HOME": str(home), "PATH": str(nothing)},

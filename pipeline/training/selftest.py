@@ -86,4 +86,3 @@ def _problems(
     if not math.isclose(norm, expected_norm, rel_tol=1e-5):
         problems.append(f"the gradient's norm is {norm:.6g}, over all stages it should be {expected_norm:.6g}")
     return problems
-
