@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from pipeline.console import UserError
-from pipeline.data import documents, tokenize
+from pipeline.data import documents, encodings, sources, tokenize
 
 TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("\r\n\t “é🙂")), max_size=60)
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -22,7 +22,7 @@ FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read seven bytes at a time, so that every boundary falls somewhere inside."""
-    monkeypatch.setattr(documents, "READ_BYTES", 7)
+    monkeypatch.setattr(encodings, "READ_BYTES", 7)
 
 
 def texts(dataset_type: str, path: object) -> list[str]:
@@ -165,9 +165,9 @@ def test_a_path_that_matches_nothing_lists_what_is_there(shelf: Path) -> None:
         ("textfile", "missing/*.txt", "There is no folder '.*missing'; '.*' holds C.TXT"),
     ):
         with pytest.raises(UserError, match=message):
-            documents.find(dataset_type, str(shelf / path))
+            sources.find(dataset_type, str(shelf / path))
     with pytest.raises(UserError, match="dataset_type = 'axolotl' is not known; use one of: textfile, doclist"):
-        documents.find("axolotl", "x")
+        sources.find("axolotl", "x")
 
 
 def test_documents_are_read_one_after_the_other(tmp_path: Path) -> None:

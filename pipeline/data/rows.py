@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.console import UserError
 from pipeline.data import documents
-from pipeline.data.documents import SUFFIXES
+from pipeline.data.sources import SUFFIXES
 from pipeline.data.tokenize import tokens
 
 
