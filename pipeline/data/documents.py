@@ -152,8 +152,9 @@ def _parquet(path: Path) -> Any:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{where}: cannot be read as Parquet: {printable(error)}") from None
     if schema.names.count("text") != 1:
-        advice = _advice(dict.fromkeys(schema.names))
-        raise UserError(f"{where}: has no (single) column 'text'; its columns: {some(schema.names)}{advice}")
+        wrong = "more than one" if "text" in schema.names else "no"
+        advice = "" if "text" in schema.names else _advice(dict.fromkeys(schema.names))
+        raise UserError(f"{where}: has {wrong} column 'text'; its columns: {some(schema.names)}{advice}")
     kind = schema.field("text").type
     if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in strings:
         raise UserError(f"{where}: column 'text' holds {kind}, not strings")

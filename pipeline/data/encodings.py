@@ -22,6 +22,7 @@ HEAD_BYTES = 2**16  # of a file, from which its encoding is told
 LEAST_TO_GUESS = 32  # bytes: less tells neither order from the other
 STRETCH = 2**16  # characters: control characters are counted against their number at the end of each stretch
 TEXT_PER_CONTROL = 2**12  # characters to each control character that is no more than a trace
+RARE_LETTERS = 0.1  # part of a western European text's bytes that are no ASCII, at most
 SUSPICIOUS, BINARY = 0.02, 0.3  # part of the characters that are control characters
 
 # Longer marks first: UTF-32's begins with UTF-16's.
@@ -224,13 +225,33 @@ def _not_decodable(where: str, encoding: Encoding, offset: int, raw: bytes, erro
     """What is wrong at the first bad byte of `raw`, which is at `offset` of the file, and how to mend it."""
     place, byte = offset + error.start, raw[error.start]
     wrong = f"{where}: not {encoding.label.split(',')[0]} at byte {place} (0x{byte:02x}, {error.reason})"
-    if encoding.certain:
+    if encoding.certain or error.reason == "unexpected end of data":
         return UserError(f"{wrong}: it is damaged or cut off")
-    around = raw[max(0, error.start - HEAD_BYTES // 2) : error.start + HEAD_BYTES // 2]
-    guess = _likeliest(around)
-    if guess is None or guess in _NAMES or guess == "ascii":
+    begin = max(0, error.start - HEAD_BYTES // 2)
+    around = raw[begin : error.start + HEAD_BYTES // 2]
+    as_utf8 = around.decode("utf-8", "replace")
+    wrong_places = as_utf8.count("\ufffd")
+    if sum(character > "\x7f" for character in as_utf8) >= 2 * wrong_places:
+        return UserError(f"{wrong}, though the text around is UTF-8: mend this place, where encodings were mixed")
+    guess = _likeliest_8_bit(around)
+    if guess is None:
         return UserError(f"{wrong}: it is damaged, or in an encoding that has to be converted to UTF-8")
+    before = around[max(0, error.start - begin - 20) : error.start - begin].decode(guess, "replace")
+    reads = before + around[error.start - begin :][:20].decode(guess, "replace")
     return UserError(
-        f"{wrong}: convert it; the text there reads as {guess.upper()}, and if that is right, "
+        f"{wrong}: convert it to UTF-8; if this reads right, '{printable(reads)}', then with "
         f"`iconv -f {guess.upper()} -t UTF-8`"
     )
+
+
+def _likeliest_8_bit(sample: bytes) -> str | None:
+    """The encoding that text which is in none of Unicode is most likely in: Windows' for a few letters among ASCII."""
+    guess = _likeliest(sample)
+    foreign = sum(byte >= 0x80 for byte in sample)
+    if guess is not None and foreign < len(sample) * RARE_LETTERS:
+        try:
+            if not _CONTROL.search(sample.decode("cp1252")):
+                return "cp1252"
+        except UnicodeDecodeError:
+            pass
+    return None if guess in _NAMES or guess == "ascii" else guess
