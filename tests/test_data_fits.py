@@ -186,5 +186,5 @@ def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
     ],
 )
 def test_formats_of_other_trainers_are_told_what_to_write(base: Path, written: str, said: str) -> None:
-    with pytest.raises(UserError, match=rf"datasets\.0\.dataset_type.*{said}"):
+    with pytest.raises(UserError, match=rf"datasets\W0\W+dataset_type.*{said}"):
         check(base, dataset_type=written)
