@@ -188,3 +188,28 @@ def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
 def test_formats_of_other_trainers_are_told_what_to_write(base: Path, written: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"datasets\W0\W+dataset_type.*{said}"):
         check(base, dataset_type=written)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": 3}'),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"eos_token": 3}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"a": 3}}'),
+        ("added_tokens.json", "[3]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_message(base: Path, file: str, content: str) -> None:
+    """What does not decide the tokens may be anything."""
+    (base / file).write_text(content)
+    try:
+        check(base)
+    except UserError as error:
+        assert str(error).startswith((f"model = '{base}'", f"{base}/{file}"))
+    else:
+        assert file != "tokenizer.json"

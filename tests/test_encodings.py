@@ -28,7 +28,7 @@ LANGUAGES = {
 
 def read(path: Path, content: bytes) -> str:
     path.write_bytes(content)
-    return "".join(documents.decoded(path))
+    return next(documents.read_sources([documents.Source(path, path.name)])).text
 
 
 def findings(path: Path) -> Findings:

@@ -103,7 +103,7 @@ def test_files_and_folders_without_the_right_to_read_them_are_errors(
 
 def test_a_file_that_cannot_be_read_on_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/proc/self/mem: cannot be read: Input/output error"):
-        list(documents.decoded(Path("/proc/self/mem")))
+        _ = next(documents.read_sources([sources.Source(Path("/proc/self/mem"), "mem")])).text
 
 
 # What is left out, or twice there

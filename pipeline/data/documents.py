@@ -86,12 +86,6 @@ def text_bytes(sources: list[Source]) -> int:
     return total
 
 
-def decoded(path: Path) -> Iterator[str]:
-    """The text of a text file in pieces. UserError with the place of what is no text in it."""
-    findings = Findings()
-    return checked(file_text(path, findings), printable(path), findings)
-
-
 Row = tuple[str, str, Callable[[], Iterator[str]]]  # a document's name, where it is for messages, and its pieces
 
 

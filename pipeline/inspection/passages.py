@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import UserError
-from pipeline.data.documents import decoded
+from pipeline.data.encodings import Findings, file_text
 from pipeline.data.rows import check_ids
 
 ROW_TOKENS = 1024  # the model sees no further back than this
@@ -77,7 +77,7 @@ def read_text(
 def _beginning(file: Path, chars: int) -> tuple[str, bool]:
     """At most `chars` characters of a file, and whether there are more."""
     text = ""
-    for piece in decoded(file):
+    for piece in file_text(file, Findings()):  # control characters too: they are only looked at
         text += piece
         if len(text) > chars:
             return text[:chars], True

@@ -21,6 +21,7 @@ from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, Streams, split, whole
+from pipeline.foreign import printable
 from pipeline.model import adapters, partition, trained_modules
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.model.weights import check_saved_as_run, tensor_files
@@ -187,8 +188,9 @@ def load_tokenizer(folder: str) -> Any:
         raise UserError(f"model = '{folder}': there is no tokenizer in it (none of {', '.join(TOKENIZER_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model = '{folder}': cannot read its tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the files hold: tokenizers raises Exception itself
+        reason = printable(str(error).strip() or type(error).__name__)
+        raise UserError(f"model = '{folder}': cannot read its tokenizer: {reason}") from error
 
 
 def tokenizer_for(plan: ModelPlan, folder: str) -> Any:
