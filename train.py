@@ -88,7 +88,7 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     plan = prepare.plan_model(config, resumes=bool(resume))
     prepare.check_files(config, plan.shell)
     ending.check(config, plan)
-    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
+    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
     resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
     try:

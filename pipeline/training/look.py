@@ -16,7 +16,7 @@ def look(config: Config, preview_chunks: int | None) -> int:
     prepare.check_files(config, plan.shell)
     ending.check(config, plan)
     tokenizer = prepare.tokenizer_for(plan, config.model)
-    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))
+    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer, plan))
     prepare.evaluation_batches(config, data)
     prepare.describe_steps(config, batches, replicas=1)
     if preview_chunks is not None:
