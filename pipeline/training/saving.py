@@ -98,13 +98,17 @@ def _together(folder: Path, step: int, place: Place, each: Write, first: Write) 
     def open_folder() -> None:
         if place.rank == 0:
             told[0] = str(output.enter_context(whole_folder(folder, replace=True)))
+
+    def finish() -> None:
+        if place.rank == 0:
+            first(Path(told[0]))
             saved_at.mark(Path(told[0]), step)
 
     with output:
         _all_well(place, open_folder, folder, told)
         dist.broadcast_object_list(told)
         _all_well(place, lambda: each(Path(told[0])), folder, told)
-        _all_well(place, lambda: first(Path(told[0])) if place.rank == 0 else None, folder, told)
+        _all_well(place, finish, folder, told)
         _all_well(place, output.close, folder, told)  # puts the folder in place
 
 
