@@ -161,14 +161,14 @@ def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path) -> None:
 
 
 def test_later_saves_are_put_aside_and_kept(tmp_path: Path) -> None:
-    from pipeline.training import checkpoint
+    from pipeline.training import retention
 
     for name in ("global_step2", "global_step4", "step2", "step4", "steps"):
         (tmp_path / name).mkdir()
-    assert sorted(checkpoint.abandon_after(tmp_path, 2)) == ["global_step4", "step4"]
+    assert sorted(retention.abandon_after(tmp_path, 2)) == ["global_step4", "step4"]
     names = {path.name.split("-")[0] for path in tmp_path.iterdir()}
     assert names == {"global_step2", "step2", "steps", "abandoned"}
-    assert [n for n, _ in checkpoint.numbered(tmp_path, "global_step")] == [2]
+    assert [n for n, _ in retention.numbered(tmp_path, "global_step")] == [2]
 
 
 def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ The cache is keyed by the content of the files, the tokenizer and the settings. 
 wait; a store appears under its name when it is whole, or not at all.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.console import EXIT_DISK_FULL, UserError, progress, rank
+from pipeline.console import UserError, gib, progress, rank
 from pipeline.data import documents
 from pipeline.data.documents import Document
 from pipeline.data.encodings import Findings
@@ -29,6 +28,7 @@ from pipeline.data.sources import Source, find
 from pipeline.data.split import SEED, Streams, held_out_count
 from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
 from pipeline.data.tokenize import fingerprint, tokens
+from pipeline.files import explain_out_of_space, sync
 from pipeline.foreign import printable
 
 FORMAT = 2  # goes into the key: raise it when the same input would give other chunks
@@ -64,8 +64,9 @@ def build(
     held_out = eval_size if eval_split == "document" else 0
     key = _key(name, sources, fingerprint(tokenizer), [*marks, sequence_len, held_out, join_lines])
     path = cache_dir / f"{_folder_name(name)}-{key}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir, path):
+    with explain_out_of_space(path):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    with explain_out_of_space(path), _alone(cache_dir, path):
         if not path.exists():
             _write(path, name, sources, sequence_len, tokenizer, marks, held_out, join_lines)
     return load(path)
@@ -113,11 +114,16 @@ def _write(
     """Tokenise and cut into `path`, which appears when it is whole."""
     staging = path.with_name(f".staging-{path.name}")
     shutil.rmtree(staging, ignore_errors=True)  # a killed process's; no other can be at work here now
-    try:
+    total = documents.text_bytes(sources)
+    needed = f"about {gib(4 / 3 * total)}"  # 4 bytes a token, of which few have less than 3 bytes of text
+    with explain_out_of_space(path, needed), ExitStack() as clearing:
+        clearing.callback(shutil.rmtree, staging, ignore_errors=True)
         names = ("train", "eval") if held_out else ("all",)
         writers = [ChunkWriter(staging / stream, name, stream, sequence_len, marks) for stream in names]
+        for writer in writers:
+            clearing.callback(writer.let_go)
         is_held_out = _draw_documents(name, sources, held_out)
-        total, findings = documents.text_bytes(sources), Findings()
+        findings = Findings()
         read = documents.read_sources(sources, join_lines=join_lines, findings=findings)
         with progress(f"tokenising {name}", total) as advance:
             number = 0
@@ -127,16 +133,7 @@ def _write(
         for writer in writers:
             writer.close(findings)
         os.rename(staging, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(
-            f"dataset '{name}': no space left for its chunks in '{path.parent}'; they take 4 bytes a token",
-            EXIT_DISK_FULL,
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        sync(path.parent)
 
 
 def _draw_documents(name: str, sources: list[Source], held_out: float | int) -> NDArray[np.bool_]:
@@ -192,9 +189,3 @@ def _is_held(file: IO[str]) -> bool:
 
 def _folder_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64] or "dataset"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

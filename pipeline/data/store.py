@@ -11,6 +11,7 @@ stream) and `report.json`. The chunks stay on disk: a run holds no more of them 
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.console import UserError
 from pipeline.data.encodings import Findings
+from pipeline.files import write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
 BATCH_DOCUMENTS = 2**16
@@ -156,11 +158,13 @@ class ChunkWriter:
                 f"sequence_len"
             )
         sizes = {file.name: file.stat().st_size for file in self.folder.glob("*.arrow")}
-        with open(self.folder / "report.json", "w", encoding="utf-8") as file:
-            json.dump({"report": asdict(report), "sizes": sizes}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_json(self.folder / "report.json", {"report": asdict(report), "sizes": sizes}, indent=1)
         return report
+
+    def let_go(self) -> None:
+        """Close the files as they are. Of a store that is given up, the room is free once nobody holds them open."""
+        for file in (self._chunks, self._documents):
+            file.let_go()
 
     def _open_document(self, name: str) -> None:
         self.starts.append(self.counts["chunks"] * self.body + self.pending_tokens)
@@ -258,6 +262,10 @@ class _ArrowFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def let_go(self) -> None:
+        with suppress(OSError):  # what is still in the buffer may not fit
+            self._file.close()
 
 
 def _opened(path: Path) -> Any:

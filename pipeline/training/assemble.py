@@ -217,16 +217,16 @@ def schedule(config: Config, steps_in_epoch: int) -> Callable[[int, int], float]
 
 def artifact_writer(
     config: Config, stage: Stage, place: engine.Place, plan: prepare.ModelPlan
-) -> Callable[[Path], None]:
-    """What writes the adapter, or the model, into a folder."""
+) -> Callable[[Path, int], None]:
+    """What writes the adapter, or the model, as it is at a step, into a folder."""
     dtype = DTYPES[config.save_dtype] if config.save_dtype else None
     if config.full_fine_tune:
-        return lambda folder: saving.save_model(folder, place, stage, Path(config.model), dtype)
+        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(config.model), dtype)
     write = adapter_families.writer(config, plan.targets, plan.biased_targets, plan.tied)
 
-    def save(folder: Path) -> None:
+    def save(folder: Path, step: int) -> None:
         tensors = {name: t for name, t in adapters.written(stage).items() if name not in plan.tied}
-        saving.save_adapter(folder, place, tensors, dtype, write)
+        saving.save_adapter(folder, step, place, tensors, dtype, write)
 
     return save
 
