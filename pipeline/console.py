@@ -4,6 +4,7 @@ Takes plain text and numbers; gives lines on the terminal. Nothing here knows ab
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,11 @@ EXIT_STOPPED = 75
 EXIT_ABORTED = 130
 
 OTHER_RANKS_WAIT_S = 5.0
+
+# What a terminal obeys rather than shows (C0 and C1 but for the newline and the tab), what breaks or turns a line (Unicode's
+# separators and bidirectional controls, which can make a name read as another), and halves of surrogate pairs, which no
+# encoding writes.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -46,13 +52,21 @@ def rank() -> int:
 def say(text: str = "") -> None:
     """Print `text` on the first rank only."""
     if rank() == 0:
-        print(text, flush=True)
+        print(plain(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Print a warning on the first rank only."""
     if rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(plain(f"warning: {text}"), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """`text` with its control characters as escapes: names and texts of others cannot steer the terminal through ours.
+
+    Newlines stay, as messages have several lines; where a name of others must not begin one, `foreign.printable` it.
+    """
+    return CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 @contextmanager
@@ -109,13 +123,13 @@ def run_command(main: Callable[[], int]) -> None:
     try:
         code = main()
     except RankError as error:
-        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        print(plain(f"error: rank {rank()}: {error}"), file=sys.stderr, flush=True)
         if error.exit_code == EXIT_PEER_LOST:
             time.sleep(OTHER_RANKS_WAIT_S)
         os._exit(error.exit_code)
     except UserError as error:
         if rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(plain(f"error: {error}"), file=sys.stderr, flush=True)
         else:
             time.sleep(OTHER_RANKS_WAIT_S)
         code = error.exit_code

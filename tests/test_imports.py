@@ -36,13 +36,14 @@ FORBIDDEN = {
     "pipeline/": ("train", "quickstart", "merge_lora", "export_lora", "make_adapter", "inspect_lora", "tests"),
 }
 # What everything may stand on.
-GROUND = ("pipeline.console", "pipeline.files", "pipeline.foreign", "pipeline.layers")
+GROUND = ("pipeline.console", "pipeline.files", "pipeline.foreign", "pipeline.layers", "pipeline.patterns")
 # What a part may import of this project, where that is all.
 ONLY_OURS = {
     "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.formats", *GROUND),
     "pipeline/formats/": ("pipeline.formats", *GROUND),
     "pipeline/files.py": GROUND,
     "pipeline/foreign.py": GROUND,
+    "pipeline/patterns.py": GROUND,
     "merge_lora.py": ("pipeline.artifacts", *GROUND),
     "export_lora.py": ("pipeline.artifacts", *GROUND),
     "kernels/": ("pipeline.kernels",),

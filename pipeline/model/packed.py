@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from pipeline import patterns
 from pipeline.console import UserError
 
 BLOCK = 64  # weights that share a scale in 4 bits (QLoRA, Dettmers et al. 2023, §3)
@@ -136,6 +137,8 @@ def _check_model(model: PreTrainedModel, linear: list[str]) -> None:
 def _check_skip(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
     names = [name for name, _ in model.named_modules()]
     for pattern in skip:
+        for name in names:
+            patterns.matches(pattern, name)  # a UserError where it takes too long; transformers knows no limit
         try:
             unmatched = all(should_convert_module(name, [pattern]) for name in names if name)
         except re.error as error:
