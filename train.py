@@ -86,7 +86,7 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     engine.check_version()
     engine.check_processes(config.pipeline_stages)
     plan = prepare.plan_model(config, resumes=bool(resume))
-    prepare.check_files(config)
+    prepare.check_files(config, plan.shell)
     ending.check(config, plan)
     data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
     resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None

@@ -24,7 +24,7 @@ def plan(tmp_path: Path, base: Path, **changes: Any) -> prepare.ModelPlan:
     settings = {"model": str(base), "output_dir": str(tmp_path / "out"), **changes}
     config = load(str(write_config(tmp_path / "c.toml", **settings)))
     made = prepare.plan_model(config)
-    prepare.check_files(config)
+    prepare.check_files(config, made.shell)
     prepare.tokenizer_for(made, config.model)
     return made
 

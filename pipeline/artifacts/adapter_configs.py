@@ -11,9 +11,10 @@ from typing import Any
 from pipeline.artifacts.adapter_files import CONFIG_FILE
 from pipeline.console import UserError
 
-# Keys that change nothing about the tensors of the file once the adapter is trained.
+# Keys that change nothing about the tensors of the file once the adapter is trained. (How the base stores its weights is for
+# the base to say, as in PEFT, which sets fan_in_fan_out right by the module it meets: stored_form.)
 COMMON = {
-    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern",
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision", "runtime_config", "target_modules",
     "task_type",
 }  # fmt: skip
@@ -35,7 +36,6 @@ UNFOLDABLE = {
     "trainable_token_indices": "single token embeddings were trained beside the adapter",
     "layer_replication": "layers were repeated",
     "target_parameters": "it targets parameters that are not a Linear module's weight",
-    "fan_in_fan_out": "the weights are stored transposed",
     "alora_invocation_tokens": "it is active on some tokens only, which no fold can express",
     "use_qalora": "QA-LoRA pools the input",
     "megatron_config": "it was trained on Megatron's parallel layers",

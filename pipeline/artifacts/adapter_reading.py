@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
 Grouped = dict[str, dict[str, torch.Tensor]]
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 EXPECTED = {"LORA": "lora_A or lora_B of a module"} | {
     key: f"{' or '.join(names).replace('.weight', '')} of a module" for key, (_, names) in TYPES.items()
 }
@@ -57,10 +59,16 @@ def load_adapter(folder: Path) -> Adapter:
     maps: dict[str, tuple[RowMap, ...]] = {}
     if peft_type == "LORA":
         check_config(folder, config)
+        if config.get("use_dora") and (of_one := next((name for name in tensors if name.endswith(OF_EMBEDDING)), None)):
+            raise UserError(f"{folder}: use_dora on an embedding ({of_one}). That is not folded: load it with PEFT.")
         ends = ("lora_A.weight", "lora_B.weight", *([BIAS] if config.get("lora_bias") else []))
         ends += (MAGNITUDE,) if config.get("use_dora") else ()
         grouped, rest = _grouped(folder, tensors, ends)
         pairs = _pairs(folder, grouped, "lora", config, own)
+        if any(name.endswith(OF_EMBEDDING) for name in rest):
+            of_embedding, rest = _grouped(folder, rest, OF_EMBEDDING)
+            pairs |= _embedding_pairs(folder, of_embedding, config, own)
+            grouped = grouped | of_embedding
     elif peft_type in ("PEANUT", OWN_TYPE):
         check_peanut_config(folder, config)
         grouped, rest = _grouped(folder, tensors, ("peanut_A.weight", "peanut_B.weight"))
@@ -75,7 +83,9 @@ def load_adapter(folder: Path) -> Adapter:
         )
     if not grouped:
         raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
-    full = read_full(folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module"))
+    full, copied = read_full(
+        folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module")
+    )
     family = TYPES[str(peft_type)][0] if maps else None
     if config.get("use_dora"):
         family, maps, pairs = "dora", _dora(folder, grouped, pairs), {}
@@ -84,7 +94,7 @@ def load_adapter(folder: Path) -> Adapter:
     # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
     return Adapter(
         folder, _kind(folder, str(peft_type), own, family), pairs, bool(own) or peft_type == "LORA", scale, name, family,
-        maps, full, bool(config.get("ensure_weight_tying")), own.get("trained_over"),
+        maps, full, bool(config.get("ensure_weight_tying")), own.get("trained_over"), copied,
     )  # fmt: skip
 
 
@@ -100,6 +110,11 @@ def load_pairs(folder: Path) -> Adapter:
         raise UserError(
             f"{folder}: lora_bias: lora_B of {biased[0]} has a bias of its own beside A and B. Such an adapter can be "
             "folded into the base (merge_lora.py) or loaded with PEFT."
+        )
+    if of_embedding := [module for module, pair in adapter.pairs.items() if pair.of_embedding]:
+        raise UserError(
+            f"{folder}: {of_embedding[0]} is an embedding, adapted by PEFT's {' and '.join(OF_EMBEDDING)}. Such an adapter "
+            "can be folded into the base (merge_lora.py) or loaded with PEFT."
         )
     return adapter
 
@@ -181,6 +196,15 @@ def _pairs(folder: Path, grouped: Grouped, stem: str, config: Facts, own: Facts)
             folder, module, found[f"{stem}_A.weight"], found[f"{stem}_B.weight"], config, own, found.get(BIAS)
         )
         for module, found in grouped.items()
+    }
+
+
+def _embedding_pairs(folder: Path, grouped: Grouped, config: Facts, own: Facts) -> dict[str, Pair]:
+    """Of an embedding [V, D], which PEFT adapts as W + s·(B·A)ᵀ: A [R, V], B [D, R]."""
+    A, B = OF_EMBEDDING
+    return {
+        module: replace(_pair(folder, module, t[B].T, t[A].T, config, own, None), of_embedding=True)
+        for module, t in grouped.items()
     }
 
 

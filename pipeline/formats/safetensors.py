@@ -28,6 +28,12 @@ ITEM_BITS = {
 }  # fmt: skip
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+TORCH_DTYPES = FLOATS | {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
 MOST_DIMENSIONS, LARGEST = 64, 2**63 - 1  # of torch's tensors; of a size or a place
@@ -160,6 +166,25 @@ def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterato
                 raise UserError(f"{tensor.file} ends within {tensor.name!r}: it changed while it was read.")
             left -= len(piece)
             yield piece
+
+
+def read_tensor(tensor: StoredTensor) -> torch.Tensor:
+    """The whole of `tensor` in its own dtype and shape, in memory of its own: nothing of the file is mapped.
+
+    Raises UserError where the file ends early or cannot be read, or torch has no such dtype.
+    """
+    if tensor.dtype not in TORCH_DTYPES:
+        raise UserError(f"{tensor.file}: {tensor.name!r} is {tensor.dtype}, which torch cannot hold.")
+    found = torch.empty(tensor.n_bytes, dtype=torch.uint8)
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            read = stream.readinto(found.numpy().data)
+    except OSError as error:
+        raise UserError(f"{tensor.file}: {tensor.name!r} cannot be read: {error.strerror}.") from None
+    if read != tensor.n_bytes:
+        raise UserError(f"{tensor.file} ends within {tensor.name!r}: it changed while it was read.")
+    return found.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def read_floats(tensor: StoredTensor, row_items: int, piece_items: int) -> Iterator[torch.Tensor]:

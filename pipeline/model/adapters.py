@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config import layer_ranges
 from pipeline.console import UserError
-from pipeline.model.stage import Stage
+from pipeline.model.stage import Stage, tied_head
 
 
 class MultiplicativeLoRA(nn.Module):
@@ -145,7 +145,7 @@ def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
     A tied head and embedding are one weight, wherever they are: naming one of them names both.
     """
     targets = set(target_modules or ())
-    if stage.model.config.tie_word_embeddings and targets & {"embed_tokens", "lm_head"}:
+    if tied_head(stage.model) and targets & {"embed_tokens", "lm_head"}:
         targets |= {"embed_tokens", "lm_head"}
     for name, parameter in stage.model.named_parameters():
         wanted = target_modules is None or bool(targets & set(name.split(".")))

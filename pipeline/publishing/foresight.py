@@ -30,7 +30,7 @@ def check(
     """
     if kind is not None and any(part in asked for part in OF_ADAPTERS):
         _check_kind(asked, kind)
-        model = read_base(base)
+        model = read_base(base, "model")
         if "export:gguf" in asked:
             if trained_in_full:
                 raise UserError(

@@ -19,7 +19,7 @@ from pipeline.console import UserError, gib, say
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.model import activation, adapters, neftune, weights
 from pipeline.model.packed import saved_bytes
-from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform
+from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform, tied_head
 from pipeline.objectives import language_modelling
 from pipeline.training import (
     adapter_families,
@@ -42,8 +42,6 @@ from pipeline.training.saver import Saver
 from pipeline.training.schedule import learning_rate, warmup_steps
 from pipeline.training.stop import Watcher
 from pipeline.training.trainer import Cadence, Trainer
-
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def trainer(
@@ -153,7 +151,7 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     """Over this stage's trained parameters, which may be none."""
     parameters = adapters.trainable(stage)
     # A tied head on a stage of its own is the embedding once more.
-    copies = {HEAD} if stage.model.config.tie_word_embeddings and not stage.is_first else set()
+    copies = {} if stage.is_first else tied_head(stage.model)
     counts: list[int] = [0] * place.world
     dist.all_gather_object(counts, sum(p.numel() for name, p in parameters.items() if name not in copies))
     total = sum(counts) // place.replicas
@@ -166,8 +164,7 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     factors = adapter_regularisation.factors_of(stage) if held_down else {}
     undecayed = {f"{module}.{letter}" for module in factors for letter in "AB"} if config.composite_weight_decay else ()
     # A copy of the embedding must make the same update as the embedding, so it goes by its name.
-    embedding = f"{stage.model.base_model_prefix}.{EMBEDDING}"
-    named = {embedding if name in copies else name: p for name, p in parameters.items()}
+    named = {copies.get(name, name): p for name, p in parameters.items()}
     groups = parameter_groups.build(
         named, fast_ratio=o.loraplus, weight_decay=o.weight_decay, undecayed=undecayed,
         specials=parameter_groups.specials(o),
@@ -180,9 +177,10 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
 
 def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: engine.Place) -> None:
     """Trained tied embeddings on two stages are one weight: gradients are summed, and both make the same update."""
-    if place.stages == 1 or not stage.model.config.tie_word_embeddings:
+    tied = tied_head(stage.model)
+    if place.stages == 1 or not tied:
         return
-    own = [name for name in optimizer.parameters_by_name if name == HEAD or name.endswith(EMBEDDING)]
+    own = [name for name in optimizer.parameters_by_name if name in {*tied, *tied.values()}]
     group = None
     for replica in range(place.replicas):  # every process takes part in making every group
         ranks = [place.topology.get_rank(pipe=s, data=replica) for s in (0, place.stages - 1)]
@@ -199,8 +197,7 @@ def put_back(
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration."""
     if lines := run_folder.differences(manifest["config"], config.model_dump(mode="json")):
         say("changed since the checkpoint:\n" + "\n".join(lines))
-    embedding = f"{stage.model.base_model_prefix}.{EMBEDDING}"
-    aliases = {HEAD: embedding} if stage.model.config.tie_word_embeddings else {}
+    aliases = tied_head(stage.model)
     same_layout = manifest["layout"] == [place.stages, place.replicas]
     with engine.agreement(place):
         run_folder.check_continues(manifest, config.model_dump(mode="json"), set(trained), aliases)

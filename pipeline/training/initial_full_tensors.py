@@ -23,7 +23,7 @@ OF_PAIRS = re.compile(r".+\.(lora|peanut)_[AB]\.weight")  # of an adapter that s
 def read(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensor of each of `names`, by its name in the model.
 
-    `tied`: names that are another one's weight, as from `trained_modules.tied`: an adapter may hold either, or both.
+    `tied`: names that are another one's weight, as from `stage.tied_head`: an adapter may hold either, or both.
     UserError naming what the two differ in; nothing is asked of a folder without safetensors where `names` is empty.
     """
     where, path = f"init_adapter = '{folder}'", Path(os.path.expanduser(folder)) / WEIGHTS_FILE

@@ -12,7 +12,7 @@ from pipeline.training import ending, prepare
 def look(config: Config, preview_chunks: int | None) -> int:
     """Resolve and check; with `preview_chunks`, show so many chunks as the model will read them."""
     plan = prepare.plan_model(config)
-    prepare.check_files(config)
+    prepare.check_files(config, plan.shell)
     ending.check(config, plan)
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))

@@ -20,9 +20,9 @@ from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, split, whole
-from pipeline.model import adapters, partition, trained_modules
-from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.model.weights import check_saved_as_run, tensor_files
+from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
+from pipeline.model import adapters, partition, trained_modules, weights
+from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
 from pipeline.training import adapter_families, initial_full_tensors, parameter_groups, stage_parts
 from pipeline.training.schedule import warmup_steps
 
@@ -70,7 +70,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
         in_full = resolve_in_full(config, shell, targets)
         first_trained = min(first_adapted, trained_modules.first_layer(shell, in_full))
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
-    tied = trained_modules.tied(shell)
+    tied = tied_head(shell)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
@@ -79,10 +79,17 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     return ModelPlan(shell, targets, biased, in_full, tied, ranges)
 
 
-def check_files(config: Config) -> None:
-    """UserError if the model's weights are not there, or nothing can be written to output_dir. Nothing is read."""
+def check_files(config: Config, shell: PreTrainedModel) -> None:
+    """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     usable_output_dir(config.output_dir)
-    tensor_files(config.model)
+    base = read_base(Path(config.model), "model")
+    weights.check_complete(shell, base)
+    say_remarks(base)
+    if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
+        warn(
+            f"{config.model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
+            "are kept, as in transformers; tie_word_embeddings = false would say so."
+        )
 
 
 def usable_output_dir(folder: str) -> None:
@@ -97,7 +104,7 @@ def usable_output_dir(folder: str) -> None:
 
 def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
     """Say that the model's own weights are trained; UserError where that is not possible."""
-    check_saved_as_run(shell)
+    weights.check_saved_as_run(shell)
     if config.target_modules == "all-linear":
         raise UserError(
             "target_modules = 'all-linear': with full_fine_tune, give names of modules, "

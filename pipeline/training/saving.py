@@ -20,9 +20,9 @@ from torch import Tensor
 from pipeline.artifacts.adapter_files import write_json
 from pipeline.console import EXIT_DISK_FULL
 from pipeline.files import whole_folder
-from pipeline.formats.base_model import files_to_copy
+from pipeline.formats.base_model import config_ties, files_to_copy, untie
 from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, read_header, tensor_bytes, write_safetensors
-from pipeline.model.stage import Stage
+from pipeline.model.stage import Stage, tied_head
 from pipeline.training.checkpoint import CheckpointError, is_disk_full
 from pipeline.training.engine import Place
 
@@ -67,7 +67,7 @@ def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torc
             tensors = {
                 name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).contiguous()
                 for name, t in stage.model.state_dict().items()
-                if not (name == "lm_head.weight" and stage.model.config.tie_word_embeddings)
+                if name not in tied_head(stage.model)
             }
             save_file(tensors, temporary / shard_name, metadata={"format": "pt"})
             (temporary / shard_name).chmod(0o644)
@@ -84,6 +84,8 @@ def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torc
             shutil.copyfile(base / file, temporary / file)
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
+        if config_ties(config) is not False and not tied_head(stage.model):
+            untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
         write_json(
             temporary / "config.json", {**config, "dtype": str(dtype or stage.model.dtype).removeprefix("torch.")}
         )
