@@ -111,28 +111,24 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     Also refused: nesting beyond DEPTH_LIMIT, by brackets or by dotted keys, and integers of more than 64 bits.
     """
     try:
-        value = tomli.loads(text)
-        check_toml(value)
-    except RecursionError:
-        raise UserError(f"{where} is not valid TOML: it nests deeper than any configuration.") from None
+        return toml_value(text)
     except ValueError as error:
         raise UserError(f"{where} is not valid TOML: {printable(error)}") from None
+
+
+def toml_value(text: str) -> dict[str, Any]:
+    """As `parse_toml`, for whom knows what to say: raises tomli.TOMLDecodeError, or ValueError for the limits."""
+    try:
+        value = tomli.loads(text)
+    except RecursionError:
+        raise ValueError(f"it nests more than {DEPTH_LIMIT} deep") from None
+    check_toml(value)
     return value
 
 
-def check_toml(value: dict[str, Any]) -> None:
-    """Raise ValueError where tables nest too deep or an integer has more than 64 bits."""
+def check_toml(value: Any) -> None:
+    """Raise ValueError where tables nest too deep, an integer has more than 64 bits, or a text holds a NUL."""
     _check(value, DEPTH_LIMIT, TOML_INTEGERS)
-
-
-def read_toml(file: Path, what: str) -> dict[str, Any]:
-    """The TOML document in `file`, UTF-8. Raises UserError, saying `what` the file is for, where there is none."""
-    raw = read_bytes(file, what, TOML_LIMIT_BYTES)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{printable(file)} is not valid TOML: {error}") from None
-    return parse_toml(text, printable(file))
 
 
 def read_front_matter(file: Path) -> dict[str, Any]:
@@ -168,7 +164,10 @@ def _integer(digits: str) -> int:
 
 
 def _check(value: Any, depth_limit: int, integers: range | None = None) -> None:
-    """Raise ValueError where `value` nests deeper than `depth_limit`, or holds what is no text or not in `integers`."""
+    """Raise ValueError where `value` nests deeper than `depth_limit`, or holds what is no text.
+
+    With `integers`, of a configuration: also for others than these, and a NUL in a text.
+    """
     level, depth = [value], 0
     seen: set[int] = set()  # a YAML mapping may hold itself, or one thing a billion times
     while level:
@@ -188,6 +187,8 @@ def _check(value: Any, depth_limit: int, integers: range | None = None) -> None:
             elif isinstance(one, str):
                 if _SURROGATE.search(one):
                     raise ValueError(f"'{printable(one, 40)}' holds half of a surrogate pair, which is no text")
+                if integers is not None and "\0" in one:
+                    raise ValueError(f"'{printable(one, 40)}' holds a NUL, which no name or path has")
             elif integers is not None and isinstance(one, int) and one not in integers:
                 raise ValueError("an integer of more than 64 bits")
         level, depth = inner, depth + 1

@@ -25,15 +25,15 @@ DIFFERENT = re.compile(
 TOGETHER_S = 5.0  # of all names that one pattern has met; an honest one takes microseconds for each
 
 
-def matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str, where: str) -> bool:
     """Whether `pattern` describes `name`, or its end after a dot: PEFT's `re.match(rf"(.*\\.)?({pattern})$", name)`.
 
-    Raises UserError where `pattern` is no regular expression, or takes too long.
+    `where`: the key with which a message begins. Raises UserError where `pattern` is no regular expression, or takes too long.
     """
     try:
         return _matcher(pattern).match(name)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def check(pattern: str) -> None:

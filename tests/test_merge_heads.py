@@ -117,7 +117,9 @@ def test_layers_leave_head_and_embedding_out(bases, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", BASES)
 @pytest.mark.parametrize("which", ["embedding", "head and embedding"])
-def test_a_changed_embedding_beside_an_adapter_is_loaded_as_peft_loads_it(bases, tmp_path: Path, case: str, which) -> None:
+def test_a_changed_embedding_beside_an_adapter_is_loaded_as_peft_loads_it(
+    bases, tmp_path: Path, case: str, which
+) -> None:
     """save_embedding_layers writes them and announces nothing; on a tied base PEFT loads both into the one tensor."""
     adapter(bases[case], tmp_path / "adapter", target_modules=["down_proj"])
     file, other = tmp_path / "adapter" / "adapter_model.safetensors", torch.randn(96, 32)

@@ -37,6 +37,7 @@ TORCH_DTYPES = FLOATS | {
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
 MOST_DIMENSIONS, LARGEST = 64, 2**63 - 1  # of torch's tensors; of a size or a place
+LONGEST_NAME = 1000  # characters of a tensor's name
 PIECE_BYTES = 4 * 2**20  # of a tensor in memory at a time: enough for the speed of a disk, small beside real tensors
 
 
@@ -111,8 +112,8 @@ def _metadata(shown: str, metadata: object) -> dict[str, str] | None:
 def _entry(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
     """One tensor of the header. Raises UserError where what is said of it is not what the format asks for."""
     where = f"{printable(file)}: the header's entry '{printable(name)}'"
-    if has_controls(name):
-        raise UserError(f"{where} has a name with control characters in it. The file is damaged.")
+    if has_controls(name) or len(name) > LONGEST_NAME:
+        raise UserError(f"{where} has a name with control characters in it, or a very long one. The file is damaged.")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{where} is not a dtype, a shape and data_offsets. The file is damaged.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

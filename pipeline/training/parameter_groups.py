@@ -76,11 +76,11 @@ def values_of(name: str, specials: Sequence[Special]) -> Mapping[str, Any]:
 def check(specials: Sequence[Special], names: Collection[str]) -> None:
     """UserError for a pattern that matches none of `names`, the trained parameters of the whole model."""
     for pattern in (pattern for special in specials for pattern in special.names):
-        if not any(matches(pattern, name) for name in names):
+        if not any(matches(pattern, name, "optimizer.groups") for name in names):
             raise UserError(
                 f"optimizer.groups: '{pattern}' names no parameter that is trained; there are {', '.join(sorted(names)[:3])}, …"
             )
 
 
 def _names(special: Special, name: str) -> bool:
-    return any(matches(pattern, name) for pattern in special.names)
+    return any(matches(pattern, name, "optimizer.groups") for pattern in special.names)

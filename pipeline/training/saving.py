@@ -5,7 +5,6 @@ puts the folder in place.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from pipeline.artifacts.adapter_files import write_json
 from pipeline.console import EXIT_DISK_FULL
 from pipeline.files import whole_folder
+from pipeline.foreign import read_object
 from pipeline.formats.base_model import config_ties, files_to_copy, untie
 from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, read_header, tensor_bytes, write_safetensors
 from pipeline.model.stage import Stage, tied_head
@@ -82,7 +82,7 @@ def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torc
         for file in files_to_copy(base):
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, temporary / file)
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config = read_object(base / "config.json", "the base's configuration")
         config.pop("torch_dtype", None)
         if config_ties(config) is not False and not tied_head(stage.model):
             untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
