@@ -104,7 +104,8 @@ def additive_form(
     scaling = max((pair.scaling for pair in adapter.pairs.values()), key=abs)
     if scaling == 0:
         raise UserError(f"{adapter.folder}: its scaling is 0, so it changes nothing: there is nothing to export.")
-    full, tied = _full(base, adapter)
+    base, (alone,), _ = settled(base, [adapter])
+    full, tied = _full(adapter, alone)
     where = places(base, [f"{module}.weight" for module in adapter.modules])
     targets = []
     for module, pair in adapter.pairs.items():
@@ -119,10 +120,13 @@ def additive_form(
     return AdditiveForm(found, tuple(targets), rank, scaling, dtype, tuple(doubts(plan)), full, tied)
 
 
-def _full(base: Base, adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _full(adapter: Adapter, alone: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """What was trained in full, and the copies of a tied head. Raises UserError where it is not of whole modules of their
-    own, which is what a reader can put in the place of the base's."""
-    full = settled(base, [adapter])[1][0].full
+    own, which is what a reader can put in the place of the base's.
+
+    `alone`: the adapter without copies of a head or embedding.
+    """
+    full = alone.full
     for name in full:
         module = name.rpartition(".")[0]
         if module in adapter.modules or f"{module}.weight" not in full:

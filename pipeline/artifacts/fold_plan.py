@@ -130,7 +130,7 @@ def plan_fold(
     if base_dtype and not base_quant:
         raise UserError("--base-dtype is of the weights that --base-quant rounds to 4 bits: give both, or --dtype.")
     alone = len(adapters) == 1
-    settled_base, adapters, apart = settled(base, adapters)
+    settled_base, adapters, apart = settled(base, adapters, unmerge=unmerge)
     parts = tuple(
         match(settled_base, adapter, kind=kind, kind_is_meant=alone, scale=scale, layers=layers)
         for adapter, scale in zip(adapters, scales, strict=True)

@@ -21,9 +21,12 @@ HEAD = "lm_head"
 BLOCK_ITEMS = 2**19
 
 
-def settled(base: Base, adapters: Sequence[Adapter]) -> tuple[Base, list[Adapter], bool]:
-    """The base and the adapters of a fold, and whether head and embedding of a base that ties them come out apart."""
-    adapters = [without_copies(base, adapter) for adapter in adapters]
+def settled(base: Base, adapters: Sequence[Adapter], *, unmerge: bool = False) -> tuple[Base, list[Adapter], bool]:
+    """The base and the adapters of a fold, and whether head and embedding of a base that ties them come out apart.
+
+    With `unmerge` the base is a fold's result: what lies beneath a pair is then what the inverse gives, and no part of it.
+    """
+    adapters = [without_copies(base, adapter, unmerge=unmerge) for adapter in adapters]
     embedding = embedding_of(base)
     stored = f"{HEAD}.weight" in base.tensors
     if stored and config_ties(base.config) is not False and not _embeddings(base):
@@ -68,7 +71,7 @@ def touches(adapter: Adapter) -> bool:
     return any(module == HEAD or is_embedding(module) for module in modules)
 
 
-def without_copies(base: Base, adapter: Adapter) -> Adapter:
+def without_copies(base: Base, adapter: Adapter, *, unmerge: bool) -> Adapter:
     """The adapter without what lies beside it and is the base's own: embedding or head, perhaps in a narrower dtype.
 
     Raises UserError for a copy that is not the base's, of another shape.
@@ -82,7 +85,8 @@ def without_copies(base: Base, adapter: Adapter) -> Adapter:
     same = {
         name
         for name in adapter.copied
-        if name in found and _holds(base.tensors[found[name].tensor], adapter.full[name])
+        if (name in found and _holds(base.tensors[found[name].tensor], adapter.full[name]))
+        or (unmerge and name.rpartition(".")[0] in adapter.pairs)
     }
     full = {name: tensor for name, tensor in adapter.full.items() if name not in same}
     return replace(adapter, full=full, copied=adapter.copied - same)

@@ -25,7 +25,8 @@ HEADS = ("lm_head", "embed_out")
 def read_full(
     folder: Path, rest: dict[str, torch.Tensor], config: dict[str, Any], own: dict[str, Any], expected: str
 ) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
-    """{name in the model: tensor}, and those of the names that nothing announces, which are of embedding or head.
+    """{name in the model: tensor}, and those of the names that nothing announces, or that lie beneath an adapter of the same
+    module: of embedding or head.
 
     `expected`: in words, what a tensor would have to be that is none of these.
 
@@ -58,7 +59,10 @@ def read_full(
     for name, tensor in named.items():
         if not holds_numbers(tensor):
             raise UserError(f"{folder}: {name} holds NaN or infinite values, or integers. Its training diverged.")
-    return named, frozenset(unannounced)
+    beneath = {_plain(name) for name in rest if ".base_layer." in name}
+    return named, frozenset(
+        [*unannounced, *(n for n in beneath if last_name(n.rpartition(".")[0]) in EMBEDDINGS + HEADS)]
+    )
 
 
 def last_name(module: str) -> str:
