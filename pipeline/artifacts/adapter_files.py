@@ -191,10 +191,13 @@ def public_name(base_model: str) -> str:
     return Path(os.path.abspath(os.path.expanduser(base_model))).name
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Write `content` as JSON with an indent of 2, fsynced."""
+def write_json(file: Path, content: Any, *, allow_nan: bool = False) -> None:
+    """Write `content` as JSON with an indent of 2, fsynced. Raises ValueError for NaN and infinities.
+
+    `allow_nan`: write them as Python does, and transformers in a model's config (Mamba's time_step_limit has Infinity).
+    """
     with file.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        stream.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 

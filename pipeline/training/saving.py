@@ -86,9 +86,8 @@ def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torc
         config.pop("torch_dtype", None)
         if config_ties(config) is not False and not tied_head(stage.model):
             untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
-        write_json(
-            temporary / "config.json", {**config, "dtype": str(dtype or stage.model.dtype).removeprefix("torch.")}
-        )
+        config["dtype"] = str(dtype or stage.model.dtype).removeprefix("torch.")
+        write_json(temporary / "config.json", config, allow_nan=True)
 
     _together(folder, place, write_shard, finish)
 
