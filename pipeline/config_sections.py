@@ -3,7 +3,6 @@
 Every key with its default, unit, bound and meaning, as in pipeline/config.py, which has the top level.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,13 +16,12 @@ from pydantic import (
     PositiveInt,
 )
 
+from pipeline import patterns
+
 
 def regular_expression(pattern: str) -> str:
     """`pattern`, or ValueError where it is none."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+    patterns.check(pattern)
     return pattern
 
 

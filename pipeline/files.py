@@ -147,9 +147,12 @@ def write_text(file: Path, text: str) -> None:
     sync(file.parent)
 
 
-def write_json(file: Path, content: Any, indent: int = 2) -> None:
-    """Write `content` as JSON, whole as by `write_text`. Raises ValueError for what JSON lacks (NaN, infinity)."""
-    write_text(file, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(file: Path, content: Any, indent: int = 2, *, allow_nan: bool = False) -> None:
+    """Write `content` as JSON, whole as by `write_text`. Raises ValueError for what JSON lacks (NaN, infinity).
+
+    `allow_nan`: write them as Python does, and transformers in a model's config (Mamba's time_step_limit has Infinity).
+    """
+    write_text(file, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def open_locked(path: Path, output: Path) -> int:

@@ -181,12 +181,12 @@ def adapter_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A sort key that puts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def public_name(base_model: str) -> str:
     """A Hub id (`owner/name`) as it is; of a path, the last part: an adapter that is shared tells no private paths."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists():
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not os.path.exists(base_model):
         return base_model
     return Path(os.path.abspath(os.path.expanduser(base_model))).name
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
-from pipeline.foreign import printable
+from pipeline.foreign import printable, read_by_library, read_object
 from pipeline.formats.base_model import HEAD, has_weights, head_of, read_base
 from pipeline.kernels.cross_entropy import LogitTransform
 
@@ -65,10 +65,9 @@ def read_model_config(folder: str) -> PretrainedConfig:
         raise UserError(
             f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format{gguf}"
         )
-    try:
+    read_object(Path(folder) / "config.json", "the model's configuration")  # so that what is no JSON is told as such
+    with read_by_library(f"model = '{folder}': transformers cannot read its config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model = '{folder}': transformers cannot read its config.json: {error}") from error
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
         raise UserError(f"model = '{folder}' is quantised ({method}), which is not built yet; give the 16-bit model")
