@@ -30,9 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optimizer.lr=1e-5"
     )
-    parser.add_argument(
-        "--check", action="store_true", help="validate and resolve everything that needs no weights, then end"
-    )
+    parser.add_argument("--check", action="store_true", help="resolve everything that needs no weights, then end")
     parser.add_argument(
         "--plan",
         action="store_true",
@@ -54,6 +52,12 @@ def parse() -> argparse.Namespace:
         raise UserError("--config is missing: give a TOML file, in the current folder or in configs/")
     if arguments.preview is not None and arguments.preview < 1:
         raise UserError(f"--preview {arguments.preview}: give a number of chunks, 1 or more")
+    if arguments.plan and (arguments.check or arguments.preview is not None):
+        raise UserError(
+            "--plan, --check and --preview each end the program: give one (--plan checks the model as well)"
+        )
+    if arguments.devices and not arguments.plan:
+        raise UserError("--devices names the GPUs of a --plan: add --plan, or leave it out")
     return arguments
 
 

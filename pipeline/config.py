@@ -16,6 +16,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -31,7 +32,7 @@ from pipeline.config_sections import (
     not_built,
     regular_expression,
 )
-from pipeline.layers import layer_ranges
+from pipeline.layers import as_ranges, layer_ranges
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Pattern = Annotated[str, AfterValidator(regular_expression)]
@@ -204,6 +205,27 @@ class Config(Section):
             layer_ranges(value)
         return value
 
+    @field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _layers_are_text(cls, value: Any) -> Any:
+        if isinstance(value, list) and value and all(type(layer) is int and layer >= 0 for layer in value):
+            raise ValueError(f"layers are written as text: layers_to_transform = '{as_ranges(value)}'")
+        return value
+
+    @field_validator("resume_from_checkpoint", mode="before")
+    @classmethod
+    def _resume_is_no_word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().lower() in ("true", "false", "yes", "no", "none", "null", ""):
+            raise ValueError("write true or false without quotes; text is the path of a run or a checkpoint")
+        return value
+
+    @field_validator("datasets", "eval_datasets", mode="before")
+    @classmethod
+    def _datasets_are_several(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, dict):
+            raise ValueError(f"is one table; write [[{info.field_name}]] with double brackets, once for each dataset")
+        return value
+
     @model_validator(mode="after")
     def _rules_between_keys(self) -> Self:
         problems = list(self._conflicts())
@@ -230,6 +252,10 @@ class Config(Section):
         yield from config_publishing.conflicts(self.after_training, self.hub_model_id, self.full_fine_tune)
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
+        evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
+        for key in () if evaluates else ("eval_steps", "eval_before_first_step", "eval_after_last_step"):
+            if getattr(self, key):
+                yield f"{key}: there is nothing to evaluate; give datasets.0.eval_size or [[eval_datasets]], or remove it"
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_stages:
             yield f"layers_per_stage: has {len(self.layers_per_stage)} entries, but pipeline_stages = {self.pipeline_stages}"
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
@@ -252,7 +278,7 @@ class Config(Section):
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
             if dataset.eval_split == "document" and not dataset.eval_size:
-                yield f"datasets[{number}].eval_split: 'document' holds nothing out without eval_size"
+                yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 

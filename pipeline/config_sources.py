@@ -8,6 +8,7 @@ import copy
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import tomli
 import tomli_w
 from pydantic import ValidationError
 
+from pipeline import config_peers, config_toml
 from pipeline.config import Config
+from pipeline.config_doubts import doubts
 from pipeline.config_refused import REFUSED
 from pipeline.config_sections import Bnb, Dataset, EvalDataset, Optimizer, ParameterGroup, Quantization, Section
-from pipeline.console import UserError
+from pipeline.console import UserError, warn
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
 JSON_KEYS = {
@@ -31,6 +34,7 @@ SECTIONS: dict[str, type[Section]] = {
     "optimizer": Optimizer, "datasets": Dataset, "eval_datasets": EvalDataset, "quantization": Quantization,
     "quantization.bnb": Bnb, "optimizer.groups": ParameterGroup,
 }  # fmt: skip
+UNKNOWN = "unknown key."
 # What pydantic puts into the place of an error to say which member of a union it tried.
 BRANCHES = {"function-after", "bool", "str", "float", "int", "list[str]", "literal['all-linear']", "literal['unsloth']"}
 # Stands in for a required key that is wrong or missing, so that the rules between the other keys are still checked.
@@ -43,14 +47,14 @@ STAND_INS: dict[str, Any] = {
 def load(path: str, deepspeed_json: str | None = None, overrides: list[str] | None = None) -> Config:
     """The validated configuration in `path`, with a DeepSpeed JSON and `key=value` overrides applied."""
     source = find(path)
-    try:
-        raw = tomli.loads(source.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} is not valid TOML: {error}") from error
+    raw = config_toml.read(source)
     problems = _merge_json(raw, deepspeed_json) if deepspeed_json else []
     for override in overrides or []:
         _apply_override(raw, override)
-    return validate(raw, str(source), problems)
+    config = validate(raw, str(source), problems)
+    for line in doubts(config):
+        warn(line)
+    return config
 
 
 def find(path: str) -> Path:
@@ -72,14 +76,17 @@ def validate(raw: dict[str, Any], where: str, problems: list[str] | None = None)
     except ValidationError as error:
         problems += _explain(error) + _explain_rest(error, raw)
     if problems:
-        raise UserError(f"{where} has {len(problems)} problem(s):\n" + "\n".join(f"  {p}" for p in problems))
+        lines = [*problems, *_valid_keys(problems)]
+        raise UserError(f"{where} has {len(problems)} problem(s):\n" + "\n".join(f"  {line}" for line in lines))
     return config
 
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML: every key that has a value, defaults included. `load` reads it back."""
-    adapter_only = {"adapter_type"} if config.full_fine_tune else set()
-    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude=adapter_only))
+    idle = {"adapter_type"} if config.full_fine_tune else set()
+    if config.batch_size_tokens:
+        idle.add("micro_batch_size_per_gpu")
+    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude=idle))
 
 
 def schema() -> str:
@@ -108,7 +115,7 @@ def _explain(error: ValidationError) -> list[str]:
         loc = [part for part in e["loc"] if part not in BRANCHES]
         key = _dotted(loc)
         if e["type"] == "extra_forbidden":
-            lines[f"{key}: unknown key. {_nearest(loc)}"] = []
+            lines[f"{key}: {UNKNOWN}{_nearest(loc)}"] = []
         elif e["type"] == "missing":
             lines[f"{key}: required, but not given"] = []
         elif not loc:
@@ -143,26 +150,36 @@ def _explain_rest(error: ValidationError, raw: dict[str, Any]) -> list[str]:
 
 
 def _nearest(loc: list[Any]) -> str:
-    table = ".".join(part for part in loc[:-1] if isinstance(part, str))
+    """What to write instead of an unknown key; nothing where no good match is known."""
+    table, key = ".".join(part for part in loc[:-1] if isinstance(part, str)), str(loc[-1])
     model: type[Section] = SECTIONS.get(table, Config)
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-    elsewhere = [s for s, m in SECTIONS.items() if loc[-1] in m.model_fields and m is not model]
-    if elsewhere:
-        table = elsewhere[0]
-        return (
-            f"It belongs into [[{table}]]." if table.endswith(("datasets", "groups")) else f"It belongs into [{table}]."
-        )
-    if len(loc) > 1 and loc[-1] in Config.model_fields:
-        return "It belongs to the top level, above the first [table]."
-    return f"Did you mean '{close[0]}'?" if close else f"Valid keys: {', '.join(known)}."
+    if told := config_peers.in_table(table, key):
+        return f" {told}"
+    if elsewhere := [s for s, m in SECTIONS.items() if key in m.model_fields and m is not model]:
+        brackets = "[[{}]]" if elsewhere[0].endswith(("datasets", "groups")) else "[{}]"
+        return f" It belongs in {brackets.format(elsewhere[0])}."
+    if table and key in Config.model_fields:
+        return " It belongs at the top level, above the first [table]."
+    if told := config_peers.anywhere(key):
+        return f" {told}"
+    close = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.75)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _valid_keys(problems: list[str]) -> Iterator[str]:
+    """The keys of each table in which an unknown key has no suggestion, once."""
+    tables = {
+        re.sub(r"\.\d+", "", problem.partition(": ")[0]).rpartition(".")[0]
+        for problem in problems
+        if problem.endswith(UNKNOWN)
+    }
+    for table in sorted(tables):
+        yield f"Valid keys {f'in [{table}]' if table else 'at the top level'}: {', '.join(SECTIONS.get(table, Config).model_fields)}."
 
 
 def _dotted(loc: list[Any]) -> str:
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
+    """A key as --set takes it: `datasets.0.sequence_len`."""
+    return ".".join(map(str, loc))
 
 
 def _shown(value: Any) -> str:

@@ -43,7 +43,7 @@ TARGETS = [f"model.layers.{n}.mlp.down_proj" for n in range(3)]
     [
         ({"after_training": ["merge", "merge"]}, "after_training: 'merge' is named more than once"),
         ({"after_training": ["push"]}, "after_training: 'push' needs hub_model_id"),
-        ({"after_training": ["merg"]}, "after_training[0] = \"merg\": input should be 'merge', 'export:peft'"),
+        ({"after_training": ["merg"]}, "after_training.0 = \"merg\": input should be 'merge', 'export:peft'"),
         ({"after_training": "merge"}, 'after_training = "merge": input should be a valid list'),
         ({"hub_model_id": "no-owner"}, 'hub_model_id = "no-owner": not a repository\'s id on the Hub'),
         ({"hub_model_id": "/home/me/model"}, 'hub_model_id = "/home/me/model": not a repository\'s id'),

@@ -21,7 +21,7 @@ from tests.helpers_config import problems, small, with_key
     ("table", "key", "nearest"),
     [
         ("", "epoch", "'epochs'"), ("", "gradient_acumulation_steps", "'gradient_accumulation_steps'"),
-        ("", "micro_batch_size", "'micro_batch_size_per_gpu'"), ("", "layers_to_transfrom", "'layers_to_transform'"),
+        ("", "layers_to_transfrom", "'layers_to_transform'"),
         ("optimizer", "wieght_decay", "'weight_decay'"), ("datasets", "sequence_length", "'sequence_len'"),
         ("eval_datasets", "dataset_pth", "'dataset_path'"),
     ],
@@ -56,8 +56,8 @@ def test_all_problems_at_once() -> None:
     expected = {
         "use_dora": "no meaning with adapter_type", "lora_rank = -1": "greater than 0", "epochz": "Did you mean 'epochs'",
         "activation_checkpointing = \"cpu\"": "'unsloth'", "layers_to_transform = \"5:2\"": "'2:5'",
-        "optimizer.lrr": "Did you mean 'lr'", "datasets[0].dataset_type = \"axolotl\"": "'textfile' or 'doclist'",
-        "datasets[0].sequence_len = 1": "greater than or equal to 2",
+        "optimizer.lrr": "Did you mean 'lr'", "datasets.0.dataset_type = \"axolotl\"": "'textfile' or 'doclist'",
+        "datasets.0.sequence_len = 1": "greater than or equal to 2",
         # rules between keys, in the same message
         "lora_alpha": "required unless full_fine_tune", "layers_per_stage": "3 entries, but pipeline_stages = 2",
         "warmup_steps": "neither a whole number", "optimizer.lr_min": "above optimizer.lr",
@@ -250,7 +250,7 @@ def test_values_of_qlora_pipe_that_are_not_built_are_refused_by_name() -> None:
         raw = small()
         raw["datasets"] = [{**raw["datasets"][0], "dataset_type": kind}]
         (line,) = problems(raw)
-        assert line.startswith(f'datasets[0].dataset_type = "{kind}": datasets of this type are not built yet')
+        assert line.startswith(f'datasets.0.dataset_type = "{kind}": datasets of this type are not built yet')
 
 
 def test_names_that_datasets_get_by_default_count_too() -> None:

@@ -9,6 +9,7 @@ One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once
 (here the positions) follow behind it.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.foreign import printable
 from pipeline.kernels.cross_entropy import LogitTransform
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,10 +55,11 @@ LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
 def read_model_config(folder: str) -> PretrainedConfig:
     """config.json of a model folder. Never runs code from it. UserError if there is none, or its weights are quantised."""
     if not Path(folder).is_dir():
-        raise UserError(f"model = '{folder}': no such folder; download the model first and give its folder")
+        raise UserError(f"model = '{printable(folder)}': {_no_folder(folder)}")
     if not (Path(folder) / "config.json").is_file():
+        gguf = " (a GGUF file is no such model: its weights are packed for inference)" if _has_gguf(folder) else ""
         raise UserError(
-            f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format"
+            f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format{gguf}"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -65,7 +68,31 @@ def read_model_config(folder: str) -> PretrainedConfig:
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
         raise UserError(f"model = '{folder}' is quantised ({method}), which is not built yet; give the 16-bit model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model = '{folder}': model_type '{config.model_type}' is an encoder-decoder; what is trained here predicts the "
+            "next token (a decoder: llama, mistral, cohere, qwen, gemma and their like)"
+        )
     return config
+
+
+def _no_folder(given: str) -> str:
+    """What to do about a `model` that is no folder."""
+    if given.lower().endswith(".gguf"):
+        return "a GGUF file's weights are packed for inference; give the folder of the original model, in Hugging Face's format"
+    if Path(given).is_file():
+        return "this is a file; give the folder it is in"
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", given):
+        name = given.split("/")[1]
+        return (
+            "no such folder. If it is the model's name on the Hub, download it first: "
+            f"hf download {given} --local-dir {name}, and write model = '{name}'"
+        )
+    return "no such folder; download the model first and give its folder"
+
+
+def _has_gguf(folder: str) -> bool:
+    return any(Path(folder).glob("*.gguf"))
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:

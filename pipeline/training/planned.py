@@ -100,7 +100,7 @@ def show(config: Config, described: str | None) -> int:
 
 def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
-    there = _described(described) if described else _devices_here(config, plan)
+    there = _described(described, config.pipeline_stages) if described else _devices_here(config, plan)
     cost_of = costs(config, plan.targets, Level, there.on_gpu)
     shape, keeping, budget = shape_of(config, len(there.usable)), keeping_of(config), host_bytes(config)
     given = (config.layers_per_stage or keeping) and shape.stages == config.pipeline_stages
@@ -260,15 +260,17 @@ class _There(NamedTuple):
     on_gpu: bool
 
 
-def _described(text: str) -> _There:
+def _described(text: str, stages: int) -> _There:
     named = devices.parse(text)
-    return _There(
-        [d.usable_bytes for d in named],
-        [d.name for d in named],
-        devices.published_rates(named),
-        ASSUMED_HOST_BYTES,
-        True,
-    )
+    if len(named) != stages:
+        replicas = len(named) // stages
+        more = f"; {replicas} replicas are planned as one, over {stages}" if len(named) == replicas * stages else ""
+        raise UserError(
+            f"--devices '{text}' names {len(named)} GPU(s), but pipeline_stages = {stages}: give one for each stage{more}, "
+            f"or --set pipeline_stages={len(named)}"
+        )
+    usable, names = [d.usable_bytes for d in named], [d.name for d in named]
+    return _There(usable, names, devices.published_rates(named), ASSUMED_HOST_BYTES, True)
 
 
 def _devices_here(config: Config, plan: ModelPlan) -> _There:

@@ -4,6 +4,7 @@ Takes the config; gives what it resolves to (layers, targets, stages, rows) or o
 the same outcome; the first to come builds the data cache, the others find it.
 """
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
-from pipeline.console import UserError, gib, say
+from pipeline.console import UserError, gib, say, warn
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
@@ -23,6 +24,7 @@ from pipeline.model import adapters, partition, trained_modules
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.model.weights import check_saved_as_run, tensor_files
 from pipeline.training import adapter_families, initial_full_tensors, parameter_groups, stage_parts
+from pipeline.training.schedule import warmup_steps
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
@@ -260,6 +262,12 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     )
     epochs = f"{config.epochs} epoch(s) of {steps} steps" if config.epochs else "max_steps"
     limit = f", at most {config.max_steps} steps" if config.max_steps else ""
+    total = min(config.max_steps or math.inf, (config.epochs or math.inf) * steps)
+    if (warmup := warmup_steps(config.warmup_steps, steps)) >= total:
+        warn(
+            f"warmup_steps: {warmup} steps of warmup in a run of {total:.0f}: the learning rate never reaches "
+            f"optimizer.lr = {config.optimizer.lr:g}; give fewer"
+        )
     say(
         f"the run:  {epochs}{limit}; warmup {config.warmup_steps:g}, then {config.lr_scheduler} at lr {config.optimizer.lr:g}"
     )
