@@ -7,10 +7,11 @@ kind of module that has one must run, and its parameters must get a gradient. Us
 
 import re
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
@@ -19,7 +20,9 @@ from pipeline.model.stage import Stage, logit_transform
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.model.unsupported import named
 
-TOLERANCE = 1e-5  # of the largest logit. A cut of a model that allows it is exact; one that does not is off by percents.
+TOLERANCE = (
+    1e-5  # of the largest logit. A cut of a model that allows it is exact; one that does not is off by percents.
+)
 
 
 def check(
@@ -47,21 +50,24 @@ def check(
 
 def _check_cut(whole: PreTrainedModel, logits: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
     kind, n_layers = whole.config.model_type, len(whole.base_model.layers)
-    doing = f"cutting it into {len(ranges)} stages" if len(ranges) > 1 else "running it as one stage"
-    with torch.no_grad(), named(kind, f"{doing}, tried on a tiny copy,"):
-        if (off := _difference(_logits(_stages(whole, ranges)), logits)) <= TOLERANCE:
-            return
-        alone = off if len(ranges) == 1 else _difference(_logits(_stages(whole, [(0, n_layers)])), logits)
+    try:
+        with torch.no_grad(), named(kind, "running it as one stage, tried on a tiny copy,"):
+            alone = _difference(_logits(_stages(whole, [(0, n_layers)])), logits)
+        with torch.no_grad(), named(kind, f"cutting it into {len(ranges)} stages, tried on a tiny copy,"):
+            off = _difference(_logits(_stages(whole, ranges)), logits) if len(ranges) > 1 else alone
+    except UserError as error:
+        raise UserError(f"{error}; use pipeline_stages = 1" if len(ranges) > 1 else str(error)) from error
     if alone > TOLERANCE:
         raise UserError(
             f"model_type '{kind}' changes its logits in a way this program does not know; "
             "training it would minimise another loss than the model's own"
         )
-    raise UserError(
-        f"model_type '{kind}' cannot be cut into stages: on a tiny copy the logits of {len(ranges)} stages differ from the "
-        f"whole model's by {off:.2g} of the largest, because more than one hidden state goes from layer to layer, or what "
-        "comes before the first layer or after the last is done on every stage; use pipeline_stages = 1"
-    )
+    if off > TOLERANCE:
+        raise UserError(
+            f"model_type '{kind}' cannot be cut into stages: on a tiny copy the logits of {len(ranges)} stages differ from "
+            f"the whole model's by {off:.2g} of the largest. More than one hidden state goes from layer to layer, or what "
+            "comes before the first layer or after the last is done on every stage; use pipeline_stages = 1"
+        )
 
 
 def _check_adapters(
@@ -91,9 +97,27 @@ def _check_adapters(
 
 
 def _stages(whole: PreTrainedModel, ranges: Sequence[tuple[int, int]]) -> list[Stage]:
-    """Stages of copies that share the model's tensors."""
-    shared = {id(t): t for t in (*whole.parameters(), *whole.buffers())}
-    return [Stage(deepcopy(whole, dict(shared)), first, end).eval() for first, end in ranges]  # type: ignore[arg-type]
+    return [Stage(_to_cut(whole, first, end), first, end).eval() for first, end in ranges]
+
+
+def _to_cut(whole: PreTrainedModel, first: int, end: int) -> PreTrainedModel:
+    """A copy that shares the model's tensors, of which a Stage of layers [first, end) may be made and given adapters.
+
+    Only what that changes is copied: the model, its base, and these layers.
+    """
+    model, base, layers = _shallow(whole), _shallow(whole.base_model), whole.base_model.layers
+    shared = {id(t): t for t in (*layers.parameters(), *layers.buffers())} | {id(whole.config): whole.config}
+    own = [deepcopy(layer, dict(shared)) if first <= i < end else layer for i, layer in enumerate(layers)]
+    base.layers = nn.ModuleList(own)
+    setattr(model, model.base_model_prefix, base)
+    return model  # type: ignore[no-any-return]
+
+
+def _shallow(module: Any) -> Any:
+    new = copy(module)
+    for table in ("_modules", "_parameters", "_buffers"):
+        new.__dict__[table] = dict(new.__dict__[table])
+    return new
 
 
 def _logits(stages: list[Stage], backward: bool = False) -> Tensor:

@@ -23,7 +23,9 @@ MOST_WEIGHTS = 150_000_000  # of a copy: 600 MB in fp32
 POOL = (1 << 20) + 7  # random numbers of which all weights are made; no multiple of a usual size, so that rows differ
 
 HEAD_COUNT = re.compile(r"(^|_)(n|num)_(\w+_)?heads?$")
-INNER_WIDTH = re.compile(r"(intermediate_(size|dim)|ffn_(hidden_size|dim|size)|lora_rank|router_hidden_size|hidden_size_per_layer_input)$")
+INNER_WIDTH = re.compile(
+    r"(intermediate_(size|dim)|ffn_(hidden_size|dim|size)|lora_rank|router_hidden_size|hidden_size_per_layer_input)$"
+)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 GROUPS = ("n_group", "num_expert_group")
@@ -54,6 +56,7 @@ def tiny_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, Tensor]:
             if sum(p.numel() for p in model.parameters()) > MOST_WEIGHTS:
                 raise ValueError("the smallest copy is too large")
             fill(model)
+            model.tie_weights()  # `meta` parts what is tied
             logits = model.eval()(input_ids=token_ids(), use_cache=False).logits
             if not torch.isfinite(logits).all() or float(logits.std()) == 0.0:
                 raise ValueError("a copy with random weights gives no finite logits")
@@ -95,7 +98,13 @@ def _parts(config: PretrainedConfig) -> Iterator[Any]:
 
 def _smaller(sizes: dict[str, Any], which: tuple[str, ...]) -> dict[str, Any]:
     """Of a config's values those that become smaller, with what they become."""
-    kinds = {"heads": _fewer_heads, "hidden": _hidden, "widths": _narrower, "experts": _fewer_experts, "windows": _shorter}
+    kinds = {
+        "heads": _fewer_heads,
+        "hidden": _hidden,
+        "widths": _narrower,
+        "experts": _fewer_experts,
+        "windows": _shorter,
+    }
     changed = {name: min(size, VOCABULARY) for name, size in sizes.items() if "vocab_size" in name and _is_size(size)}
     for name, value in sizes.items():
         if name.endswith("token_id") and isinstance(value, int | list):

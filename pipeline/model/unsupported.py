@@ -1,18 +1,21 @@
-"""What transformers, or our own look at a model, raises becomes one message that names the model's type.
+"""What a model's type cannot, or does not, have here: said in one message that names the type.
 
-Takes the model's type and what is being done; within the context any other exception than a UserError becomes one.
+Whatever transformers, or our own look at a model, raises becomes a UserError; the loss of routers, which is not built, is
+said where the model's config asks for it.
 """
 
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.console import UserError
 from pipeline.foreign import printable
 
+ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")  # the keys of their weights
 MACHINE = (MemoryError, torch.OutOfMemoryError, OSError)  # what lacks is the machine's, and failures.py says it
 
 
@@ -34,3 +37,16 @@ def named(model_type: str, doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"model_type '{model_type}': {doing} fails: {reason(error)}") from error
+
+
+def router_loss(config: Any) -> str | None:
+    """A sentence on the loss of the routers that `config` (the model's) asks for and training leaves out, or None."""
+    text = config.get_text_config()
+    asked = {name: weight for name in ROUTER_LOSSES if (weight := getattr(text, name, None))}
+    if not getattr(text, "output_router_logits", False) or not asked:
+        return None
+    return (
+        f"the model's config.json asks for a loss of the routers (output_router_logits = true, "
+        f"{', '.join(f'{name} = {weight:g}' for name, weight in asked.items())}), which is not built: only the next token's "
+        "loss is trained, and the experts' shares of the tokens are not evened out"
+    )
