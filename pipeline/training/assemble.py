@@ -16,9 +16,9 @@ from pipeline.config import Config
 from pipeline.config_sources import to_toml
 from pipeline.console import UserError, gib, say
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.model import activation, adapters, neftune, weights
+from pipeline.model import activation, adapters, neftune, unsupported, weights
 from pipeline.model.packed import saved_bytes
-from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform, tied_head
+from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
 from pipeline.objectives import language_modelling
 from pipeline.training import (
     adapter_families,
@@ -105,14 +105,14 @@ def trainer(
 def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place) -> Stage:
     """Our part of the model with its weights, adapters, kernels and activation memory."""
     first, end = followed.ranges[place.stage]
+    if followed.ranges != plan.ranges:  # chosen by 'auto'
+        prepare.check_tiny(config, plan.targets, followed.ranges)
     stage = Stage(plan.shell, first, end)
-    with engine.agreement(place):
+    with engine.agreement(place), unsupported.named(plan.shell.config.model_type, "putting its stage together"):
         check_room(stage, place)
         stage_parts.put_quantised(stage, config)
         weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
         stage.to(place.device)  # RoPE tables and other buffers
-        if not stage.is_first:
-            check_entry(stage)
         if stage.is_last:
             check_head(stage)
         stage_parts.put_trained(stage, config, plan.targets, plan.in_full)

@@ -7,6 +7,7 @@ the same outcome; the first to come builds the data cache, the others find it.
 import math
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, Streams, split, whole
 from pipeline.foreign import printable
 from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
-from pipeline.model import adapters, partition, trained_modules, weights
+from pipeline.model import adapters, cut_check, partition, trained_modules, unsupported, weights
 from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
 from pipeline.training import adapter_families, data_fits, initial_full_tensors, parameter_groups, stage_parts
 from pipeline.training.schedule import warmup_steps
@@ -61,6 +62,15 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     `resumes`: whether the run goes on from a checkpoint, whatever the config says: then init_adapter is not looked at.
     """
     model_config = read_model_config(config.model)
+    with unsupported.named(model_config.model_type, "looking at its structure"):
+        plan = _plan(config, model_config, resumes)
+    if sentence := unsupported.router_loss(model_config):
+        warn(sentence)
+    check_tiny(config, plan.targets, plan.ranges)
+    return plan
+
+
+def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> ModelPlan:
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
     if quantised := stage_parts.foresee_quantised(shell, config):
         say(f"base:     {len(quantised)} linear layers in {stage_parts.quantisation(config)}")
@@ -79,6 +89,13 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     check_groups(config, targets, tied)
     ranges = cut_into_stages(config, shell, first_trained, in_full)
     return ModelPlan(shell, targets, biased, in_full, tied, ranges)
+
+
+def check_tiny(config: Config, targets: list[str], ranges: list[tuple[int, int]]) -> None:
+    """UserError where a tiny copy of the model, cut into these stages and with adapters in `targets`, computes something
+    else than the whole model, or does not run."""
+    put = partial(adapter_families.inject_for_trial, config=config, targets=targets) if targets else None
+    cut_check.check(read_model_config(config.model), ranges, put)
 
 
 def check_files(config: Config, shell: PreTrainedModel) -> None:
@@ -130,9 +147,14 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], 
     adapter_families.check_fits(config, shell, targets)
     where = "the output of" if config.adapter_type in adapter_families.ON_THE_OUTPUT else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(layers, n_layers)}")
+    adapted = adapters.layers_of(shell, targets)
+    say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(adapted, n_layers)}")
+    for line in adapters.describe_targets(shell, targets, layers):
+        say(f"          {line}")
+    if names == "all-linear" and (left_out := adapters.routers(shell, layers)):
+        say(f"          without {', '.join(left_out)}, which only choose")
     say(f"          {adapter_families.describe(config)}")
-    return targets, layers[0]
+    return targets, adapted[0]
 
 
 def resolve_in_full(config: Config, shell: PreTrainedModel, targets: list[str]) -> list[str]:
@@ -297,10 +319,15 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     )
 
 
-def _key_width(config: PretrainedConfig) -> int:
-    """Heads × head size: what attention's own work is proportional to."""
-    heads = getattr(config, "num_attention_heads", 1)
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+def _key_width(config: PretrainedConfig) -> float:
+    """Heads × head size, of the layers' mean where they differ: what attention's own work is proportional to."""
+    layers = list(getattr(config, "per_layer_config", None) or [config])
+    return sum(map(_width_of_keys, layers)) / len(layers)
+
+
+def _width_of_keys(layer: PretrainedConfig) -> int:
+    heads = getattr(layer, "num_attention_heads", None) or 1
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
 def _active_share(config: PretrainedConfig) -> float:
