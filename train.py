@@ -94,6 +94,7 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
     try:
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
+        watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
         batches = prepare.micro_batches(config, data, place.replica, place.replicas)
         prepare.describe_steps(config, batches, place.replicas)
         with failures.explained(watcher, save=lambda: None):

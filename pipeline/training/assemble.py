@@ -37,6 +37,7 @@ from pipeline.training import (
 from pipeline.training.inner_optimizer import make_inner
 from pipeline.training.metrics import Metrics, at_rest, peak_memory
 from pipeline.training.optimizer import PipelineOptimizer
+from pipeline.training.peers import UNHURRIED
 from pipeline.training.run_state import RunState, restore
 from pipeline.training.saver import Saver
 from pipeline.training.schedule import learning_rate, warmup_steps
@@ -55,7 +56,8 @@ def trainer(
     followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
     stage_parts.import_quantisation(config)
-    stage = build_stage(config, plan, followed, place)
+    with watcher.phase(UNHURRIED):
+        stage = build_stage(config, plan, followed, place)
     optimizer = build_optimizer(config, stage, place)
     adapter_families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
@@ -67,6 +69,7 @@ def trainer(
         optimizer, config.gradient_accumulation_steps, dynamic_shape=batches.fixed_shape is None,
         first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
     )  # fmt: skip
+    engine.announce(pipeline_engine, watcher.doing)
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
     resumed = run_folder.agree_on(resumed, place)

@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from torch import nn
@@ -29,6 +30,22 @@ from pipeline.training import schedule_cuts
 from pipeline.training.optimizer import PipelineOptimizer
 
 MINIMUM_DEEPSPEED = (0, 19, 3)
+# Of a collective. Longer than any pause of a whole run (Ctrl-Z, a container that is paused) and any step: who hangs is
+# found out by peers.py, who has died by the connection.
+TIMEOUT = timedelta(days=7)
+# DeepSpeed's instructions, and whether they wait for another process.
+IN_WORDS = {
+    schedule.LoadMicroBatch: ("reading a micro-batch", False),
+    schedule.ForwardPass: ("the forward pass", False),
+    schedule.BackwardPass: ("the backward pass", False),
+    schedule.OptimizerStep: ("the optimizer's update", False),
+    schedule.SendActivation: ("sending activations", True),
+    schedule.RecvActivation: ("waiting for activations", True),
+    schedule.SendGrad: ("sending gradients", True),
+    schedule.RecvGrad: ("waiting for gradients", True),
+    schedule.ReduceGrads: ("summing gradients", True),
+    schedule.ReduceTiedGrads: ("summing tied gradients", True),
+}
 
 
 class Place(NamedTuple):
@@ -86,7 +103,7 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
         deepspeed.init_distributed(
             accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
             init_method=f"file://{rendezvous}", rank=rank, world_size=world, auto_mpi_discovery=False,
-            timeout=timedelta(minutes=30), verbose=False,
+            timeout=TIMEOUT, verbose=False,
         )  # fmt: skip
     replicas = world // stages
     if column_major:
@@ -142,6 +159,21 @@ def first_trained_stage(trains: bool, place: Place) -> int:
     everyone: list[int] = [0] * place.world
     dist.all_gather_object(everyone, place.stage if trains else place.stages - 1)
     return min(everyone)
+
+
+def announce(engine: PipelineEngine, doing: Callable[[str, bool], None]) -> None:
+    """Call `doing(what, waits)` before each instruction of the schedule, and when it is done: a collective may follow."""
+
+    def announced(words: tuple[str, bool], instruction: Callable[..., None]) -> Callable[..., None]:
+        def execute(engine: PipelineEngine, **arguments: Any) -> None:
+            doing(*words)
+            instruction(engine, **arguments)
+            doing("between two instructions", True)
+
+        return execute
+
+    table = engine._INSTRUCTION_MAP.items()
+    engine._INSTRUCTION_MAP = {kind: announced(IN_WORDS[kind], instruction) for kind, instruction in table}
 
 
 def held_tensors(engine: PipelineEngine, optimizer: PipelineOptimizer) -> list[torch.Tensor]:
