@@ -161,7 +161,7 @@ def test_a_full_disk_is_exit_code_28_and_leaves_nothing(work: Path, run: Callabl
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "fsync", full)
-    refuses(work, run, "disk filled up", format, code=28)
+    refuses(work, run, "the disk is full: more than", format, code=28)
 
 
 def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 
 from pipeline.artifacts import full_tensors
 from pipeline.artifacts.weight_maps import RowMap
-from pipeline.files import whole_folder
+from pipeline.files import whole_folder, write_json
 from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
 
 Kind = Literal["multiplicative_lora", "lora"]
@@ -189,17 +189,6 @@ def public_name(base_model: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not os.path.exists(base_model):
         return base_model
     return Path(os.path.abspath(os.path.expanduser(base_model))).name
-
-
-def write_json(file: Path, content: Any, *, allow_nan: bool = False) -> None:
-    """Write `content` as JSON with an indent of 2, fsynced. Raises ValueError for NaN and infinities.
-
-    `allow_nan`: write them as Python does, and transformers in a model's config (Mamba's time_step_limit has Infinity).
-    """
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _layers(pairs: Mapping[str, Any]) -> list[int]:

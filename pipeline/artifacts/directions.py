@@ -19,13 +19,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.console import UserError
 from pipeline.files import whole_file
 from pipeline.foreign import printable, read_by_library
-from pipeline.formats.safetensors import FLOAT_NAMES, load_tensors, read_header
+from pipeline.formats.safetensors import FLOAT_NAMES, load_tensors, read_header, write_tensors
 
 Method = Literal["abliteration", "householder"]
 STRENGTHS: dict[Method, float] = {"abliteration": 1.0, "householder": 2.0}  # times f: how much of V·h is taken off
@@ -102,7 +101,7 @@ def write_directions(file: Path, directions: Mapping[int, Tensor], *, replace: b
     Raises UserError where `file` exists (unless `replace`) or the disk is full (exit code 28).
     """
     with whole_file(file, replace=replace) as temporary:
-        save_file({f"layers.{index}": directions[index].contiguous() for index in sorted(directions)}, temporary)
+        write_tensors(temporary, {f"layers.{index}": directions[index] for index in sorted(directions)}, replace=True)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ TORCH_DTYPES = FLOATS | {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
 MOST_DIMENSIONS, LARGEST = 64, 2**63 - 1  # of torch's tensors; of a size or a place
@@ -210,16 +211,18 @@ def write_safetensors(
     specs: Iterable[TensorSpec],
     pieces: Callable[[str], Iterable[bytes | bytearray | memoryview]],
     metadata: Mapping[str, str] | None = None,
+    *,
+    replace: bool = False,
 ) -> dict[str, str]:
     """Write a new safetensors file; `pieces(name)` gives a tensor's bytes when its turn comes. fsynced on return.
 
     Larger item sizes come first (readers view the data in place, which needs alignment), otherwise the order of
     `specs` is kept. Gives the SHA-256 of each tensor's bytes as they were written. Raises FileExistsError where
-    `file` exists, ValueError where names repeat or a tensor's bytes are not as many as its spec says.
+    `file` exists (unless `replace`), ValueError where names repeat or a tensor's bytes are not as many as its spec says.
     """
     ordered = sorted(specs, key=lambda spec: -ITEM_BITS[spec.dtype])
     digests: dict[str, str] = {}
-    with file.open("xb") as stream:
+    with file.open("wb" if replace else "xb") as stream:
         stream.write(_header_bytes(ordered, metadata))
         for spec in ordered:
             digest, written = hashlib.sha256(), 0
@@ -233,6 +236,17 @@ def write_safetensors(
         stream.flush()
         os.fsync(stream.fileno())
     return digests
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, replace: bool = False
+) -> None:
+    """`write_safetensors` of tensors in memory, of any dtype, shape and device. Its mode is what the umask says.
+
+    safetensors' own `save_file` gives the mode 0600, leaves a temporary file when it is killed, and does not fsync.
+    """
+    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_safetensors(file, specs, lambda name: [tensor_bytes(tensors[name])], metadata, replace=replace)
 
 
 def _header_bytes(ordered: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
