@@ -199,7 +199,9 @@ def test_a_whole_model_is_saved_as_it_was_trained(
     stage = build(tmp_path / "base", 0, 4)
     (tmp_path / "out").mkdir()
 
-    def together(folder: Path, place: Any, each: Callable[[Path], None], first: Callable[[Path], None]) -> None:
+    def together(
+        folder: Path, step: int, place: Any, each: Callable[[Path], None], first: Callable[[Path], None]
+    ) -> None:
         each(folder)
         first(folder)
 
