@@ -178,7 +178,7 @@ def test_other_quantisations_and_misplaced_keys_are_named(tmp_path: Path) -> Non
         config_sources.load(str(path), None, ["quantization.hqq.nbits=4"])
     with pytest.raises(UserError, match=r"load_in_4bit = true: never had an effect.*\[quantization.bnb\]"):
         config_sources.load(str(path), None, ["load_in_4bit=true"])
-    with pytest.raises(UserError, match=r"It belongs into \[quantization.bnb\]"):
+    with pytest.raises(UserError, match=r"It belongs in \[quantization.bnb\]"):
         config_sources.load(str(path), None, ["load_in_8bit=true"])
 
 
