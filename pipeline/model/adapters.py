@@ -19,7 +19,6 @@ from pipeline.config import layer_ranges
 from pipeline.console import UserError
 from pipeline.model.stage import Stage
 
-
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
 ROUTER = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*|\w*indexer\w*)(\.|$)")
 

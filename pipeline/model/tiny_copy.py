@@ -9,7 +9,7 @@ first, and the next where transformers does not take it.
 import re
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def _smaller(sizes: dict[str, Any], which: tuple[str, ...]) -> dict[str, Any]:
     return changed | (_hidden(sizes) if "hidden" in which else {}) | _expanded({**sizes, **changed})
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
