@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config import layer_ranges
 from pipeline.console import UserError
-from pipeline.model.stage import Stage
+from pipeline.model.stage import Stage, tied_head
 
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
 ROUTER = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*|\w*indexer\w*)(\.|$)")
@@ -231,7 +231,7 @@ def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
     A tied head and embedding are one weight, wherever they are: naming one of them names both.
     """
     targets = set(target_modules or ())
-    if stage.model.config.tie_word_embeddings and targets & {"embed_tokens", "lm_head"}:
+    if tied_head(stage.model) and targets & {"embed_tokens", "lm_head"}:
         targets |= {"embed_tokens", "lm_head"}
     for name, parameter in stage.model.named_parameters():
         wanted = target_modules is None or bool(targets & set(name.split(".")))

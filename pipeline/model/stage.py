@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
-from pipeline.foreign import printable
+from pipeline.foreign import printable, read_by_library, read_object
+from pipeline.formats.base_model import HEAD, has_weights, head_of, read_base
 from pipeline.kernels.cross_entropy import LogitTransform
 from pipeline.model.unsupported import reason
 
@@ -74,7 +75,10 @@ LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
-    """config.json of a model folder. Never runs code from it. UserError if there is none, or its weights are quantised."""
+    """config.json of a model folder, with `tie_word_embeddings` as it holds for the weights that lie beside it.
+
+    Never runs code from the folder. UserError if there is no config.json, its weights are quantised, or they do not read.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"model = '{printable(folder)}': {_no_folder(folder)}")
     if not (Path(folder) / "config.json").is_file():
@@ -82,10 +86,9 @@ def read_model_config(folder: str) -> PretrainedConfig:
         raise UserError(
             f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format{gguf}"
         )
-    try:
+    read_object(Path(folder) / "config.json", "the model's configuration")  # so that what is no JSON is told as such
+    with read_by_library(f"model = '{folder}': transformers cannot read its config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"model = '{folder}': transformers cannot read its config.json: {reason(error)}") from error
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
         raise UserError(f"model = '{folder}' is quantised ({method}), which is not built yet; give the 16-bit model")
@@ -94,7 +97,15 @@ def read_model_config(folder: str) -> PretrainedConfig:
             f"model = '{folder}': model_type '{config.model_type}' is an encoder-decoder; what is trained here predicts the "
             "next token (a decoder: llama, mistral, cohere, qwen, gemma and their like)"
         )
+    _tie_as_stored(config, Path(folder))
     return config
+
+
+def _tie_as_stored(config: PretrainedConfig, folder: Path) -> None:
+    """Untie head and embedding in the config where the folder stores two that differ: transformers keeps both, too."""
+    text = config.get_text_config(decoder=True)
+    if has_weights(folder) and getattr(text, "tie_word_embeddings", False):
+        config.tie_word_embeddings = text.tie_word_embeddings = head_of(read_base(folder, "model"), ties=True).tied
 
 
 def _no_folder(given: str) -> str:
@@ -141,7 +152,17 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
             "and their like)"
         )
     model.config.use_cache = False
+    model.config.tie_word_embeddings = bool(tied_head(model))
     return model
+
+
+def tied_head(model: PreTrainedModel) -> dict[str, str]:
+    """The head's parameter by name, with that of the embedding which it is; nothing where they are two.
+
+    It is transformers' own word, by the config and the model's class. That a checkpoint may hold two different tensors
+    all the same, `read_model_config` has put into the config.
+    """
+    return {name: source for name, source in model.all_tied_weights_keys.items() if name == HEAD}
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:

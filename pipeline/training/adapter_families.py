@@ -182,7 +182,7 @@ def writer(
     config: Config, targets: list[str], biased_targets: bool, tied: Mapping[str, str] = NOTHING
 ) -> Callable[[Path, dict[str, Tensor]], None]:
     """What writes `adapters.written` of all stages into a folder: the adapter in the form of its family, and what is
-    trained in full beside it. `tied`: names under which a stage has another one's weight, from `trained_modules.tied`.
+    trained in full beside it. `tied`: names under which a stage has another one's weight, from `stage.tied_head`.
     """
     write, adapted = _writer(config, targets, biased_targets), set(targets)
 

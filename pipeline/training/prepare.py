@@ -15,16 +15,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
+from pipeline.config_sections import Dataset, EvalDataset
 from pipeline.console import UserError, gib, say, warn
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
-from pipeline.data.split import Rows, split, whole
-from pipeline.model import adapters, cut_check, partition, trained_modules, unsupported
-from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.model.weights import check_saved_as_run, tensor_files
-from pipeline.training import adapter_families, initial_full_tensors, parameter_groups, stage_parts
+from pipeline.data.split import Rows, Streams, split, whole
+from pipeline.foreign import printable
+from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
+from pipeline.model import adapters, cut_check, partition, trained_modules, unsupported, weights
+from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
+from pipeline.training import adapter_families, data_fits, initial_full_tensors, parameter_groups, stage_parts
 from pipeline.training.schedule import warmup_steps
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -80,7 +82,7 @@ def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> Mode
         in_full = resolve_in_full(config, shell, targets)
         first_trained = min(first_adapted, trained_modules.first_layer(shell, in_full))
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
-    tied = trained_modules.tied(shell)
+    tied = tied_head(shell)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
@@ -96,10 +98,17 @@ def check_tiny(config: Config, targets: list[str], ranges: list[tuple[int, int]]
     cut_check.check(read_model_config(config.model), ranges, put)
 
 
-def check_files(config: Config) -> None:
-    """UserError if the model's weights are not there, or nothing can be written to output_dir. Nothing is read."""
+def check_files(config: Config, shell: PreTrainedModel) -> None:
+    """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     usable_output_dir(config.output_dir)
-    tensor_files(config.model)
+    base = read_base(Path(config.model), "model")
+    weights.check_complete(shell, base)
+    say_remarks(base)
+    if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
+        warn(
+            f"{config.model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
+            "are kept, as in transformers; tie_word_embeddings = false would say so."
+        )
 
 
 def usable_output_dir(folder: str) -> None:
@@ -114,7 +123,7 @@ def usable_output_dir(folder: str) -> None:
 
 def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
     """Say that the model's own weights are trained; UserError where that is not possible."""
-    check_saved_as_run(shell)
+    weights.check_saved_as_run(shell)
     if config.target_modules == "all-linear":
         raise UserError(
             "target_modules = 'all-linear': with full_fine_tune, give names of modules, "
@@ -208,44 +217,59 @@ def load_tokenizer(folder: str) -> Any:
         raise UserError(f"model = '{folder}': there is no tokenizer in it (none of {', '.join(TOKENIZER_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model = '{folder}': cannot read its tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the files hold: tokenizers raises Exception itself
+        reason = printable(str(error).strip() or type(error).__name__)
+        raise UserError(f"model = '{folder}': cannot read its tokenizer: {reason}") from error
 
 
 def tokenizer_for(plan: ModelPlan, folder: str) -> Any:
-    """`load_tokenizer`, and UserError if it knows more tokens than the model's embedding has rows."""
-    tokenizer, rows = load_tokenizer(folder), plan.shell.config.vocab_size
-    if len(tokenizer) > rows:
-        raise UserError(f"model = '{folder}': its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
+    """`load_tokenizer`, and UserError if its BOS or EOS has no trained row in the model's embedding."""
+    tokenizer = load_tokenizer(folder)
+    data_fits.check_tokenizer(tokenizer, folder, data_fits.embedding_rows(plan.shell))
     return tokenizer
 
 
-def read_data(config: Config, tokenizer: Any) -> Data:
-    """Tokenise (or find in the cache), cut and split every dataset; says what became of the text."""
+def read_data(config: Config, tokenizer: Any, plan: ModelPlan | None = None) -> Data:
+    """Tokenise (or find in the cache), cut and split every dataset; says what became of the text.
+
+    With the model's plan, UserError for ids beyond its embedding and for chunks longer than it can read.
+    """
     cache = Path(config.output_dir) / "dataset_cache"
     train, evaluation = [], {}
+    if plan is not None:
+        lengths = {f"datasets.{i}.sequence_len": dataset.sequence_len for i, dataset in enumerate(config.datasets)}
+        lengths |= {f"eval_datasets.{i}.sequence_len": held.sequence_len for i, held in enumerate(config.eval_datasets)}
+        for key, sequence_len in lengths.items():
+            data_fits.check_length(key, sequence_len, plan.shell)
     for number, dataset in enumerate(config.datasets):
         name = dataset.name or f"dataset{number}"
-        streams = chunks.build(
-            name=name, dataset_type=dataset.dataset_type, dataset_path=dataset.dataset_path, sequence_len=dataset.sequence_len,
-            tokenizer=tokenizer, cache_dir=cache, eval_size=dataset.eval_size, eval_split=dataset.eval_split,
-        )  # fmt: skip
+        streams = _chunks(
+            dataset, name, tokenizer, cache, plan, eval_size=dataset.eval_size, eval_split=dataset.eval_split
+        )
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
-        for report in streams.reports:
-            say(f"data:     {report}")
         say(f"data:     {rows}")
         train.append(rows.train)
         if rows.eval is not None:
             evaluation[name] = rows.eval
     for number, held_out in enumerate(config.eval_datasets):
         name = held_out.name or f"eval{number}"
-        streams = chunks.build(
-            name=name, dataset_type=held_out.dataset_type, dataset_path=held_out.dataset_path,
-            sequence_len=held_out.sequence_len, tokenizer=tokenizer, cache_dir=cache,
-        )  # fmt: skip
-        say(f"data:     {streams.train.report}")
-        evaluation[name] = whole(streams, held_out.subsample)
+        evaluation[name] = whole(_chunks(held_out, name, tokenizer, cache, plan), held_out.subsample)
     return Data(train, evaluation)
+
+
+def _chunks(
+    dataset: Dataset | EvalDataset, name: str, tokenizer: Any, cache: Path, plan: ModelPlan | None, **held_out: Any
+) -> Streams:
+    """A dataset's chunks, whose ids the model has; says what became of the text. `held_out`: as for `chunks.build`."""
+    streams = chunks.build(
+        name=name, dataset_type=dataset.dataset_type, dataset_path=dataset.dataset_path, sequence_len=dataset.sequence_len,
+        tokenizer=tokenizer, cache_dir=cache, join_lines=dataset.join_lines, **held_out,
+    )  # fmt: skip
+    for report in streams.reports:
+        say(f"data:     {report}")
+        if plan is not None:
+            data_fits.check_ids(report, tokenizer, data_fits.embedding_rows(plan.shell))
+    return streams
 
 
 def micro_batches(config: Config, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:
