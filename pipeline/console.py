@@ -45,32 +45,6 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-class Problems:
-    """Mistakes that have nothing to do with each other, all of them reported at once.
-
-    Each block runs under `with problems.found():`; `problems.settle()` raises what they raised as one UserError.
-    """
-
-    def __init__(self) -> None:
-        self._found: list[UserError] = []
-
-    @contextmanager
-    def found(self) -> Iterator[None]:
-        """A block whose UserError is kept until `settle`."""
-        try:
-            yield
-        except UserError as error:
-            self._found.append(error)
-
-    def settle(self) -> None:
-        """Raise what was found: one UserError as it is, several as one with a line for each."""
-        if len(self._found) == 1:
-            raise self._found[0]
-        if self._found:
-            lines = "\n".join(f"  {error}" for error in self._found)
-            raise UserError(f"{len(self._found)} problems:\n{lines}", self._found[0].exit_code)
-
-
 class RankError(UserError):
     """Found by one process only (out of memory, a lost peer): that process says it, with its rank."""
 

@@ -320,3 +320,15 @@ def test_every_evaluation_row_is_scored_once_whatever_the_ranks(
 def test_an_evaluation_row_that_exceeds_the_budget_is_refused(stores: list[ChunkStore]) -> None:
     with pytest.raises(UserError, match="batch_size_tokens = 64 holds no row of dataset 'set65'"):
         EvaluationBatches(Rows(stores[2], np.arange(3)), batch_size_tokens=64)
+
+
+def test_no_epoch_is_drawn_beyond_what_the_run_takes(stores: list[ChunkStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = MicroBatches([stores[0]], mix([Rows(stores[0], np.arange(24))], seed=0), seed=0)
+    each, drawn = batches.steps_per_epoch(0), list[int]()
+    left = batches.steps_left
+    monkeypatch.setattr(batches, "steps_left", lambda position: drawn.append(position.epoch) or left(position))
+    assert batches.steps_to_come(Position(), 100_000, at_most=each + 1) == each + 1
+    assert drawn == [0, 1]
+    assert batches.steps_to_come(Position(1, 2), 3) == left(Position(1, 2)) + each
+    assert batches.steps_to_come(Position(5), 3) == 0
+    assert batches.steps_to_come(Position(), 2, at_most=10**6) == 2 * each

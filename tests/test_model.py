@@ -209,7 +209,7 @@ def test_attention_that_is_not_there_is_a_user_error() -> None:
     ("content", "said"),
     [
         (None, "there is no config.json"),
-        ("{", "cannot read its config.json"),
+        ("{", "does not read as JSON"),
         (json.dumps({"model_type": "no_such_model"}), "cannot read its config.json"),
         (json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}), "cannot read its config.json"),
     ],

@@ -178,3 +178,11 @@ def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
             run_folder._lock(tmp_path)
     finally:
         run_folder._LOCKS.clear()
+
+
+def test_without_a_launcher_the_whole_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.toml"])
+    with pytest.raises(UserError) as caught:
+        engine.check_processes(2)
+    assert str(caught.value).endswith("\n  deepspeed --num_gpus 2 train.py --config 'my run.toml'")

@@ -109,6 +109,15 @@ class MicroBatches:
         """Optimizer steps from `position` to the end of its epoch."""
         return math.ceil((len(self._starts(position)) - 1) / self.micro_batches_per_step)
 
+    def steps_to_come(self, position: Position, epochs: int, at_most: int | None = None) -> int:
+        """Optimizer steps from `position` to the end of `epochs` epochs, or `at_most`: no epoch beyond that is drawn."""
+        steps = 0
+        for epoch in range(position.epoch, epochs):
+            if at_most is not None and steps >= at_most:
+                return at_most
+            steps += self.steps_left(position if epoch == position.epoch else Position(epoch))
+        return steps if at_most is None else min(steps, at_most)
+
     def step(self, position: Position) -> tuple[list[MicroBatch], StepInfo]:
         """This rank's micro-batches (one for each accumulation step) of the step at `position`, and the step's facts.
 

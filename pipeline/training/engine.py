@@ -9,6 +9,8 @@ import importlib
 import io
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -80,6 +82,11 @@ def check_processes(stages: int) -> None:
     here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world)
     if here != world:
         raise UserError(f"{world} processes over several machines, {here} of them here: a run lives on one machine")
+    if world % stages and "WORLD_SIZE" not in os.environ:
+        command = shlex.join(["deepspeed", "--num_gpus", str(stages), *sys.argv])
+        raise UserError(
+            f"pipeline_stages = {stages} takes {stages} processes, and no launcher started any: type\n  {command}"
+        )
     if world % stages:
         raise UserError(
             f"pipeline_stages = {stages} does not divide the {world} process(es) started; "

@@ -6,7 +6,6 @@ compared with. Costs are counted on fake tensors by the code that trains, on `me
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.console import EXIT_DONE, UserError, gib, say
+from pipeline.data.batches import Position
 from pipeline.files import write_text
 from pipeline.model import adapters
 from pipeline.model.host_arena import HostArena
@@ -127,8 +127,9 @@ def _total_steps(config: Config, plan: ModelPlan) -> int | None:
     except UserError as error:
         say(f"data:     the run's length is not known: {error}")
         return config.max_steps
-    steps = sum(batches.steps_per_epoch(epoch) for epoch in range(config.epochs or 0))
-    return min(steps or math.inf, config.max_steps or math.inf)  # type: ignore[return-value]
+    if config.epochs is None:
+        return config.max_steps
+    return batches.steps_to_come(Position(), config.epochs, config.max_steps)
 
 
 class Followed(NamedTuple):

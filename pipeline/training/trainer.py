@@ -97,13 +97,12 @@ class Trainer:
 
     def total_steps(self) -> int:
         """Steps of the whole run: those done, and those from here to the end of the last epoch or to max_steps."""
-        steps = self.step
-        if self.cadence.epochs is None:
-            return self.cadence.max_steps or steps
-        if self.position.epoch < self.cadence.epochs:
-            steps += self.batches.steps_left(self.position)
-            steps += sum(self.batches.steps_per_epoch(e) for e in range(self.position.epoch + 1, self.cadence.epochs))
-        return min(steps, self.cadence.max_steps or steps)
+        epochs, most = self.cadence.epochs, self.cadence.max_steps
+        if epochs is None:
+            return most or self.step
+        left = None if most is None else max(0, most - self.step)
+        steps = self.step + self.batches.steps_to_come(self.position, epochs, left)
+        return min(steps, most or steps)
 
     def _train_step(self, clock: Clock, total: int) -> None:
         """One optimizer step; NonFiniteError names the documents it came from."""
