@@ -4,7 +4,7 @@ What `--check` accepts is saved by transformers, read into stages as a run reads
 compared with the uncut model; what it refuses must be in the table of what cannot be had. Nothing ends in a traceback.
 """
 
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ QUICK = (
 )
 
 
-@cache
+@lru_cache(maxsize=1)
 def tiny(kind: str) -> tuple[PreTrainedModel, Tensor] | str:
     """The model and its logits, or why there is none."""
     try:

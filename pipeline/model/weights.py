@@ -19,7 +19,7 @@ from pipeline.console import UserError
 from pipeline.foreign import printable
 from pipeline.formats.base_model import HEAD, Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
-from pipeline.model.packed import Packs
+from pipeline.model.packed import Foreseen, Packs
 from pipeline.model.stage import Stage, tied_head
 
 
@@ -75,12 +75,13 @@ def stored_in_another_form(model: PreTrainedModel, names: Collection[str]) -> li
 
 
 def check_complete(model: PreTrainedModel, base: Base) -> None:
-    """Raise UserError if the folder lacks a tensor of the whole `model`, as `empty_model` makes it. Nothing is read."""
+    """Raise UserError if the folder lacks a tensor of the whole `model`, as `empty_model` makes it, or holds one in a form
+    that cannot be quantised while it is `Foreseen`. Nothing is read."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     parameters = model.state_dict(keep_vars=True)
-    missing = [name for name in parameters if source_of(name, model, base) is None]
+    missing = converted = [name for name in parameters if source_of(name, model, base) is None]
     if missing and (mapping := get_model_conversion_mapping(model)):
         converters = [one for one in mapping if isinstance(one, WeightConverter)]
         renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
@@ -94,6 +95,17 @@ def check_complete(model: PreTrainedModel, base: Base) -> None:
         missing = [name for name in missing if name not in made]
     if missing:
         raise UserError(_lacks(base.folder, missing))
+    if converted:
+        _check_packs_none(model, converted)
+
+
+def _check_packs_none(model: PreTrainedModel, converted: list[str]) -> None:
+    """Raise UserError if weights are to be quantised while `converted` are stored in another form than they run."""
+    if any(isinstance(module, Packs | Foreseen) for module in model.modules()):
+        raise UserError(
+            f"quantization: the model folder stores model_type '{model.config.model_type}' in another form than it runs "
+            f"(it has no tensor for {converted[0]}), and quantising such weights is not built; remove [quantization]"
+        )
 
 
 def _lacks(folder: Path, missing: list[str]) -> str:
@@ -191,11 +203,7 @@ def _load_converted(stage: Stage, base: Base, device: torch.device, missing: lis
     mapping = get_model_conversion_mapping(stage.model)
     if not mapping:
         raise UserError(_lacks(base.folder, missing))
-    if any(isinstance(module, Packs) for module in stage.model.modules()):
-        raise UserError(
-            f"quantization: the model folder stores model_type '{stage.model.config.model_type}' in another form than it "
-            f"runs (it has no tensor for {missing[0]}), and quantising such weights is not built; remove [quantization]"
-        )
+    _check_packs_none(stage.model, missing)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # one tensor at a time instead of a pool of threads
     slices = {name: _Slice(base.tensors[name]) for name in _names_of(stage, base.tensors)}
     head = head_of(base, stage.model.config.tie_word_embeddings)

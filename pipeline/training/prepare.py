@@ -102,7 +102,8 @@ def check_files(config: Config, shell: PreTrainedModel) -> None:
     """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     usable_output_dir(config.output_dir)
     base = read_base(Path(config.model), "model")
-    weights.check_complete(shell, base)
+    with unsupported.named(shell.config.model_type, "finding its weights in the folder's files"):
+        weights.check_complete(shell, base)
     say_remarks(base)
     if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
         warn(
