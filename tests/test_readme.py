@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from builders import BOOKS, ROOT, environment, save_tokenizer
+
+from pipeline.formats import safetensors
+from pipeline.formats.base_model import HEAD
+from pipeline.formats.safetensors import TensorSpec
+from pipeline.model.stage import empty_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SUMMARY_KEYS = [
@@ -50,16 +56,20 @@ def test_make_train_does_the_main_job(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def command_r(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that is Command-R 35B but for its weights: --check reads none."""
-    from safetensors.torch import save_file
+    """A folder that is Command-R 35B but for its weights' values, which take no room: --check reads none."""
     from transformers import CohereConfig
 
     folder = tmp_path_factory.mktemp("c4ai-command-r-v01")
-    CohereConfig().save_pretrained(folder)  # transformers' defaults are Command-R's dimensions
+    config = CohereConfig()  # transformers' defaults are Command-R's dimensions
+    config.save_pretrained(folder)
     save_tokenizer(folder)
-    save_file({}, folder / "model-00001-of-00001.safetensors")
-    names = {"model.norm.weight": "model-00001-of-00001.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    model = empty_model(config, torch.bfloat16, None)
+    specs = [
+        TensorSpec(name, "BF16", tuple(parameter.shape)) for name, parameter in model.named_parameters() if name != HEAD
+    ]
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(safetensors._header_bytes(specs, {"format": "pt"}))
+        file.truncate(file.tell() + sum(spec.n_bytes for spec in specs))
     return folder
 
 
