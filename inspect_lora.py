@@ -102,10 +102,14 @@ def _tokenizer_and_text(base: Base | None, file: Path | None, limit: int) -> tup
     """The base's tokenizer and the text it cuts, where they are wanted. transformers is imported only then."""
     if base is None:
         return None, None
+    from pipeline.model.stage import read_model_config
     from pipeline.training.prepare import load_tokenizer
 
     tokenizer = load_tokenizer(str(base.folder))
-    return tokenizer, read_text(file, tokenizer, limit=limit) if file else None
+    if file is None:
+        return tokenizer, None
+    rows = read_model_config(str(base.folder)).vocab_size
+    return tokenizer, read_text(file, tokenizer, limit=limit, embedding_rows=rows)
 
 
 def _dtype(base: Base) -> torch.dtype:

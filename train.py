@@ -32,9 +32,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="resolve everything that needs no weights, then end")
     parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="show each stage's memory and the run's time without weights or GPU, then end",
+        "--plan", action="store_true", help="show each stage's memory and the run's time without weights or GPU"
     )
     parser.add_argument(
         "--devices", metavar="2x48GiB", help="with --plan: the GPUs to plan for, e.g. 2xA6000, 48GiB,80GiB"
@@ -75,7 +73,10 @@ def main() -> int:
         from pipeline.training.look import look
 
         return look(config, arguments.preview)
-    return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
+    from pipeline.training import failures
+
+    with failures.out_of_space_explained(Path(config.output_dir)):
+        return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
 
 
 def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
@@ -88,14 +89,14 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     plan = prepare.plan_model(config, resumes=bool(resume))
     prepare.check_files(config, plan.shell)
     ending.check(config, plan)
-    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
+    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
     resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
     try:
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
-        prepare.describe_steps(
-            config, prepare.micro_batches(config, data, place.replica, place.replicas), place.replicas
-        )
+        watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
+        batches = prepare.micro_batches(config, data, place.replica, place.replicas)
+        prepare.describe_steps(config, batches, place.replicas)
         with failures.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)

@@ -3,12 +3,18 @@
 Takes plain text and numbers; gives lines on the terminal. Nothing here knows about training.
 """
 
+import errno
 import os
+import re
+import resource
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,6 +30,11 @@ EXIT_STOPPED = 75
 EXIT_ABORTED = 130
 
 OTHER_RANKS_WAIT_S = 5.0
+
+# What a terminal obeys rather than shows (C0 and C1 but for the newline and the tab), what breaks or turns a line (Unicode's
+# separators and bidirectional controls, which can make a name read as another), and halves of surrogate pairs, which no
+# encoding writes.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -64,6 +75,40 @@ class RankError(UserError):
     """Found by one process only (out of memory, a lost peer): that process says it, with its rank."""
 
 
+def is_out_of_space(error: BaseException | None) -> bool:
+    """Whether `error`, or one it was raised from, says that there is no room to write (a UserError: by exit code 28)."""
+    return _space_errno(error) is not None or getattr(error, "exit_code", None) == EXIT_DISK_FULL
+
+
+def _space_errno(error: BaseException | None) -> int | None:
+    """ENOSPC, EDQUOT or EFBIG. Rust libraries and Arrow say the number in words, C++ (gloo, torch) the system's sentence."""
+    while error is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            said = re.search(rf"(?i:os error|errno) {number}\b|\b{os.strerror(number)}\b", str(error))
+            if getattr(error, "errno", None) == number or (said and not isinstance(error, UserError)):
+                return number
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def space_message(error: BaseException, where: Path, needed: str = "") -> str:
+    """Why nothing more can be written at `where`, and the bytes: what was `needed` ('3 GiB', '' if not known), what is free."""
+    if isinstance(error, UserError):  # it has said so already
+        return str(error)
+    number = _space_errno(error)
+    while not where.exists() and where != where.parent:
+        where = where.parent
+    if number == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        allowed = f"{gib(limit)} (ulimit -f)" if limit != resource.RLIM_INFINITY else "the file system takes"
+        return f"a file may not be larger than {allowed}" + (f", {needed} needed" if needed else "")
+    why = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(number or 0, str(error))
+    figures = [f"{needed} needed"] if needed else []
+    with suppress(OSError):
+        figures.append(f"{gib(shutil.disk_usage(where).free)} free at {where}")
+    return f"{why}: {', '.join(figures)}" if figures else why
+
+
 def rank() -> int:
     """This process's global rank as the launcher set it; 0 when there is no launcher."""
     return int(os.environ.get("RANK", "0"))
@@ -72,13 +117,21 @@ def rank() -> int:
 def say(text: str = "") -> None:
     """Print `text` on the first rank only."""
     if rank() == 0:
-        print(text, flush=True)
+        print(plain(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Print a warning on the first rank only."""
     if rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(plain(f"warning: {text}"), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """`text` with its control characters as escapes: names and texts of others cannot steer the terminal through ours.
+
+    Newlines stay, as messages have several lines; where a name of others must not begin one, `foreign.printable` it.
+    """
+    return CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 @contextmanager
@@ -135,16 +188,34 @@ def run_command(main: Callable[[], int]) -> None:
     try:
         code = main()
     except RankError as error:
-        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        _complain(f"rank {rank()}: {error}")
         if error.exit_code == EXIT_PEER_LOST:
             time.sleep(OTHER_RANKS_WAIT_S)
         os._exit(error.exit_code)
     except UserError as error:
         if rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _complain(str(error))
         else:
             time.sleep(OTHER_RANKS_WAIT_S)
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_ABORTED
+    except Exception as error:
+        if not is_out_of_space(error):
+            raise
+        _end_out_of_space(error)
     sys.exit(code)
+
+
+def _end_out_of_space(error: Exception) -> NoReturn:
+    """Say it and end, on whatever process. At once: at an ordinary end Python would fail again to empty its buffers."""
+    named = getattr(error, "filename", None)
+    where = Path(named) if isinstance(named, str) else Path.cwd()
+    of_rank = f"rank {rank()}: " if "RANK" in os.environ else ""
+    _complain(f"{of_rank}{space_message(error, where)} ({error})")
+    os._exit(EXIT_DISK_FULL)
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone, or be a file on the full disk: the exit code still says it
+        print(plain(f"error: {text}"), file=sys.stderr, flush=True)

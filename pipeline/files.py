@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all: folders and files.
+"""The one writer: outputs that appear whole or not at all, durable, readable by whom the umask says.
 
 Takes the final name; gives a temporary one beside it to write into, and puts that in place when the caller's block ends
 without an error. A process killed on the way leaves the final name as it was; what it left beside it is cleared by the
@@ -8,18 +8,23 @@ For a folder `runs/merged` the names beside it are `runs/.merged.lock` (held whi
 (being written) and `runs/.merged.replaced-*` (what stood there before, while it is being replaced). For a file
 `x/adapter.gguf` there is `x/.adapter.gguf.partial`: whoever holds its lock is writing, and what a killed process left in
 it the next one overwrites.
+
+`write_text` and `write_json` are for small files that one process writes. Being out of space on the way (the disk, a quota,
+the largest size of a file) becomes one message with the bytes, and exit code 28.
 """
 
-import errno
 import fcntl
+import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from pipeline.console import EXIT_DISK_FULL, UserError, gib
+from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     output = output.resolve()
     check_free(output, replace=replace)
-    with disk_full_as_user_error(output), _lock(output):
+    with explain_out_of_space(output), _lock(output):
         _clear_leftovers(output)
         check_free(output, replace=replace)  # again: a replacement that was killed half way may have been put back
         temporary = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
@@ -42,9 +47,11 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
             yield temporary
             _sync_tree(temporary)
             _put_in_place(temporary, output)
-        except BaseException:
+        except BaseException as error:
+            written = size_of(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            with explain_out_of_space(output, f"more than {gib(written)}"):
+                raise error
 
 
 @contextmanager
@@ -58,7 +65,7 @@ def whole_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
     output = output.resolve()
     check_file_free(output, replace=replace)
     temporary = output.parent / f".{output.name}.partial"
-    with disk_full_as_user_error(output):
+    with explain_out_of_space(output):
         descriptor = open_locked(temporary, output)
         try:
             os.truncate(descriptor, 0)
@@ -67,9 +74,11 @@ def whole_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
             sync(temporary)
             os.rename(temporary, output)
             sync(output.parent)
-        except BaseException:
+        except BaseException as error:
+            written = size_of(temporary)
             temporary.unlink(missing_ok=True)
-            raise
+            with explain_out_of_space(output, f"more than {gib(written)}"):
+                raise error
         finally:
             os.close(descriptor)
 
@@ -104,18 +113,46 @@ def check_disk_space(folder: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def disk_full_as_user_error(output: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into one message and exit code 28."""
+def explain_out_of_space(output: Path, needed: str = "") -> Iterator[None]:
+    """Turn every way to be out of space while `output` is written into one UserError: why, the bytes, exit code 28.
+
+    `needed`: the bytes it takes, if known, as people read them.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_out_of_space(error):
             raise
         raise UserError(
-            f"the disk filled up while {output.name} was written to {output.parent}. "
+            f"cannot write {output}: {space_message(error, output.parent, needed)}. "
             "What was written has been removed; make room and run again.",
-            exit_code=EXIT_DISK_FULL,
-        ) from None
+            EXIT_DISK_FULL,
+        ) from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file whole: it has its old content or the new one, even if the machine goes down."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def write_json(file: Path, content: Any, indent: int = 2, *, allow_nan: bool = False) -> None:
+    """Write `content` as JSON, whole as by `write_text`. Raises ValueError for what JSON lacks (NaN, infinity).
+
+    `allow_nan`: write them as Python does, and transformers in a model's config (Mamba's time_step_limit has Infinity).
+    """
+    write_text(file, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def open_locked(path: Path, output: Path) -> int:
@@ -127,7 +164,7 @@ def open_locked(path: Path, output: Path) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_out_of_space(error):
             raise
         raise UserError(f"cannot write to {output.parent}: {error.strerror}. Give another name.") from None
     try:
@@ -165,6 +202,14 @@ def _clear_leftovers(output: Path) -> None:
             os.rename(replaced, output)
 
 
+def clear_leftovers_in(folder: Path) -> None:
+    """Do for all outputs of `whole_folder` in `folder` what the next one of that name would: clear, or put back."""
+    beside = re.compile(r"\.(.+)\.(?:lock|(?:partial|replaced)-\w+)")
+    for name in sorted({match[1] for path in folder.iterdir() if (match := beside.fullmatch(path.name))}):
+        with suppress(UserError), _lock(folder / name):  # another process may be writing to it right now
+            _clear_leftovers(folder / name)
+
+
 def _beside(output: Path, role: str) -> list[Path]:
     prefix = f".{output.name}.{role}-"
     return sorted(path for path in output.parent.iterdir() if path.name.startswith(prefix) and path.is_dir())
@@ -179,6 +224,13 @@ def _put_in_place(temporary: Path, output: Path) -> None:
     sync(output.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all in a folder; 0 if it is gone."""
+    with suppress(OSError):
+        return sum(p.lstat().st_size for p in (path.rglob("*") if path.is_dir() else [path]))
+    return 0
 
 
 def _sync_tree(folder: Path) -> None:

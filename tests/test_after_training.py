@@ -182,7 +182,7 @@ def test_every_part_gives_what_its_command_gives(tmp_path: Path, capsys: pytest.
     merge(run.base, run.saved, tmp_path / "merged")
     export(run.base, run.saved, tmp_path / "peft", format="peft")
     export(run.base, run.saved, tmp_path / "adapter.gguf", format="gguf")
-    added = {"README.md", "loss.svg"}
+    added = {"README.md", "loss.svg", ".saved_at_step"}
     for name in ("merged", "peft"):
         found, expected = files_of(run.run_dir / name), files_of(tmp_path / name)
         assert added <= set(found) and {k: v for k, v in found.items() if k not in added} == expected

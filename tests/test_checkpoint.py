@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from builders import ROOT
+from helpers_checkpoint import facts
 
 from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL
-from pipeline.training import checkpoint
-from pipeline.training.checkpoint import CheckpointError
-
-FACTS = {"epoch": 0, "rows": 3, "best_loss": None}
+from pipeline.training import checkpoint, retention
+from pipeline.training.manifest import FORMAT, CheckpointError
 
 
 def save(run: Path, step: int, world: int = 2) -> Path:
@@ -31,7 +30,7 @@ def save(run: Path, step: int, world: int = 2) -> Path:
                 f"weights/{rank}": torch.full((1000,), float(step)),
                 f"rng/{rank}/cpu": torch.zeros(8, dtype=torch.uint8),
             }
-            checkpoint.save(run, "launch", rank, world, step, tensors, FACTS)
+            checkpoint.save(run, "launch", rank, world, step, tensors, facts(world))
         except BaseException as error:
             errors.append(error)
 
@@ -121,7 +120,7 @@ def test_one_process_s_failure_fails_all_and_leaves_the_older_checkpoint(
 
     def one(rank: int) -> None:
         try:
-            checkpoint.save(tmp_path, "launch", rank, 2, 4, {"x": torch.zeros(3)}, FACTS)
+            checkpoint.save(tmp_path, "launch", rank, 2, 4, {"x": torch.zeros(3)}, facts(2))
         except CheckpointError as error:
             errors.append(error)
 
@@ -138,7 +137,7 @@ def test_a_later_step_supersedes_one_that_waits(tmp_path: Path) -> None:
     """A watcher saving step 2 must not wait for a peer whose main thread is already saving step 3."""
     (tmp_path / ".staging-3-launch").mkdir(parents=True)
     with pytest.raises(checkpoint.Superseded):
-        checkpoint.save(tmp_path, "launch", 1, 2, 2, {"x": torch.zeros(3)}, FACTS)
+        checkpoint.save(tmp_path, "launch", 1, 2, 2, {"x": torch.zeros(3)}, facts(2))
 
 
 def test_what_killed_saves_left_behind_is_cleared(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_what_killed_saves_left_behind_is_cleared(tmp_path: Path) -> None:
     save(tmp_path, 3, world=1)
     for name in ("step3", ".staging-4-launch", ".step4.partial-0a1b2c3d", ".trash-step1-0"):
         (tmp_path / name).mkdir()
-    checkpoint.clear_rubbish(tmp_path)
+    retention.clear_rubbish(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"global_step3", "step3"}
 
 
@@ -155,8 +154,8 @@ def test_pruning_keeps_the_newest_and_ignores_other_names(tmp_path: Path) -> Non
         save(tmp_path, step, world=1)
         (tmp_path / f"step{step}").mkdir()
     (tmp_path / "steps_by_hand").mkdir()
-    checkpoint.prune(tmp_path, "global_step", 2)
-    checkpoint.prune(tmp_path, "step", -1)
+    retention.prune(tmp_path, "global_step", 2)
+    retention.prune(tmp_path, "step", -1)
     assert {p.name for p in tmp_path.iterdir()} == {
         "global_step10",
         "global_step100",
@@ -169,16 +168,17 @@ def test_pruning_keeps_the_newest_and_ignores_other_names(tmp_path: Path) -> Non
 
 KILLED = """
 import sys, torch
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from pathlib import Path
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, retention
+from helpers_checkpoint import facts
 run = Path({run!r})
-checkpoint.clear_rubbish(run)
-step = max([n for n, _ in checkpoint.numbered(run, "global_step")], default=0)
+retention.clear_rubbish(run)
+step = max([n for n, _ in retention.numbered(run, "global_step")], default=0)
 while True:
     step += 1
-    checkpoint.save(run, "x", 0, 1, step, {{"w": torch.full((200_000,), float(step))}}, {{"epoch": 0}})
-    checkpoint.prune(run, "global_step", 2)
+    checkpoint.save(run, "x", 0, 1, step, {{"w": torch.full((200_000,), float(step))}}, facts(1))
+    retention.prune(run, "global_step", 2)
     print(step, flush=True)
 """
 
@@ -202,7 +202,7 @@ def test_kills_at_random_moments_leave_only_whole_checkpoints(tmp_path: Path) ->
         assert manifest["step"] >= reported
         for _, value in checkpoint.read(folder, manifest):
             assert torch.all(value() == manifest["step"])
-        for _, each in checkpoint.numbered(run, "global_step"):
+        for _, each in retention.numbered(run, "global_step"):
             checkpoint.verify(each)
         assert len(list(run.iterdir())) <= 4  # two kept, one new, and one staging or trash folder
 
@@ -211,4 +211,4 @@ def test_no_pickle_is_written_or_read(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format"] == checkpoint.FORMAT
+    assert manifest["format"] == FORMAT

@@ -38,13 +38,14 @@ FORBIDDEN = {
 # The one file of such a part that may all the same, inside its functions: the names it gives are transformers' own.
 ASKS_TRANSFORMERS = "pipeline/formats/stored_names.py"
 # What everything may stand on.
-GROUND = ("pipeline.console", "pipeline.files", "pipeline.foreign", "pipeline.layers")
+GROUND = ("pipeline.console", "pipeline.files", "pipeline.foreign", "pipeline.layers", "pipeline.patterns")
 # What a part may import of this project, where that is all.
 ONLY_OURS = {
     "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.formats", *GROUND),
     "pipeline/formats/": ("pipeline.formats", *GROUND),
     "pipeline/files.py": GROUND,
     "pipeline/foreign.py": GROUND,
+    "pipeline/patterns.py": GROUND,
     "merge_lora.py": ("pipeline.artifacts", *GROUND),
     "export_lora.py": ("pipeline.artifacts", *GROUND),
     "kernels/": ("pipeline.kernels",),

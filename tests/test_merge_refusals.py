@@ -288,7 +288,7 @@ def test_a_disk_that_fills_up_on_the_way(work: Path, fold: Callable[..., str], m
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    refuses(work, fold, "the disk filled up while out was written", code=28)
+    refuses(work, fold, "the disk is full: more than", code=28)
 
 
 def test_a_dry_run_checks_prints_and_writes_nothing(work: Path, fold: Callable[..., str]) -> None:

@@ -65,7 +65,8 @@ def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
     written = Metrics(tmp_path, 0, True)
     written._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
     with (
-        pytest.raises(RankError, match=r"the disk is full: .*No space left on device") as caught,
+        pytest.raises(RankError, match=r"the disk is full: .* free at .*No space left on device") as caught,
+        failures.out_of_space_explained(tmp_path),
         failures.explained(Watcher(set()), lambda: None),
     ):
         written.log(1, {"train/loss": 1.0})
@@ -78,7 +79,8 @@ def test_events_on_a_full_disk(tmp_path: Path) -> None:
     record_writer = written._events.file_writer.event_writer._async_writer._writer
     record_writer._writer = Path("/dev/full").open("wb")  # noqa: SIM115
     with (
-        pytest.raises(RankError, match=r"the disk is full: .*No space left on device") as caught,
+        pytest.raises(RankError, match=r"the disk is full: .* free at .*No space left on device") as caught,
+        failures.out_of_space_explained(tmp_path),
         failures.explained(Watcher(set()), lambda: None),
     ):
         written.log(1, {"train/loss": 1.0})

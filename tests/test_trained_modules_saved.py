@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline import config_sources
+from pipeline import config_sources, saved_at
 from pipeline.artifacts import full_tensors
 from pipeline.artifacts.merge import merge
 from pipeline.console import UserError
@@ -188,13 +188,14 @@ def test_what_the_stages_contribute_is_put_together_and_gone(tmp_path: Path) -> 
             raise ValueError("no")
 
     try:
-        saving.save_adapter(tmp_path / "out", place, tensors, torch.float16, write)
+        saving.save_adapter(tmp_path / "out", 7, place, tensors, torch.float16, write)
         with pytest.raises(CheckpointError, match=r"cannot write .*other: no"):
-            saving.save_adapter(tmp_path / "other", place, {"b.B": torch.ones(2)}, None, write)
+            saving.save_adapter(tmp_path / "other", 7, place, {"b.B": torch.ones(2)}, None, write)
     finally:
         dist.destroy_process_group()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out"]
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["file"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"file", ".saved_at_step"}
+    assert saved_at.step_of(tmp_path / "out") == 7
     assert written["a.B"].dtype == torch.float16 and torch.equal(written["a.B"], tensors["a.B"].half())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE
 from pipeline.console import UserError
+from pipeline.foreign import printable
 
 # Keys that change nothing about the tensors of the file once the adapter is trained. (How the base stores its weights is for
 # the base to say, as in PEFT, which sets fan_in_fan_out right by the module it meets: stored_form.)
@@ -52,10 +53,11 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if not value or key in COMMON or key in HARMLESS[peft_type]:
             continue
+        shown = f"{printable(key, 80)} = {printable(repr(value), 100)}"
         if key in UNFOLDABLE:
-            raise UserError(f"{folder}: {key} = {value!r}: {UNFOLDABLE[key]}. That is not folded.")
+            raise UserError(f"{folder}: {shown}: {UNFOLDABLE[key]}. That is not folded.")
         raise UserError(
-            f"{folder}/{CONFIG_FILE}: {key} = {value!r} is not known here, and may change what the adapter computes. "
+            f"{folder}/{CONFIG_FILE}: {shown} is not known here, and may change what the adapter computes. "
             "If it does not, remove the key and run again."
         )
     if config.get("use_dora") and config.get("lora_bias"):
@@ -85,5 +87,5 @@ def check_peanut_config(folder: Path, config: dict[str, Any]) -> None:
 
 def _version(config: dict[str, Any]) -> tuple[int, ...]:
     """The first two numbers of peft_version; (0, 0) where there is none."""
-    numbers = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or "0.0"))
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.get("peft_version") or "0.0"))
     return tuple(int(number) for number in numbers.groups()) if numbers else (0, 0)

@@ -26,7 +26,7 @@ import torch
 
 from pipeline.artifacts import full_tensors
 from pipeline.artifacts.weight_maps import RowMap
-from pipeline.files import whole_folder
+from pipeline.files import whole_folder, write_json
 from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
 
 Kind = Literal["multiplicative_lora", "lora"]
@@ -185,12 +185,12 @@ def adapter_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A sort key that puts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def public_name(base_model: str) -> str:
     """A Hub id (`owner/name`) as it is; of a path, the last part: an adapter that is shared tells no private paths."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists():
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not os.path.exists(base_model):
         return base_model
     return Path(os.path.abspath(os.path.expanduser(base_model))).name
 
@@ -202,14 +202,6 @@ def loadable_name(base_model: str) -> str:
     """
     name, folder = public_name(base_model), Path(os.path.abspath(os.path.expanduser(base_model)))
     return name if (name == base_model and "/" in name) or not folder.is_dir() else str(folder)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write `content` as JSON with an indent of 2, fsynced."""
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _layers(pairs: Mapping[str, Any]) -> list[int]:

@@ -92,7 +92,7 @@ def additive_form(
     `plan_fold`: with these A' = A·W₄, which beside a base that is served in 4 bits is what was trained.
 
     Biases of the targets are read here, weights are not. Raises UserError where an adapter module has no weight in the
-    base or another shape, where the adapter's kind has no additive form, and where its strength is 0.
+    base or another shape, or where the adapter's kind has no additive form.
     """
     plan = plan_fold(base, [adapter], scales=[1.0], kind=kind, base_quant=base_quant, base_dtype=base_dtype)
     found = next((kind for kind in ADDITIVE_KINDS if kind == plan.parts[0].kind), None)
@@ -102,8 +102,6 @@ def additive_form(
             "and B. Fold it (merge_lora.py), or load it with PEFT."
         )
     scaling = max((pair.scaling for pair in adapter.pairs.values()), key=abs)
-    if scaling == 0:
-        raise UserError(f"{adapter.folder}: its scaling is 0, so it changes nothing: there is nothing to export.")
     base, (alone,), _ = settled(base, [adapter])
     full, tied = _full(adapter, alone)
     where = places(base, [f"{module}.weight" for module in adapter.modules])

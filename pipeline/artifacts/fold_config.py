@@ -4,6 +4,7 @@ Takes the config as JSON has it and what the fold does; gives the new one, or No
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,12 +42,13 @@ def new_config(config: dict[str, Any], dtype: str, logit_factor: float, untied: 
         changed["torch_dtype"] = dtype  # the older name of the key: old and new readers know it
     if logit_factor != 1.0:
         key, exponent = LOGIT_KEYS.get(config.get("model_type", ""), ("", 0))
-        if not isinstance(config.get(key), int | float):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
             raise UserError(
                 f"--keep-logit-scale: a {config.get('model_type')!r} config has no key that scales the logits, so the "
                 f"factor {logit_factor:g} of the training cannot be kept in it. Fold without the flag: it is dropped."
             )
-        changed[key] = config[key] * logit_factor**exponent
+        changed[key] = value * logit_factor**exponent
     return changed if changed != config else None
 
 

@@ -136,7 +136,7 @@ def _write(plan: FoldPlan, copied: list[Path], folder: Path, device: torch.devic
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.folder / file, folder / file)
     if plan.config is not None:
-        write_json(folder / "config.json", plan.config)
+        write_json(folder / "config.json", plan.config, allow_nan=True)
     if plan.base.index is not None:
         metadata = {**(plan.base.index.get("metadata") or {}), "total_size": plan.weight_bytes}
         write_json(folder / INDEX, {**plan.base.index, "metadata": metadata})

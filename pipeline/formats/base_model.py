@@ -34,6 +34,8 @@ LEFT_OUT_NAMES = (ADAPTER_CONFIG,)
 SCALES = ("_scale_inv", "_scale", "_scale_2", ".scale", ".scales", ".SCB", ".scale_weight", ".absmax")
 PACKED = (".qweight", ".weight_packed", "_blocks")
 COMPARED_ITEMS = 2**20
+# What is read of config.json here and in the fold, and what it is where it is not null.
+CONFIG_TYPES = {"model_type": str, "text_config": dict, "tie_word_embeddings": bool}
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def read_base(folder: Path, asked: str = "--input") -> Base:
         raise UserError(f"{asked}: there is no folder {printable(folder)}.")
     check_links(folder)
     config = read_object(folder / "config.json", f"{asked}: a model's folder has one")
+    _check_types(folder, config)
     _check_not_quantised(folder, config)
     names = _files_taken(folder, config, asked)
     if names == [SINGLE]:
@@ -178,6 +181,14 @@ def _files_taken(folder: Path, config: dict[str, Any], asked: str) -> list[str]:
     raise UserError(f"{asked}: {folder} holds neither {SINGLE} nor {INDEX}.{_what_else(folder)}")
 
 
+def _check_types(folder: Path, config: dict[str, Any]) -> None:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key, kind in CONFIG_TYPES.items():
+            if not isinstance(value := part.get(key), kind | None):
+                raise UserError(f"{folder / 'config.json'}: {key} = {printable(value, 60)} is no {kind.__name__}.")
+
+
 def _check_not_quantised(folder: Path, config: dict[str, Any]) -> None:
     text = config.get("text_config")
     quantised = config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
@@ -209,6 +220,8 @@ def _indexed_headers(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map; the download is incomplete.")
+    if not isinstance(index.get("metadata"), dict | None):
+        raise UserError(f"{folder / INDEX}: its metadata is no object. The file is damaged.")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(

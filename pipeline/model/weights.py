@@ -5,6 +5,7 @@ A layer that packs its weight (quantization.py) is given it as soon as it is rea
 its stage does not own.
 """
 
+import math
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.foreign import printable
 from pipeline.formats.base_model import HEAD, Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
 from pipeline.model.packed import Packs
@@ -131,8 +133,21 @@ def _load_by_name(
 
 def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The tensor on the device, floating-point values in `dtype`. As it was stored, it is gone on return."""
-    tensor = read_tensor(stored)
+    tensor = _read_finite(stored)
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _read_finite(stored: StoredTensor) -> torch.Tensor:
+    """The stored tensor. UserError for a NaN or infinity in it, which would otherwise show as a loss that is not finite."""
+    tensor = read_tensor(stored)
+    compared = tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() > 0  # fp8 knows no minimum
+    # Both ends are NaN as soon as one value is.
+    if compared and not all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist()):
+        raise UserError(
+            f"{stored.file}: {printable(stored.name)} holds a NaN or an infinity, so nothing can be trained on it; "
+            "download or save the model again"
+        )
+    return tensor
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -160,7 +175,7 @@ class _Slice:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         """The whole tensor: the loader of one process asks for `[...]`."""
-        return read_tensor(self.stored)
+        return _read_finite(self.stored)
 
 
 def _load_converted(stage: Stage, base: Base, device: torch.device, missing: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline import saved_at
 from pipeline.artifacts.adapter_files import CONFIG_FILE
 from pipeline.artifacts.export import export
 from pipeline.artifacts.merge import merge
@@ -19,6 +20,7 @@ from pipeline.config_publishing import PARTS, Part
 from pipeline.console import UserError, say, warn
 
 GGUF_FILE = "adapter.gguf"
+FOLDERS: dict[Part, str] = {"merge": "merged", "export:peft": "peft", "export:gguf": "gguf"}  # in the run's folder
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class Finished:
     @property
     def made(self) -> list[Path]:
         """The folders that this makes, the one to publish first; what was saved itself, where it makes none."""
-        folders: dict[Part, str] = {"merge": "merged", "export:peft": "peft", "export:gguf": "gguf"}
-        return [self.run_dir / name for part, name in folders.items() if part in self.asked] or [self.saved]
+        return [self.run_dir / name for part, name in FOLDERS.items() if part in self.asked] or [self.saved]
 
 
 def follow(run: Finished) -> None:
@@ -58,6 +59,8 @@ def follow(run: Finished) -> None:
         say(f"\nafter training, {number + 1} of {len(parts)}: {part}")
         try:
             _do(part, run)
+            if part in FOLDERS:
+                saved_at.mark(run.run_dir / FOLDERS[part], run.step)
         except UserError as error:
             raise UserError(f"{error}\n{left_to_do(run, parts[number:])}", error.exit_code) from error
         except BaseException:
@@ -125,7 +128,7 @@ def _push(run: Finished) -> None:
     # Without a card of this run the README.md of a merged model is the base's.
     files = [file for file in files_of(folder) if "card" in run.asked or file not in FILES]
     every = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    if kept := [file for file in every if file not in files]:
+    if kept := [file for file in every if file not in files and file != saved_at.FILE]:
         say(f"not uploaded: {', '.join(kept)}")
     say(f"uploading {len(files)} files of {folder} to {run.repository}")
     message = f"{run.run_dir.name}, step {run.step}"

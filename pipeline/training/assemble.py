@@ -4,7 +4,6 @@ Takes the config and what `prepare` made of it, and our place in the pipeline; g
 from. A problem that one process finds is raised on all of them.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,15 +16,16 @@ from pipeline.config import Config
 from pipeline.config_sources import to_toml
 from pipeline.console import UserError, gib, say
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.model import activation, adapters, neftune, weights
+from pipeline.model import activation, adapters, neftune, unsupported, weights
 from pipeline.model.packed import saved_bytes
-from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform, tied_head
+from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
 from pipeline.objectives import language_modelling
 from pipeline.training import (
     adapter_families,
     adapter_regularisation,
     engine,
     initial_adapter,
+    kernel_places,
     parameter_groups,
     planned,
     prepare,
@@ -37,6 +37,7 @@ from pipeline.training import (
 from pipeline.training.inner_optimizer import make_inner
 from pipeline.training.metrics import Metrics, at_rest, peak_memory
 from pipeline.training.optimizer import PipelineOptimizer
+from pipeline.training.peers import UNHURRIED
 from pipeline.training.run_state import RunState, restore
 from pipeline.training.saver import Saver
 from pipeline.training.schedule import learning_rate, warmup_steps
@@ -55,7 +56,8 @@ def trainer(
     followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
     stage_parts.import_quantisation(config)
-    stage = build_stage(config, plan, followed, place)
+    with watcher.phase(UNHURRIED):
+        stage = build_stage(config, plan, followed, place)
     optimizer = build_optimizer(config, stage, place)
     adapter_families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
@@ -67,6 +69,7 @@ def trainer(
         optimizer, config.gradient_accumulation_steps, dynamic_shape=batches.fixed_shape is None,
         first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
     )  # fmt: skip
+    engine.announce(pipeline_engine, watcher.doing)
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
     resumed = run_folder.agree_on(resumed, place)
@@ -105,18 +108,18 @@ def trainer(
 def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place) -> Stage:
     """Our part of the model with its weights, adapters, kernels and activation memory."""
     first, end = followed.ranges[place.stage]
+    if followed.ranges != plan.ranges:  # chosen by 'auto'
+        prepare.check_tiny(config, plan.targets, followed.ranges)
     stage = Stage(plan.shell, first, end)
-    with engine.agreement(place):
+    with engine.agreement(place), unsupported.named(plan.shell.config.model_type, "putting its stage together"):
         check_room(stage, place)
         stage_parts.put_quantised(stage, config)
         weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
         stage.to(place.device)  # RoPE tables and other buffers
-        if not stage.is_first:
-            check_entry(stage)
         if stage.is_last:
             check_head(stage)
         stage_parts.put_trained(stage, config, plan.targets, plan.in_full)
-    say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
+    kernel_places.put(stage, config.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
     if config.neftune_noise_alpha:
@@ -136,15 +139,6 @@ def check_room(stage: Stage, place: engine.Place) -> None:
             f"stage {place.stage} has {gib(needed)} of weights, its GPU has {gib(free)} free: "
             "use more stages, or layers_per_stage"
         )
-
-
-def say_kernels(config: Config, taken: Counter[str], place: engine.Place) -> None:
-    """How many modules of the whole model took each kernel."""
-    everyone: list[Counter[str]] = [Counter()] * place.world
-    dist.all_gather_object(everyone, taken if place.replica == 0 else Counter())
-    total = sum(everyone, Counter[str]())
-    if stage_parts.kernel_names(config.kernels):
-        say("kernels:  " + (", ".join(f"{name} in {n} modules" for name, n in total.items()) or "no module fits one"))
 
 
 def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> PipelineOptimizer:
@@ -226,16 +220,16 @@ def schedule(config: Config, steps_in_epoch: int) -> Callable[[int, int], float]
 
 def artifact_writer(
     config: Config, stage: Stage, place: engine.Place, plan: prepare.ModelPlan
-) -> Callable[[Path], None]:
-    """What writes the adapter, or the model, into a folder."""
+) -> Callable[[Path, int], None]:
+    """What writes the adapter, or the model, as it is at a step, into a folder."""
     dtype = DTYPES[config.save_dtype] if config.save_dtype else None
     if config.full_fine_tune:
-        return lambda folder: saving.save_model(folder, place, stage, Path(config.model), dtype)
+        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(config.model), dtype)
     write = adapter_families.writer(config, plan.targets, plan.biased_targets, plan.tied)
 
-    def save(folder: Path) -> None:
+    def save(folder: Path, step: int) -> None:
         tensors = {name: t for name, t in adapters.written(stage).items() if name not in plan.tied}
-        saving.save_adapter(folder, place, tensors, dtype, write)
+        saving.save_adapter(folder, step, place, tensors, dtype, write)
 
     return save
 

@@ -1,17 +1,26 @@
 """What goes wrong on one process while the others run: said there, with the exit code for it.
 
-Takes the block in which the run happens; turns out of memory, a full disk and lost peers into a `RankError`. Out of
+Takes the block in which the run happens; turns out of memory, out of space and lost peers into a `RankError`. Out of
 memory has left the last completed step whole, so all processes are asked to save it first.
 """
 
 import contextlib
-import errno
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from pipeline.console import EXIT_DISK_FULL, EXIT_OUT_OF_MEMORY, EXIT_PEER_LOST, RankError, rank
+from pipeline.console import (
+    EXIT_DISK_FULL,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PEER_LOST,
+    RankError,
+    UserError,
+    is_out_of_space,
+    rank,
+    space_message,
+)
 from pipeline.training.engine import is_failed_collective
 from pipeline.training.stop import Watcher
 
@@ -22,8 +31,11 @@ def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if is_out_of_space(error):  # some libraries say that with a RuntimeError
+            raise
         if is_failed_collective(error):
-            raise RankError(f"lost the other processes: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
+            lost = watcher.lost() or f"lost the other processes: {str(error).splitlines()[0]}"
+            raise RankError(lost, EXIT_PEER_LOST) from error
         if not is_out_of_memory(error):
             raise
         print(f"rank {rank()} is out of memory; saving the last completed step", file=sys.stderr, flush=True)
@@ -33,10 +45,19 @@ def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
             f"out of memory: {(str(error) or 'Python got no more').splitlines()[0]}\n"
             "Try activation_checkpointing = 'auto', a shorter sequence_len, or more stages.", EXIT_OUT_OF_MEMORY
         ) from error  # fmt: skip
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+
+
+@contextlib.contextmanager
+def out_of_space_explained(folder: Path) -> Iterator[None]:
+    """Turn out of space, wherever and however a library says it, into a RankError with the bytes free at `folder`."""
+    try:
+        yield
+    except UserError:  # what all processes know, or is said already
+        raise
+    except Exception as error:
+        if not is_out_of_space(error):
             raise
-        raise RankError(f"the disk is full: {error}", EXIT_DISK_FULL) from error
+        raise RankError(f"{space_message(error, folder)} ({str(error).splitlines()[0]})", EXIT_DISK_FULL) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import duration, gib, rank, say
+from pipeline.files import write_text
 
 
 class Metrics:
@@ -70,9 +71,7 @@ def _keep_until(path: Path, step: int, settled: bool) -> None:
                 kept.append(line + "\n")
         except ValueError:
             pass
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, "".join(kept))
 
 
 class Clock:

@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.console import EXIT_DONE, UserError, gib, say
+from pipeline.files import write_text
 from pipeline.model import adapters
 from pipeline.model.host_arena import HostArena
 from pipeline.model.levels import Keeping, Level
@@ -121,7 +122,7 @@ def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps:
 def _total_steps(config: Config, plan: ModelPlan) -> int | None:
     """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
     try:
-        data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
+        data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
         batches = prepare.micro_batches(config, data)
     except UserError as error:
         say(f"data:     the run's length is not known: {error}")
@@ -227,7 +228,7 @@ def say_outcome(followed: Followed, place: Place, run_dir: Path, step_s: float) 
         for s, m in zip(plan.stages, measured, strict=True)
     ]
     facts = {**plan._asdict(), "stages": stages, "measured_step_s": step_s}
-    (run_dir / "plan.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_text(run_dir / "plan.json", json.dumps(facts, indent=1) + "\n")
     say(table.compare(plan, measured, step_s))
 
 

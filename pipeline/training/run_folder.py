@@ -15,7 +15,8 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.console import UserError, say
-from pipeline.training import checkpoint
+from pipeline.files import explain_out_of_space, write_text
+from pipeline.training import checkpoint, retention
 from pipeline.training.engine import Place
 from pipeline.training.parameter_groups import Special, values_of
 from pipeline.training.stop import STOP_FILE
@@ -111,12 +112,13 @@ def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_tom
     told: list[Any] = [None, None]
     if place.rank == 0:
         try:
-            told = [_take_folder(output_dir, resumed, config_toml), None]
+            with explain_out_of_space(output_dir / "a run's folder"):
+                told = [_take_folder(output_dir, resumed, config_toml), None]
         except UserError as error:
-            told = [None, str(error)]
+            told = [None, (str(error), error.exit_code)]
     dist.broadcast_object_list(told)
     if told[1] is not None:
-        raise UserError(told[1])
+        raise UserError(*told[1])
     say(f"run:      {told[0]}")
     return Path(told[0])
 
@@ -128,10 +130,10 @@ def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) ->
     run_dir = folder.parent if folder is not None and is_run else _new_folder(output_dir)
     _lock(run_dir)
     (run_dir / STOP_FILE).unlink(missing_ok=True)
-    checkpoint.clear_rubbish(run_dir)
-    if resumed and (abandoned := checkpoint.abandon_after(run_dir, resumed[1]["step"])):
+    retention.clear_rubbish(run_dir)
+    if resumed and (abandoned := retention.abandon_after(run_dir, resumed[1]["step"])):
         say(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
-    (run_dir / "config.toml").write_text(config_toml, encoding="utf-8")
+    write_text(run_dir / "config.toml", config_toml)
     return str(run_dir)
 
 

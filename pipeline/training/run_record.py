@@ -6,7 +6,6 @@ killed has no entry, which its neighbours' steps show; nothing is guessed for it
 """
 
 import json
-import os
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.split import Rows
+from pipeline.files import write_json
 from pipeline.training.engine import Place
 from pipeline.training.metrics import peak_memory
 from pipeline.training.prepare import Data
@@ -47,7 +47,7 @@ class RunRecord:
         }  # fmt: skip
         earlier = read(self._run_dir).get("parts", [])
         parts = earlier + [part] * (step > self._step)
-        _write(self._run_dir / FILE, {"format": FORMAT, "data": describe(self._data), "parts": parts})
+        write_json(self._run_dir / FILE, {"format": FORMAT, "data": describe(self._data), "parts": parts}, indent=1)
 
 
 def read(run_dir: Path) -> dict[str, Any]:
@@ -84,12 +84,3 @@ def versions() -> dict[str, str]:
 def device_name() -> str:
     """The GPU's name, or CPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=1) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)

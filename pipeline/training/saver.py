@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.console import say
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, retention
 from pipeline.training.engine import Place
 from pipeline.training.metrics import Metrics
 from pipeline.training.run_state import RunState
@@ -24,7 +24,7 @@ class Saver:
 
     def __init__(
         self, run_dir: Path, launch: str, place: Place, state: RunState, metrics: Metrics,
-        write: Callable[[Path], None], keep: int, resumed_at: int | None,
+        write: Callable[[Path, int], None], keep: int, resumed_at: int | None,
     ) -> None:  # fmt: skip
         self.run_dir = run_dir
         self.last_checkpoint = time.monotonic()
@@ -63,7 +63,7 @@ class Saver:
 
     def trained(self, name: str) -> None:
         """What is trained, as it is now, under `name` in the run's folder."""
-        self._write(self.run_dir / name)
+        self._write(self.run_dir / name, self._state.completed_step)
 
     def trained_at(self, step: int) -> None:
         """What is trained as `step<N>`, once a step, and drop the oldest beyond `keep`."""
@@ -74,4 +74,4 @@ class Saver:
 
     def _prune(self, prefix: str) -> None:
         if self._place.rank == 0:
-            checkpoint.prune(self.run_dir, prefix, self._keep)
+            retention.prune(self.run_dir, prefix, self._keep)

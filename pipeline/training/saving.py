@@ -5,7 +5,6 @@ puts the folder in place.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,27 +13,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.artifacts.adapter_files import write_json
-from pipeline.console import EXIT_DISK_FULL
-from pipeline.files import whole_folder
+from pipeline import saved_at
+from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
+from pipeline.files import size_of, whole_folder, write_json
+from pipeline.foreign import read_object
 from pipeline.formats.base_model import config_ties, files_to_copy, untie
-from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, read_header, tensor_bytes, write_safetensors
+from pipeline.formats.safetensors import read_header, write_tensors
 from pipeline.model.stage import Stage, tied_head
-from pipeline.training.checkpoint import CheckpointError, is_disk_full
 from pipeline.training.engine import Place
+from pipeline.training.manifest import CheckpointError
 
 Write = Callable[[Path], None]
 PART = ".stage-{}.safetensors"  # what a stage contributes, while an adapter is put together
 
 
 def save_adapter(
-    folder: Path, place: Place, tensors: dict[str, Tensor], dtype: torch.dtype | None,
+    folder: Path, step: int, place: Place, tensors: dict[str, Tensor], dtype: torch.dtype | None,
     write: Callable[[Path, dict[str, Tensor]], None],
 ) -> None:  # fmt: skip
-    """Have `write` put the stages' trained tensors into the folder as one adapter.
+    """Have `write` put the stages' trained tensors into the folder as one adapter, marked as of `step`.
 
     They meet in files: an embedding that is trained beside the adapter has gigabytes, and a collective would need them
     on the first GPU, once for every process.
@@ -43,8 +42,7 @@ def save_adapter(
     def write_part(temporary: Path) -> None:
         if place.replica == 0 and tensors:
             own = {name: t.detach().to("cpu", dtype) for name, t in tensors.items()}
-            specs = [TensorSpec(name, FLOAT_NAMES[t.dtype], tuple(t.shape)) for name, t in own.items()]
-            write_safetensors(temporary / PART.format(place.stage), specs, lambda name: [tensor_bytes(own[name])])
+            write_tensors(temporary / PART.format(place.stage), own)
 
     def finish(temporary: Path) -> None:
         files = [temporary / PART.format(stage) for stage in range(place.stages)]
@@ -55,11 +53,13 @@ def save_adapter(
         for file in files:
             file.unlink()
 
-    _together(folder, place, write_part, finish)
+    _together(folder, step, place, write_part, finish)
 
 
-def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torch.dtype | None) -> None:
-    """Each stage writes its weights as one shard; configuration and tokenizer are copied from `base`."""
+def save_model(
+    folder: Path, step: int, place: Place, stage: Stage, base: Path, dtype: torch.dtype | None
+) -> None:  # fmt: skip
+    """Each stage writes its weights, as of `step`, as one shard; configuration and tokenizer are copied from `base`."""
     shard_name = f"model-{place.stage + 1:05d}-of-{place.stages:05d}.safetensors"
 
     def write_shard(temporary: Path) -> None:
@@ -69,8 +69,7 @@ def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torc
                 for name, t in stage.model.state_dict().items()
                 if name not in tied_head(stage.model)
             }
-            save_file(tensors, temporary / shard_name, metadata={"format": "pt"})
-            (temporary / shard_name).chmod(0o644)
+            write_tensors(temporary / shard_name, tensors, {"format": "pt"})
 
     def finish(temporary: Path) -> None:
         shards = [read_header(path) for path in sorted(temporary.glob("model-*.safetensors"))]
@@ -82,18 +81,17 @@ def save_model(folder: Path, place: Place, stage: Stage, base: Path, dtype: torc
         for file in files_to_copy(base):
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, temporary / file)
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config = read_object(base / "config.json", "the base's configuration")
         config.pop("torch_dtype", None)
         if config_ties(config) is not False and not tied_head(stage.model):
             untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
-        write_json(
-            temporary / "config.json", {**config, "dtype": str(dtype or stage.model.dtype).removeprefix("torch.")}
-        )
+        config["dtype"] = str(dtype or stage.model.dtype).removeprefix("torch.")
+        write_json(temporary / "config.json", config, allow_nan=True)
 
-    _together(folder, place, write_shard, finish)
+    _together(folder, step, place, write_shard, finish)
 
 
-def _together(folder: Path, place: Place, each: Write, first: Write) -> None:
+def _together(folder: Path, step: int, place: Place, each: Write, first: Write) -> None:
     """`each` on every process, then `first` on the first, into one folder that appears whole. Fails on all or on none."""
     output = contextlib.ExitStack()
     told: list[Any] = [None]
@@ -102,23 +100,32 @@ def _together(folder: Path, place: Place, each: Write, first: Write) -> None:
         if place.rank == 0:
             told[0] = str(output.enter_context(whole_folder(folder, replace=True)))
 
+    def finish() -> None:
+        if place.rank == 0:
+            first(Path(told[0]))
+            saved_at.mark(Path(told[0]), step)
+
     with output:
-        _all_well(place, open_folder, folder)
+        _all_well(place, open_folder, folder, told)
         dist.broadcast_object_list(told)
-        _all_well(place, lambda: each(Path(told[0])), folder)
-        _all_well(place, lambda: first(Path(told[0])) if place.rank == 0 else None, folder)
-        _all_well(place, output.close, folder)  # puts the folder in place
+        _all_well(place, lambda: each(Path(told[0])), folder, told)
+        _all_well(place, finish, folder, told)
+        _all_well(place, output.close, folder, told)  # puts the folder in place
 
 
-def _all_well(place: Place, write: Callable[[], None], folder: Path) -> None:
+def _all_well(place: Place, write: Callable[[], None], folder: Path, temporary: list[str]) -> None:
     """Run `write`; raise CheckpointError on every process if it failed on any."""
     problem = None
     try:
         write()
+    except UserError as error:
+        problem = str(error), error.exit_code
     except Exception as error:  # whatever it is, the others must hear of it
-        problem = ("the disk is full" if is_disk_full(error) else str(error), is_disk_full(error))
+        full = is_out_of_space(error)
+        needed = f"more than {gib(size_of(Path(temporary[0])))}" if temporary[0] else ""
+        why = space_message(error, folder.parent, needed) if full else str(error)
+        problem = f"cannot write {folder}: {why}", EXIT_DISK_FULL if full else EXIT_CHECKPOINT
     problems: list[Any] = [None] * place.world
     dist.all_gather_object(problems, problem)
     if found := [p for p in problems if p]:
-        message = f"cannot write {folder}: {found[0][0]}"
-        raise CheckpointError(message, EXIT_DISK_FULL) if found[0][1] else CheckpointError(message)
+        raise CheckpointError(*found[0])
