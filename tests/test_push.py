@@ -78,7 +78,10 @@ def test_an_adapter_goes_up_alone_whatever_lies_beside_it(tmp_path: Path, hub: F
         (saved / name).write_bytes(b"not for others")
     after_training.follow(run)
     assert sorted(hub.files) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert all(content == (saved / name).read_bytes() for name, content in hub.files.items())
+    assert hub.files["adapter_model.safetensors"] == (saved / "adapter_model.safetensors").read_bytes()
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(run.base)  # so that PEFT loads it on this machine
+    assert json.loads(hub.files["adapter_config.json"]) == {**config, "base_model_name_or_path": "a-base"}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,13 @@ DeepSpeed nor transformers nor PEFT is imported here. In the order in which a fo
     full_reading         weights that were trained in full, among an adapter's tensors
     adapter_reading      reading ours, PEFT's, and the founding method's hacked LoRA
     nf4                  weights as 4-bit training sees them
+    stored_form          an adapter by its base's own names: renamed, transposed, several weights in one tensor
+    fold_ties            a head and an embedding that are one tensor, and adapters that change them apart
     fold_match           exact matching of adapter and base, in both directions, or a refusal
     fold_inverse         the inverse of an adapter, where there is one and rounding leaves it
+    fold_config          the model's config after a fold
     fold_plan            which steps change which tensor, in which order
+    fold_history         what was folded into the base before, by its fold report
     fold_doubts          what speaks against a fold that can be done
     fold_rows            the arithmetic, a block of rows at a time, and what survived rounding
     fold_reference       rows of the result in fp64, by a path of their own, and how far fp32 may be from them

@@ -63,7 +63,8 @@ class Adapter:
     PEFT's word that the two were trained as one tensor, should the file hold one of them alone. `trained_over`: of an
     adapter of ours that was trained over quantised weights, how they were (`write_adapter`); None where nothing says so.
     `copied`: those of `full` that nothing announces: the embedding or head that PEFT saves along where the vocabulary was
-    resized or one of the two is adapted, mostly the base's own values.
+    resized or one of the two is adapted, mostly the base's own values. `base_fingerprint`: of the base that an adapter of ours
+    was trained on (formats/fingerprint.py), where it says.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class Adapter:
     keeps_tie: bool = False
     trained_over: dict[str, Any] | None = None
     copied: frozenset[str] = frozenset()
+    base_fingerprint: str | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -109,16 +111,18 @@ def write_adapter(
     full: Mapping[str, torch.Tensor] = NOTHING,
     tied: Mapping[str, str] = NOTHING,
     trained_over: Mapping[str, Any] | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
     `tensors`: `<module>.A` and `<module>.B` for every module, floating point, of the shapes above with R = `rank`.
-    `base_model`: the name or path it was trained on; of a path only the last part is written, as adapters get shared.
+    `base_model`: the name or path it was trained on. Of a path the metadata has the last part alone, as adapters get shared;
+    the configuration says all of it, so that PEFT finds the base on this machine (an upload writes the name there).
     `biased_targets`: whether any of the modules has a bias. `facts`: more for the metadata (JSON values).
     `use_rslora`: s = alpha / √rank (rsLoRA, arXiv 2312.03732); of a LoRA only. `full`: weights of the model that were
     trained whole, by their names in it; `tied`: another name of one of them, with that one's (full_tensors.py).
     `trained_over`: of a quantised base its `bits`, `quant_type`, `double_quant`, `skip` (modules left alone) and the `dtype`
-    in which it was held before, for the fold to compare with what it is asked for.
+    in which it was held before, for the fold to compare with what it is asked for. `base_fingerprint`: for the fold as well.
     Raises ValueError where a pair is incomplete or misshapen.
     """
     pairs = adapter_pairs(tensors)
@@ -129,10 +133,10 @@ def write_adapter(
         **(facts or {}), "format_version": FORMAT_VERSION, "kind": kind, "rank": rank, "alpha": alpha,
         "scaling": scaling, "dropout": dropout, "train_logit_scale": train_logit_scale, "base_model": name,
         "biased_targets": biased_targets, "modules": list(pairs), "layers": _layers(pairs),
-        "trained_over": trained_over, **full_tensors.for_metadata(full, tied),
+        "trained_over": trained_over, "base_fingerprint": base_fingerprint, **full_tensors.for_metadata(full, tied),
     }  # fmt: skip
     config: dict[str, Any] = {
-        "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "inference_mode": True, "r": rank,
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": loadable_name(base_model), "inference_mode": True, "r": rank,
         "target_modules": list(pairs),
     }  # fmt: skip
     if kind == "lora":
@@ -189,6 +193,15 @@ def public_name(base_model: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not os.path.exists(base_model):
         return base_model
     return Path(os.path.abspath(os.path.expanduser(base_model))).name
+
+
+def loadable_name(base_model: str) -> str:
+    """What transformers loads on this machine: a Hub id as it is, the whole path of a folder that is there.
+
+    Of a folder that is not there, the last part of its path.
+    """
+    name, folder = public_name(base_model), Path(os.path.abspath(os.path.expanduser(base_model)))
+    return name if (name == base_model and "/" in name) or not folder.is_dir() else str(folder)
 
 
 def _layers(pairs: Mapping[str, Any]) -> list[int]:

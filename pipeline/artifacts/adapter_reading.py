@@ -51,6 +51,11 @@ def load_adapter(folder: Path) -> Adapter:
     if not folder.is_dir():
         raise UserError(f"--lora: there is no folder {folder}.")
     config = read_config(folder)
+    if "lora_parameters" in config or (folder / "adapters.safetensors").is_file():
+        raise UserError(
+            f"{folder} is an adapter of MLX (adapters.safetensors, lora_parameters), whose A and B are PEFT's transposed. "
+            "Convert it to PEFT's format, or fuse it with mlx_lm.fuse."
+        )
     own, tensors = _read_tensors(folder)
     peft_type = config.get("peft_type")
     pairs: dict[str, Pair] = {}
@@ -93,6 +98,7 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(
         folder, _kind(folder, str(peft_type), own, family), pairs, bool(own) or peft_type == "LORA", scale, name, family,
         maps, full, bool(config.get("ensure_weight_tying")), own.get("trained_over"), copied,
+        own.get("base_fingerprint"),
     )  # fmt: skip
 
 

@@ -129,6 +129,7 @@ class Facts(_Foreign):
     full: list[Name] = []
     tied: dict[Name, Name] = {}
     trained_over: TrainedOver | None = None
+    base_fingerprint: Name | None = None
 
 
 class PairFacts(Facts):

@@ -68,13 +68,13 @@ def export(
     if dry_run:
         say("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
         return
-    base_model = adapter.base_model or public_name(str(base_folder))
+    base_model = public_name(adapter.base_model or str(base_folder))
     with exact_fp32(), progress("exporting", form.n_bytes) as advance:
         if format == "peft":
             with whole_folder(output, replace=force) as folder:
                 write_peft(
-                    folder, form, base_model=base_model, train_logit_scale=adapter.train_logit_scale, device=where,
-                    advance=advance,
+                    folder, form, base_model=base_model, base_folder=base_folder, device=where, advance=advance,
+                    train_logit_scale=adapter.train_logit_scale,
                 )  # fmt: skip
         else:
             with whole_file(output, replace=force) as file:

@@ -21,6 +21,8 @@ from pipeline.artifacts.adapter_files import (
     METADATA_KEY,
     PEFT_PREFIX,
     WEIGHTS_FILE,
+    loadable_name,
+    public_name,
     write_json,
 )
 from pipeline.artifacts.additive_form import AdditiveForm, lora_A, lora_B, lora_B_bias
@@ -32,11 +34,15 @@ def write_peft(
     form: AdditiveForm,
     *,
     base_model: str,
+    base_folder: Path,
     train_logit_scale: float,
     device: torch.device,
     advance: Callable[[int], None],
 ) -> None:
-    """Write the two files into `folder`. `base_model`: its public name. `advance` is told of the bytes written."""
+    """Write the two files into `folder`. `advance` is told of the bytes written.
+
+    `base_model`: as the adapter names it; where that is no Hub id, PEFT is told of `base_folder`.
+    """
     biased = any(target.constant is not None for target in form.targets)
     makers: dict[str, Callable[[], torch.Tensor]] = {}
     specs = []
@@ -61,10 +67,12 @@ def write_peft(
         yield piece
         advance(len(piece))
 
-    own = _own_facts(form, base_model, train_logit_scale)
+    base_name = public_name(base_model)
+    loadable = base_name if "/" in base_name else loadable_name(str(base_folder))
+    own = _own_facts(form, base_name, train_logit_scale)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(own)}
     write_safetensors(folder / WEIGHTS_FILE, specs, pieces, metadata)
-    write_json(folder / CONFIG_FILE, _config(form, base_model, biased))
+    write_json(folder / CONFIG_FILE, _config(form, loadable, biased))
 
 
 def _config(form: AdditiveForm, base_model: str, biased: bool) -> dict[str, Any]:

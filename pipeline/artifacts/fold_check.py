@@ -16,7 +16,7 @@ from pipeline.artifacts.fold_plan import Change, FoldPlan
 from pipeline.artifacts.fold_reference import recomputed
 from pipeline.artifacts.fold_rows import BLOCK_ITEMS
 from pipeline.console import EXIT_CHECKPOINT, UserError
-from pipeline.formats.safetensors import FLOATS, StoredTensor, forget_cached, read_floats, read_header, read_pieces
+from pipeline.formats.safetensors import FLOATS, StoredTensor, forget_cached, pick_rows, read_header, read_pieces
 
 ROWS = 16  # of each changed tensor: the first, the last, and others drawn evenly
 
@@ -54,7 +54,7 @@ def _deviation(change: Change, written: StoredTensor) -> float:
     rows = sorted({0, change.n_rows - 1, *sample})
     expected, fp32 = recomputed(change, _base_rows(change, rows), rows, BLOCK_ITEMS // 2)
     bound = fp32 + half_spacing(expected.abs() + fp32, FLOATS[written.dtype])
-    found = torch.cat(_take_rows(written, change.columns, rows)).double()
+    found = torch.cat(list(pick_rows(written, change.columns, rows))).double()
     ratio = float(((found - expected).abs() / bound).max())
     if not ratio <= 1.0:
         raise _refusal(f"{written.name} deviates from the fold in fp64 by {ratio:.3g} times what rounding allows")
@@ -64,24 +64,12 @@ def _deviation(change: Change, written: StoredTensor) -> float:
 def _base_rows(change: Change, rows: list[int]) -> torch.Tensor:
     """The chosen rows of the weight before the fold, fp64."""
     if change.base_quant is None:
-        return torch.cat(_take_rows(change.tensor, change.columns, rows)).double()
+        return torch.cat(list(pick_rows(change.tensor, change.columns, rows))).double()
     taken, first = [], 0
     for block in change.rows(BLOCK_ITEMS):
         taken += [block[row - first][None] for row in rows if first <= row < first + len(block)]
         first += len(block)
     return torch.cat(taken).double()
-
-
-def _take_rows(tensor: StoredTensor, columns: int, rows: list[int]) -> list[torch.Tensor]:
-    """The chosen rows of a stored matrix, each [1, columns], read from their places alone."""
-    row_bytes = FLOATS[tensor.dtype].itemsize * columns
-    taken = []
-    for row in rows:
-        one = StoredTensor(
-            tensor.name, tensor.dtype, (1, columns), tensor.file, tensor.start + row * row_bytes, row_bytes
-        )
-        taken += list(read_floats(one, columns, columns))
-    return taken
 
 
 def half_spacing(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
 from pipeline.artifacts.family_maps import SCALABLE
 from pipeline.artifacts.stored_form import as_matrix, in_stored_form, is_transposed, places
-from pipeline.artifacts.weight_maps import shape_of
+from pipeline.artifacts.weight_maps import Added, shape_of
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.safetensors import StoredTensor
@@ -30,6 +30,7 @@ class Part:
     """One adapter's part in a fold: what is used of it, by the base's own names, and what --layers leaves out.
 
     `kind`: one of adapter_files.KINDS or peft_files.FAMILIES. `left_out`: by the names of the running model.
+    `too_wide`: modules whose pair has a higher rank than their weight can have, by the names of the running model.
     """
 
     adapter: Adapter
@@ -38,6 +39,7 @@ class Part:
     modules: tuple[str, ...]
     full: dict[str, torch.Tensor]
     left_out: tuple[str, ...]
+    too_wide: tuple[str, ...]
 
     @property
     def pairs(self) -> dict[str, Pair]:
@@ -69,7 +71,8 @@ def match(
     names = [*adapter.modules, *adapter.full]
     taken = set(names if layers is None else _within(names, adapter, base, layers))
     stored = in_stored_form(base, _only(adapter, taken), found, multiplicative=known == "multiplicative_lora")
-    part = Part(stored, known, scale, stored.modules, stored.full, tuple(name for name in names if name not in taken))
+    left_out = tuple(name for name in names if name not in taken)
+    part = Part(stored, known, scale, stored.modules, stored.full, left_out, _too_wide(adapter, weights))
     _check_scale(part)
     return part
 
@@ -122,6 +125,12 @@ def _check_maps(adapter: Adapter, weights: dict[str, StoredTensor]) -> None:
                     f"{adapter.folder}: {found} on {module}, whose weight is {_shape(weights[module])}: the shapes do "
                     "not fit. Was the adapter trained on another model?"
                 )
+
+
+def _too_wide(adapter: Adapter, weights: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    pairs = [(module, pair.A.shape[0]) for module, pair in adapter.pairs.items()]
+    pairs += [(m, one.A.shape[0]) for m, maps in adapter.maps.items() for one in maps if isinstance(one, Added)]
+    return tuple(module for module, rank in pairs if rank > min(weights[module].shape))
 
 
 def _check_scale(part: Part) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 from pipeline.artifacts.adapter_files import Pair, public_name
 from pipeline.artifacts.fold_config import LOGIT_KEYS, logit_factor
+from pipeline.artifacts.fold_history import adapter_digest, earlier_folds
 from pipeline.artifacts.fold_match import Part
 from pipeline.artifacts.fold_plan import FoldPlan
 from pipeline.artifacts.fold_rows import Survival
 from pipeline.artifacts.weight_maps import Added
 from pipeline.console import gib
+from pipeline.formats.fingerprint import fingerprint
 
 # Below this gain the fold is weaker than the training by more than 5% of the adapter's strength: as if alpha had been
 # lowered by as much, which is the size of step people choose on purpose (--scale 0.9). The noise of rounding is larger
@@ -215,15 +217,17 @@ def warnings(figures: Sequence[Survival], dtypes: dict[str, str]) -> list[str]:
 
 
 def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
-    """The content of `fold_report.json`."""
+    """The content of `fold_report.json`; `earlier`: of the folds that made the base, oldest first."""
     return {
         "base": public_name(str(plan.base.folder)),
+        "base_fingerprint": fingerprint(plan.base),
         "unmerge": plan.unmerge,
         "base_quant": plan.base_quant,
         "base_dtype": plan.base_dtype,
         "adapters": [
             {
                 "adapter": public_name(str(part.adapter.folder)),
+                "digest": adapter_digest(part.adapter.folder),
                 "kind": part.kind,
                 "scale": part.scale,
                 "modules": len(part.modules),
@@ -232,6 +236,7 @@ def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
             }
             for part in plan.parts
         ],
+        "earlier": earlier_folds(plan.base.folder),
         "tensors": [
             {
                 "name": figure.name,

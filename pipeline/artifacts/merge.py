@@ -16,7 +16,8 @@ import torch
 from pipeline.artifacts.adapter_files import Kind, natural_order, write_json
 from pipeline.artifacts.adapter_reading import load_adapter
 from pipeline.artifacts.fold_check import check_result
-from pipeline.artifacts.fold_doubts import REPORT_FILE, doubts
+from pipeline.artifacts.fold_doubts import doubts
+from pipeline.artifacts.fold_history import REPORT_FILE
 from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
 from pipeline.artifacts.fold_report import plan_lines, report_json, result_lines, warnings
 from pipeline.artifacts.fold_rows import Survival, convert, exact_fp32, fold_rows

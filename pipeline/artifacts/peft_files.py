@@ -26,6 +26,7 @@ from pipeline.artifacts.adapter_files import (
     NOTHING,
     PEFT_PREFIX,
     WEIGHTS_FILE,
+    loadable_name,
     natural_order,
     public_name,
     write_json,
@@ -57,11 +58,13 @@ def write_peft_adapter(
     full: Mapping[str, torch.Tensor] = NOTHING,
     tied: Mapping[str, str] = NOTHING,
     trained_over: Mapping[str, Any] | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
 
     `tensors`: for every module those of its family, floating point. `settings`: the family's own keys of PEFT's config.
-    `base_model`, `full`, `tied`, `trained_over`: as for `adapter_files.write_adapter`. Raises ValueError where a module
+    `base_model`, `full`, `tied`, `trained_over`, `base_fingerprint`: as for `adapter_files.write_adapter`.
+    Raises ValueError where a module
     lacks a tensor, has one too many, or one is not finite.
     """
     peft_type, names = FAMILIES[family]
@@ -73,12 +76,14 @@ def write_peft_adapter(
             raise ValueError(f"{name}: the adapter holds NaN or infinite values, or integers")
     base = public_name(base_model)
     config = {
-        "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "target_modules": modules,
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": loadable_name(base_model), "inference_mode": True,
+        "target_modules": modules,
         **full_tensors.for_config(full, tied, peft_type), **settings, "peft_type": peft_type,
     }  # fmt: skip
     own = {
         "format_version": FORMAT_VERSION, "kind": family, "train_logit_scale": train_logit_scale, "base_model": base,
         "modules": modules, "settings": dict(settings), "trained_over": trained_over,
+        "base_fingerprint": base_fingerprint,
         **full_tensors.for_metadata(full, tied),
     }  # fmt: skip
     stored = {

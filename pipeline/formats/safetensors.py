@@ -200,6 +200,16 @@ def read_floats(tensor: StoredTensor, row_items: int, piece_items: int) -> Itera
         yield torch.frombuffer(piece, dtype=FLOATS[tensor.dtype]).view(-1, row_items)
 
 
+def pick_rows(tensor: StoredTensor, row_items: int, rows: Iterable[int]) -> Iterator[torch.Tensor]:
+    """The chosen rows of a floating-point `tensor`, each [1, row_items], read from their places alone."""
+    row_bytes = row_items * ITEM_BITS[tensor.dtype] // 8
+    for row in rows:
+        one = StoredTensor(
+            tensor.name, tensor.dtype, (1, row_items), tensor.file, tensor.start + row * row_bytes, row_bytes
+        )
+        yield from read_floats(one, row_items, row_items)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The values of `tensor` as little-endian bytes, row-major, without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline import saved_at
+from pipeline.artifacts.adapter_files import CONFIG_FILE
 from pipeline.artifacts.export import export
 from pipeline.artifacts.merge import merge
 from pipeline.config_publishing import PARTS, Part
@@ -89,7 +90,9 @@ def by_hand(part: Part, run: Finished) -> str | None:
             return shlex.join(["python", "export_lora.py", *read, str(file), "--format", "gguf", "--force"])
         case "push":
             private = ["--private"] if run.private else []
-            return shlex.join(["hf", "upload", run.repository or "OWNER/NAME", str(run.made[0]), *private])
+            line = shlex.join(["hf", "upload", run.repository or "OWNER/NAME", str(run.made[0]), *private])
+            hint = f"   # first take the base's folder out of {CONFIG_FILE}"
+            return line + (hint if (run.made[0] / CONFIG_FILE).is_file() else "")
     return None
 
 

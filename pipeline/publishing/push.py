@@ -6,16 +6,18 @@ shards, optimizer states, metrics and caches are on no list.
 """
 
 import fnmatch
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE, public_name
 from pipeline.console import UserError
+from pipeline.foreign import read_object
 from pipeline.formats.base_model import read_base
 from pipeline.formats.links import check_links
 
@@ -75,8 +77,19 @@ def upload(folder: Path, files: list[str], *, repository: str, private: bool, me
                 f"{made} is public: nothing was uploaded. Set hub_private_repo = false to upload to it, or hub_model_id "
                 "to another name."
             )
-        hub.upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=files, commit_message=message)
+        operations = [CommitOperationAdd(name, public_content(folder / name)) for name in files]
+        hub.create_commit(made.repo_id, operations, commit_message=message)
     return str(made)
+
+
+def public_content(file: Path) -> Path | bytes:
+    """What is uploaded of a file: the file, but of an adapter's configuration without the path of the base on this machine."""
+    if file.name != CONFIG_FILE:
+        return file
+    config = read_object(file, "an adapter's configuration")
+    named = config.get("base_model_name_or_path")
+    public = {**config, "base_model_name_or_path": public_name(named)} if isinstance(named, str) else config
+    return (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from pipeline.artifacts.adapter_files import NOTHING, adapter_norms, write_adapter
 from pipeline.artifacts.peft_files import write_peft_adapter
 from pipeline.config import Config
-from pipeline.console import UserError
+from pipeline.console import UserError, warn
+from pipeline.formats.base_model import read_base
+from pipeline.formats.fingerprint import fingerprint
 from pipeline.model import adapters, control_adapter, input_families, lora_variants
 from pipeline.model.stage import DTYPES, Stage
 from pipeline.publishing.facts import id_in_cache
@@ -42,6 +44,7 @@ def check_fits(config: Config, shell: PreTrainedModel, targets: list[str]) -> No
     rank_patterns.check({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, targets)
     if unknown := set(config.feedforward_modules or ()) - {name.rpartition(".")[2] for name in targets}:
         raise UserError(f"feedforward_modules: {', '.join(sorted(unknown))} is none of target_modules")
+    too_wide = []
     for name in targets:
         module: Any = shell.get_submodule(name)
         inputs, outputs = module.in_features, module.out_features
@@ -55,6 +58,13 @@ def check_fits(config: Config, shell: PreTrainedModel, targets: list[str]) -> No
         if config.init_lora_weights is not True and rank > min(inputs, outputs):
             key = "lora_rank" if rank == config.lora_rank else "rank_pattern"
             raise UserError(f"{key} = {rank}: {name} has a weight of rank {min(inputs, outputs)} at most")
+        too_wide += [(rank, name, min(inputs, outputs))] if rank > min(inputs, outputs) else []
+    if too_wide:
+        rank, name, width = max(too_wide)
+        warn(
+            f"lora_rank = {rank} is above the width of {len(too_wide)} of {len(targets)} modules ({name}: {width}): their change "
+            f"cannot have a higher rank than that; lora_rank = {width} says the same with fewer parameters"
+        )
 
 
 def describe(config: Config) -> str:
@@ -203,6 +213,7 @@ def _writer(config: Config, targets: list[str], biased_targets: bool) -> Callabl
     base = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
     common: dict[str, Any] = {
         "base_model": base, "train_logit_scale": config.train_logit_scale, "trained_over": trained_over(config),
+        "base_fingerprint": _fingerprint(Path(config.model)),
     }  # fmt: skip
     if family := _family_of_peft(config):
         return partial(write_peft_adapter, family=family, settings=_peft_settings(config, targets), **common)
@@ -215,6 +226,14 @@ def _writer(config: Config, targets: list[str], biased_targets: bool) -> Callabl
         write_adapter, kind=kind, rank=rank, alpha=(config.lora_alpha or 1.0) if rslora else s * rank, use_rslora=rslora,
         dropout=config.lora_dropout, biased_targets=biased_targets, facts=facts, **common,
     )  # fmt: skip
+
+
+def _fingerprint(model: Path) -> str | None:
+    """By which the fold knows the base again. None for a folder that the fold cannot read either."""
+    try:
+        return fingerprint(read_base(model))
+    except (UserError, OSError):
+        return None
 
 
 def trained_over(config: Config) -> dict[str, Any] | None:

@@ -1,0 +1,40 @@
+"""Which model a folder holds, told by a few of its values.
+
+Takes a `Base`; gives a digest that is another for another model of the same shapes (an instruct version, another seed, a fold's
+result), and the same for the same weights in other files, or in a wider dtype. Of each kind of tensor (names that differ in
+numbers alone) the first, the middle and the last are looked at, three rows of each: some hundred reads, however large the
+model is. The head is left out, as a tied one may be stored or not.
+"""
+
+import hashlib
+import re
+
+import torch
+
+from pipeline.formats.base_model import HEAD, Base
+from pipeline.formats.safetensors import FLOATS, StoredTensor, pick_rows
+
+DIGITS = 32  # of the digest in hexadecimal: 128 bits
+
+
+def fingerprint(base: Base) -> str:
+    """The digest, in hexadecimal. Values are compared in bf16, so that a copy in a wider dtype is the same model."""
+    digest = hashlib.sha256()
+    kinds: dict[str, list[tuple[list[int], str]]] = {}
+    for name, tensor in base.tensors.items():
+        if tensor.dtype in FLOATS and tensor.n_bytes and name != HEAD:
+            numbers = [int(number) for number in re.findall(r"\d+", name)]
+            kinds.setdefault(re.sub(r"\d+", "#", name), []).append((numbers, name))
+    for kind in sorted(kinds):
+        members = sorted(kinds[kind])
+        for index in sorted({0, len(members) // 2, len(members) - 1}):
+            _add(digest, base.tensors[members[index][1]])
+    return digest.hexdigest()[:DIGITS]
+
+
+def _add(digest: "hashlib._Hash", tensor: StoredTensor) -> None:
+    digest.update(f"{tensor.name} {tensor.shape}\n".encode())
+    columns = tensor.shape[-1] if tensor.shape else 1
+    rows = tensor.n_bytes // FLOATS[tensor.dtype].itemsize // columns
+    for values in pick_rows(tensor, columns, sorted({0, rows // 2, rows - 1})):
+        digest.update(values.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
