@@ -205,7 +205,7 @@ def test_a_whole_model_is_saved_as_it_was_trained(
 
     monkeypatch.setattr(saving, "_together", together)
     place: Any = type("Place", (), {"stage": 0, "stages": 1, "replica": 0})()
-    saving.save_model(tmp_path / "out", place, stage, tmp_path / "base", None)
+    saving.save_model(tmp_path / "out", 1, place, stage, tmp_path / "base", None)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is says
     saved, base = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "base"))
     assert torch.equal(saved(token_ids()).logits, base(token_ids()).logits)

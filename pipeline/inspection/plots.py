@@ -7,13 +7,19 @@ series, an effect's name for eigenvalues), so that the page's light and dark col
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
+from itertools import pairwise
 
 from pipeline.inspection.words import complex_number, minus
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 40
+CHARACTER = 7.2  # of a label's text: a wide one's width
+LONGEST_LABEL = 4  # characters of a name beside the table of shades; a layer's number is shorter
 FEW_POINTS = 60  # of a line: more dots would hide it
+FLATTEST = 0.2  # of a plane: half its height beside its width
+SMALLEST_SIDE = 240  # of the table of shades: the axes' names are as long
 COLOURS = 6  # series of different colours; more than these begin again
 
 
@@ -36,8 +42,17 @@ class _Frame:
     height: int = HEIGHT
     log: bool = False
 
+    @cached_property
+    def y_labels(self) -> dict[float, str]:
+        return labels(_powers(*self.y) if self.log else ticks(*self.y))
+
+    @cached_property
+    def left(self) -> float:
+        """Where the plot begins: beside the numbers of the y axis and its name."""
+        return max(LEFT, 26 + CHARACTER * max(map(len, self.y_labels.values()), default=0))
+
     def at_x(self, value: float) -> float:
-        return LEFT + (value - self.x[0]) / (self.x[1] - self.x[0]) * (self.width - LEFT - RIGHT)
+        return self.left + (value - self.x[0]) / (self.x[1] - self.x[0]) * (self.width - self.left - RIGHT)
 
     def at_y(self, value: float) -> float:
         low, high, value = (math.log10(v) if self.log else v for v in (*self.y, value))
@@ -98,38 +113,45 @@ def plane(points: Sequence[tuple[complex, str, str]], *, zoomed: bool) -> str:
         left, right, up = -reach, reach, reach
     else:
         left, right = min([-2.25, *(v.real - 0.2 for v in values)]), max([0.5, *(v.real + 0.2 for v in values)])
-        up = max([1.15, *(abs(v.imag) + 0.1 for v in values)])
-    width = WIDTH
-    height = min(640, round((width - LEFT - RIGHT) * 2 * up / (right - left)) + TOP + BOTTOM)
-    middle, half = (left + right) / 2, up * (width - LEFT - RIGHT) / (height - TOP - BOTTOM)
-    frame = _Frame((middle - half, middle + half), (-up, up), width, height)
+        up = max([1.15, *(abs(v.imag) + 0.1 for v in values), FLATTEST * (right - left)])
+    inner = WIDTH - RIGHT - _Frame((left, right), (-up, up)).left
+    height = min(640, round(inner * 2 * up / (right - left)) + TOP + BOTTOM)
+    middle, half = (left + right) / 2, up * inner / (height - TOP - BOTTOM)
+    frame = _Frame((middle - half, middle + half), (-up, up), height=height)
     unit = frame.at_x(1) - frame.at_x(0)
     clip = f"clip{'z' if zoomed else 'w'}"
     parts = [
-        f'<clipPath id="{clip}">{_box(width, height, "clip")}</clipPath>',
+        f'<clipPath id="{clip}">{_box(frame, "clip")}</clipPath>',
         *_axes(frame, "Re λ", "Im λ"), f'<g clip-path="url(#{clip})">',
         f'<circle class="unit" cx="{frame.at_x(-1):.1f}" cy="{frame.at_y(0):.1f}" r="{unit:.1f}"/>',
         _line(frame.at_x(0), TOP, frame.at_x(0), height - BOTTOM, "zero"),
-        _line(LEFT, frame.at_y(0), width - RIGHT, frame.at_y(0), "zero"),
+        _line(frame.left, frame.at_y(0), WIDTH - RIGHT, frame.at_y(0), "zero"),
     ]  # fmt: skip
     if not zoomed:
         for x, name in ((-2, "reflect"), (-1, "erase")):
             x_at, y_at = frame.at_x(x), frame.at_y(0)
-            parts += [_line(x_at, y_at - 7, x_at, y_at + 7, "mark"), _label(x_at + 4, y_at + 18, name, "start")]
+            parts.append(_line(x_at, y_at - 7, x_at, y_at + 7, "mark"))
+            if unit > CHARACTER * len("reflect"):
+                parts.append(_label(x_at + 4, y_at + 18, name, "start"))
     parts += [
         _dot(frame, Point(v.real, v.imag, f"λ = {complex_number(v)} {what}. {hint}"), what, 3.4)
         for v, what, hint in points
     ]
-    return _svg(width, height, "eigenvalues of s·A·B in the complex plane", [*parts, "</g>"])
+    return _svg(WIDTH, height, "eigenvalues of s·A·B in the complex plane", [*parts, "</g>"])
 
 
 def shades(values: Sequence[Sequence[float]], names: Sequence[str]) -> str:
     """A square table of values ≥ 0 as shades, the largest the darkest; rows write, columns read. nan is left empty."""
     n = len(names)
+    shown = [
+        short if len(short := name.split(" ")[0]) <= LONGEST_LABEL else short[: LONGEST_LABEL - 1] + "…"
+        for name in names
+    ]
     largest = max((value for row in values for value in row if not math.isnan(value)), default=0.0) or 1.0
-    cell = max(5.0, min(22.0, (WIDTH - LEFT - RIGHT) / n))
+    cell = max(5.0, min(22.0, (WIDTH - LEFT - RIGHT) / n), SMALLEST_SIDE / n)
     side = round(cell * n)
-    down, across = math.ceil(11 / cell), math.ceil(22 / cell)  # every how many cells there is room for a number
+    widest = max(22.0, CHARACTER * max(map(len, shown)) + 4)
+    down, across = math.ceil(11 / cell), math.ceil(widest / cell)  # every how many cells there is room for a name
     parts = []
     for i, row in enumerate(values):
         y = TOP + i * cell
@@ -140,17 +162,14 @@ def shades(values: Sequence[Sequence[float]], names: Sequence[str]) -> str:
                     f'<rect class="cell" x="{LEFT + j * cell:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" '
                     f'fill-opacity="{row[j] / largest:.3f}"><title>{hint}</title></rect>'
                 )
-        number = names[i].split(" ")[0]
         if i % down == 0:
-            parts.append(_label(LEFT - 5, y + cell / 2 + 4, number, "end"))
+            parts.append(_label(LEFT - 5, y + cell / 2 + 4, shown[i], "end"))
         if i % across == 0:
-            parts.append(_label(LEFT + (i + 0.5) * cell, TOP + side + 14, number, "middle"))
+            parts.append(_label(LEFT + (i + 0.5) * cell, TOP + side + 14, shown[i], "middle"))
     parts.append(f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{side}" height="{side}"/>')
     parts.append(_label(LEFT + side / 2, TOP + side + 32, "layer whose first detector reads", "middle"))
     parts.append(_label(14, TOP + side / 2, "layer whose first response writes", "middle", turned=True))
-    return _svg(
-        max(LEFT + side + RIGHT, 300), max(TOP + side + BOTTOM, 240), "responses against later detectors", parts
-    )
+    return _svg(LEFT + side + RIGHT, TOP + side + BOTTOM, "responses against later detectors", parts)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -162,18 +181,33 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def labels(values: Sequence[float]) -> dict[float, str]:
+    """The texts of ticks, each with as many digits as tell neighbours apart. Steps of ticks have one digit."""
+    gaps = [b - a for a, b in pairwise(values)]
+    if not gaps or max(gaps) > 1.01 * min(gaps):  # one tick, or powers
+        return {value: minus(f"{_clean(value):.3g}") for value in values}
+    largest, step = max(map(abs, values)), math.floor(math.log10(min(gaps)) + 1e-9)
+    if 1e-3 <= largest < 1e7:
+        return {value: minus(f"{_clean(value):.{max(0, -step)}f}") for value in values}
+    digits = math.floor(math.log10(largest) + 1e-9) - step
+    return {v: minus(f"{v:.{digits}e}") if _clean(v, largest) else "0" for v in values}
+
+
 def _axes(frame: _Frame, x_name: str, y_name: str, *, whole_x: bool = False) -> list[str]:
     """Grid lines with numbers, the frame, the names of the axes."""
     parts = []
-    x_ticks = ticks(*frame.x, count=8)
-    for x in (t for t in x_ticks if not whole_x or t == round(t)):
+    x_ticks = [t for t in ticks(*frame.x, count=8) if not whole_x or t == round(t)]
+    room = (frame.width - frame.left - RIGHT) / max(1, len(x_ticks)) / CHARACTER - 1  # characters for each
+    every = 2 if max(map(len, labels(x_ticks).values()), default=0) > room else 1
+    for x, text in labels(x_ticks[::every]).items():
         parts.append(_line(frame.at_x(x), TOP, frame.at_x(x), frame.height - BOTTOM, "grid"))
-        parts.append(_label(frame.at_x(x), frame.height - BOTTOM + 15, minus(f"{_clean(x):.4g}"), "middle"))
-    for y in _powers(*frame.y) if frame.log else ticks(*frame.y):
-        parts.append(_line(LEFT, frame.at_y(y), frame.width - RIGHT, frame.at_y(y), "grid"))
-        parts.append(_label(LEFT - 5, frame.at_y(y) + 4, minus(f"{_clean(y):.3g}"), "end"))
-    parts.append(_box(frame.width, frame.height, "frame"))
-    parts.append(_label((LEFT + frame.width - RIGHT) / 2, frame.height - 6, x_name, "middle"))
+        middle = min(frame.at_x(x), frame.width - CHARACTER * len(text) / 2)  # the last one ends where the drawing does
+        parts.append(_label(middle, frame.height - BOTTOM + 17, text, "middle"))
+    for y, text in frame.y_labels.items():
+        parts.append(_line(frame.left, frame.at_y(y), frame.width - RIGHT, frame.at_y(y), "grid"))
+        parts.append(_label(frame.left - 5, frame.at_y(y) + 4, text, "end"))
+    parts.append(_box(frame, "frame"))
+    parts.append(_label((frame.left + frame.width - RIGHT) / 2, frame.height - 6, x_name, "middle"))
     parts.append(_label(14, (TOP + frame.height - BOTTOM) / 2, y_name, "middle", turned=True))
     return parts
 
@@ -188,8 +222,9 @@ def _powers(low: float, high: float) -> list[float]:
     return [t for t in ticks(low, high) if t > 0]
 
 
-def _clean(value: float) -> float:
-    return 0.0 if abs(value) < 1e-12 else value
+def _clean(value: float, among: float = 1.0) -> float:
+    """Zero where `value` is what rounding left of it."""
+    return 0.0 if abs(value) < 1e-12 * among else value
 
 
 def _dot(frame: _Frame, point: Point, colour: str, radius: float) -> str:
@@ -199,10 +234,10 @@ def _dot(frame: _Frame, point: Point, colour: str, radius: float) -> str:
     )
 
 
-def _box(width: int, height: int, kind: str) -> str:
-    """The rectangle within the axes of a drawing of that size."""
-    inner = f'width="{width - LEFT - RIGHT}" height="{height - TOP - BOTTOM}"'
-    return f'<rect class="{kind}" x="{LEFT}" y="{TOP}" {inner}/>'
+def _box(frame: _Frame, kind: str) -> str:
+    """The rectangle within the axes."""
+    inner = f'width="{frame.width - frame.left - RIGHT:.1f}" height="{frame.height - TOP - BOTTOM}"'
+    return f'<rect class="{kind}" x="{frame.left:.1f}" y="{TOP}" {inner}/>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

@@ -5,7 +5,9 @@ is what the Hub reads: a base model stands there only under an id of the Hub, si
 evaluation only where it is of the step that is published.
 """
 
+import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -13,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pipeline.artifacts.adapter_files import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.files import whole_file
-from pipeline.foreign import read_front_matter, read_object
+from pipeline.foreign import printable, read_front_matter, read_object
 from pipeline.publishing import card_text
 from pipeline.publishing.facts import Facts
 from pipeline.publishing.loss_curve import loss_curve
@@ -38,7 +40,7 @@ def card(folder: Path, facts: Facts, *, repository: str | None) -> ModelCard:
     """The card, as `write_card` writes it."""
     what = contents(folder, facts)
     title = repository.rpartition("/")[2] if repository else f"{facts.base.rpartition('/')[2]}, {facts.name}"
-    about = TITLES[what].format(base=facts.base, family=card_text.family(facts).split(",")[0])
+    about = TITLES[what].format(base=card_text.in_code(facts.base), family=card_text.family(facts).split(",")[0])
     peft_type = _peft_type(folder)
     if peft_type == "LORA" and facts.adapter.get("peft_type") != "LORA":
         about += ", in its exact additive form W' = W + s·B'·A' (an ordinary LoRA)"
@@ -50,7 +52,7 @@ def card(folder: Path, facts: Facts, *, repository: str | None) -> ModelCard:
     text = "".join(f"\n## {name}\n\n{body.rstrip()}\n" for name, body in sections.items() if body)
     steps = f"after {facts.step:,} step{'s' * (facts.step != 1)} of training"
     head = header(what, facts, title, peft_type).to_yaml()
-    return ModelCard(f"---\n{head}\n---\n\n# {title}\n\n{about}, {steps}.\n{text}")
+    return ModelCard(f"---\n{head}\n---\n\n# {card_text.in_prose(title)}\n\n{about}, {steps}.\n{text}")
 
 
 def contents(folder: Path, facts: Facts) -> str:
@@ -111,23 +113,24 @@ def licence(base: Path, base_id: str | None) -> dict[str, Any]:
 def use(what: str, base: str, here: str, peft_type: str | None) -> str:
     """How to load it."""
     if what == "gguf":
-        return f"    llama-server -m {base.rpartition('/')[2]}.gguf --lora adapter.gguf"
+        return f"    llama-server -m {quote(printable(base.rpartition('/')[2] + '.gguf'))} --lora adapter.gguf"
     if peft_type == OWN_TYPE:
         return (
             "This adapter moves biases as well as weights, which no type of PEFT's does: fold it with mulora-pipe.\n\n"
-            f"    python merge_lora.py --input {base} --lora {here} --output merged"
+            f"    python merge_lora.py --input {quote(printable(base))} --lora {quote(printable(here))} --output merged"
         )
+    base, here = (json.dumps(printable(name), ensure_ascii=False) for name in (base, here))  # as Python writes a text
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if what == "adapter":
         lines = [
             "from peft import PeftModel", *lines,
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
-            f'model = PeftModel.from_pretrained(base, "{here}")', f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+            f'base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")',
+            f'model = PeftModel.from_pretrained(base, {here})', f'tokenizer = AutoTokenizer.from_pretrained({base})',
         ]  # fmt: skip
     else:
         lines += [
-            f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
+            f'model = AutoModelForCausalLM.from_pretrained({here}, dtype="auto")',
+            f"tokenizer = AutoTokenizer.from_pretrained({here})",
         ]
     return "```python\n" + "\n".join(lines) + "\n```"
 

@@ -3,6 +3,7 @@
 Takes `Facts`; gives text. A number that the run's folder does not tell is left out, and so is a section without any.
 """
 
+import html
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 import tomli_w
 
 from pipeline.console import duration, gib
+from pipeline.foreign import printable
 from pipeline.publishing.facts import Facts, Loss, unrecorded
 
 FAMILIES = {
@@ -24,6 +26,7 @@ FAMILIES = {
 }  # fmt: skip
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MOST_ROWS = 12
+LONGEST = 2000  # characters of a text of others
 
 
 def family(facts: Facts) -> str:
@@ -36,11 +39,11 @@ def family(facts: Facts) -> str:
 def trained(facts: Facts) -> str:
     """What was trained: base, family, modules, rank and s."""
     config = facts.config
-    lines = [f"- base: {facts.base}", f"- trained: {family(facts)}"]
+    lines = [f"- base: {in_prose(facts.base)}", f"- trained: {family(facts)}"]
     if modules := facts.adapter.get("target_modules"):
         lines.append(f"- modules: {modules_in_words(modules)}")
     if beside := config.get("trainable_modules"):
-        lines.append(f"- trained in full beside it: {', '.join(beside)}")
+        lines.append(f"- trained in full beside it: {in_prose(', '.join(beside))}")
     if rank := config.get("lora_rank"):
         alpha, root = config.get("lora_alpha"), "√" if config.get("use_rslora") else ""
         s = rank**0.5 if root else rank
@@ -67,7 +70,7 @@ def modules_in_words(modules: Sequence[str]) -> str:
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
     found = (re.search(r"\.(\d+)\.", module) for module in modules)
     layers = sorted({int(match.group(1)) for match in found if match})
-    words = ", ".join(names)
+    words = in_prose(", ".join(names))
     if layers:
         starts = [layers[0], *(b for a, b in pairwise(layers) if b != a + 1)]
         ends = [*(a for a, b in pairwise(layers) if b != a + 1), layers[-1]]
@@ -162,7 +165,7 @@ def _devices(names: Sequence[str]) -> str:
 def versions(facts: Facts) -> str:
     """The libraries of the run's last part."""
     found = facts.parts[-1].get("versions", {}) if facts.parts else {}
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+    return in_prose(", ".join(f"{name} {version}" for name, version in found.items()))
 
 
 def configuration(facts: Facts) -> str:
@@ -172,6 +175,16 @@ def configuration(facts: Facts) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; its cells are plain text."""
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(in_prose(cell) for cell in line) + " |\n" for line in lines)
+
+
+def in_prose(text: str) -> str:
+    """`text` of any origin as Markdown that shows it: neither HTML nor a link, a picture or the end of a cell."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(text, LONGEST), quote=False))
+
+
+def in_code(text: str) -> str:
+    """`text` of any origin between single backticks, within which HTML means nothing."""
+    return printable(text, LONGEST).replace("`", "'")
