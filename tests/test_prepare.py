@@ -141,7 +141,8 @@ def test_what_differs_from_the_checkpoint_is_shown() -> None:
     assert run_folder.differences(saved, current) == ["  lr: 1e-05 → 2e-05"]
 
 
-def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path) -> None:
+def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
     command = [
         "/a b/train.py",
         "--local_rank=1",
@@ -183,6 +184,7 @@ def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
 
 
 def test_without_a_launcher_the_whole_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.toml"])
     with pytest.raises(UserError) as caught:
