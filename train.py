@@ -17,14 +17,15 @@ from pathlib import Path  # noqa: E402
 
 from pipeline import config_sources  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, UserError, rank, run_command  # noqa: E402
+from pipeline.console import EXIT_DONE, UserError, rank, run_command, said_if_slow  # noqa: E402
+from pipeline.training import launch  # noqa: E402
+
+IMPORTING = "starting: importing torch, transformers and DeepSpeed"
 
 
 def parse() -> argparse.Namespace:
     """The command line. `--local_rank` comes from the launcher; `--deepspeed` is qlora-pipe's and means nothing here."""
-    parser = argparse.ArgumentParser(
-        description="Train an adapter or a model over pipeline stages.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Train an adapter or a model over stages.", allow_abbrev=False)
     parser.add_argument("--config", metavar="TOML", help="in the current folder or in configs/")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="a DeepSpeed JSON as qlora-pipe takes it")
     parser.add_argument(
@@ -34,9 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--plan", action="store_true", help="show each stage's memory and the run's time without weights or GPU"
     )
-    parser.add_argument(
-        "--devices", metavar="2x48GiB", help="with --plan: the GPUs to plan for, e.g. 2xA6000, 48GiB,80GiB"
-    )
+    parser.add_argument("--devices", metavar="2x48GiB", help="with --plan: the GPUs, e.g. 2xA6000, 48GiB,80GiB")
     parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
     parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, metavar="PATH",
                         help="go on from the newest complete checkpoint, or from that of PATH")  # fmt: skip
@@ -66,15 +65,16 @@ def main() -> int:
     config = config_sources.load(arguments.config, arguments.deepspeed_config, arguments.set)
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     if arguments.plan:
-        from pipeline.training import planned
-
+        with said_if_slow(IMPORTING):
+            from pipeline.training import planned
         return planned.show(config, arguments.devices)
     if arguments.check or arguments.preview is not None:
-        from pipeline.training.look import look
-
+        with said_if_slow(IMPORTING):
+            from pipeline.training.look import look
         return look(config, arguments.preview)
-    from pipeline.training import failures
-
+    launch.check_processes(config.pipeline_stages)
+    with said_if_slow(IMPORTING):
+        from pipeline.training import assemble, failures  # noqa: F401 (the first imports all that takes long)
     with failures.out_of_space_explained(Path(config.output_dir)):
         return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
 
@@ -85,7 +85,6 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     from pipeline.training.run_record import RunRecord
 
     engine.check_version()
-    engine.check_processes(config.pipeline_stages)
     plan = prepare.plan_model(config, resumes=bool(resume))
     prepare.check_files(config, plan.shell)
     ending.check(config, plan)

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ EXIT_STOPPED = 75
 EXIT_ABORTED = 130
 
 OTHER_RANKS_WAIT_S = 5.0
+SLOW_S = 2.0
 
 # What a terminal obeys rather than shows (C0 and C1 but for the newline and the tab), what breaks or turns a line (Unicode's
 # separators and bidirectional controls, which can make a name read as another), and halves of surrogate pairs, which no
@@ -106,6 +108,18 @@ def plain(text: str) -> str:
     Newlines stay, as messages have several lines; where a name of others must not begin one, `foreign.printable` it.
     """
     return CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+@contextmanager
+def said_if_slow(what: str) -> Iterator[None]:
+    """Say `what` is being done as soon as it has taken two seconds. Also a decorator. Not around a progress bar."""
+    timer = threading.Timer(SLOW_S, say, [f"{what} …"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

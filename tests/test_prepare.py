@@ -10,7 +10,7 @@ from builders import save_model, write_config
 
 from pipeline.config_sources import load
 from pipeline.console import UserError
-from pipeline.training import engine, prepare, run_folder
+from pipeline.training import launch, prepare, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_full_fine_tuning_of_modules_that_are_not_there(tmp_path: Path, base: Pa
 def test_the_number_of_processes_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_SIZE", "3")
-    engine.check_processes(3)
+    launch.check_processes(3)
     with pytest.raises(UserError, match="pipeline_stages = 2 does not divide the 3 process"):
-        engine.check_processes(2)
+        launch.check_processes(2)
 
 
 # Resuming
@@ -141,7 +141,8 @@ def test_what_differs_from_the_checkpoint_is_shown() -> None:
     assert run_folder.differences(saved, current) == ["  lr: 1e-05 → 2e-05"]
 
 
-def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path) -> None:
+def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
     command = [
         "/a b/train.py",
         "--local_rank=1",
@@ -154,10 +155,12 @@ def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path) -> None:
     ]
     line = run_folder.resume_line(command, 2, tmp_path)
     quoted = shlex.quote("a='b c'")
-    expected = f"deepspeed --num_gpus 2 '/a b/train.py' --config x.toml --set {quoted} {run_folder.RESUME} {tmp_path}"
+    expected = (
+        f"deepspeed --quiet --num_gpus 2 '/a b/train.py' --config x.toml --set {quoted} {run_folder.RESUME} {tmp_path}"
+    )
     assert line == expected
     flag = run_folder.resume_line(["train.py", "--resume_from_checkpoint", "--set", "x=1"], 1, tmp_path)
-    assert flag == f"deepspeed --num_gpus 1 train.py --set x=1 --resume_from_checkpoint {tmp_path}"
+    assert flag == f"deepspeed --quiet --num_gpus 1 train.py --set x=1 --resume_from_checkpoint {tmp_path}"
 
 
 def test_later_saves_are_put_aside_and_kept(tmp_path: Path) -> None:
@@ -181,8 +184,9 @@ def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
 
 
 def test_without_a_launcher_the_whole_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.toml"])
     with pytest.raises(UserError) as caught:
-        engine.check_processes(2)
-    assert str(caught.value).endswith("\n  deepspeed --num_gpus 2 train.py --config 'my run.toml'")
+        launch.check_processes(2)
+    assert str(caught.value).endswith("\n  deepspeed --quiet --num_gpus 2 train.py --config 'my run.toml'")

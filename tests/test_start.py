@@ -4,13 +4,15 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from builders import ROOT, environment, finish, save_model, write_config
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from pipeline.training import engine
+from pipeline import console
+from pipeline.training import engine, launch
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -37,6 +39,37 @@ def test_deepspeed_loads_its_extension_unless_told_not_to(loads: list[str]) -> N
     with engine.without_shared_memory_extension():
         assert backend.TorchBackend("gloo", None, None).shm_comm_op is None
     assert not loads
+
+
+def test_what_takes_long_is_said_and_what_does_not_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "SLOW_S", 0.1)
+    with console.said_if_slow("a trifle"):
+        pass
+    with console.said_if_slow("the work"):
+        deadline = time.monotonic() + 30
+        said = ""
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said = capsys.readouterr().out
+    assert said == "the work …\n"
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["on PATH", "not on PATH"])
+def test_the_command_to_type_is_one_that_this_shell_finds(
+    found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but a link of that name is looked for, and none of another environment is taken."""
+    ours, others = tmp_path / "venv/bin", tmp_path / "others"
+    for folder in (ours, others):
+        folder.mkdir(parents=True)
+        (folder / "deepspeed").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(ours / "python"))
+    monkeypatch.setenv("PATH", str(ours if found else others))
+    monkeypatch.chdir(tmp_path)
+    typed = launch.command(2, ["train.py", "--local_rank=0", "--config", "my run.toml"])
+    assert typed == f"{'' if found else 'venv/bin/'}deepspeed --quiet --num_gpus 2 train.py --config 'my run.toml'"
 
 
 def test_two_stages_train_from_a_plain_shell(tmp_path: Path) -> None:

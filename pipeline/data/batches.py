@@ -107,7 +107,11 @@ class MicroBatches:
 
     def steps_left(self, position: Position) -> int:
         """Optimizer steps from `position` to the end of its epoch."""
-        return math.ceil((len(self._starts(position)) - 1) / self.micro_batches_per_step)
+        if self.fixed_shape and not position.rows:  # whatever the order
+            micro_batches = math.ceil(len(self.epoch_rows(position.epoch)) / self.fixed_shape[0])
+        else:
+            micro_batches = len(self._starts(position)) - 1
+        return math.ceil(micro_batches / self.micro_batches_per_step)
 
     def steps_to_come(self, position: Position, epochs: int, at_most: int | None = None) -> int:
         """Optimizer steps from `position` to the end of `epochs` epochs, or `at_most`: no epoch beyond that is drawn."""

@@ -8,6 +8,7 @@ its stage does not own.
 import math
 import os
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.console import UserError
+from pipeline.console import UserError, progress, said_if_slow
 from pipeline.foreign import printable
 from pipeline.formats.base_model import HEAD, Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
 from pipeline.model.packed import Foreseen, Packs
 from pipeline.model.stage import Stage, tied_head
+
+SMALL = 2**29  # bytes of weights that need no progress bar
 
 
 def load(stage: Stage, folder: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -133,14 +136,17 @@ def _load_by_name(
 ) -> None:  # fmt: skip
     """Read what each name takes, in the order in which it lies in the files; one tensor is in memory at a time."""
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    for name, stored in sorted(sources.items(), key=lambda source: (source[1].file, source[1].start)):
-        if stored.shape != wanted[name].shape:
-            raise UserError(
-                f"{stored.file.name}: {stored.name} has shape {list(stored.shape)}, "
-                f"but config.json makes it {list(wanted[name].shape)}"
-            )
-        to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
-        _assign(model, name, _read(stored, to, device))
+    total = sum(stored.n_bytes for stored in sources.values())
+    with progress("reading weights", total) if total > SMALL else nullcontext(lambda n: None) as advance:
+        for name, stored in sorted(sources.items(), key=lambda source: (source[1].file, source[1].start)):
+            if stored.shape != wanted[name].shape:
+                raise UserError(
+                    f"{stored.file.name}: {stored.name} has shape {list(stored.shape)}, "
+                    f"but config.json makes it {list(wanted[name].shape)}"
+                )
+            to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
+            _assign(model, name, _read(stored, to, device))
+            advance(stored.n_bytes)
 
 
 def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -190,6 +196,7 @@ class _Slice:
         return _read_finite(self.stored)
 
 
+@said_if_slow("starting: reading and converting weights")
 def _load_converted(stage: Stage, base: Base, device: torch.device, missing: list[str]) -> None:
     """Checkpoints stored under other names or shapes than the model's (experts one by one): transformers' own conversion.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeline.config import Config
 from pipeline.config_sources import to_toml
-from pipeline.console import UserError, gib, say
+from pipeline.console import UserError, gib, said_if_slow, say
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.model import activation, adapters, neftune, unsupported, weights
 from pipeline.model.packed import saved_bytes
@@ -119,7 +119,8 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Follo
         if stage.is_last:
             check_head(stage)
         stage_parts.put_trained(stage, config, plan.targets, plan.in_full)
-    kernel_places.put(stage, config.kernels, place)
+    with said_if_slow("starting: looking where the kernels fit"):
+        kernel_places.put(stage, config.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
     if config.neftune_noise_alpha:
@@ -184,6 +185,7 @@ def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: en
         optimizer.tie(frozenset(own), group, counts=stage.is_first)
 
 
+@said_if_slow("starting: reading the checkpoint")
 def put_back(
     folder: Path, manifest: dict[str, Any], config: Config, stage: Stage, optimizer: PipelineOptimizer,
     place: engine.Place, batches: MicroBatches, trained: list[str],

@@ -9,8 +9,6 @@ import importlib
 import io
 import logging
 import os
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +25,8 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTop
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline.console import UserError
-from pipeline.training import schedule_cuts
+from pipeline.console import UserError, said_if_slow
+from pipeline.training import launch, schedule_cuts
 from pipeline.training.optimizer import PipelineOptimizer
 
 MINIMUM_DEEPSPEED = (0, 19, 3)
@@ -76,28 +74,11 @@ def launched_by() -> str:
     return f"{launcher.pid}-{int(launcher.create_time() * 1000)}"
 
 
-def check_processes(stages: int) -> None:
-    """UserError if the processes that were started cannot form `stages` stages; known before anything is read."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world)
-    if here != world:
-        raise UserError(f"{world} processes over several machines, {here} of them here: a run lives on one machine")
-    if world % stages and "WORLD_SIZE" not in os.environ:
-        command = shlex.join(["deepspeed", "--num_gpus", str(stages), *sys.argv])
-        raise UserError(
-            f"pipeline_stages = {stages} takes {stages} processes, and no launcher started any: type\n  {command}"
-        )
-    if world % stages:
-        raise UserError(
-            f"pipeline_stages = {stages} does not divide the {world} process(es) started; "
-            f"start with --num_gpus {stages} (or a multiple of it) or set pipeline_stages = {world}"
-        )
-
-
+@said_if_slow("starting: waiting for the other processes")
 def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_processes(stages)
+    launch.check_processes(stages)
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("LOCAL_SIZE", str(world))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.console import EXIT_DONE, UserError, gib, say
+from pipeline.console import EXIT_DONE, UserError, gib, said_if_slow, say
 from pipeline.data.batches import Position
 from pipeline.files import write_text
 from pipeline.model import adapters
@@ -99,6 +99,7 @@ def show(config: Config, described: str | None) -> int:
     return EXIT_DONE
 
 
+@said_if_slow("planning: counting on fake tensors")
 def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
     there = _described(described, config.pipeline_stages) if described else _devices_here(config, plan)
@@ -144,6 +145,7 @@ class Followed(NamedTuple):
     plan: Callable[[], Plan]
 
 
+@said_if_slow("starting: planning what each layer keeps")
 def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
     """What this run does, the same on every process. UserError if 'auto' finds nothing that fits."""
     usable: list[Any] = [None] * place.world
@@ -212,6 +214,7 @@ def arena(followed: Followed, stage: int, device: torch.device) -> HostArena | N
     return HostArena(n_bytes + n_bytes // 16 + (1 << 20), device)
 
 
+@said_if_slow("done:     counting what was planned")
 def say_outcome(followed: Followed, place: Place, run_dir: Path, step_s: float) -> None:
     """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
     everyone: list[Any] = [None] * place.world

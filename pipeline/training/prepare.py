@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
 from pipeline.config_sections import Dataset, EvalDataset
-from pipeline.console import UserError, gib, say, warn
+from pipeline.console import UserError, gib, said_if_slow, say, warn
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
@@ -70,6 +70,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     return plan
 
 
+@said_if_slow("starting: looking at the model, without its weights")
 def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> ModelPlan:
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
     if quantised := stage_parts.foresee_quantised(shell, config):
@@ -212,6 +213,7 @@ def cut_into_stages(
     return ranges
 
 
+@said_if_slow("starting: reading the tokenizer")
 def load_tokenizer(folder: str) -> Any:
     """The model's own tokenizer; UserError if there is none."""
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):

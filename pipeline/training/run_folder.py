@@ -6,7 +6,6 @@ first process decides; the others are told.
 
 import fcntl
 import json
-import shlex
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.console import UserError, say
+from pipeline.console import UserError, said_if_slow, say
 from pipeline.files import explain_out_of_space, write_text
-from pipeline.training import checkpoint, retention
+from pipeline.training import checkpoint, launch, retention
 from pipeline.training.engine import Place
 from pipeline.training.parameter_groups import Special, values_of
 from pipeline.training.stop import STOP_FILE
@@ -30,6 +29,7 @@ OF_A_START = (
 RESUME = "--resume_from_checkpoint"
 
 
+@said_if_slow("starting: verifying the checkpoint")
 def find_checkpoint(output_dir: Path, resume: bool | str) -> Resumed | None:
     """What `resume_from_checkpoint` means: None, or a verified checkpoint and its manifest. CheckpointError if there is none."""
     if not resume:
@@ -181,6 +181,6 @@ def resume_line(command: list[str], processes: int, run_dir: Path) -> str:
             skip = False
             continue
         skip = argument == RESUME
-        if not skip and not argument.startswith((f"{RESUME}=", "--local_rank")):
+        if not skip and not argument.startswith(f"{RESUME}="):
             kept.append(argument)
-    return shlex.join(["deepspeed", "--num_gpus", str(processes), program, *kept, RESUME, str(run_dir)])
+    return launch.command(processes, [program, *kept, RESUME, str(run_dir)])
