@@ -5,6 +5,7 @@ the same outcome; the first to come builds the data cache, the others find it.
 """
 
 import math
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
-from pipeline.console import UserError, gib, say, warn
+from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, rank, say, space_message, warn
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
@@ -27,6 +28,7 @@ from pipeline.training import adapter_families, initial_full_tensors, parameter_
 from pipeline.training.schedule import warmup_steps
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+ROOM_TO_BEGIN = 64 * 1024  # bytes: the rendezvous, the configuration and the first lines of the metrics
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,18 @@ def check_files(config: Config) -> None:
 
 
 def usable_output_dir(folder: str) -> None:
-    """UserError if nothing can be written there."""
+    """UserError if nothing can be written there; where there is no room (exit code 28), not even for how a run begins."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if rank() == 0:  # without room, gloo's rendezvous would not fail but wait for the processes for ever
+                file.write(bytes(ROOM_TO_BEGIN))
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
+        if is_out_of_space(error):
+            why = space_message(error, Path(folder), f"at least {gib(ROOM_TO_BEGIN)}")
+            raise UserError(f"output_dir = '{folder}': {why}", EXIT_DISK_FULL) from error
         raise UserError(f"output_dir = '{folder}': cannot write there: {error.strerror}") from error
 
 
