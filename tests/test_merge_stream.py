@@ -187,7 +187,10 @@ def test_a_full_disk_is_exit_code_28_and_leaves_nothing(tmp_path: Path, monkeypa
         raise OSError(code, "full")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*out: .* needed") as refused, whole_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(UserError, match=r"cannot write .*out: .* needed") as refused,
+        whole_folder(tmp_path / "out") as folder,
+    ):
         write_safetensors(folder / "x", [TensorSpec("a", "U8", (1,))], lambda _: [b"1"])
     assert refused.value.exit_code == 28
     assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ def usable_output_dir(folder: str) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            if rank() == 0:  # without room, gloo's rendezvous would not fail but wait for the processes for ever
+            if rank() == 0:  # one process: several would count each other's
                 file.write(bytes(ROOM_TO_BEGIN))
                 file.flush()
                 os.fsync(file.fileno())
