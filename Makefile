@@ -1,26 +1,22 @@
-# Everything runs in .venv, which is made from requirements.txt when it is missing or out of date.
+# Everything runs in .venv, which is made from requirements-dev.txt, in the versions of constraints.txt, when it is missing
+# or older than these.
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin
-# DeepSpeed compiles a small extension at its first start. Inside the virtual environment it cannot collide with another
-# version's; without the stale lock of a killed build, the start does not hang.
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup train test test-all lint bench docs clean
+.PHONY: help setup train test test-all test-newest golden lint bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.installed ## make .venv from requirements.txt and build DeepSpeed's extension
+setup: $(VENV)/.installed ## make .venv, in the versions of constraints.txt
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install -q -r requirements-dev.txt
-	rm -f $(TORCH_EXTENSIONS_DIR)/*/*/lock $(TORCH_EXTENSIONS_DIR)/*/lock
-	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pipeline.training.selftest
+	$(RUN)/pip install -q -c constraints.txt -r requirements-dev.txt
 	touch $@
 
 train: setup ## the main job on sample books: train, stop, resume, evaluate, fold (about 2 minutes)
@@ -28,13 +24,24 @@ train: setup ## the main job on sample books: train, stop, resume, evaluate, fol
 
 # Most tests are one process on one core, so two files of them run at a time; those with several processes share.
 TEST_JOBS ?= 2
-PYTEST := PATH="$(CURDIR)/$(RUN):$$PATH" OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+PYTEST = PATH="$(CURDIR)/$(RUN):$$PATH" OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 test: setup ## the tests (minutes)
 	$(PYTEST) -m "not slow"
 
 test-all: setup ## the tests with the slow ones
 	$(PYTEST) --timeout 1800
+
+golden: setup ## run the golden runs (or ONLY="…"), say what differs from tests/golden/, and write it there (2 minutes)
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m tests.golden.record $(ONLY)
+
+# Says first which versions differ from those of constraints.txt.
+test-newest: RUN := $(VENV)-newest/bin
+test-newest: ## the tests with what the ranges of the requirements bring today, in .venv-newest
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(RUN)/pip install -q -r requirements-dev.txt
+	$(RUN)/pip freeze | grep -Fxv -f constraints.txt || true
+	$(PYTEST) -m "not slow"
 
 lint: setup ## ruff and mypy
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy

@@ -17,7 +17,7 @@ from pipeline.artifacts.adapter_reading import load_pairs
 from pipeline.artifacts.fold_match import pair_kind
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
 from pipeline.files import check_file_free, whole_file
-from pipeline.formats.base_model import Base, read_base
+from pipeline.formats.base_model import Base, read_base, say_remarks
 from pipeline.formats.safetensors import FLOATS
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
@@ -94,6 +94,7 @@ def _base_and_kind(adapter: Adapter, folder: Path | None, asked: Kind | None) ->
     if folder is None:
         return None, reading.kind_without_base(adapter, asked)
     base = read_base(folder)
+    say_remarks(base)
     return base, pair_kind(base, adapter, kind=asked, kind_is_meant=True)
 
 
@@ -101,10 +102,14 @@ def _tokenizer_and_text(base: Base | None, file: Path | None, limit: int) -> tup
     """The base's tokenizer and the text it cuts, where they are wanted. transformers is imported only then."""
     if base is None:
         return None, None
+    from pipeline.model.stage import read_model_config
     from pipeline.training.prepare import load_tokenizer
 
     tokenizer = load_tokenizer(str(base.folder))
-    return tokenizer, read_text(file, tokenizer, limit=limit) if file else None
+    if file is None:
+        return tokenizer, None
+    rows = read_model_config(str(base.folder)).vocab_size
+    return tokenizer, read_text(file, tokenizer, limit=limit, embedding_rows=rows)
 
 
 def _dtype(base: Base) -> torch.dtype:

@@ -186,8 +186,11 @@ def _from_texts(asked: argparse.Namespace, layers: list[int]) -> dict[int, Tenso
     """Layer → mean over A's texts less mean over B's [D] fp64 of the residual stream after the layer; saved if asked."""
     device = usable_device(asked.device)
     tokenizer, last = load_tokenizer(asked.input), asked.position == "last"
-    sets = [document_rows(tokenizer, path, asked.sequence_len, ends_only=last) for path in asked.from_texts]
     config = read_model_config(asked.input)
+    sets = [
+        document_rows(tokenizer, path, asked.sequence_len, ends_only=last, embedding_rows=config.vocab_size)
+        for path in asked.from_texts
+    ]
     dtype = DTYPES[asked.dtype] if asked.dtype else config.dtype or torch.float32
     for path, rows in zip(asked.from_texts, sets, strict=True):
         say(f"{path}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")

@@ -87,13 +87,14 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     engine.check_version()
     engine.check_processes(config.pipeline_stages)
     plan = prepare.plan_model(config, resumes=bool(resume))
-    prepare.check_files(config)
+    prepare.check_files(config, plan.shell)
     ending.check(config, plan)
-    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
+    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
     resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
     try:
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
+        watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
         batches = prepare.micro_batches(config, data, place.replica, place.replicas)
         prepare.describe_steps(config, batches, place.replicas)
         with failures.explained(watcher, save=lambda: None):

@@ -29,9 +29,8 @@ TIMEOUT_S = 900
 
 def launch(request: dict[str, Any], threads: int) -> list[dict[str, Any]]:
     """What the two processes measured. UserError with the end of their output if they failed."""
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     environment = {
-        **os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_EXTENSIONS_DIR": extensions, "HF_HUB_OFFLINE": "1",
+        **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:

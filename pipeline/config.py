@@ -160,6 +160,8 @@ class Config(Section):
     checkpoint_on_save: bool = Field(
         False, description="write a checkpoint with each save of the adapter; then not by the minute"
     )
+    hang_timeout_minutes: NonNegativeFloat = Field(
+        10, description="without progress on any process, and three times the longest step (evaluation, save) so far, the run says which process hangs, saves what can be saved and ends with exit code 6; six times this for the first of each; 0 never")  # fmt: skip
     keep_states: int = Field(-1, ge=-1, description="newest step<N>/ and global_step<N>/ to keep, each; -1 keeps all")
     save_dtype: Dtype | None = Field(None, description="of a saved adapter or model; default as trained")
     resume_from_checkpoint: bool | str = Field(

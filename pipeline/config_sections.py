@@ -3,7 +3,6 @@
 Every key with its default, unit, bound and meaning, as in pipeline/config.py, which has the top level.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,20 +16,49 @@ from pydantic import (
     PositiveInt,
 )
 
+from pipeline import patterns
+
 
 def regular_expression(pattern: str) -> str:
     """`pattern`, or ValueError where it is none."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+    patterns.check(pattern)
     return pattern
 
 
+_CONVERT = "books are read from .txt and .md files, dataset_type = 'textfile': convert them first"
+# dataset_type as others would write it → what to do.
+_OTHER_TYPES = {
+    (
+        "chat",
+        "chat_template",
+        "sharegpt",
+        "messages",
+        "conversations",
+        "alpaca",
+        "instruction",
+        "completion",
+        "chatml",
+    ): (
+        "chat and instruction data are not built yet; plain text is: write each conversation through the model's chat "
+        "template into a field 'text' of a .jsonl file, dataset_type = 'doclist'"
+    ),
+    ("csv", "tsv", "table", "arrow"): (
+        "tables are not read; write the text column to a .jsonl or .parquet file with the field 'text', "
+        "dataset_type = 'doclist'"
+    ),
+    ("epub", "pdf", "html", "docx", "mobi"): _CONVERT,
+    ("json", "jsonl", "parquet"): "write dataset_type = 'doclist', which reads .json, .jsonl and .parquet",
+    ("text", "txt", "md", "markdown", "raw", "plain", "book", "books"): "write dataset_type = 'textfile'",
+}
+
+
 def not_built(value: Any) -> Any:
-    """Values of qlora-pipe's that are refused by name."""
+    """Values of qlora-pipe's and of other trainers that are refused by name."""
     if value in ("axolotl", "pretokenized"):
         raise ValueError("datasets of this type are not built yet; write 'textfile' or 'doclist'")
+    for values, what in _OTHER_TYPES.items():
+        if isinstance(value, str) and value.lower() in values:
+            raise ValueError(what)
     if value == "cpu":
         raise ValueError("not built; 'unsloth' also keeps the layers' inputs in host memory")
     return value
@@ -145,6 +173,8 @@ class Dataset(Section):
         None, gt=0, le=1, description="fraction of the chunks to keep (of those held out too), after a seeded shuffle"
     )
     num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
+    join_lines: bool = Field(
+        False, description="join line breaks inside paragraphs, as Project Gutenberg's texts have them; verse, lists, tables, headings, quotations, code and indented lines keep theirs (datasets/README.md)")  # fmt: skip
 
 
 class EvalDataset(Section):
@@ -161,3 +191,4 @@ class EvalDataset(Section):
     subsample: float | None = Field(
         None, gt=0, le=1, description="fraction of the chunks to keep, after a seeded shuffle"
     )
+    join_lines: bool = Field(False, description="as for [[datasets]]")

@@ -22,6 +22,7 @@ from pipeline.config_doubts import doubts
 from pipeline.config_refused import REFUSED
 from pipeline.config_sections import Bnb, Dataset, EvalDataset, Optimizer, ParameterGroup, Quantization, Section
 from pipeline.console import UserError, warn
+from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
 JSON_KEYS = {
@@ -179,7 +180,7 @@ def _valid_keys(problems: list[str]) -> Iterator[str]:
 
 def _dotted(loc: list[Any]) -> str:
     """A key as --set takes it: `datasets.0.sequence_len`."""
-    return ".".join(map(str, loc))
+    return printable(".".join(map(str, loc)))
 
 
 def _shown(value: Any) -> str:
@@ -189,18 +190,13 @@ def _shown(value: Any) -> str:
 
 def _merge_json(raw: dict[str, Any], path: str) -> list[str]:
     """Put a DeepSpeed JSON's keys into `raw`; returns what cannot be taken over."""
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed_config {path}: {error}") from error
-    if not isinstance(given, dict):
-        raise UserError(f"--deepspeed_config {path}: expected an object")
+    given = read_object(Path(path), "what --deepspeed_config names")
     problems = []
     for key, value in given.items():
         ours = JSON_KEYS.get(key)
         if ours is None:
             problems.append(
-                f"{path}: {key} is decided by the trainer and cannot be set; it takes {', '.join(JSON_KEYS)}"
+                f"{path}: {printable(key)} is decided by the trainer and cannot be set; it takes {', '.join(JSON_KEYS)}"
             )
         elif ours in raw and raw[ours] != value:
             problems.append(
@@ -217,14 +213,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(part.strip() for part in key.split(".")):
         raise UserError(f"--set {override}: write key=value, for example --set optimizer.lr=1e-5")
     try:
-        value = tomli.loads(f"v = {text}")["v"]
+        value = toml_value(f"v = {text}")["v"]
     except tomli.TOMLDecodeError:
         value = text
+    except ValueError as error:
+        raise UserError(f"--set {printable(override, 80)}: {error}") from None
     *path, last = key.strip().split(".")
+    if len(path) > DEPTH_LIMIT:
+        raise UserError(f"--set {printable(override, 80)}: a key of {len(path) + 1} parts; no key has so many")
     target: Any = raw
     for part in path:
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if part not in map(str, range(len(target))):
                 raise UserError(
                     f"--set {override}: '{part}' is not one of the {len(target)} entries (0 to {len(target) - 1})"
                 )

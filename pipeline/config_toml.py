@@ -11,7 +11,7 @@ from typing import Any
 import tomli
 
 from pipeline.console import UserError
-from pipeline.foreign import printable
+from pipeline.foreign import TOML_LIMIT_BYTES, printable, read_bytes, toml_value
 
 # How a line looks → how to mend it. The first that fits is said.
 MENDS = (
@@ -28,17 +28,17 @@ MENDS = (
 def read(source: Path) -> dict[str, Any]:
     """What stands in `source`. Raises UserError with the line and the remedy."""
     try:
-        text = source.read_bytes().decode("utf-8-sig")
+        text = read_bytes(source, "a configuration", TOML_LIMIT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{source} is not valid TOML: byte {error.start} is not UTF-8; save the file as UTF-8"
         ) from None
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from None
     try:
-        return tomli.loads(text)
+        return toml_value(text)
     except tomli.TOMLDecodeError as error:
         raise UserError(f"{source}, {_explained(error, text)}") from None
+    except ValueError as error:  # a limit of what a configuration may hold, or of Python's integers
+        raise UserError(f"{source} is not valid TOML: {error}") from None
 
 
 def _explained(error: tomli.TOMLDecodeError, text: str) -> str:

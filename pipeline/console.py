@@ -31,6 +31,11 @@ EXIT_ABORTED = 130
 
 OTHER_RANKS_WAIT_S = 5.0
 
+# What a terminal obeys rather than shows (C0 and C1 but for the newline and the tab), what breaks or turns a line (Unicode's
+# separators and bidirectional controls, which can make a name read as another), and halves of surrogate pairs, which no
+# encoding writes.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(Exception):
     """A mistake or a state of affairs the user can mend: what, where, how. Ends the program without a traceback."""
@@ -38,6 +43,32 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = EXIT_CONFIG) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Problems:
+    """Mistakes that have nothing to do with each other, all of them reported at once.
+
+    Each block runs under `with problems.found():`; `problems.settle()` raises what they raised as one UserError.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[UserError] = []
+
+    @contextmanager
+    def found(self) -> Iterator[None]:
+        """A block whose UserError is kept until `settle`."""
+        try:
+            yield
+        except UserError as error:
+            self._found.append(error)
+
+    def settle(self) -> None:
+        """Raise what was found: one UserError as it is, several as one with a line for each."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            lines = "\n".join(f"  {error}" for error in self._found)
+            raise UserError(f"{len(self._found)} problems:\n{lines}", self._found[0].exit_code)
 
 
 class RankError(UserError):
@@ -87,13 +118,21 @@ def rank() -> int:
 def say(text: str = "") -> None:
     """Print `text` on the first rank only."""
     if rank() == 0:
-        print(text, flush=True)
+        print(plain(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Print a warning on the first rank only."""
     if rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(plain(f"warning: {text}"), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """`text` with its control characters as escapes: names and texts of others cannot steer the terminal through ours.
+
+    Newlines stay, as messages have several lines; where a name of others must not begin one, `foreign.printable` it.
+    """
+    return CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 @contextmanager
@@ -180,4 +219,4 @@ def _end_out_of_space(error: Exception) -> NoReturn:
 
 def _complain(text: str) -> None:
     with suppress(OSError):  # the terminal may be gone, or be a file on the full disk: the exit code still says it
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(plain(f"error: {text}"), file=sys.stderr, flush=True)

@@ -20,10 +20,9 @@ VOCABULARY = 320
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """For subprocesses: one thread each, the compiled extension inside the virtual environment, no network."""
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    """For subprocesses: one thread each, no network."""
     return {
-        **os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": extensions, "HF_HUB_OFFLINE": "1",
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **extra,
     }  # fmt: skip
 

@@ -1,12 +1,13 @@
 """`train.py`, in which something runs out: `deepspeed --num_gpus N tests/faulty_train.py --config …`, and in FAULT what.
 
 `step-memory:<step>`: the last process asks in that step's forward for 4 PiB more than it has. `load-memory`: it does so
-where it would read its weights. `metrics-disk:<step>`: the metrics' file is on a full disk when the step is logged. All
-of them are refused by the system itself: its allocator, or /dev/full.
+where it would read its weights. `metrics-disk:<step>`: the metrics' file is on a full disk when the step is logged. These
+are refused by the system itself: its allocator, or /dev/full. `step-hang:<step>`: the last process sleeps in that step's forward.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,13 +33,13 @@ def too_much() -> None:
 
 
 def faulty_trainer(*arguments: Any) -> Any:
-    """The run, with a forward that needs too much in one step."""
+    """The run, with a forward that needs too much in one step, or too long."""
     run = assembled(*arguments)
     forward = run.engine.module.forward
 
     def hungry(*inputs: Any, **named: Any) -> Any:
         if run.step == int(AT) - 1 and IS_LAST:
-            too_much()
+            too_much() if KIND == "step-memory" else time.sleep(3600)
         return forward(*inputs, **named)
 
     run.engine.module.forward = hungry
@@ -55,6 +56,7 @@ def log_on_a_full_disk(self: Metrics, step: int, values: dict[str, float]) -> No
 assembled, load, log = assemble.trainer, weights.load, Metrics.log
 PATCHES = {
     "step-memory": lambda: mock.patch.object(assemble, "trainer", faulty_trainer),
+    "step-hang": lambda: mock.patch.object(assemble, "trainer", faulty_trainer),
     "load-memory": lambda: mock.patch.object(weights, "load", lambda *a: too_much() if IS_LAST else load(*a)),
     "metrics-disk": lambda: mock.patch.object(Metrics, "log", log_on_a_full_disk),
 }

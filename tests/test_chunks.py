@@ -79,7 +79,7 @@ def test_the_report_is_one_line_that_adds_up(tmp_path: Path) -> None:
     assert str(report) == (
         f"books: 2 documents, {tokens} tokens + 2 EOS = {chunks_} chunks × 10 (after BOS) + {tail} dropped "
         f"from the tail; "
-        f"1 empty documents left out; 1 special tokens are spelled out in the text"
+        f"1 empty documents left out; 1 special tokens are spelled out in the text; read as UTF-8"
     )
     without = build(folder, sequence_len=11, tokenizer=tokenizer("gpt2", bos=False)).train.report
     assert "chunks × 11 (no BOS, the tokenizer has none)" in str(without)
@@ -138,6 +138,7 @@ def test_the_cache_is_keyed_by_content_tokenizer_and_settings(shelf: Path, monke
         build(moved, tokenizer=tokenizer("gpt2", bos=False)),
         build(moved, eval_size=2, eval_split="document"),
         build(moved, eval_size=3, eval_split="document"),
+        build(moved, join_lines=True),
     ]
     (moved / "001.txt").rename(moved / "0011.txt")
     others.append(build(moved))

@@ -214,7 +214,7 @@ def test_json_keys_that_are_not_ours_are_refused_by_name(tmp_path: Path) -> None
     assert len(lines) == 3
 
 
-@pytest.mark.parametrize(("text", "said"), [("[]", "expected an object"), ("{", "ds.json"), (None, "ds.json")])
+@pytest.mark.parametrize(("text", "said"), [("[]", "does not hold a JSON object"), ("{", "ds.json"), (None, "ds.json")])
 def test_json_that_cannot_be_read(tmp_path: Path, text: str | None, said: str) -> None:
     toml, js = tmp_path / "x.toml", tmp_path / "ds.json"
     toml.write_text(tomli_w.dumps(small()))

@@ -149,5 +149,9 @@ def test_rows_are_pieces_of_single_documents(bases: dict[str, Path], tmp_path: P
     assert all(row[0] == tokenizer.bos_token_id and 2 <= len(row) <= 20 for row in rows)
     assert torch.cat([row[1:] for row in rows]).tolist() == ids[0] + ids[1]
     assert len(rows) == -(-len(ids[0]) // 19) + 1, "no row holds two documents"
+    largest = max(max(each) for each in ids)
+    document_rows(tokenizer, str(tmp_path / "t.jsonl"), 20, embedding_rows=largest + 1)
+    with pytest.raises(UserError, match=f"with the id {largest}, but the model's embedding has {largest} rows"):
+        document_rows(tokenizer, str(tmp_path / "t.jsonl"), 20, embedding_rows=largest)
     ends = document_rows(tokenizer, str(tmp_path / "t.jsonl"), 20, ends_only=True)
     assert [row.tolist() for row in ends] == [[tokenizer.bos_token_id, *each[-19:]] for each in ids]

@@ -1,6 +1,7 @@
 """Kernels put into stages by structure: the same hidden state and gradients as without, and what took which."""
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_stage_without_weights_takes_the_same(tmp_path: Path, kind: str, dtype
 
 def description(forward: Any) -> tuple[Any, ...]:
     """A replaced forward's function and the plain values it was given: its form, its activation, its layout."""
-    function = getattr(forward, "func", forward)
+    function = inspect.unwrap(getattr(forward, "func", forward))
     code = getattr(function, "__code__", getattr(getattr(function, "__func__", None), "__code__", None))
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     ours = getattr(function, "__globals__", {}).get("apply_rotary_pos_emb")

@@ -36,7 +36,6 @@ def refused(words: str, base: Path, adapters: Path | list[Path], out: Path, **as
         ("oft", {"peft_version": None}, "an OFT adapter of PEFT before 0.18"),
         ("oft", {"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms = 2 is no rotation"),
         ("oft", {"block_share": True}, "oft_R is 6 × 28"),
-        ("boft", {"fan_in_fan_out": True}, "stored transposed"),
         ("hra", {"brand_new_trick": 3}, "brand_new_trick = 3 is not known"),
         ("ia3", {"modules_to_save": ["lm_head"]}, "lm_head was trained in full by its .* not in the file"),
         ("dora", {"lora_bias": True}, "use_dora with lora_bias"),

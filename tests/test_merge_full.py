@@ -181,30 +181,28 @@ def test_a_tied_base_has_one_tensor_for_embedding_and_head(tied: Path, tmp_path:
         assert (logits(load_model(tmp_path / "out")) - logits(model)).abs().max() < LOGIT_TOLERANCE
 
 
-def test_an_embedding_trained_beside_a_head_of_its_own_is_none_of_a_tied_base(tied: Path, tmp_path: Path) -> None:
-    """The run's model did not tie them: the head stayed as it was, which one tensor for both cannot say."""
-    ours(tmp_path / "adapter", trained(tied, EMBEDDING))
-    words = "embed_tokens.weight was trained by itself, while lm_head.weight stayed"
-    refused(words, tied, tmp_path / "adapter", tmp_path / "out")
+def test_an_embedding_trained_beside_a_head_of_its_own_unties_the_base(tied: Path, tmp_path: Path, capsys) -> None:
+    """The run's model did not tie them: the head stayed as it was."""
+    full = trained(tied, EMBEDDING)
+    ours(tmp_path / "adapter", full)
+    merge(tied, tmp_path / "adapter", tmp_path / "out")
+    assert "tie_word_embeddings = false in the result" in capsys.readouterr().out
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found[EMBEDDING], full[EMBEDDING]) and torch.equal(found[HEAD], tensors_of(tied)[EMBEDDING])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_stock_peft_on_a_tied_base(tied: Path, tmp_path: Path) -> None:
-    model = by_peft(tied, tmp_path / "both", "lora", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"], ["tied"]])
+def test_stock_peft_on_a_tied_base(tied: Path, tmp_path: Path, modules: list[str]) -> None:
+    """PEFT trains a copy of what modules_to_save names, so that the two come apart, unless it is told to keep them."""
+    keeps = modules == ["tied"]
+    asked = {"modules_to_save": ["embed_tokens"] if keeps else modules, "ensure_weight_tying": keeps}
+    model = by_peft(tied, tmp_path / "adapter", "lora", **asked)
     with torch.no_grad():
         live = logits(model)
-    merge(tied, tmp_path / "both", tmp_path / "out")
+    merge(tied, tmp_path / "adapter", tmp_path / "out")
     assert (logits(load_model(tmp_path / "out")) - live).abs().max() < LOGIT_TOLERANCE
-    by_peft(tied, tmp_path / "embedding", "lora", modules_to_save=["embed_tokens"])
-    refused(
-        "embed_tokens.weight was trained by itself, while lm_head.weight stayed",
-        tied,
-        tmp_path / "embedding",
-        tmp_path / "o",
-    )
-    by_peft(tied, tmp_path / "head", "lora", modules_to_save=["lm_head"])
-    refused("lm_head.weight was trained by itself, while model.embed", tied, tmp_path / "head", tmp_path / "o")
-    by_peft(tied, tmp_path / "apart", "lora", modules_to_save=["lm_head", "embed_tokens"])
-    refused("were trained apart.*one tensor", tied, tmp_path / "apart", tmp_path / "o")
+    assert (HEAD in tensors_of(tmp_path / "out")) == (not keeps)
 
 
 @pytest.mark.parametrize("first", ["full", "pair"])
@@ -275,9 +273,9 @@ def test_tensors_the_base_has_not_or_otherwise_are_refused(llama: Path, tmp_path
             tmp_path / "o")  # fmt: skip
     ours(tmp_path / "strange", {"model.layers.9.norm.weight": torch.ones(32)})
     refused("layers.9.norm.weight was trained in full, and .* has no such", llama, tmp_path / "strange", tmp_path / "o")
-    by_peft(llama, tmp_path / "peft", "lora", modules_to_save=["lm_head"])
+    by_peft(llama, tmp_path / "peft", "lora", modules_to_save=["norm"])
     edit_json(tmp_path / "peft" / "adapter_config.json", modules_to_save=None)
-    refused("1 tensors are no lora_A or lora_B of a module: lm_head.weight", llama, tmp_path / "peft", tmp_path / "o")
+    refused(r"7 tensors are no lora_A or lora_B of a module: .*norm.weight", llama, tmp_path / "peft", tmp_path / "o")
 
 
 def test_a_tensor_that_is_there_twice_is_refused(llama: Path, tmp_path: Path) -> None:

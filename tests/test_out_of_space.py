@@ -25,8 +25,8 @@ from torch.distributed import DistStoreError
 from pipeline.artifacts.adapter_files import save_adapter
 from pipeline.artifacts.directions import write_directions
 from pipeline.console import RankError, UserError, is_out_of_space
-from pipeline.files import explain_out_of_space, write_json
-from pipeline.training import checkpoint, failures, prepare, run_folder
+from pipeline.files import check_writable, explain_out_of_space, write_json
+from pipeline.training import checkpoint, failures, run_folder
 from pipeline.training.metrics import Metrics
 
 LIMIT = 64 * 1024  # bytes of a file
@@ -126,7 +126,7 @@ def test_a_run_does_not_begin_where_there_is_no_room_for_it(tmp_path: Path) -> N
     with small_disk(tmp_path / "disk"):
         (tmp_path / "disk" / "filler").write_bytes(bytes(ROOM - 2 * 4096))
         with pytest.raises(UserError, match=r"output_dir = .*full: at least 64 KiB needed, .* free at") as refused:
-            prepare.usable_output_dir(str(tmp_path / "disk"))
+            check_writable(tmp_path / "disk", "output_dir")
         assert refused.value.exit_code == 28
 
 

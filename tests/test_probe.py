@@ -1,5 +1,7 @@
 """What modules compute, found out on miniatures: real families without weights, and modules that only look like one."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -70,20 +72,22 @@ def test_a_norm_s_form(make: Callable[[], nn.Module], form: Any, device: str) ->
     assert probe.norm_form(make().to(torch.bfloat16).to(device)) == form
 
 
-ROTATIONS = [
+PARTIAL = "may rotate only a part of the head"
+ROTATIONS: list[tuple[str, dict[str, Any], bool | str]] = [
     ("Cohere", {}, True), ("Llama", {}, False), ("Mistral", {}, False), ("Qwen2", {}, False), ("Qwen3", {}, False),
     ("Gemma2", {}, False), ("Gemma3Text", {}, False), ("Granite", {}, False), ("Mixtral", {"num_local_experts": 4}, False),
     ("Olmo2", {}, False),
     ("Cohere2", {"layer_types": ["sliding_attention"] * 4}, True),
-    ("Cohere2", {"layer_types": ["full_attention"] * 4}, None),  # has the function and does not call it
-    ("Glm4", {}, None), ("Phi3", {}, None), ("Nemotron", {}, None),  # may rotate a part of the head
-    ("GptOss", {"num_local_experts": 4}, None),  # tables of half the width
+    ("Cohere2", {"layer_types": ["full_attention"] * 4}, "does not rotate, or not always alike"),
+    ("Glm4", {}, PARTIAL), ("Phi3", {}, "has no q_proj, k_proj, v_proj, o_proj"), ("Nemotron", {}, PARTIAL),
+    ("GptOss", {"num_local_experts": 4}, PARTIAL),  # tables of half the width
+    ("Moshi", {}, "does not run by itself"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "changes", "interleaved"), ROTATIONS, ids=str)
-def test_a_family_s_rotation(name: str, changes: dict[str, Any], interleaved: bool | None) -> None:
-    assert probe.rotation(empty_layer(name, **changes).self_attn) is interleaved
+def test_a_family_s_rotation(name: str, changes: dict[str, Any], interleaved: bool | str) -> None:
+    assert probe.rotation(empty_layer(name, **changes).self_attn) == interleaved
 
 
 def attention_calling(call: Callable[..., Any]) -> nn.Module:
@@ -96,10 +100,75 @@ def attention_calling(call: Callable[..., Any]) -> nn.Module:
 
 
 def test_a_rotary_function_that_does_more_is_left_alone() -> None:
-    theirs = modeling_cohere.apply_rotary_pos_emb
+    theirs, another = modeling_cohere.apply_rotary_pos_emb, "rotates in another way"
     assert probe.rotation(attention_calling(theirs)) is True
-    assert probe.rotation(attention_calling(lambda q, k, c, s: theirs(q, k, c * 1.1, s))) is None
-    assert probe.rotation(attention_calling(lambda q, k, c, s: (theirs(q, k, c, s)[0], k))) is None
+    assert probe.rotation(attention_calling(lambda q, k, c, s: theirs(q, k, c * 1.1, s))) == another
+    assert probe.rotation(attention_calling(lambda q, k, c, s: (theirs(q, k, c, s)[0], k))) == another
+
+
+def doubled(forward: Any) -> Any:
+    """Twice the output: a decorator that changes what a module computes."""
+
+    @functools.wraps(forward)
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        output, *others = forward(*args, **kwargs)
+        return output * 2, *others
+
+    return decorated
+
+
+def renamed(forward: Any) -> Any:
+    """Takes an argument under an older name, as transformers 5.24's attentions take `past_key_values`."""
+
+    @functools.wraps(forward)
+    def decorated(*args: Any, table: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, position_embeddings=table, **kwargs)
+
+    return decorated
+
+
+def test_decorators_of_a_forward_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do, they do around ours too, in their order."""
+
+    class Attention(modeling_cohere.CohereAttention):
+        forward = doubled(doubled(modeling_cohere.CohereAttention.forward))
+
+    attention: Any = Attention(transformers.CohereConfig(**SMALL), 0)
+    attention.config._attn_implementation = "eager"
+    tables = torch.randn(2, 1, 5, 8).unbind()
+    given = {"hidden_states": torch.randn(1, 5, 32), "position_embeddings": tables, "attention_mask": None}
+    expected = attention(**given)[0]
+    calls: list[bool] = []
+    ours = fusion.rope
+    monkeypatch.setattr(fusion, "rope", lambda *args, **options: calls.append(True) or ours(*args, **options))
+    assert fusion.put_into(attention, frozenset({"rope"})) == {"rope": 1}
+    torch.testing.assert_close(attention(**given)[0], expected)
+    assert calls == [True]
+
+
+def test_a_decorator_that_hides_its_function_leaves_the_attention_alone() -> None:
+    """It is not in the decorator's closure, so a copy would go on calling the original."""
+    hidden = [modeling_cohere.CohereAttention.forward]
+
+    class Attention(modeling_cohere.CohereAttention):
+        @functools.wraps(hidden[0])
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return hidden[0](self, *args, **kwargs)
+
+    assert probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0)) == "does not run by itself"
+
+
+def test_an_argument_may_be_renamed_on_its_way() -> None:
+    class Attention(modeling_cohere.CohereAttention):
+        forward = renamed(modeling_cohere.CohereAttention.forward)
+
+    attention: Any = Attention(transformers.CohereConfig(**SMALL), 0)
+    attention.config._attn_implementation = "eager"
+    tables, x = torch.randn(2, 1, 5, 8).unbind(), torch.randn(1, 5, 32)
+    ours = probe.with_global(Attention.forward, probe.ROTATION, lambda q, k, *_: (q * 0, k))
+    found = ours(attention, hidden_states=x, table=tables, attention_mask=None)[1]
+    # Queries of zero attend to all alike; the names have gone through both.
+    torch.testing.assert_close(found, torch.full_like(found, 1 / 5))
 
 
 def test_an_attention_that_names_another_dimension_is_left_alone() -> None:
@@ -109,7 +178,8 @@ def test_an_attention_that_names_another_dimension_is_left_alone() -> None:
             k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
             return apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
 
-    assert probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0)) is None
+    reason = probe.rotation(Attention(transformers.CohereConfig(**SMALL), 0))
+    assert reason == "gives apply_rotary_pos_emb more than q, k, cos and sin"
 
 
 apply_rotary_pos_emb = modeling_cohere.apply_rotary_pos_emb  # the name by which the class above finds it
@@ -119,8 +189,8 @@ def test_transformers_module_stays_as_it_is() -> None:
     theirs, layer = modeling_cohere.apply_rotary_pos_emb, empty_layer("Cohere")
     assert fusion.put_into(layer, frozenset({"rope"})) == {"rope": 1}
     assert modeling_cohere.apply_rotary_pos_emb is theirs
-    assert layer.self_attn.forward.__func__.__globals__[probe.ROTATION] is not theirs
-    assert modeling_cohere.CohereAttention.forward.__globals__[probe.ROTATION] is theirs
+    assert inspect.unwrap(layer.self_attn.forward).__globals__[probe.ROTATION] is not theirs
+    assert inspect.unwrap(modeling_cohere.CohereAttention.forward).__globals__[probe.ROTATION] is theirs
 
 
 class GatedMLP(nn.Module):

@@ -23,7 +23,7 @@ def test_make_train_does_the_main_job(tmp_path: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert "    make train" in README and re.search(r"^train: setup.*\n\t.*python quickstart\.py$", makefile, re.M)
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv", ".git", "runs", ".*_cache", ".hypothesis"))
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", ".*_cache", ".hypothesis"))
     done = subprocess.run(
         [sys.executable, "quickstart.py"], cwd=tree, env=environment(), capture_output=True, text=True
     )

@@ -1,6 +1,7 @@
 """Stop signals to every process of the tree, signal files and lost processes: one saved state, no orphan."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from builders import metrics, only_run, save_model, start, write_config
+from builders import finish, metrics, only_run, save_model, start, write_config
 
 from pipeline.console import RankError
 from pipeline.training import failures
@@ -39,7 +40,7 @@ def started(folder: Path, base: Path) -> tuple[subprocess.Popen[str], list[int],
         folder / "c.toml", model=str(base), output_dir=str(folder / "runs"), max_steps=100000, epochs=1000
     )
     launcher = start(2, "--config", str(toml))
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         assert launcher.poll() is None, launcher.communicate()
         files = list((folder / "runs").glob("2*/metrics.jsonl"))
@@ -105,17 +106,41 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path, base: Path) -> None:
     launcher, ranks, _ = started(tmp_path, base)
     os.kill(ranks[1], signal.SIGKILL)
     assert gone(ranks, 40)
-    launcher.communicate(timeout=60)
+    output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
+    assert f"error: rank 0: lost rank 1 (process {ranks[1]}): step " in output
+    assert "killed by SIGKILL, as the system does when memory runs out" in output or "it is gone" in output
+    assert "no checkpoint had been written yet" in output and "Traceback" not in output
 
 
-def test_a_file_named_save_saves_and_goes_on(tmp_path: Path, base: Path) -> None:
+def test_a_process_that_hangs_is_named_and_the_last_step_saved(tmp_path: Path, base: Path) -> None:
+    """It sleeps in the forward pass of step 3; its second thread can still save."""
+    toml = write_config(
+        tmp_path / "c.toml", model=str(base), output_dir=str(tmp_path / "runs"), hang_timeout_minutes=0.05
+    )
+    faulty = Path(__file__).resolve().parent / "faulty_train.py"
+    output = finish(start(2, "--config", str(toml), script=faulty, FAULT="step-hang:3"), expect=6, timeout=240)
+    assert re.search(
+        r"error: no progress for \d+\.\d s\. rank 1 hangs:\n  rank 1 \(process \d+\): step 3, the forward", output
+    )
+    assert re.search(r"the others wait:\n  rank 0 \(process \d+\): step 3, ", output)
+    assert "rank 1 stands at faulty_train.py:" in output
+    assert "stopped after step 2; resume with" in output
+    assert (only_run(tmp_path / "runs") / "global_step2/manifest.json").exists()
+
+
+def test_a_run_that_was_paused_goes_on_and_so_does_one_with_a_file_named_save(tmp_path: Path, base: Path) -> None:
     launcher, ranks, run = started(tmp_path, base)
+    for _ in range(3):
+        os.killpg(launcher.pid, signal.SIGSTOP)  # Ctrl-Z
+        time.sleep(0.5)
+        os.killpg(launcher.pid, signal.SIGCONT)
+        time.sleep(0.2)
     (run / "save").touch()
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not (list(run.glob("global_step*")) and list(run.glob("step*"))):
         time.sleep(0.1)
     assert list(run.glob("global_step*")) and list(run.glob("step*")) and launcher.poll() is None
-    os.kill(ranks[0], signal.SIGTERM)
+    os.kill(ranks[0], signal.SIGQUIT)
     launcher.communicate(timeout=60)
     assert launcher.returncode == 75

@@ -17,7 +17,7 @@ from pipeline.console import UserError
 from pipeline.model import activation, fusion, neftune, trained_modules
 from pipeline.model.adapters import inject_multiplicative, trainable
 from pipeline.model.levels import Keeping, Level
-from pipeline.model.stage import Stage, empty_model
+from pipeline.model.stage import Stage, empty_model, tied_head
 from pipeline.objectives.language_modelling import token_losses
 from pipeline.training import planned, prepare
 from pipeline.training.inner_optimizer import bytes_per_parameter
@@ -134,8 +134,8 @@ def test_names_are_whole_parts_and_in_every_layer() -> None:
 def test_naming_one_of_a_tied_pair_names_both(name: str) -> None:
     found = trained_modules.resolve(shell("cohere"), [name], [])
     assert found == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert trained_modules.tied(shell("cohere")) == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert trained_modules.tied(shell("llama")) == {}
+    assert tied_head(shell("cohere")) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert tied_head(shell("llama")) == {}
 
 
 def test_the_first_layer_with_a_gradient() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.console import UserError
-from pipeline.model.weights import tensor_files
+from pipeline.formats.base_model import read_base
 from tests import builders
 from tests.helpers_stages import build, chain, hidden, token_ids
 
@@ -58,7 +58,7 @@ def test_weights_take_the_dtype_asked_for(tmp_path: Path, kind: str) -> None:
 
 def test_tied_head_is_one_tensor_on_one_stage_and_two_on_two(tmp_path: Path) -> None:
     builders.save_model(tmp_path, "cohere")
-    assert "lm_head.weight" not in tensor_files(str(tmp_path)), "the checkpoint stores it once"
+    assert "lm_head.weight" not in read_base(tmp_path).tensors, "the checkpoint stores it once"
     alone = build(tmp_path, 0, 4)
     assert alone.head.weight is alone.model.get_input_embeddings().weight
     first, last = chain(tmp_path, [0, 2, 4])
@@ -119,7 +119,7 @@ def test_missing_tensor_is_named(tmp_path: Path, kind: str, name: str) -> None:
 
 def test_missing_expert_is_noticed(tmp_path: Path) -> None:
     builders.save_model(tmp_path, "mixtral")
-    names = [name for name in tensor_files(str(tmp_path)) if "layers.1." in name and ".experts." in name]
+    names = [name for name in read_base(tmp_path).tensors if "layers.1." in name and ".experts." in name]
     assert len(names) > 3, "experts are stored one by one"
     rewrite(tmp_path, lambda tensors: tensors.pop(names[-1]))
     with pytest.raises(UserError, match=r"layers\.1\..*experts"):
@@ -146,7 +146,7 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(UserError, match=f"{lost.name}.*incomplete"):
-        tensor_files(str(tmp_path))
+        read_base(tmp_path)
 
 
 def test_shard_without_a_tensor_the_index_promises(tmp_path: Path) -> None:
@@ -162,11 +162,11 @@ def test_shard_without_a_tensor_the_index_promises(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({}, "found no weights at all"),
-        ({"pytorch_model.bin": b"\x80"}, "needs model.safetensors .*found pytorch_model.bin"),
+        ({}, "neither model.safetensors .*There are no weights"),
+        ({"pytorch_model.bin": b"\x80"}, "neither model.safetensors .*has pytorch_model.bin, a pickle"),
         (
             {"pytorch_model-00001-of-00002.bin": b"", "pytorch_model-00002-of-00002.bin": b""},
-            "found pytorch_model-00001",
+            "has pytorch_model-00001",
         ),
         ({"model.safetensors": b""}, "model.safetensors"),
         ({"model.safetensors": b"\x10\0\0\0\0\0\0\0{}"}, "model.safetensors"),
@@ -176,10 +176,10 @@ def test_shard_without_a_tensor_the_index_promises(tmp_path: Path) -> None:
     ids=["nothing", "pickle", "pickles", "empty", "truncated", "broken index", "empty index"],
 )
 def test_folders_without_readable_safetensors(tmp_path: Path, files: dict[str, bytes], said: str) -> None:
-    for name, content in files.items():
+    for name, content in {"config.json": b"{}", **files}.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
-        tensor_files(str(tmp_path))
+        read_base(tmp_path)
 
 
 def test_truncated_file_is_a_user_error(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE
 from pipeline.console import UserError
+from pipeline.foreign import printable
 
-# Keys that change nothing about the tensors of the file once the adapter is trained.
+# Keys that change nothing about the tensors of the file once the adapter is trained. (How the base stores its weights is for
+# the base to say, as in PEFT, which sets fan_in_fan_out right by the module it meets: stored_form.)
 COMMON = {
-    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern",
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision", "runtime_config", "target_modules",
     "task_type",
 }  # fmt: skip
@@ -35,7 +37,6 @@ UNFOLDABLE = {
     "trainable_token_indices": "single token embeddings were trained beside the adapter",
     "layer_replication": "layers were repeated",
     "target_parameters": "it targets parameters that are not a Linear module's weight",
-    "fan_in_fan_out": "the weights are stored transposed",
     "alora_invocation_tokens": "it is active on some tokens only, which no fold can express",
     "use_qalora": "QA-LoRA pools the input",
     "megatron_config": "it was trained on Megatron's parallel layers",
@@ -52,10 +53,11 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if not value or key in COMMON or key in HARMLESS[peft_type]:
             continue
+        shown = f"{printable(key, 80)} = {printable(repr(value), 100)}"
         if key in UNFOLDABLE:
-            raise UserError(f"{folder}: {key} = {value!r}: {UNFOLDABLE[key]}. That is not folded.")
+            raise UserError(f"{folder}: {shown}: {UNFOLDABLE[key]}. That is not folded.")
         raise UserError(
-            f"{folder}/{CONFIG_FILE}: {key} = {value!r} is not known here, and may change what the adapter computes. "
+            f"{folder}/{CONFIG_FILE}: {shown} is not known here, and may change what the adapter computes. "
             "If it does not, remove the key and run again."
         )
     if config.get("use_dora") and config.get("lora_bias"):
@@ -85,5 +87,5 @@ def check_peanut_config(folder: Path, config: dict[str, Any]) -> None:
 
 def _version(config: dict[str, Any]) -> tuple[int, ...]:
     """The first two numbers of peft_version; (0, 0) where there is none."""
-    numbers = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or "0.0"))
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.get("peft_version") or "0.0"))
     return tuple(int(number) for number in numbers.groups()) if numbers else (0, 0)

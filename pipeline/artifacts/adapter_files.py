@@ -50,6 +50,7 @@ class Pair:
     scaling: float
     origin: str  # such as "alpha / rank = 32 / 64"
     bias: torch.Tensor | None = None  # PEFT's lora_bias: of lora_B [D_out], so that b' = b + s·bias
+    of_embedding: bool = False  # PEFT's lora_embedding_A and _B: of an embedding's [V, D], A is their Bᵀ and B their Aᵀ
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Adapter:
     `full`: tensors that were trained in full, by their names in the model; of a tied head and embedding both. `keeps_tie`:
     PEFT's word that the two were trained as one tensor, should the file hold one of them alone. `trained_over`: of an
     adapter of ours that was trained over quantised weights, how they were (`write_adapter`); None where nothing says so.
+    `copied`: those of `full` that nothing announces: the embedding or head that PEFT saves along where the vocabulary was
+    resized or one of the two is adapted, mostly the base's own values.
     """
 
     folder: Path
@@ -74,6 +77,7 @@ class Adapter:
     full: dict[str, torch.Tensor] = field(default_factory=dict)
     keeps_tie: bool = False
     trained_over: dict[str, Any] | None = None
+    copied: frozenset[str] = frozenset()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -177,12 +181,12 @@ def adapter_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A sort key that puts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def public_name(base_model: str) -> str:
     """A Hub id (`owner/name`) as it is; of a path, the last part: an adapter that is shared tells no private paths."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists():
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not os.path.exists(base_model):
         return base_model
     return Path(os.path.abspath(os.path.expanduser(base_model))).name
 

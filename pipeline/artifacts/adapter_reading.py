@@ -6,22 +6,18 @@ with the name of what it holds that a fold would leave out. `adapter_model.bin`,
 were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
 """
 
-import json
 import math
-import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from pipeline.artifacts.adapter_configs import check_config, check_peanut_config
 from pipeline.artifacts.adapter_files import (
     CONFIG_FILE,
-    FORMAT_VERSION,
     KINDS,
-    METADATA_KEY,
     OWN_TYPE,
     PEFT_PREFIX,
     WEIGHTS_FILE,
@@ -30,17 +26,21 @@ from pipeline.artifacts.adapter_files import (
     Pair,
     natural_order,
 )
+from pipeline.artifacts.adapter_schema import own_facts, read_config
 from pipeline.artifacts.family_maps import TYPES, maps_of
 from pipeline.artifacts.full_reading import read_full
 from pipeline.artifacts.weight_maps import Added, RowMap, RowNorms
 from pipeline.console import UserError
-from pipeline.foreign import read_object
-from pipeline.formats.safetensors import read_header
+from pipeline.foreign import has_controls, printable, read_by_library
+from pipeline.formats.safetensors import FLOAT_NAMES, LONGEST_NAME, load_tensors, read_header
+from pipeline.patterns import matches
 
 Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
 Grouped = dict[str, dict[str, torch.Tensor]]
+PICKLE = "adapter_model.bin"
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 EXPECTED = {"LORA": "lora_A or lora_B of a module"} | {
     key: f"{' or '.join(names).replace('.weight', '')} of a module" for key, (_, names) in TYPES.items()
 }
@@ -50,17 +50,23 @@ def load_adapter(folder: Path) -> Adapter:
     """Read the adapter in `folder`; tensors keep their dtype. Raises UserError with what is wrong or not foldable."""
     if not folder.is_dir():
         raise UserError(f"--lora: there is no folder {folder}.")
-    config = read_object(folder / CONFIG_FILE, "--lora: an adapter's folder has one")
+    config = read_config(folder)
     own, tensors = _read_tensors(folder)
     peft_type = config.get("peft_type")
     pairs: dict[str, Pair] = {}
     maps: dict[str, tuple[RowMap, ...]] = {}
     if peft_type == "LORA":
         check_config(folder, config)
+        if config.get("use_dora") and (of_one := next((name for name in tensors if name.endswith(OF_EMBEDDING)), None)):
+            raise UserError(f"{folder}: use_dora on an embedding ({of_one}). That is not folded: load it with PEFT.")
         ends = ("lora_A.weight", "lora_B.weight", *([BIAS] if config.get("lora_bias") else []))
         ends += (MAGNITUDE,) if config.get("use_dora") else ()
         grouped, rest = _grouped(folder, tensors, ends)
         pairs = _pairs(folder, grouped, "lora", config, own)
+        if any(name.endswith(OF_EMBEDDING) for name in rest):
+            of_embedding, rest = _grouped(folder, rest, OF_EMBEDDING)
+            pairs |= _embedding_pairs(folder, of_embedding, config, own)
+            grouped = grouped | of_embedding
     elif peft_type in ("PEANUT", OWN_TYPE):
         check_peanut_config(folder, config)
         grouped, rest = _grouped(folder, tensors, ("peanut_A.weight", "peanut_B.weight"))
@@ -75,16 +81,18 @@ def load_adapter(folder: Path) -> Adapter:
         )
     if not grouped:
         raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
-    full = read_full(folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module"))
+    full, copied = read_full(
+        folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module")
+    )
     family = TYPES[str(peft_type)][0] if maps else None
     if config.get("use_dora"):
         family, maps, pairs = "dora", _dora(folder, grouped, pairs), {}
     _check_agreement(folder, own, pairs)
-    scale, name = float(own.get("train_logit_scale", 1.0)), own.get("base_model", config.get("base_model_name_or_path"))
+    scale, name = own.get("train_logit_scale", 1.0), own.get("base_model", config.get("base_model_name_or_path"))
     # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
     return Adapter(
         folder, _kind(folder, str(peft_type), own, family), pairs, bool(own) or peft_type == "LORA", scale, name, family,
-        maps, full, bool(config.get("ensure_weight_tying")), own.get("trained_over"),
+        maps, full, bool(config.get("ensure_weight_tying")), own.get("trained_over"), copied,
     )  # fmt: skip
 
 
@@ -101,6 +109,11 @@ def load_pairs(folder: Path) -> Adapter:
             f"{folder}: lora_bias: lora_B of {biased[0]} has a bias of its own beside A and B. Such an adapter can be "
             "folded into the base (merge_lora.py) or loaded with PEFT."
         )
+    if of_embedding := [module for module, pair in adapter.pairs.items() if pair.of_embedding]:
+        raise UserError(
+            f"{folder}: {of_embedding[0]} is an embedding, adapted by PEFT's {' and '.join(OF_EMBEDDING)}. Such an adapter "
+            "can be folded into the base (merge_lora.py) or loaded with PEFT."
+        )
     return adapter
 
 
@@ -108,32 +121,26 @@ def _read_tensors(folder: Path) -> tuple[Facts, dict[str, torch.Tensor]]:
     """Our own facts (empty where others wrote it) and the tensors, whose memory is mapped where that is possible."""
     if (folder / WEIGHTS_FILE).is_file():
         header = read_header(folder / WEIGHTS_FILE)  # says in plain words what is wrong with a damaged file
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
-            tensors = {entry.name: stored.get_tensor(entry.name) for entry in header.tensors}
-        return _own_facts(folder, header.metadata or {}), tensors
-    if (folder / "adapter_model.bin").is_file():
-        try:
-            tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{folder}/adapter_model.bin is a pickle that holds more than tensors: {reason}") from None
-        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise UserError(f"{folder}/adapter_model.bin does not hold named tensors.")
-        return {}, tensors
-    raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor adapter_model.bin.")
+        return own_facts(header), load_tensors(header)
+    if (folder / PICKLE).is_file():
+        return {}, _unpickled(folder / PICKLE)
+    raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor {PICKLE}.")
 
 
-def _own_facts(folder: Path, metadata: dict[str, str]) -> Facts:
-    if METADATA_KEY not in metadata:
-        return {}
-    try:
-        own = json.loads(metadata[METADATA_KEY])
-        version = int(own["format_version"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}/{WEIGHTS_FILE}: its metadata does not read. The file is damaged.") from None
-    if version > FORMAT_VERSION:
-        raise UserError(f"{folder} was written by a newer mulora-pipe (format {version}; {FORMAT_VERSION} is known).")
-    return own
+def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors by name in a pickle that holds nothing else; no code of it is run."""
+    with read_by_library(f"{printable(file)} is a pickle that holds more than tensors, or is damaged"):
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{printable(file)} does not hold named tensors.")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or has_controls(name) or len(name) > LONGEST_NAME:
+            raise UserError(f"{printable(file)}: '{printable(name, 80)}' is no name of a tensor. The file is damaged.")
+        # A view can claim any size, and other layouts hold no plain numbers: whoever reads them runs out of memory, or fails.
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.numel() * tensor.element_size() > file.stat().st_size:
+            raise UserError(f"{printable(file)}: '{name}' is not stored as plain numbers. The file is damaged.")
+    return tensors
 
 
 def _grouped(folder: Path, tensors: dict[str, torch.Tensor], ends: tuple[str, ...]) -> tuple[Grouped, dict]:
@@ -160,8 +167,10 @@ def _grouped(folder: Path, tensors: dict[str, torch.Tensor], ends: tuple[str, ..
 
 
 def _check_numbers(folder: Path, module: str, name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise UserError(f"{folder}: {module}: the adapter's {name} is {tensor.dtype}, not floating point.")
+    if tensor.dtype not in FLOAT_NAMES:
+        raise UserError(
+            f"{folder}: {module}: the adapter's {name} is {tensor.dtype}, not floating point of 16 bits or more."
+        )
     if not torch.isfinite(tensor).all():
         raise UserError(f"{folder}: {module}: the adapter holds NaN or infinite values. Its training diverged.")
 
@@ -184,6 +193,15 @@ def _pairs(folder: Path, grouped: Grouped, stem: str, config: Facts, own: Facts)
     }
 
 
+def _embedding_pairs(folder: Path, grouped: Grouped, config: Facts, own: Facts) -> dict[str, Pair]:
+    """Of an embedding [V, D], which PEFT adapts as W + s·(B·A)ᵀ: A [R, V], B [D, R]."""
+    A, B = OF_EMBEDDING
+    return {
+        module: replace(_pair(folder, module, t[B].T, t[A].T, config, own, None), of_embedding=True)
+        for module, t in grouped.items()
+    }
+
+
 def _pair(
     folder: Path, module: str, A: torch.Tensor, B: torch.Tensor, config: Facts, own: Facts, bias: torch.Tensor | None
 ) -> Pair:
@@ -193,17 +211,14 @@ def _pair(
     if bias is not None and bias.shape != B.shape[:1]:
         raise UserError(f"{folder}: {module}: the bias of lora_B is {tuple(bias.shape)}, {shapes}.")
     rank = A.shape[0]
-    try:
-        scaling, origin = _scaling(folder, module, rank, config, own)
-        declared = _matching(config.get("rank_pattern"), module) or [int(config["r"])]
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        raise UserError(
-            f"{folder}/{CONFIG_FILE}: the rank or the scaling of {module} does not read ({error!r})."
-        ) from None
+    scaling, origin = _scaling(folder, module, rank, config, own)
+    declared = _matching(folder, config, "rank_pattern", module) or [config["r"]]
     if rank not in declared:
         raise UserError(f"{folder}: {module} has rank {rank} ({shapes}), but {CONFIG_FILE} says {declared[0]}.")
-    if not math.isfinite(scaling):
-        raise UserError(f"{folder}/{CONFIG_FILE}: the scaling of {module} is {scaling}.")
+    if scaling == 0:
+        raise UserError(
+            f"{folder}/{CONFIG_FILE}: the scaling of {module} is 0 ({origin}): the adapter does nothing there."
+        )
     return Pair(A, B, scaling, origin, bias)
 
 
@@ -225,7 +240,7 @@ def _scaling(folder: Path, module: str, rank: int, config: Facts, own: Facts) ->
     if config["peft_type"] != "LORA":
         origin = f"alpha / rank = {own['alpha']:g} / {own['rank']}" if own else f"scaling of {CONFIG_FILE}"
         return float(config["scaling"]), origin
-    alphas = _matching(config.get("alpha_pattern"), module) or [float(config["lora_alpha"])]
+    alphas = _matching(folder, config, "alpha_pattern", module) or [config["lora_alpha"]]
     if len(set(alphas)) > 1:
         raise UserError(
             f"{folder}/{CONFIG_FILE}: several entries of alpha_pattern match {module}, with {alphas}. PEFT takes the "
@@ -236,9 +251,10 @@ def _scaling(folder: Path, module: str, rank: int, config: Facts, own: Facts) ->
     return alphas[0] / rank, f"alpha / rank = {alphas[0]:g} / {rank}"
 
 
-def _matching(patterns: dict[str, Any] | None, module: str) -> list[Any]:
+def _matching(folder: Path, config: Facts, key: str, module: str) -> list[Any]:
     """The values of PEFT's rank_pattern or alpha_pattern for a module: of all patterns that match its name's end."""
-    return [value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)]
+    where = f"{folder}/{CONFIG_FILE}: {key}"
+    return [value for pattern, value in (config.get(key) or {}).items() if matches(pattern, module, where)]
 
 
 def _kind(folder: Path, peft_type: str, own: Facts, family: str | None) -> Kind | None:

@@ -12,19 +12,21 @@ On a module with a bias a multiplicative adapter moves that too: (I + s·B·A)(W
 c is no product of x with anything, so whether it can be written depends on the format.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind
 from pipeline.artifacts.fold_doubts import doubts
-from pipeline.artifacts.fold_match import EMBEDDING, Part
 from pipeline.artifacts.fold_plan import BaseDtype, BaseQuant, Change, PairStep, plan_fold
 from pipeline.artifacts.fold_rows import BLOCK_ITEMS, compose, round_to
+from pipeline.artifacts.fold_ties import is_embedding, settled
+from pipeline.artifacts.stored_form import as_matrix, places
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
+from pipeline.formats.stored_names import Place
 
 # The kinds whose fold is W' = W + s·B·M with B the adapter's own.
 ADDITIVE_KINDS: tuple[Kind, ...] = ("lora", "multiplicative_lora")
@@ -90,7 +92,7 @@ def additive_form(
     `plan_fold`: with these A' = A·W₄, which beside a base that is served in 4 bits is what was trained.
 
     Biases of the targets are read here, weights are not. Raises UserError where an adapter module has no weight in the
-    base or another shape, where the adapter's kind has no additive form, and where its strength is 0.
+    base or another shape, or where the adapter's kind has no additive form.
     """
     plan = plan_fold(base, [adapter], scales=[1.0], kind=kind, base_quant=base_quant, base_dtype=base_dtype)
     found = next((kind for kind in ADDITIVE_KINDS if kind == plan.parts[0].kind), None)
@@ -100,34 +102,45 @@ def additive_form(
             "and B. Fold it (merge_lora.py), or load it with PEFT."
         )
     scaling = max((pair.scaling for pair in adapter.pairs.values()), key=abs)
-    if scaling == 0:
-        raise UserError(f"{adapter.folder}: its scaling is 0, so it changes nothing: there is nothing to export.")
-    full, tied = _full(plan.parts[0])
+    base, (alone,), _ = settled(base, [adapter])
+    full, tied = _full(adapter, alone)
+    where = places(base, [f"{module}.weight" for module in adapter.modules])
     targets = []
     for module, pair in adapter.pairs.items():
-        factor = pair.scaling / scaling
-        change = plan.changes[f"{module}.weight"]
-        step = next(step for step in change.steps if isinstance(step, PairStep))
-        bias = plan.changes.get(f"{module}.bias") if found == "multiplicative_lora" else None
+        factor, place = pair.scaling / scaling, where[f"{module}.weight"]
+        step = PairStep(0, found, pair, pair.scaling)
+        quant = base_quant if place.tensor in plan.quantised else None
+        change = Change(as_matrix(base, place, module), (step,), quant, base_dtype)
+        bias = _moved_bias(base, place) if found == "multiplicative_lora" and adapter.moves_bias else None
         constant = None if bias is None else _constant(bias, step, factor)
         targets.append(Target(module, change, step, factor, constant))
     rank = max(target.rank for target in targets)
     return AdditiveForm(found, tuple(targets), rank, scaling, dtype, tuple(doubts(plan)), full, tied)
 
 
-def _full(part: Part) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _full(adapter: Adapter, alone: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """What was trained in full, and the copies of a tied head. Raises UserError where it is not of whole modules of their
-    own, which is what a reader can put in the place of the base's."""
-    for name in part.full:
+    own, which is what a reader can put in the place of the base's.
+
+    `alone`: the adapter without copies of a head or embedding.
+    """
+    full = alone.full
+    for name in full:
         module = name.rpartition(".")[0]
-        if module in part.adapter.modules or f"{module}.weight" not in part.full:
+        if module in adapter.modules or f"{module}.weight" not in full:
             raise UserError(
-                f"{part.adapter.folder}: {name} was trained in full, without the rest of its module. No file of adapters "
+                f"{adapter.folder}: {name} was trained in full, without the rest of its module. No file of adapters "
                 "has a place for that. Fold it (merge_lora.py)."
             )
-    copies = [name for name in part.adapter.full if name not in part.full]
-    source = next((name for name in part.full if name.endswith(EMBEDDING)), "")
-    return part.full, dict.fromkeys(copies, source)
+    copies = [name for name in adapter.full if name not in full and name not in adapter.copied]
+    source = next((name for name in full if is_embedding(name.removesuffix(".weight"))), "")
+    return full, dict.fromkeys(copies, source)
+
+
+def _moved_bias(base: Base, place: Place) -> StoredTensor | None:
+    """The bias [D_out] of the module whose weight is at `place`."""
+    name = f"{place.tensor.removesuffix('.weight')}.bias"
+    return as_matrix(base, replace(place, tensor=name), "") if name in base.tensors else None
 
 
 def lora_A(form: AdditiveForm, target: Target, device: torch.device) -> torch.Tensor:
@@ -154,9 +167,9 @@ def lora_B_bias(form: AdditiveForm, target: Target) -> torch.Tensor:
     return _rounded(exact, form.dtype, f"B·A·b of {target.module}")
 
 
-def _constant(bias: Change, step: PairStep, factor: float) -> torch.Tensor | None:
+def _constant(bias: StoredTensor, step: PairStep, factor: float) -> torch.Tensor | None:
     """factor · B·A·b in fp64, or None where it is zero (some families store biases that are all zeros)."""
-    b = torch.cat(list(read_floats(bias.tensor, 1, BLOCK_ITEMS))).double()
+    b = torch.cat(list(read_floats(bias, 1, BLOCK_ITEMS))).double()
     constant = (step.pair.B.double() @ (step.pair.A.double() @ b)).flatten() * factor
     return constant if bool((constant != 0).any()) else None
 

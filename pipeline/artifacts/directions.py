@@ -19,12 +19,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.console import UserError
 from pipeline.files import whole_file
-from pipeline.formats.safetensors import FLOAT_NAMES, read_header, write_tensors
+from pipeline.foreign import printable, read_by_library
+from pipeline.formats.safetensors import FLOAT_NAMES, load_tensors, read_header, write_tensors
 
 Method = Literal["abliteration", "householder"]
 STRENGTHS: dict[Method, float] = {"abliteration": 1.0, "householder": 2.0}  # times f: how much of V·h is taken off
@@ -112,9 +112,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         return {"": _array(file)}
     if file.suffix != ".safetensors":
         raise UserError(f"--directions: {file.name} is neither .safetensors nor .npy; pickles are not read")
-    header = read_header(file)
-    with safe_open(file, framework="pt") as stored:
-        tensors = {entry.name: stored.get_tensor(entry.name) for entry in header.tensors}
+    tensors = load_tensors(read_header(file))
     if not tensors:
         raise UserError(f"{file} holds no tensors")
     for name, tensor in tensors.items():
@@ -124,10 +122,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _array(file: Path) -> Tensor:
-    try:
+    with read_by_library(f"{printable(file)} does not read as a .npy array"):
         array = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{file} does not read as a .npy array: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.dtype.itemsize > 8:
         kind = array.dtype if isinstance(array, np.ndarray) else "an archive of arrays"
         raise UserError(f"{file} holds {kind}; directions are an array of float64, float32 or float16")

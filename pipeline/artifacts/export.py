@@ -17,7 +17,7 @@ from pipeline.artifacts.fold_rows import exact_fp32
 from pipeline.artifacts.merge import check_places, usable_device
 from pipeline.console import UserError, gib, progress, say, warn
 from pipeline.files import check_disk_space, check_file_free, check_free, whole_file, whole_folder
-from pipeline.formats.base_model import Base, read_base
+from pipeline.formats.base_model import Base, read_base, say_remarks
 
 Format = Literal["peft", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -50,6 +50,7 @@ def export(
     check_output = check_free if format == "peft" else check_file_free
     check_output(output, replace=force)
     adapter, base = load_pairs(adapter_folder), read_base(base_folder)
+    say_remarks(base)
     form = additive_form(
         base, adapter, kind=kind, dtype=DTYPE_NAMES[dtype], base_quant=base_quant, base_dtype=base_dtype
     )

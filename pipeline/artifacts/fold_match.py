@@ -7,28 +7,29 @@ of layers that are left out.
 
 import difflib
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
 from pipeline.artifacts.family_maps import SCALABLE
+from pipeline.artifacts.stored_form import as_matrix, in_stored_form, is_transposed, places
 from pipeline.artifacts.weight_maps import shape_of
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.safetensors import StoredTensor
+from pipeline.formats.stored_names import Place
 from pipeline.layers import layer_ranges
 
 FOLDABLE = ("BF16", "F16", "F32")
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter's part in a fold: its modules and full tensors by name, all to be used, and what --layers leaves out.
+    """One adapter's part in a fold: what is used of it, by the base's own names, and what --layers leaves out.
 
-    `kind`: one of adapter_files.KINDS or peft_files.FAMILIES.
+    `kind`: one of adapter_files.KINDS or peft_files.FAMILIES. `left_out`: by the names of the running model.
     """
 
     adapter: Adapter
@@ -55,31 +56,62 @@ def match(
     them. Raises UserError where a module or a shape does not fit, where `layers` leaves nothing, and for a `scale` of
     what has no strength.
     """
-    weights = _weights(base, adapter)
+    found = places(base, [f"{module}.weight" for module in adapter.modules] + list(adapter.full))
+    weights = _weights(base, adapter, found)
     if adapter.family:
-        found: str = adapter.family
+        known: str = adapter.family
         if kind is not None and kind_is_meant:
-            raise UserError(f"--kind {kind}: {adapter.folder} is a {found} by its files.")
+            raise UserError(f"--kind {kind}: {adapter.folder} is a {known} by its files.")
         _check_maps(adapter, weights)
     else:
-        found = pair_kind(base, adapter, kind=kind, kind_is_meant=kind_is_meant)
-    full = full_tensors(base, adapter)
-    names = [*adapter.modules, *full]
+        known = _pair_kind(base, adapter, weights, kind=kind, kind_is_meant=kind_is_meant)
+    _check_full(base, adapter, found)
+    names = [*adapter.modules, *adapter.full]
     taken = set(names if layers is None else _within(names, adapter, base, layers))
-    part = Part(
-        adapter, found, scale, tuple(m for m in adapter.modules if m in taken),
-        {name: tensor for name, tensor in full.items() if name in taken},
-        tuple(name for name in names if name not in taken),
-    )  # fmt: skip
+    stored = in_stored_form(base, _only(adapter, taken), found, multiplicative=known == "multiplicative_lora")
+    part = Part(stored, known, scale, stored.modules, stored.full, tuple(name for name in names if name not in taken))
     _check_scale(part)
     return part
 
 
 def pair_kind(base: Base, adapter: Adapter, *, kind: Kind | None, kind_is_meant: bool) -> Kind:
     """The kind of an adapter that is pairs, by its files, its shapes, and the user's word. Raises as `match`."""
-    weights = _weights(base, adapter)
+    weights = _weights(base, adapter, places(base, [f"{module}.weight" for module in adapter.modules]))
+    return _pair_kind(base, adapter, weights, kind=kind, kind_is_meant=kind_is_meant)
+
+
+def check_names(base: Base, modules: Collection[str], full: Collection[str]) -> None:
+    """Raise UserError, before anything is trained, where a module's weight, or a tensor to be trained in full, is not one
+    that a fold into `base` can change. Names are the running model's; `full`: of tensors."""
+    found = places(base, [f"{module}.weight" for module in modules] + list(full))
+    lost = [name for name in [*(f"{module}.weight" for module in modules), *full] if name not in found]
+    if lost:
+        raise UserError(
+            f"{base.folder} stores {lost[0]} in another form than the model runs"
+            + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else "")
+            + ", which no fold can change."
+        )
+    for module in modules:
+        _check_weight(as_matrix(base, found[f"{module}.weight"], module), module)
+
+
+def _pair_kind(
+    base: Base, adapter: Adapter, weights: dict[str, StoredTensor], *, kind: Kind | None, kind_is_meant: bool
+) -> Kind:
     possible = possible_kinds(adapter, weights)
+    if "lora" in possible and any(is_transposed(base, module) for module in adapter.modules):
+        possible = {"lora"}  # the founding method's adapters were on no such model
     return resolve_kind(adapter, weights, possible, kind if kind_is_meant or len(possible) > 1 else None)
+
+
+def _only(adapter: Adapter, names: Collection[str]) -> Adapter:
+    """The adapter's modules and full tensors of these names."""
+    return replace(
+        adapter,
+        pairs={module: pair for module, pair in adapter.pairs.items() if module in names},
+        maps={module: maps for module, maps in adapter.maps.items() if module in names},
+        full={name: tensor for name, tensor in adapter.full.items() if name in names},
+    )
 
 
 def _check_maps(adapter: Adapter, weights: dict[str, StoredTensor]) -> None:
@@ -108,51 +140,23 @@ def _check_scale(part: Part) -> None:
         )
 
 
-def full_tensors(base: Base, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """{tensor of the base: what takes its place}, of the tensors that were trained in full.
-
-    A base that ties its head to the embedding stores one tensor for both, which is replaced where the adapter's two are
-    equal. Raises UserError where they are not, or where a name or a shape does not fit.
-    """
-    full = dict(adapter.full)
-    embedding = next((name for name in base.tensors if name.endswith(f".{EMBEDDING}")), None)
-    tied = HEAD not in base.tensors or base.config.get("tie_word_embeddings") is True
-    if tied and embedding is not None and (HEAD in full or embedding in full):
-        _check_tied(base, adapter, embedding)
-        if HEAD not in base.tensors:
-            full.pop(HEAD, None)
-    for name, tensor in full.items():
-        stored = base.tensors.get(name)
-        if stored is None:
+def _check_full(base: Base, adapter: Adapter, found: Mapping[str, Place]) -> None:
+    """Raise UserError where a tensor that was trained in full takes the place of none of the base's."""
+    for name, tensor in adapter.full.items():
+        if name not in found:
             raise UserError(f"{adapter.folder}: {name} was trained in full, and {base.folder} has no such tensor.")
-        if stored.shape != tuple(tensor.shape) or stored.dtype not in FOLDABLE:
+        stored = base.tensors[found[name].tensor]
+        if found[name].n_rows is None and (stored.shape != tuple(tensor.shape) or stored.dtype not in FOLDABLE):
             raise UserError(
                 f"{adapter.folder}: {name} was trained in full as {shape_of(tensor)}; {base.folder} has it as "
                 f"{stored.dtype} {_shape(stored)}. Was the vocabulary changed, or the adapter trained on another model?"
             )
-    return full
 
 
-def _check_tied(base: Base, adapter: Adapter, embedding: str) -> None:
-    """Raise UserError where the head and the embedding of a base that ties them were not trained as one tensor."""
-    head, table = adapter.full.get(HEAD), adapter.full.get(embedding)
-    if table is None or (head is None and (not adapter.keeps_tie or HEAD in base.tensors)):
-        alone, other = (HEAD, embedding) if table is None else (embedding, HEAD)
-        raise UserError(
-            f"{adapter.folder}: {alone} was trained by itself, while {other} stayed as it was. {base.folder} ties the two: "
-            "they are one tensor, so no fold can hold both. Load the adapter with PEFT."
-        )
-    if head is not None and not torch.equal(head, table):
-        raise UserError(
-            f"{adapter.folder}: {HEAD} and {embedding} were trained apart. {base.folder} ties the two: they are one "
-            "tensor, so no fold can hold both. Load the adapter with PEFT."
-        )
-
-
-def _weights(base: Base, adapter: Adapter) -> dict[str, StoredTensor]:
-    """{module: its weight}. Names match whole, never in part."""
+def _weights(base: Base, adapter: Adapter, found: Mapping[str, Place]) -> dict[str, StoredTensor]:
+    """{module: its weight [D_out, D_in]}. Names match whole, never in part."""
     modules = adapter.modules
-    missing = [module for module in modules if f"{module}.weight" not in base.tensors]
+    missing = [module for module in modules if f"{module}.weight" not in found]
     if missing:
         like = difflib.get_close_matches(f"{missing[0]}.weight", list(base.tensors), n=1)
         raise UserError(
@@ -161,17 +165,22 @@ def _weights(base: Base, adapter: Adapter) -> dict[str, StoredTensor]:
             + (f"The nearest tensor there is {like[0]}. " if like else "")
             + f"The adapter was trained on {adapter.base_model or 'a base it does not name'}. Nothing was written."
         )
-    weights = {module: base.tensors[f"{module}.weight"] for module in modules}
+    weights = {module: as_matrix(base, found[f"{module}.weight"], module) for module in modules}
     for module, weight in weights.items():
-        if weight.dtype not in FOLDABLE:
-            packed = weight.dtype in ("U8", "I8", "I32")
-            raise UserError(
-                f"{weight.name} is stored as {weight.dtype}{', packed by a quantiser' if packed else ''}. "
-                f"A fold needs {', '.join(FOLDABLE)}: use the original 16-bit model."
-            )
-        if len(weight.shape) != 2:
-            raise UserError(f"{weight.name} has shape {weight.shape}; an adapter of {module} needs a matrix.")
+        _check_weight(weight, module)
     return weights
+
+
+def _check_weight(weight: StoredTensor, module: str) -> None:
+    """Raise UserError where a module's weight is no matrix that a fold can change."""
+    if weight.dtype not in FOLDABLE:
+        packed = weight.dtype in ("U8", "I8", "I32")
+        raise UserError(
+            f"{weight.name} is stored as {weight.dtype}{', packed by a quantiser' if packed else ''}. "
+            f"A fold needs {', '.join(FOLDABLE)}: use the original 16-bit model."
+        )
+    if len(weight.shape) != 2:
+        raise UserError(f"{weight.name} has shape {weight.shape}; an adapter of {module} needs a matrix.")
 
 
 def possible_kinds(adapter: Adapter, weights: dict[str, StoredTensor]) -> set[Kind]:

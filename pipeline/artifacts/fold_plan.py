@@ -10,7 +10,6 @@ W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. 
 takes the inverses in the opposite order. Everything is rounded once, at the end.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,10 @@ import torch
 
 from pipeline.artifacts.adapter_files import Adapter, Kind, Pair
 from pipeline.artifacts.family_maps import MOVES_BIAS
+from pipeline.artifacts.fold_config import logit_factor, new_config
 from pipeline.artifacts.fold_inverse import check_invertible, inverse
 from pipeline.artifacts.fold_match import FOLDABLE, Part, layer_of, match
+from pipeline.artifacts.fold_ties import settled, touches
 from pipeline.artifacts.nf4 import read_nf4
 from pipeline.artifacts.weight_maps import Added, Replaced, RowFactors, RowMap
 from pipeline.console import UserError
@@ -34,13 +35,6 @@ DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 BaseQuant = Literal["nf4", "nf4-double"]
 BASE_QUANTS: tuple[BaseQuant, ...] = get_args(BaseQuant)
 BaseDtype = Literal["bfloat16", "float16", "float32"]
-
-# Where a family keeps the factor of its logits, and whether it multiplies (1) or divides (-1) them.
-LOGIT_KEYS = {
-    "cohere": ("logit_scale", 1), "cohere2": ("logit_scale", 1), "cohere2_moe": ("logit_scale", 1),
-    "granite": ("logits_scaling", -1), "granitemoe": ("logits_scaling", -1),
-    "granitemoeshared": ("logits_scaling", -1), "granitemoehybrid": ("logits_scaling", -1),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,8 @@ class FoldPlan:
     """A fold. `changes` by tensor name; `files` as they will be written; `config` is None where it stays as it is.
 
     `quantised`: the tensors that are read through `base_dtype` and `base_quant`, changed ones included. `conditions`: for
-    --unmerge, the condition number κ of what is undone, by adapter and module.
+    --unmerge, the condition number κ of what is undone, by adapter and module. `untied`: head and embedding, which the base
+    ties, come out apart.
     """
 
     base: Base
@@ -105,6 +100,7 @@ class FoldPlan:
     conditions: dict[tuple[int, str], float]
     files: dict[str, tuple[TensorSpec, ...]]
     config: dict[str, Any] | None
+    untied: bool
 
     @property
     def weight_bytes(self) -> int:
@@ -134,10 +130,13 @@ def plan_fold(
     if base_dtype and not base_quant:
         raise UserError("--base-dtype is of the weights that --base-quant rounds to 4 bits: give both, or --dtype.")
     alone = len(adapters) == 1
+    settled_base, adapters, apart = settled(base, adapters, unmerge=unmerge)
     parts = tuple(
-        match(base, adapter, kind=kind, kind_is_meant=alone, scale=scale, layers=layers)
+        match(settled_base, adapter, kind=kind, kind_is_meant=alone, scale=scale, layers=layers)
         for adapter, scale in zip(adapters, scales, strict=True)
     )
+    apart = apart and any(touches(part.adapter) for part in parts)
+    base = settled_base if apart else base
     quantised = quantised_weights(base) if base_quant else frozenset()
     steps, conditions = plan_steps(base, parts, unmerge)
     changes = {
@@ -148,8 +147,8 @@ def plan_fold(
         name: tuple(TensorSpec(t.name, output_dtype(t.dtype, dtype), t.shape) for t in header.tensors)
         for name, header in base.headers.items()
     }
-    config = new_config(base.config, dtype, logit_factor(parts, unmerge) if keep_logit_scale else 1.0)
-    return FoldPlan(base, parts, unmerge, changes, base_quant, base_dtype, quantised, conditions, files, config)
+    config = new_config(base.config, dtype, logit_factor(parts, unmerge) if keep_logit_scale else 1.0, apart)
+    return FoldPlan(base, parts, unmerge, changes, base_quant, base_dtype, quantised, conditions, files, config, apart)
 
 
 def plan_steps(
@@ -236,14 +235,6 @@ def _pair_step(part: Part, number: int, module: str, unmerge: bool) -> PairStep:
     return PairStep(number, kind, pair, -scaling)
 
 
-def logit_factor(parts: Sequence[Part], unmerge: bool) -> float:
-    """The product of the factors by which the trainings multiplied the logits; its inverse where they are undone."""
-    factor = 1.0
-    for part in parts:
-        factor *= part.adapter.train_logit_scale
-    return 1 / factor if unmerge else factor
-
-
 def quantised_weights(base: Base) -> frozenset[str]:
     """The weights a QLoRA run quantises that skips none: of every linear module of the decoder layers; no head,
     embedding or norm.
@@ -284,34 +275,3 @@ def output_dtype(stored: str, dtype: OutputDtype) -> str:
 def _check_bias(bias: StoredTensor, length: int) -> None:
     if bias.dtype not in FOLDABLE or bias.shape != (length,):
         raise UserError(f"{bias.name} is {bias.dtype} {bias.shape}; the fold needs a float vector of {length}.")
-
-
-def new_config(config: dict[str, Any], dtype: OutputDtype, logit_factor: float) -> dict[str, Any] | None:
-    """The model's config after the fold, or None where it stays as it is.
-
-    A changed dtype is written wherever the config or one of its parts names one; `logit_factor` multiplies the logits.
-    Raises UserError where the family has no key for such a factor.
-    """
-    changed = copy.deepcopy(config)
-    if dtype != "keep" and not _set_dtype(changed, dtype):
-        changed["torch_dtype"] = dtype  # the older name of the key: old and new readers know it
-    if logit_factor != 1.0:
-        key, exponent = LOGIT_KEYS.get(config.get("model_type", ""), ("", 0))
-        if not isinstance(config.get(key), int | float):
-            raise UserError(
-                f"--keep-logit-scale: a {config.get('model_type')!r} config has no key that scales the logits, so the "
-                f"factor {logit_factor:g} of the training cannot be kept in it. Fold without the flag: it is dropped."
-            )
-        changed[key] = config[key] * logit_factor**exponent
-    return changed if changed != config else None
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Replace float dtypes in `config` and its sub-configs; whether the top level named one."""
-    found = False
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            config[key], found = dtype, True
-        elif isinstance(value, dict):
-            _set_dtype(value, dtype)
-    return found

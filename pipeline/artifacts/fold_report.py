@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.artifacts.adapter_files import Pair, public_name
+from pipeline.artifacts.fold_config import LOGIT_KEYS, logit_factor
 from pipeline.artifacts.fold_match import Part
-from pipeline.artifacts.fold_plan import LOGIT_KEYS, FoldPlan, logit_factor
+from pipeline.artifacts.fold_plan import FoldPlan
 from pipeline.artifacts.fold_rows import Survival
 from pipeline.artifacts.weight_maps import Added
 from pipeline.console import gib
@@ -69,6 +70,10 @@ def plan_lines(plan: FoldPlan, *, keep_logit_scale: bool) -> list[str]:
         + f"; {total - len(plan.changes.keys() | plan.quantised)} other tensors {_others(plan)}",
         f"dtypes   {_dtypes(plan)}; {gib(plan.weight_bytes)} of weights",
     ]
+    if plan.untied:
+        lines.append(
+            "head     head and embedding were one tensor and come out as two: tie_word_embeddings = false in the result"
+        )
     if plan.base_quant:
         lines.append(
             f"4 bits   {len(plan.quantised)} weights of the base are rounded to "

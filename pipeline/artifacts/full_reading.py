@@ -3,6 +3,8 @@
 Takes the tensors that are no adapter's, the configuration and our own facts; gives them by their names in the model, or
 refuses what nobody announced. Three things announce one: PEFT's `modules_to_save` (a module, or a module's last name, or
 one that contains others), PEFT's `bias` (trained biases), and "full" and "tied" of our own facts, which name tensors.
+PEFT's `save_embedding_layers` announces nothing: it puts embedding and head beside the adapter where either is adapted, or
+the vocabulary was resized, and loads them again.
 """
 
 from pathlib import Path
@@ -14,11 +16,19 @@ from pipeline.artifacts.adapter_files import CONFIG_FILE, PEFT_PREFIX
 from pipeline.artifacts.full_tensors import holds_numbers
 from pipeline.console import UserError
 
+# What models call the embedding of their tokens.
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
+# And the head.
+HEADS = ("lm_head", "embed_out")
+
 
 def read_full(
     folder: Path, rest: dict[str, torch.Tensor], config: dict[str, Any], own: dict[str, Any], expected: str
-) -> dict[str, torch.Tensor]:
-    """{name in the model: tensor}. `expected`: in words, what a tensor would have to be that is none of these.
+) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    """{name in the model: tensor}, and those of the names that nothing announces, or that lie beneath an adapter of the same
+    module: of embedding or head.
+
+    `expected`: in words, what a tensor would have to be that is none of these.
 
     Raises UserError for a tensor that is not announced, one that is announced and missing, one that is there twice, and
     NaN or infinite values.
@@ -31,12 +41,13 @@ def read_full(
     ties = ["lm_head"] if config.get("ensure_weight_tying") else []  # PEFT saves a tied head and does not list it
     announced = {*own.get("full", ()), *own.get("tied", ())}
     biases = str(config.get("bias") or "none") != "none"
-    unknown = [
+    unannounced = [
         name
         for name in named
         if not (name in announced if own else any(_within(name, module) for module in [*modules, *ties]))
         and not (biases and name.endswith(".bias"))
     ]
+    unknown = [name for name in unannounced if own or last_name(name.rpartition(".")[0]) not in EMBEDDINGS + HEADS]
     if unknown:
         raise UserError(f"{folder}: {len(unknown)} tensors are no {expected}: {unknown[0]} first.")
     missing = sorted(announced - named.keys()) if own else [m for m in modules if not any(_within(n, m) for n in named)]
@@ -48,7 +59,15 @@ def read_full(
     for name, tensor in named.items():
         if not holds_numbers(tensor):
             raise UserError(f"{folder}: {name} holds NaN or infinite values, or integers. Its training diverged.")
-    return named
+    beneath = {_plain(name) for name in rest if ".base_layer." in name}
+    return named, frozenset(
+        [*unannounced, *(n for n in beneath if last_name(n.rpartition(".")[0]) in EMBEDDINGS + HEADS)]
+    )
+
+
+def last_name(module: str) -> str:
+    """What a module is called within the one that holds it."""
+    return module.rpartition(".")[2]
 
 
 def _plain(name: str) -> str:

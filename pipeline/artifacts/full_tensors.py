@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from pipeline.formats.safetensors import FLOAT_NAMES
+
 ROWS_AT_A_TIME = 4096
 
 
@@ -31,8 +33,11 @@ def named(full: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str
 
 
 def holds_numbers(tensor: torch.Tensor) -> bool:
-    """Whether it is floating point without NaN and infinite values; looked at in pieces, as an embedding has gigabytes."""
-    return tensor.is_floating_point() and all(
+    """Whether it is floating point, of 16 bits or more, without NaN and infinite values.
+
+    It is looked at in pieces, as an embedding has gigabytes.
+    """
+    return tensor.dtype in FLOAT_NAMES and all(
         bool(part.isfinite().all()) for part in torch.atleast_1d(tensor).split(ROWS_AT_A_TIME)
     )
 

@@ -22,7 +22,7 @@ from pipeline.artifacts.fold_report import plan_lines, report_json, result_lines
 from pipeline.artifacts.fold_rows import Survival, convert, exact_fp32, fold_rows
 from pipeline.console import UserError, gib, progress, say, warn
 from pipeline.files import check_disk_space, check_free, whole_folder
-from pipeline.formats.base_model import INDEX, files_to_copy, read_base
+from pipeline.formats.base_model import INDEX, files_to_copy, read_base, say_remarks
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
 
 
@@ -62,6 +62,7 @@ def merge(
     check_free(output, replace=force)
     adapters = [load_adapter(folder) for folder in folders]
     base = read_base(base_folder)
+    say_remarks(base)
     plan = plan_fold(
         base, adapters, scales=scales, kind=kind, dtype=dtype, keep_logit_scale=keep_logit_scale, layers=layers,
         unmerge=unmerge, base_quant=base_quant, base_dtype=base_dtype,
@@ -134,7 +135,7 @@ def _write(plan: FoldPlan, copied: list[Path], folder: Path, device: torch.devic
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.folder / file, folder / file)
     if plan.config is not None:
-        write_json(folder / "config.json", plan.config)
+        write_json(folder / "config.json", plan.config, allow_nan=True)
     if plan.base.index is not None:
         metadata = {**(plan.base.index.get("metadata") or {}), "total_size": plan.weight_bytes}
         write_json(folder / INDEX, {**plan.base.index, "metadata": metadata})

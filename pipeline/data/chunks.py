@@ -22,13 +22,16 @@ from numpy.typing import NDArray
 
 from pipeline.console import UserError, gib, progress, rank
 from pipeline.data import documents
-from pipeline.data.documents import Document, Source
+from pipeline.data.documents import Document
+from pipeline.data.encodings import Findings
+from pipeline.data.sources import Source, find
 from pipeline.data.split import SEED, Streams, held_out_count
 from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
 from pipeline.data.tokenize import fingerprint, tokens
 from pipeline.files import explain_out_of_space, sync
+from pipeline.foreign import printable
 
-FORMAT = 1  # goes into the key: raise it when the same input would give other chunks
+FORMAT = 2  # goes into the key: raise it when the same input would give other chunks
 LET_FIRST_RANK_S = 5.0
 EVAL_SPLITS = ("chunk", "document")
 
@@ -43,27 +46,29 @@ def build(
     cache_dir: Path,
     eval_size: float | int = 0,
     eval_split: str = "chunk",
+    join_lines: bool = False,
 ) -> Streams:
     """The chunks of a dataset, tokenised now or found in `cache_dir`. One process at a time builds, the others wait.
 
     With `eval_split = 'document'` and an `eval_size` (a part of the documents, rounded up, or their number), whole
-    documents drawn by a fixed seed are held out as a stream of their own. UserError: no files, unreadable text, a
-    tokenizer without EOS, too little text for one chunk, nothing left on one side of the split.
+    documents drawn by a fixed seed are held out as a stream of their own. `join_lines`: join the line breaks that wrap
+    paragraphs (line_breaks.py). UserError: no files, unreadable text, a tokenizer without EOS, too little text for one
+    chunk, nothing left on one side of the split.
     """
     if eval_split not in EVAL_SPLITS:
         raise UserError(f"dataset '{name}': eval_split = '{eval_split}' is not known; use {' or '.join(EVAL_SPLITS)}")
     marks = special_ids(tokenizer, name)
     if sequence_len < 2 + (marks.bos is not None):
         raise UserError(f"dataset '{name}': sequence_len = {sequence_len} leaves nothing to predict; use 3 or more")
-    sources = documents.find(dataset_type, dataset_path)
+    sources = find(dataset_type, dataset_path)
     held_out = eval_size if eval_split == "document" else 0
-    key = _key(name, sources, fingerprint(tokenizer), marks, sequence_len, held_out)
+    key = _key(name, sources, fingerprint(tokenizer), [*marks, sequence_len, held_out, join_lines])
     path = cache_dir / f"{_folder_name(name)}-{key}"
     with explain_out_of_space(path):
         cache_dir.mkdir(parents=True, exist_ok=True)
     with explain_out_of_space(path), _alone(cache_dir, path):
         if not path.exists():
-            _write(path, name, sources, sequence_len, tokenizer, marks, held_out)
+            _write(path, name, sources, sequence_len, tokenizer, marks, held_out, join_lines)
     return load(path)
 
 
@@ -86,24 +91,26 @@ def special_ids(tokenizer: Any, name: str) -> Marks:
     return Marks(tokenizer.bos_token_id, tokenizer.eos_token_id, unknown, tuple(sorted(tokenizer.all_special_ids)))
 
 
-def _key(
-    name: str, sources: list[Source], tokenizer: str, marks: Marks, sequence_len: int, held_out: float | int
-) -> str:
+def _key(name: str, sources: list[Source], tokenizer: str, settings: list[Any]) -> str:
     """Names the content: 20 hex digits of the SHA-256 of all that decides the chunks and their documents' names."""
     total = sum(path.stat().st_size for path, _ in sources)
     files = []
     with progress(f"checking {name}", total) if total > 2**30 else nullcontext(lambda n: None) as advance:
         for path, file_name in sources:
-            with open(path, "rb") as file:
-                files.append((file_name, hashlib.file_digest(file, "sha256").hexdigest()))
-            advance(path.stat().st_size)
-    content = [FORMAT, name, files, tokenizer, marks, sequence_len, held_out, BATCH_TOKENS]
+            try:
+                with open(path, "rb") as file:
+                    files.append((file_name, hashlib.file_digest(file, "sha256").hexdigest()))
+                    advance(file.tell())
+            except OSError as error:
+                raise UserError(f"{printable(path)}: cannot be read: {error.strerror}") from error
+    content = [FORMAT, name, files, tokenizer, settings, BATCH_TOKENS]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
 def _write(
-    path: Path, name: str, sources: list[Source], sequence_len: int, tokenizer: Any, marks: Marks, held_out: float | int
-) -> None:
+    path: Path, name: str, sources: list[Source], sequence_len: int, tokenizer: Any, marks: Marks,
+    held_out: float | int, join_lines: bool,
+) -> None:  # fmt: skip
     """Tokenise and cut into `path`, which appears when it is whole."""
     staging = path.with_name(f".staging-{path.name}")
     shutil.rmtree(staging, ignore_errors=True)  # a killed process's; no other can be at work here now
@@ -116,13 +123,15 @@ def _write(
         for writer in writers:
             clearing.callback(writer.let_go)
         is_held_out = _draw_documents(name, sources, held_out)
+        findings = Findings()
+        read = documents.read_sources(sources, join_lines=join_lines, findings=findings)
         with progress(f"tokenising {name}", total) as advance:
             number = 0
-            for document, ids, last in tokens(tokenizer, _counted(documents.read_sources(sources), total, advance)):
+            for document, ids, last in tokens(tokenizer, _counted(read, total, advance)):
                 writers[int(is_held_out[number]) if held_out else 0].add(document, ids, last)
                 number += last
         for writer in writers:
-            writer.close()
+            writer.close(findings)
         os.rename(staging, path)
         sync(path.parent)
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.console import UserError
+from pipeline.data.encodings import Findings
 from pipeline.files import write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
@@ -47,7 +48,9 @@ class Report:
     eos_tokens: int
     chunks: int
     tail_tokens: int
+    largest_id: int  # in the chunks
     sha256: str  # of the chunks
+    findings: Findings  # of the whole dataset's text
 
     def __str__(self) -> str:
         """One line, as an equation."""
@@ -64,7 +67,7 @@ class Report:
             line += f"; {self.special_tokens:,} special tokens are spelled out in the text"
         if self.unknown_tokens:
             line += f"; {self.unknown_tokens:,} tokens are unknown to the tokenizer"
-        return line
+        return line if self.stream == "eval" else line + str(self.findings)
 
 
 class Marks(NamedTuple):
@@ -103,6 +106,7 @@ class ChunkWriter:
         self.names: list[str] = []
         self.starts: list[int] = []
         self.counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
+        self.largest_id = 0
         self.content = hashlib.sha256()
         schema = pa.schema([("input_ids", pa.list_(pa.int32(), sequence_len))])
         self._chunks = _ArrowFile(folder / "chunks.arrow", schema)
@@ -132,15 +136,19 @@ class ChunkWriter:
                 self._append(np.array([self.eos], dtype=np.int32))
             self.in_document = 0
 
-    def close(self) -> Report:
-        """Write what is left, make the files durable; UserError if the stream does not fill one chunk."""
+    def close(self, findings: Findings | None = None) -> Report:
+        """Write what is left, make the files durable; UserError if the stream does not fill one chunk.
+
+        `findings`: what was met in reading the text, for the report.
+        """
         tail = self._write_chunks(self.pending_tokens // self.body)
         self._write_documents()
         self._chunks.close()
         self._documents.close()
         report = Report(
             name=self.name, stream=self.stream, sequence_len=self.sequence_len, bos=self.bos, eos=self.eos,
-            tail_tokens=tail, sha256=self.content.hexdigest(), **self.counts,
+            tail_tokens=tail, largest_id=self.largest_id, sha256=self.content.hexdigest(),
+            findings=findings or Findings(), **self.counts,
         )  # fmt: skip
         if not report.chunks:
             of_stream = "" if self.stream == "all" else f" held for '{self.stream}'"
@@ -179,6 +187,7 @@ class ChunkWriter:
             rows = body if self.bos is None else np.insert(body, 0, self.bos, axis=1)
             rows = np.ascontiguousarray(rows, dtype="<i4")
             self.content.update(rows.tobytes())
+            self.largest_id = max(self.largest_id, int(rows.max()))
             values = pa.array(rows.reshape(-1), pa.int32())
             self._chunks.write([pa.FixedSizeListArray.from_arrays(values, self.sequence_len)])
         rest = stream[count * self.body :].copy()
@@ -200,7 +209,7 @@ class ChunkStore:
         try:
             content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             sizes = {name: (folder / name).stat().st_size for name in content["sizes"]}
-            self.report = Report(**content["report"])
+            self.report = Report(**content["report"] | {"findings": Findings(**content["report"]["findings"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not a whole store of chunks ({error}); {_MEND}") from None
         if sizes != content["sizes"]:

@@ -3,5 +3,6 @@
 Takes paths; gives headers, configurations and bytes in pieces, or one UserError with the file and the reason.
 
     safetensors   headers without data; reading and writing tensors piece by piece
-    base_model    a base model's folder: its tensors, its config, and what else belongs to it
+    base_model    a base model's folder: its tensors, its config, whether head and embedding are one, what else belongs to it
+    links         where links in such a folder may lead
 """

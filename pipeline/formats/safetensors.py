@@ -13,10 +13,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
+from safetensors import safe_open
 
 from pipeline.console import UserError
+from pipeline.foreign import has_controls, parse_json, printable, read_by_library
 
 ITEM_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -25,14 +28,17 @@ ITEM_BITS = {
 }  # fmt: skip
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-DTYPE_NAMES = {
-    **FLOAT_NAMES, torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
-    torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+TORCH_DTYPES = FLOATS | {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+MOST_DIMENSIONS, LARGEST = 64, 2**63 - 1  # of torch's tensors; of a size or a place
+LONGEST_NAME = 1000  # characters of a tensor's name
 PIECE_BYTES = 4 * 2**20  # of a tensor in memory at a time: enough for the speed of a disk, small beside real tensors
 
 
@@ -73,42 +79,82 @@ class Header:
 def read_header(file: Path) -> Header:
     """The header of `file`, checked against the file's size: every byte belongs to exactly one tensor.
 
-    Raises UserError where the file is truncated, or not safetensors.
+    Raises UserError where the file cannot be read, is truncated or damaged, or not safetensors.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise UserError(f"{file} is not a whole safetensors file ({size} bytes). Was a download cut short?")
-        raw = stream.read(length)
+    shown = printable(file)
     try:
-        entries: dict[str, dict] = json.loads(raw)
-        metadata = entries.pop("__metadata__", None)
-        tensors = [
-            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + begin, end - begin)
-            for name, entry in entries.items()
-            for begin, end in [entry["data_offsets"]]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a safetensors file: its header does not read ({error}).") from None
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_LIMIT):
+                raise UserError(f"{shown} is not a whole safetensors file ({size} bytes). Was a download cut short?")
+            raw = stream.read(length)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{shown} cannot be read: {reason}.") from None
+    entries = parse_json(raw, f"the header of {shown}")
+    if not isinstance(entries, dict):
+        raise UserError(f"{shown} is not a safetensors file: its header is no JSON object.")
+    metadata = _metadata(shown, entries.pop("__metadata__", None))
+    tensors = [_entry(file, name, entry, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.n_bytes))
-    _check_layout(file, tensors, 8 + length, size)
+    _check_layout(shown, tensors, 8 + length, size)
     return Header(file, metadata, tuple(tensors))
 
 
-def _check_layout(file: Path, tensors: Sequence[StoredTensor], data_start: int, size: int) -> None:
+def _metadata(shown: str, metadata: object) -> dict[str, str] | None:
+    if metadata is None:
+        return None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{shown}: the header's __metadata__ is not text by name. The file is damaged.")
+    return metadata
+
+
+def _entry(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    """One tensor of the header. Raises UserError where what is said of it is not what the format asks for."""
+    where = f"{printable(file)}: the header's entry '{printable(name)}'"
+    if has_controls(name) or len(name) > LONGEST_NAME:
+        raise UserError(f"{where} has a name with control characters in it, or a very long one. The file is damaged.")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{where} is not a dtype, a shape and data_offsets. The file is damaged.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise UserError(f"{where} has the dtype '{printable(dtype, 40)}', which is not known here.")
+    if not _sizes(shape) or len(shape) > MOST_DIMENSIONS or math.prod(shape) > LARGEST:
+        raise UserError(f"{where} has the shape {printable(shape, 60)}, which no tensor has. The file is damaged.")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise UserError(f"{where} lies at {printable(offsets, 60)}, which is no place in a file. The file is damaged.")
+    return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0], offsets[1] - offsets[0])
+
+
+def _sizes(value: object) -> TypeGuard[list[int]]:
+    """Whether `value` is a list of numbers that count something: whole, not negative, and no true or false."""
+    return isinstance(value, list) and all(type(one) is int and 0 <= one <= LARGEST for one in value)
+
+
+def _check_layout(shown: str, tensors: Sequence[StoredTensor], data_start: int, size: int) -> None:
     position = data_start
     for tensor in tensors:
-        bits = ITEM_BITS.get(tensor.dtype)
-        if bits is None:
-            raise UserError(f"{file}: {tensor.name!r} has the dtype {tensor.dtype}, which is not known here.")
-        if tensor.start != position or math.prod(tensor.shape) * bits != tensor.n_bytes * 8:
-            raise UserError(f"{file}: the header places {tensor.name!r} wrongly. The file is damaged.")
+        if tensor.start != position or math.prod(tensor.shape) * ITEM_BITS[tensor.dtype] != tensor.n_bytes * 8:
+            raise UserError(f"{shown}: the header places '{printable(tensor.name)}' wrongly. The file is damaged.")
         position += tensor.n_bytes
     if position != size:
         raise UserError(
-            f"{file} has {size} bytes where its header describes {position}. Was a download or a copy cut short?"
+            f"{shown} has {size} bytes where its header describes {position}. Was a download or a copy cut short?"
         )
+
+
+def load_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, all or those of `names`, on the CPU, memory mapped where torch can.
+
+    Raises UserError where one of `names` is not in the file, or torch has no such dtype.
+    """
+    known = {tensor.name for tensor in header.tensors}
+    wanted = [tensor.name for tensor in header.tensors] if names is None else list(names)
+    if lacking := [name for name in wanted if name not in known]:
+        raise UserError(f"{printable(header.file)} holds no tensor '{printable(lacking[0])}'.")
+    with read_by_library(f"{printable(header.file)} does not read"), safe_open(header.file, framework="pt") as stored:
+        return {name: stored.get_tensor(name) for name in wanted}
 
 
 def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterator[bytearray]:
@@ -122,6 +168,25 @@ def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterato
                 raise UserError(f"{tensor.file} ends within {tensor.name!r}: it changed while it was read.")
             left -= len(piece)
             yield piece
+
+
+def read_tensor(tensor: StoredTensor) -> torch.Tensor:
+    """The whole of `tensor` in its own dtype and shape, in memory of its own: nothing of the file is mapped.
+
+    Raises UserError where the file ends early or cannot be read, or torch has no such dtype.
+    """
+    if tensor.dtype not in TORCH_DTYPES:
+        raise UserError(f"{tensor.file}: {tensor.name!r} is {tensor.dtype}, which torch cannot hold.")
+    found = torch.empty(tensor.n_bytes, dtype=torch.uint8)
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            read = stream.readinto(found.numpy().data)
+    except OSError as error:
+        raise UserError(f"{tensor.file}: {tensor.name!r} cannot be read: {error.strerror}.") from None
+    if read != tensor.n_bytes:
+        raise UserError(f"{tensor.file} ends within {tensor.name!r}: it changed while it was read.")
+    return found.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def read_floats(tensor: StoredTensor, row_items: int, piece_items: int) -> Iterator[torch.Tensor]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.console import UserError
-from pipeline.data.documents import decoded
+from pipeline.data.encodings import Findings, file_text
+from pipeline.data.rows import check_ids
 
 ROW_TOKENS = 1024  # the model sees no further back than this
 CHARS_A_TOKEN = 16  # read at most this many characters a token asked for: few languages have longer tokens on average
@@ -42,10 +43,13 @@ class Passage:
     end: int
 
 
-def read_text(file: Path, tokenizer: Any, *, limit: int, row_tokens: int = ROW_TOKENS) -> Text:
-    """The first `limit` tokens of a UTF-8 file, in rows of at most `row_tokens`, BOS before each where there is one.
+def read_text(
+    file: Path, tokenizer: Any, *, limit: int, row_tokens: int = ROW_TOKENS, embedding_rows: int | None = None
+) -> Text:
+    """The first `limit` tokens of a text file, in rows of at most `row_tokens`, BOS before each where there is one.
 
-    Raises UserError for no file, no UTF-8, no token, and a tokenizer that cannot say where its tokens lie in a text.
+    Raises UserError for no file, no text, no token, an id that is none of the model's `embedding_rows`, and a tokenizer
+    that cannot say where its tokens lie in a text.
     """
     if not file.is_file():
         raise UserError(f"--text: there is no file {file}")
@@ -66,13 +70,14 @@ def read_text(file: Path, tokenizer: Any, *, limit: int, row_tokens: int = ROW_T
     if not ids:
         raise UserError(f"--text: {file} holds no text")
     rows = tuple(torch.tensor(start + ids[at : at + room], dtype=torch.int64) for at in range(0, len(ids), room))
+    check_ids(rows, tokenizer, str(file), embedding_rows)
     return Text(file.name, tuple(pieces), rows, len(start), whole=not cut and len(encoding.ids) <= limit)
 
 
 def _beginning(file: Path, chars: int) -> tuple[str, bool]:
     """At most `chars` characters of a file, and whether there are more."""
     text = ""
-    for piece in decoded(file):
+    for piece in file_text(file, Findings()):  # control characters too: they are only looked at
         text += piece
         if len(text) > chars:
             return text[:chars], True

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.artifacts.adapter_files import Kind
 from pipeline.console import UserError, progress
-from pipeline.formats.base_model import Base
+from pipeline.formats.base_model import EMBEDDING, HEAD, Base, head_of
 from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
 
 BLOCK_ITEMS = 2**24  # 64 MiB in fp32
@@ -88,7 +88,7 @@ def lens(base: Base) -> Lens:
     head = _head(base)
     shell = empty_model(read_model_config(str(base.folder)), torch.float32, None)
     form = norm_form(shell.base_model.norm)
-    stored = base.tensors.get(f"{shell.base_model_prefix}.norm.weight")
+    stored = base.find(f"{shell.base_model_prefix}.norm.weight")
     if form is None or stored is None or stored.dtype not in FLOATS or stored.shape != head.shape[1:]:
         return Lens(head, None, centred=False)
     function, options = form
@@ -97,11 +97,9 @@ def lens(base: Base) -> Lens:
 
 
 def _head(base: Base) -> StoredTensor:
-    embedding = next((t for name, t in base.tensors.items() if name.endswith("embed_tokens.weight")), None)
-    own = base.tensors.get("lm_head.weight")
-    head = embedding if own is None or (base.config.get("tie_word_embeddings") and embedding) else own
+    head = head_of(base).head
     if head is None:
-        raise UserError(f"{base.folder} holds neither lm_head.weight nor embed_tokens.weight: there is no head to read")
+        raise UserError(f"{base.folder} holds no head that could be read: neither {HEAD} nor a tied {EMBEDDING}")
     if head.dtype not in FLOATS or len(head.shape) != 2:
         raise UserError(f"{head.name} is {head.dtype} {list(head.shape)}; tokens are read from a floating-point [V, D]")
     return head

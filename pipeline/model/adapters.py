@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from transformers import PreTrainedModel
 
 from pipeline.config import layer_ranges
 from pipeline.console import UserError
-from pipeline.model.stage import Stage
+from pipeline.model.stage import Stage, tied_head
+
+# Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
+ROUTER = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*|\w*indexer\w*)(\.|$)")
 
 
 class MultiplicativeLoRA(nn.Module):
@@ -59,29 +63,86 @@ def resolve_layers(text: str | None, n_layers: int) -> list[int]:
 
 
 def resolve_targets(model: PreTrainedModel, target_modules: list[str] | str, layers: list[int]) -> list[str]:
-    """Full names of the linear modules to adapt, in model order. UserError if a name matches nothing.
+    """Full names of the linear modules to adapt, in model order. UserError if a name matches nothing that can be adapted.
 
     A target matches a module whose name within its layer is the target or ends in '.target'; 'all-linear' matches every
-    linear module of the decoder layers.
+    linear module of the decoder layers but routers and indexers, which only choose (`routers` names them).
     """
+    found = _linear_modules(model, layers)
+    if target_modules == "all-linear":
+        wanted = [name for name in found if not ROUTER.search(name)]
+    else:
+        wanted = [name for name in found if any(_ends(name, target) for target in target_modules)]
+        for target in target_modules:
+            if not any(_ends(name, target) for name in wanted):
+                raise UserError(
+                    f"target_modules: no linear module '{target}' in the chosen layers{_what_it_is(model, target, layers)}; "
+                    f"there are {', '.join(sorted(found)) or 'none'}"
+                )
+    if not wanted:
+        raise UserError(f"target_modules = '{target_modules}': the chosen layers have no linear module to adapt")
+    chosen = {full for name in wanted for full in found[name]}
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def routers(model: PreTrainedModel, layers: list[int]) -> list[str]:
+    """Names within a layer of the linear modules that 'all-linear' leaves out because they only choose."""
+    return [name for name in _linear_modules(model, layers) if ROUTER.search(name)]
+
+
+def layers_of(model: PreTrainedModel, targets: list[str]) -> list[int]:
+    """The decoder layers that have one of `targets`, full names."""
+    prefix = f"{model.base_model_prefix}.layers."
+    return sorted({int(name.removeprefix(prefix).split(".")[0]) for name in targets})
+
+
+def describe_targets(model: PreTrainedModel, targets: list[str], layers: list[int]) -> list[str]:
+    """Lines: how many of the chosen `layers` have an adapter in each kind of module, and the share of weights in these.
+
+    'in 3 of 4 layers: mlp.down_proj; in 1: mlp.shared_expert.down_proj', 'on 12.3 % of the weights of all layers'.
+    """
+    prefix = f"{model.base_model_prefix}.layers."
+    layers_with: dict[str, set[str]] = {}
+    for full in targets:
+        index, _, name = full.removeprefix(prefix).partition(".")
+        layers_with.setdefault(_kind(name), set()).add(index)
+    kinds_in: dict[int, list[str]] = {}
+    for name, those in layers_with.items():
+        kinds_in.setdefault(len(those), []).append(name)
+    counts = [f"{n} of {len(layers)} layers: {', '.join(kinds_in[n])}" for n in sorted(kinds_in, reverse=True)]
+    held = sum(model.get_submodule(name).weight.numel() for name in targets)  # type: ignore[operator,union-attr]
+    share = held / sum(p.numel() for p in model.base_model.layers.parameters())
+    return [f"in {'; in '.join(counts)}", f"on {100 * share:.3g} % of the weights of all layers"]
+
+
+def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list[str]]:
+    """Name within a layer → full names, of all modules of `layers` that compute x·Wᵀ + b as nn.Linear does."""
     prefix = f"{model.base_model_prefix}.layers"
     found: dict[str, list[str]] = {}
     for index in layers:
         for name, module in model.get_submodule(f"{prefix}.{index}").named_modules():
-            if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
                 found.setdefault(name, []).append(f"{prefix}.{index}.{name}")
-    wanted = list(found) if target_modules == "all-linear" else [
-        name for name in found if any(name == t or name.endswith(f".{t}") for t in target_modules)
-    ]  # fmt: skip
-    if target_modules != "all-linear":
-        for target in target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in wanted):
-                raise UserError(
-                    f"target_modules: no linear module '{target}' in the chosen layers; "
-                    f"there are {', '.join(sorted(found)) or 'none'}"
-                )
-    chosen = {full for name in wanted for full in found[name]}
-    return [name for name, _ in model.named_modules() if name in chosen]
+    return found
+
+
+def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
+    """What `target` names in the layers that is no linear module."""
+    for index in layers:
+        layer = model.get_submodule(f"{model.base_model_prefix}.layers.{index}")
+        for name, module in layer.named_modules():
+            if name and _ends(name, target):
+                return f" (in layer {index} it is a {type(module).__name__})"
+    return ""
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _kind(name: str) -> str:
+    """'mlp.experts.3.w1' → 'mlp.experts.*.w1'."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def describe_layers(layers: list[int], n_layers: int) -> str:
@@ -117,20 +178,45 @@ def inject_lora(
     use_rslora: bool = False,
 ) -> None:  # fmt: skip
     """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`; s = alpha/R, or alpha/√R with `use_rslora`."""
-    mine = owned(stage, targets)
-    if not mine:
-        return
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=mine, bias="none",
-                   use_rslora=use_rslora), stage.model
-    )  # fmt: skip
+    mine = inject_peft(stage, targets, lambda names: LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none", use_rslora=use_rslora,
+    ))  # fmt: skip
     for name in mine:
         module = stage.model.get_submodule(name)
         module.lora_A.to(dtype)
         module.lora_B.to(dtype)
         draw(module.lora_A["default"].weight, f"{name}.A", seed)
+
+
+def inject_peft(stage: Stage, targets: list[str], config_for: Callable[[list[str]], Any]) -> list[str]:
+    """PEFT's adapter on those of `targets` that the stage owns, whose full names it returns.
+
+    `config_for`: PEFT's config for names of modules. UserError unless PEFT puts an adapter into each, and in nothing else.
+    """
+    mine = owned(stage, targets)
+    if not mine:
+        return []
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # Not into the model: by its type PEFT rewrites names such as gate_proj into parameters of a mixture's experts, and the
+    # modules named here would have no adapter. The layers alone have no type.
+    prefix, layers = f"{stage.model.base_model_prefix}.layers.", stage.model.base_model.layers
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by which PEFT chooses its layer
+        setattr(layers, flag, getattr(stage.model, flag, False))
+
+    def wrapped() -> set[str]:
+        return {f"{prefix}{name}" for name, module in layers.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    before = wrapped()
+    inject_adapter_in_model(config_for([name.removeprefix(prefix) for name in mine]), layers)
+    new = wrapped() - before
+    if differing := sorted(set(mine) ^ new):
+        amiss = "an adapter into {}, which is none of them" if differing[0] in new else "no adapter into {}"
+        raise UserError(f"target_modules: PEFT puts {amiss.format(differing[0])}; name other modules")
+    return mine
 
 
 def wrap(stage: Stage, targets: list[str], make: Callable[[str, nn.Module], nn.Module]) -> None:
@@ -145,7 +231,7 @@ def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
     A tied head and embedding are one weight, wherever they are: naming one of them names both.
     """
     targets = set(target_modules or ())
-    if stage.model.config.tie_word_embeddings and targets & {"embed_tokens", "lm_head"}:
+    if tied_head(stage.model) and targets & {"embed_tokens", "lm_head"}:
         targets |= {"embed_tokens", "lm_head"}
     for name, parameter in stage.model.named_parameters():
         wanted = target_modules is None or bool(targets & set(name.split(".")))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.kernels.multiplicative import gated_down_proj
 from pipeline.kernels.rope import rope
-from pipeline.kernels.swiglu import swiglu
+from pipeline.kernels.swiglu import ACTIVATIONS, swiglu
 from pipeline.model import probe
 from pipeline.model.adapters import MultiplicativeLoRA
 from pipeline.model.stage import Stage
@@ -26,15 +26,13 @@ from pipeline.model.stage import Stage
 KERNELS = ("norm", "rope", "swiglu", "multiplicative", "parallel_block")
 
 Forward = Callable[..., Tensor]
-Taken = tuple[Forward, str] | None  # a module's new forward and its kernel's name
+# A module's new forward and its kernel's name, or why a module that might have one is left alone. None: any other module.
+Found = tuple[Forward, str] | str | None
 
 
 def apply(stage: Stage, wanted: frozenset[str]) -> Counter[str]:
     """Replace the forwards of `stage`'s modules that the `wanted` kernels serve; how many took each kernel."""
-    parts: list[nn.Module] = list(stage.layers.values())
-    if stage.is_last:
-        parts.append(stage.model.base_model.norm)
-    return sum((put_into(part, wanted) for part in parts), Counter[str]())
+    return sum((put_into(part, wanted) for part in _parts(stage)), Counter[str]())
 
 
 def put_into(part: nn.Module, wanted: frozenset[str]) -> Counter[str]:
@@ -45,60 +43,91 @@ def put_into(part: nn.Module, wanted: frozenset[str]) -> Counter[str]:
         if "forward" in vars(module):  # its own may mean anything, and a copy's would still refer to the module
             continue
         for find in (_norm, _rotary_attention, _gated_mlp, _parallel_block):
-            if (found := find(module, wanted)) is not None:
+            if isinstance(found := find(module, wanted), tuple):
                 module.forward, kernel = found  # type: ignore[method-assign]
                 taken[kernel] += 1
                 break
     return taken
 
 
-def _norm(module: Any, wanted: frozenset[str]) -> Taken:
-    form = probe.norm_form(module) if "norm" in wanted else None
-    if form is None:
-        return None
-    function, options = form
+def why_not(stage: Stage, kernel: str) -> Counter[str]:
+    """For a kernel that no module of `stage` took: why each that might have was left alone, with how many there are."""
+    find = {"norm": _norm, "rope": _rotary_attention, "parallel_block": _parallel_block}.get(kernel, _gated_mlp)
+    # An MLP that took SwiGLU has no adapter that the kernel of both could take.
+    modules = [m for part in _parts(stage) for m in part.modules() if _replaced_by(m) in (None, _mlp)]
+    reasons = ((type(m).__name__, find(m, frozenset([kernel]))) for m in modules)
+    return Counter(f"{name} {reason}" for name, reason in reasons if isinstance(reason, str))
+
+
+def _parts(stage: Stage) -> list[nn.Module]:
+    """Where kernels may go: the layers, and on the last stage the final norm."""
+    return [*stage.layers.values(), *([stage.model.base_model.norm] if stage.is_last else [])]
+
+
+def _replaced_by(module: nn.Module) -> Any:
+    """The function that a module's forward has been replaced by; None where it is its own."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "func", forward)
+
+
+def _norm(module: Any, wanted: frozenset[str]) -> Found:
     eps = probe.eps_of(module)
+    if "norm" not in wanted or eps is None or list(module.children()):
+        return None
+    if not probe.takes_one_argument(module):
+        return "takes more than the hidden state"
+    if (form := probe.norm_form(module)) is None:
+        return "has other weights than one, or computes something else than the kernel"
+    function, options = form
     # The weight is looked up at each call: a checkpoint or `.to` may have put another one there.
     return lambda x: function(x, module.weight, eps, **options), "norm"
 
 
-def _rotary_attention(module: Any, wanted: frozenset[str]) -> Taken:
+def _rotary_attention(module: Any, wanted: frozenset[str]) -> Found:
     """The attention's own forward, in which the name of its rotary embedding means our function."""
-    interleaved = probe.rotation(module) if "rope" in wanted else None
-    if interleaved is None:
+    if "rope" not in wanted or not probe.receives_tables(module):
         return None
+    if isinstance(interleaved := probe.rotation(module), str):
+        return interleaved
     ours = functools.partial(rope, interleaved=interleaved)
     return types.MethodType(probe.with_global(type(module).forward, probe.ROTATION, ours), module), "rope"
 
 
-def _gated_mlp(module: Any, wanted: frozenset[str]) -> Taken:
+def _gated_mlp(module: Any, wanted: frozenset[str]) -> Found:
     """A forward through the kernels for a gated MLP that is one, and the kernel's name."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return None
     function: Forward
-    if "multiplicative" in wanted and _is_plain_adapter(module.down_proj):
+    lacks = _lacks_of_adapter(module.down_proj)
+    if "multiplicative" in wanted and lacks is None:
         function, kernel = _adapted_mlp, "multiplicative"
     elif "swiglu" in wanted:
         function, kernel = _mlp, "swiglu"
     else:
-        return None
+        return lacks if "multiplicative" in wanted else None
     if (activation := probe.activation(module.act_fn)) is None:
-        return None
+        return f"has another activation than {', '.join(ACTIVATIONS)}"
     product = functools.partial(swiglu, activation=activation)
-    if not probe.computes_the_same(module, lambda mlp: functools.partial(function, mlp, product)):
-        return None
+    same = probe.takes_one_argument(module) and probe.computes_the_same(
+        module, lambda mlp: functools.partial(function, mlp, product)
+    )
+    if not same:
+        return "does more than down_proj(act(gate_proj(x)) * up_proj(x))"
     return functools.partial(function, module, product), kernel
 
 
-def _is_plain_adapter(down_proj: Any) -> bool:
-    """A multiplicative adapter without dropout on a frozen 16- or 32-bit linear layer without bias.
+def _lacks_of_adapter(down_proj: Any) -> str | None:
+    """What a down_proj lacks to be a plain layer with a multiplicative adapter.
 
     Others need h itself: dropout acts on it, and a quantised layer has no weight to multiply by in backward.
     """
-    if not isinstance(down_proj, MultiplicativeLoRA) or down_proj.dropout.p > 0:
-        return False
+    if not isinstance(down_proj, MultiplicativeLoRA):
+        return "has no multiplicative adapter on its down_proj"
+    if down_proj.dropout.p > 0:
+        return "has an adapter with dropout"
     base = down_proj.base_layer
-    return type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
+    plain = type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
+    return None if plain else "has a down_proj that is quantised, has a bias or is trained itself"
 
 
 def _mlp(module: Any, product: Forward, x: Tensor) -> Tensor:
@@ -116,12 +145,15 @@ def _adapted_mlp(
     )  # fmt: skip
 
 
-def _parallel_block(module: Any, wanted: frozenset[str]) -> Taken:
+def _parallel_block(module: Any, wanted: frozenset[str]) -> Found:
     """A forward for a parallel block (Cohere) that leaves its sum to the MLP's kernel."""
     mlp = getattr(module, "mlp", None)
-    sums = isinstance(mlp, nn.Module) and getattr(vars(mlp).get("forward"), "func", None) is _adapted_mlp
-    if "parallel_block" not in wanted or not sums or not probe.is_parallel_block(module):
+    if "parallel_block" not in wanted or not isinstance(mlp, nn.Module):
         return None
+    if not probe.is_parallel_block(module):
+        return "is no parallel block, x + attention(norm(x)) + mlp(norm(x))"
+    if _replaced_by(mlp) is not _adapted_mlp:
+        return "has an MLP without the 'multiplicative' kernel, which would make the sum"
     return functools.partial(_parallel_sum, module, probe.defaults(module)), "parallel_block"
 
 

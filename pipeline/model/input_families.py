@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.console import UserError
-from pipeline.model.adapters import device_of, draw, owned, wrap
+from pipeline.model.adapters import device_of, draw, inject_peft, owned, wrap
 from pipeline.model.stage import Stage
 
 
@@ -57,8 +57,10 @@ def inject_ia3(stage: Stage, targets: list[str], feedforward: list[str], dtype: 
     that are in `feedforward` too."""
     from peft import IA3Config
 
+    layers = f"{stage.model.base_model_prefix}.layers."
+    within = {name.removeprefix(layers) for name in feedforward}
     _inject(stage, targets, dtype, lambda mine: IA3Config(
-        target_modules=mine, feedforward_modules=[name for name in mine if name in feedforward],
+        target_modules=mine, feedforward_modules=[name for name in mine if name in within],
     ))  # fmt: skip
 
 
@@ -87,13 +89,7 @@ def inject_boft(stage: Stage, targets: list[str], block_size: int, dtype: torch.
 
 
 def _inject(stage: Stage, targets: list[str], dtype: torch.dtype, config_for: Any) -> None:
-    mine = owned(stage, targets)
-    if not mine:
-        return
-    from peft import inject_adapter_in_model
-
-    inject_adapter_in_model(config_for(mine), stage.model)
-    for name in mine:
+    for name in inject_peft(stage, targets, config_for):
         for parameter in stage.model.get_submodule(name).parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, progress
-from pipeline.model.stage import PassThrough, Stage, check_entry, empty_model, read_model_config
+from pipeline.model import cut_check
+from pipeline.model.stage import PassThrough, Stage, empty_model, read_model_config
 from pipeline.model.weights import load
 
 Tap = Callable[[int, str, Tensor], None]
@@ -49,11 +50,14 @@ def run_layerwise(
     _check_rows(rows, config)
     if layers_at_once < 1:
         raise ValueError(f"layers_at_once = {layers_at_once}")
+    n_layers = len(skeleton.base_model.layers)
+    if layers_at_once < n_layers:
+        _check_can_be_cut(config, n_layers, layers_at_once)
     states: list[Tensor] = [row.unsqueeze(0).to("cpu") for row in rows]
     firsts = range(0, last + 1, layers_at_once)
     with progress("through the layers", total=len(firsts) * len(rows)) as advance:
         for first in firsts:
-            end = min(first + layers_at_once, len(skeleton.base_model.layers))
+            end = min(first + layers_at_once, n_layers)
             _run_group(folder, config, range(first, end), states, modules, tap, device, dtype, advance)
 
 
@@ -65,8 +69,6 @@ def _run_group(
     stage = _headless_stage(empty_model(config, dtype, None), layers)
     load(stage, folder, dtype, device)
     stage.eval().to(device)  # the buffers
-    if not stage.is_first:
-        _check_can_enter(stage, len(stage.model.base_model.layers))
     at = [0]  # the row that is being sent through
     for name in _names(stage.model):
         module = stage.model.get_submodule(name)
@@ -128,11 +130,8 @@ def _check_rows(rows: Sequence[Tensor], config: PretrainedConfig) -> None:
             )
 
 
-def _check_can_enter(stage: Stage, n_layers: int) -> None:
+def _check_can_be_cut(config: PretrainedConfig, n_layers: int, at_once: int) -> None:
     try:
-        check_entry(stage)
-    except UserError:
-        raise UserError(
-            f"model_type '{stage.model.config.model_type}' changes what it is given before its first layer, so it cannot "
-            f"run a few layers at a time; only all {n_layers} at once"
-        ) from None
+        cut_check.check(config, [(i, min(i + at_once, n_layers)) for i in range(0, n_layers, at_once)])
+    except UserError as error:
+        raise UserError(f"it cannot be run a few layers at a time, only all {n_layers} at once: {error}") from error

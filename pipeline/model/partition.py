@@ -27,7 +27,7 @@ class Costs(NamedTuple):
     head_bytes: int
 
 
-def costs(base: nn.Module, head: nn.Module, *, first_adapted: int | None, recompute: bool, sequence_len: int, key_width: int,
+def costs(base: nn.Module, head: nn.Module, *, first_adapted: int | None, recompute: bool, sequence_len: int, key_width: float,
           active_share_of_experts: float = 1.0, in_full: Collection[nn.Parameter] = ()) -> Costs:  # fmt: skip
     """Count from the modules' shapes (`meta` tensors do).
 

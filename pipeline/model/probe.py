@@ -33,6 +33,7 @@ SAME = 1e-5
 # More than the norms, sinks and scales of an attention have, less than a projection of any real model.
 LARGEST_REST = 2**20
 ROTATION = "apply_rotary_pos_emb"  # what transformers' attentions call their rotary embedding, as a global
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 NormForm = tuple[Callable[..., Tensor], dict[str, bool]]
 NORM_FORMS: list[NormForm] = [
@@ -43,6 +44,14 @@ NORM_FORMS: list[NormForm] = [
 def eps_of(norm: nn.Module) -> float | None:
     """The epsilon of a norm of transformers'; None where there is none, so that it is no such norm."""
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def takes_one_argument(module: nn.Module) -> bool:
+    """Whether a module's forward takes the hidden state and nothing else.
+
+    What an optional argument does (a gate, a residual) a miniature called without it would not show.
+    """
+    return len(inspect.signature(type(module).forward).parameters) == 2  # with self
 
 
 def norm_form(norm: nn.Module) -> NormForm | None:
@@ -112,51 +121,77 @@ def defaults(layer: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def rotation(attention: nn.Module) -> bool | None:
-    """Whether an attention's rotary embedding is interleaved (True) or half-split (False); None where it is neither.
+def receives_tables(module: nn.Module) -> bool:
+    """Whether a module is handed RoPE's tables and no part of it is, as a decoder layer's attention is."""
+    given = [m for m in module.modules() if "position_embeddings" in inspect.signature(type(m).forward).parameters]
+    return given == [module]
 
-    None as well for one that rotates a part of the head, calls its function in another way, or does not call it.
-    """
-    forward = type(attention).forward
-    # A decorated forward has another function inside: whether that is all it does cannot be seen from here.
+
+def rotation(attention: nn.Module) -> bool | str:
+    """Whether an attention's rotary embedding is interleaved (True) or half-split (False), or why it is neither."""
+    decorated = type(attention).forward
+    forward: Any = inspect.unwrap(decorated)
     if not isinstance(forward, types.FunctionType) or ROTATION not in forward.__code__.co_names:
-        return None
+        return f"calls no {ROTATION}"
+    if not all(hasattr(attention, name) for name in PROJECTIONS):
+        return f"has no {', '.join(PROJECTIONS)}"
     theirs: Any = forward.__globals__.get(ROTATION)
-    layouts: set[bool | None] = set()
+    layouts, ran = list[bool | str](), False
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        layouts.add(None if kwargs or len(args) != 4 else _layout(theirs, *args))
+        plain = not kwargs and len(args) == 4
+        layouts.append(_layout(theirs, *args) if plain else f"gives {ROTATION} more than q, k, cos and sin")
         return theirs(*args, **kwargs)
 
     with _aside():
         mini: Any = _miniature(attention, _projections(attention))
         mini.config._attn_implementation = "eager"  # behind the rotation, and runs on any device
         tables = torch.randn(2, 1, ROWS, mini.head_dim).unbind()
-        run = with_global(forward, ROTATION, watched)
+        run = with_global(decorated, ROTATION, watched)
         run(mini, hidden_states=_rows(WIDTH), position_embeddings=tables, attention_mask=None)
-        return layouts.pop() if len(layouts) == 1 else None
-    return None
+        ran = True
+    if reasons := [layout for layout in layouts if isinstance(layout, str)]:
+        return reasons[0]
+    if not ran:
+        return "does not run by itself"
+    return layouts[0] if len(set(layouts)) == 1 else "does not rotate, or not always alike"
 
 
-def _layout(theirs: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool | None:
+def _layout(theirs: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool | str:
     """As `rotation`, of one call of the function `theirs`."""
     half = cos.shape[-1] // 2
     with contextlib.suppress(Exception):
         theirs(q, k, cos[..., :half], sin[..., :half])
-        return None  # it takes tables of a part of the head
+        return "may rotate only a part of the head"
     for interleaved in (True, False):
         pairs = zip(theirs(q, k, cos, sin), rope(q, k, cos, sin, interleaved), strict=True)
         if all(_same(one, other) for one, other in pairs):
             return interleaved
-    return None
+    return "rotates in another way"
 
 
 def with_global(function: Any, name: str, value: Any) -> Any:
-    """The same function with another value of one global; the module it comes from is not changed."""
-    made = types.FunctionType(
-        function.__code__, {**function.__globals__, name: value}, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
+    """The same function with another value of one global; the module it comes from is not changed.
+
+    Decorations stay: a copy of each decorator's function holds the copy of the one below it. Raises ValueError for a
+    decorator that keeps the function it calls somewhere else than in its closure.
+    """
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        return _copied(function, {**function.__globals__, name: value}, function.__closure__)
+    held = [cell.cell_contents is inner for cell in function.__closure__ or ()]
+    if sum(held) != 1:
+        raise ValueError(f"a decorator of {function.__qualname__} does not hold the function it calls")
+    changed = types.CellType(with_global(inner, name, value))
+    cells = tuple(changed if is_inner else cell for is_inner, cell in zip(held, function.__closure__, strict=True))
+    made = _copied(function, function.__globals__, cells)
+    made.__wrapped__ = changed.cell_contents
+    return made
+
+
+def _copied(function: Any, variables: dict[str, Any], closure: tuple[types.CellType, ...] | None) -> Any:
+    """The function's code with other globals and another closure."""
+    made = types.FunctionType(function.__code__, variables, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
@@ -219,7 +254,7 @@ def _adapter(base_layer: nn.Module) -> MultiplicativeLoRA:
 def _projections(attention: Any) -> dict[str, nn.Module]:
     """Small q_proj, k_proj, v_proj and o_proj: a narrow hidden state, heads as they are."""
     made: dict[str, nn.Module] = {}
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in PROJECTIONS[:3]:
         made[name] = _linear(WIDTH, _plain(getattr(attention, name)).out_features, False)
     return made | {"o_proj": _linear(_plain(attention.o_proj).in_features, WIDTH, False)}
 

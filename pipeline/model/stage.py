@@ -9,6 +9,8 @@ One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once
 (here the positions) follow behind it.
 """
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,34 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.foreign import printable, read_by_library, read_object
+from pipeline.formats.base_model import HEAD, has_weights, head_of, read_base
 from pipeline.kernels.cross_entropy import LogitTransform
+from pipeline.model.unsupported import reason
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+LARGE = 1 << 24  # elements of a tensor that is a weight and no table: 64 MiB in fp32
+
+
+class LargeOnMeta(TorchFunctionMode):
+    """Inside, new tensors of LARGE elements and more are on `meta`.
+
+    `init_empty_weights` lets a parameter be made in memory before it moves it there, and all experts of a layer are one.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn) and kwargs.get("device") is None:
+            sizes = args[0] if args and isinstance(args[0], tuple | list) else args
+            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 class PassThrough(nn.Module):
@@ -51,21 +75,56 @@ LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
-    """config.json of a model folder. Never runs code from it. UserError if there is none, or its weights are quantised."""
+    """config.json of a model folder, with `tie_word_embeddings` as it holds for the weights that lie beside it.
+
+    Never runs code from the folder. UserError if there is no config.json, its weights are quantised, or they do not read.
+    """
     if not Path(folder).is_dir():
-        raise UserError(f"model = '{folder}': no such folder; download the model first and give its folder")
+        raise UserError(f"model = '{printable(folder)}': {_no_folder(folder)}")
     if not (Path(folder) / "config.json").is_file():
+        gguf = " (a GGUF file is no such model: its weights are packed for inference)" if _has_gguf(folder) else ""
         raise UserError(
-            f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format"
+            f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format{gguf}"
         )
-    try:
+    read_object(Path(folder) / "config.json", "the model's configuration")  # so that what is no JSON is told as such
+    with read_by_library(f"model = '{folder}': transformers cannot read its config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model = '{folder}': transformers cannot read its config.json: {error}") from error
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
         raise UserError(f"model = '{folder}' is quantised ({method}), which is not built yet; give the 16-bit model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model = '{folder}': model_type '{config.model_type}' is an encoder-decoder; what is trained here predicts the "
+            "next token (a decoder: llama, mistral, cohere, qwen, gemma and their like)"
+        )
+    _tie_as_stored(config, Path(folder))
     return config
+
+
+def _tie_as_stored(config: PretrainedConfig, folder: Path) -> None:
+    """Untie head and embedding in the config where the folder stores two that differ: transformers keeps both, too."""
+    text = config.get_text_config(decoder=True)
+    if has_weights(folder) and getattr(text, "tie_word_embeddings", False):
+        config.tie_word_embeddings = text.tie_word_embeddings = head_of(read_base(folder, "model"), ties=True).tied
+
+
+def _no_folder(given: str) -> str:
+    """What to do about a `model` that is no folder."""
+    if given.lower().endswith(".gguf"):
+        return "a GGUF file's weights are packed for inference; give the folder of the original model, in Hugging Face's format"
+    if Path(given).is_file():
+        return "this is a file; give the folder it is in"
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", given):
+        name = given.split("/")[1]
+        return (
+            "no such folder. If it is the model's name on the Hub, download it first: "
+            f"hf download {given} --local-dir {name}, and write model = '{name}'"
+        )
+    return "no such folder; download the model first and give its folder"
+
+
+def _has_gguf(folder: str) -> bool:
+    return any(Path(folder).glob("*.gguf"))
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
@@ -74,12 +133,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
     Raises UserError for a structure that stages cannot be cut from.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), LargeOnMeta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
             )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {error}") from error
+    except Exception as error:
+        raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {reason(error)}") from error
     base = model.base_model
     missing = [
         name for name in ("embed_tokens", "layers", "norm") if not isinstance(getattr(base, name, None), nn.Module)
@@ -93,7 +152,17 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
             "and their like)"
         )
     model.config.use_cache = False
+    model.config.tie_word_embeddings = bool(tied_head(model))
     return model
+
+
+def tied_head(model: PreTrainedModel) -> dict[str, str]:
+    """The head's parameter by name, with that of the embedding which it is; nothing where they are two.
+
+    It is transformers' own word, by the config and the model's class. That a checkpoint may hold two different tensors
+    all the same, `read_model_config` has put into the config.
+    """
+    return {name: source for name, source in model.all_tied_weights_keys.items() if name == HEAD}
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
@@ -147,30 +216,6 @@ class Stage(nn.Module):
     def head(self) -> nn.Linear:
         """The output head; on the last stage only."""
         return self.model.get_output_embeddings()  # type: ignore[return-value]
-
-
-@torch.no_grad()
-def check_entry(stage: Stage, tokens: int = 4) -> None:
-    """On a later stage, raise UserError if the base model changes the hidden state before its first layer.
-
-    Some families scale or norm `inputs_embeds`; an earlier stage's hidden state would be changed a second time.
-    """
-    base = stage.model.base_model
-    device = next(stage.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, tokens, stage.model.config.hidden_size, generator=generator).to(device, stage.model.dtype)
-    positions = torch.arange(tokens, device=device).unsqueeze(0)
-    layers, norm = base.layers, base.norm
-    base.layers, base.norm = nn.ModuleList([PassThrough(layer) for layer in layers]), PassThrough()
-    try:
-        received = base(inputs_embeds=hidden, position_ids=positions, use_cache=False)[0]
-    finally:
-        base.layers, base.norm = layers, norm
-    if not torch.equal(received, hidden):
-        raise UserError(
-            f"model_type '{stage.model.config.model_type}' changes what it is given before its first layer, which on a "
-            "later stage would happen twice; use pipeline_stages = 1"
-        )
 
 
 @torch.no_grad()

@@ -14,10 +14,8 @@ from transformers import PreTrainedModel
 
 from pipeline.console import UserError
 from pipeline.model.packed import Foreseen
-from pipeline.model.stage import Stage
-from pipeline.model.weights import stored_in_another_form, tied_source
-
-HEAD = "lm_head.weight"
+from pipeline.model.stage import Stage, tied_head
+from pipeline.model.weights import stored_in_another_form
 
 
 def resolve(model: PreTrainedModel, names: Sequence[str], targets: Collection[str]) -> list[str]:
@@ -31,7 +29,7 @@ def resolve(model: PreTrainedModel, names: Sequence[str], targets: Collection[st
     for module, name in modules.items():
         _check(model, name, module, targets)
     chosen = {f"{module}.{own}" for module in modules for own, _ in model.get_submodule(module).named_parameters()}
-    chosen |= {name for ours, theirs in tied(model).items() if chosen & {ours, theirs} for name in (ours, theirs)}
+    chosen |= {name for ours, theirs in tied_head(model).items() if chosen & {ours, theirs} for name in (ours, theirs)}
     found = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in chosen]
     if other := stored_in_another_form(model, found):
         raise UserError(
@@ -39,12 +37,6 @@ def resolve(model: PreTrainedModel, names: Sequence[str], targets: Collection[st
             "or under another name than it runs, and what is trained could not be put back there"
         )
     return found
-
-
-def tied(model: PreTrainedModel) -> dict[str, str]:
-    """The head's parameter by name, with that of the embedding which it is; nothing where they are two."""
-    source = tied_source(model, HEAD)
-    return {HEAD: source} if source else {}
 
 
 def unfreeze(stage: Stage, parameters: Collection[str]) -> None:
@@ -57,7 +49,7 @@ def unfreeze(stage: Stage, parameters: Collection[str]) -> None:
 
 def describe(model: PreTrainedModel, names: Sequence[str], parameters: Collection[str]) -> str:
     """'embed_tokens (head and embedding are one), norm, 4 × input_layernorm: 10,400 parameters'. `parameters`: from `resolve`."""
-    copies = tied(model)
+    copies = tied_head(model)
     ends = {name.rpartition(".")[0] for name in (*copies, *copies.values())}
     words = []
     for name in dict.fromkeys(names):

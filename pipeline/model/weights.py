@@ -5,66 +5,37 @@ A layer that packs its weight (quantization.py) is given it as soon as it is rea
 its stage does not own.
 """
 
-import json
+import math
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.foreign import printable
+from pipeline.formats.base_model import HEAD, Base, head_of, read_base
+from pipeline.formats.safetensors import StoredTensor, read_tensor
 from pipeline.model.packed import Packs
-from pipeline.model.stage import Stage
-
-
-def tensor_files(folder: str) -> dict[str, Path]:
-    """Tensor name → the safetensors file that holds it, for a single-file or a sharded model folder."""
-    root = Path(folder)
-    index = root / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = {name: root / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{index} is not an index of safetensors files ({error!r}); the download is incomplete"
-            ) from error
-        lost = sorted({file.name for file in files.values() if not file.is_file()})
-        if lost:
-            raise UserError(f"{index} names files that are not there: {', '.join(lost)}; the download is incomplete")
-        return files
-    single = root / "model.safetensors"
-    if not single.is_file():
-        found = ", ".join(sorted(p.name for p in root.glob("*.bin"))[:3]) or "no weights at all"
-        raise UserError(f"model = '{folder}': needs model.safetensors or model.safetensors.index.json; found {found}")
-    with _open(single) as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _open(path: Path) -> Any:
-    """safetensors' reader of `path`, for `with`."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not readable: {error}; the download is incomplete") from error
+from pipeline.model.stage import Stage, tied_head
 
 
 def load(stage: Stage, folder: str, dtype: torch.dtype, device: torch.device) -> None:
     """Fill every parameter and persistent buffer of `stage`. Raises UserError naming what the folder lacks."""
-    files = tensor_files(folder)
+    base = read_base(Path(folder), "model")
     _separate_tied_head(stage)
     wanted = dict(stage.model.state_dict(keep_vars=True))
     shared = _shares_head(stage)
     if shared:
-        del wanted["lm_head.weight"]
-    sources = {name: source for name in wanted if (source := _source(name, stage.model, files))}
+        del wanted[HEAD]
+    sources = {name: source for name in wanted if (source := source_of(name, stage.model, base))}
     if len(sources) == len(wanted):
-        _load_by_name(stage.model, wanted, sources, files, dtype, device)
+        _load_by_name(stage.model, wanted, sources, dtype, device)
     else:
-        _load_converted(stage, files, device, missing=sorted(set(wanted) - set(sources)))
+        _load_converted(stage, base, device, missing=sorted(set(wanted) - set(sources)))
     if shared:
         stage.head.weight = stage.model.get_input_embeddings().weight
     for name, parameter in stage.model.named_parameters():
@@ -81,7 +52,7 @@ def _separate_tied_head(stage: Stage) -> None:
 
 def _shares_head(stage: Stage) -> bool:
     """Whether head and embedding are one parameter: tied, and both on this stage."""
-    return stage.is_first and stage.is_last and tied_source(stage.model, "lm_head.weight") is not None
+    return stage.is_first and stage.is_last and bool(tied_head(stage.model))
 
 
 def check_saved_as_run(model: PreTrainedModel) -> None:
@@ -103,46 +74,80 @@ def stored_in_another_form(model: PreTrainedModel, names: Collection[str]) -> li
     return [name for name in names if name not in stored]
 
 
-def tied_source(model: PreTrainedModel, name: str) -> str | None:
-    """The name under which a tied checkpoint stores `name`: the embedding's, for a tied head; else None."""
-    if not model.config.tie_word_embeddings or not name.startswith("lm_head."):
-        return None
-    return f"{model.base_model_prefix}.embed_tokens.weight"
+def check_complete(model: PreTrainedModel, base: Base) -> None:
+    """Raise UserError if the folder lacks a tensor of the whole `model`, as `empty_model` makes it. Nothing is read."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    parameters = model.state_dict(keep_vars=True)
+    missing = [name for name in parameters if source_of(name, model, base) is None]
+    if missing and (mapping := get_model_conversion_mapping(model)):
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+        targets = {pattern: one.target_patterns for one in converters for pattern in one.source_patterns}
+        made: set[str] = set()
+        for stored in base.tensors:
+            name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, parameters)
+            into = targets.get(pattern or "", [""])
+            made |= {name, *(name.replace(into[0], other) for other in into[1:])}
+        made |= {name for pair in tied_head(model).items() if made & set(pair) for name in pair}
+        missing = [name for name in missing if name not in made]
+    if missing:
+        raise UserError(_lacks(base.folder, missing))
 
 
-def _source(name: str, model: PreTrainedModel, files: dict[str, Path]) -> str | None:
-    """The checkpoint's name for `name`: its own, the tied one, or without the base model's prefix."""
-    candidates = (name, tied_source(model, name), name.removeprefix(f"{model.base_model_prefix}."))
-    return next((c for c in candidates if c in files), None)
+def _lacks(folder: Path, missing: list[str]) -> str:
+    named = f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+    why = ""
+    if missing == [HEAD]:
+        why = (
+            ". Its config does not tie the head to the embedding, and the file was saved without one (AutoModel saves none): "
+            "save the model again from AutoModelForCausalLM"
+        )
+    return f"model = '{folder}': the model folder has no tensor for {named}{why}"
+
+
+def source_of(name: str, model: PreTrainedModel, base: Base) -> StoredTensor | None:
+    """Where the folder has the tensor of the model's `name`; of a tied head and embedding it may hold either."""
+    for head, embedding in tied_head(model).items():
+        if name in (head, embedding):
+            return base.find(name) or base.find(embedding if name == head else head)
+    return base.find(name)
 
 
 def _load_by_name(
-    model: PreTrainedModel, wanted: dict[str, Any], sources: dict[str, str], files: dict[str, Path],
-    dtype: torch.dtype, device: torch.device,
+    model: PreTrainedModel, wanted: dict[str, Any], sources: dict[str, StoredTensor], dtype: torch.dtype,
+    device: torch.device,
 ) -> None:  # fmt: skip
+    """Read what each name takes, in the order in which it lies in the files; one tensor is in memory at a time."""
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    quantised = any(isinstance(module, Packs) for module in model.modules())
-    done: dict[str, torch.Tensor] = {}
-    for path in sorted({files[s] for s in sources.values()}):
-        with _open(path) as file:
-            if absent := {source for source in sources.values() if files[source] == path} - set(file.keys()):
-                raise UserError(f"{path} lacks {', '.join(sorted(absent)[:4])}, which the index says it has")
-            for name, source in sources.items():
-                if files[source] != path:
-                    continue
-                if source not in done:
-                    tensor = file.get_tensor(source)
-                    if tensor.shape != wanted[name].shape:
-                        raise UserError(
-                            f"{path.name}: {source} has shape {list(tensor.shape)}, "
-                            f"but config.json makes it {list(wanted[name].shape)}"
-                        )
-                    to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
-                    # On the CPU a tensor is a view of the mapped file, and a norm that stays would keep all of it there.
-                    copy = quantised and not _packs(model, name)
-                    kind = to if tensor.is_floating_point() else None
-                    done = {source: tensor.to(device=device, dtype=kind, copy=copy)}
-                _assign(model, name, done[source])
+    for name, stored in sorted(sources.items(), key=lambda source: (source[1].file, source[1].start)):
+        if stored.shape != wanted[name].shape:
+            raise UserError(
+                f"{stored.file.name}: {stored.name} has shape {list(stored.shape)}, "
+                f"but config.json makes it {list(wanted[name].shape)}"
+            )
+        to = torch.float32 if any(part in name.split(".") for part in keep_fp32) else dtype
+        _assign(model, name, _read(stored, to, device))
+
+
+def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, floating-point values in `dtype`. As it was stored, it is gone on return."""
+    tensor = _read_finite(stored)
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _read_finite(stored: StoredTensor) -> torch.Tensor:
+    """The stored tensor. UserError for a NaN or infinity in it, which would otherwise show as a loss that is not finite."""
+    tensor = read_tensor(stored)
+    compared = tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() > 0  # fp8 knows no minimum
+    # Both ends are NaN as soon as one value is.
+    if compared and not all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor)).tolist()):
+        raise UserError(
+            f"{stored.file}: {printable(stored.name)} holds a NaN or an infinity, so nothing can be trained on it; "
+            "download or save the model again"
+        )
+    return tensor
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -162,10 +167,21 @@ def _packs(model: nn.Module, name: str) -> bool:
     return leaf == "weight" and isinstance(model.get_submodule(parent), Packs)
 
 
-def _load_converted(stage: Stage, files: dict[str, Path], device: torch.device, missing: list[str]) -> None:
+class _Slice:
+    """A stored tensor that transformers' loader reads when it comes to it, and not before."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.stored = stored
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        """The whole tensor: the loader of one process asks for `[...]`."""
+        return _read_finite(self.stored)
+
+
+def _load_converted(stage: Stage, base: Base, device: torch.device, missing: list[str]) -> None:
     """Checkpoints stored under other names or shapes than the model's (experts one by one): transformers' own conversion.
 
-    Uses transformers' loader with lazy slices of the tensors of this stage's layers. Written for transformers 5.23,
+    Uses transformers' loader with lazy slices of the tensors of this stage's layers. Written for transformers 5.24,
     which has no public function for a part of a model; `tests/test_weights.py` covers it with a mixture of experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -174,38 +190,30 @@ def _load_converted(stage: Stage, files: dict[str, Path], device: torch.device, 
 
     mapping = get_model_conversion_mapping(stage.model)
     if not mapping:
-        raise UserError(
-            f"the model folder has no tensor for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
-        )
+        raise UserError(_lacks(base.folder, missing))
     if any(isinstance(module, Packs) for module in stage.model.modules()):
         raise UserError(
             f"quantization: the model folder stores model_type '{stage.model.config.model_type}' in another form than it "
             f"runs (it has no tensor for {missing[0]}), and quantising such weights is not built; remove [quantization]"
         )
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # one tensor at a time instead of a pool of threads
-    opened = {path: _open(path) for path in sorted(set(_files_of(stage, files)))}
-    handles = {path: handle.__enter__() for path, handle in opened.items()}
-    try:
-        slices = {name: handles[files[name]].get_slice(name) for name in _names_of(stage, files)}
-        tied = tied_source(stage.model, "lm_head.weight")
-        if tied in files and stage.is_last and "lm_head.weight" not in slices:
-            slices["lm_head.weight"] = handles[files[tied]].get_slice(tied)
-        config = LoadStateDictConfig(device_map={"": device}, dtype=stage.model.dtype, weight_mapping=mapping)
-        report, _ = convert_and_load_state_dict_in_model(stage.model, slices, config)
-    finally:
-        for handle in opened.values():
-            handle.__exit__(None, None, None)
+    slices = {name: _Slice(base.tensors[name]) for name in _names_of(stage, base.tensors)}
+    head = head_of(base, stage.model.config.tie_word_embeddings)
+    for name, embedding in tied_head(stage.model).items():
+        if stage.is_last and name not in slices and head.head:
+            slices[name] = _Slice(head.head)
+        if stage.is_first and head.embedding and head.embedding.name == name:
+            slices[embedding] = slices[name]
+    config = LoadStateDictConfig(device_map={"": device}, dtype=stage.model.dtype, weight_mapping=mapping)
+    report, _ = convert_and_load_state_dict_in_model(stage.model, slices, config)
     for name, found, right in sorted(report.mismatched_keys):
         raise UserError(f"{name} has shape {list(found)}, but config.json makes it {list(right)}")
 
 
-def _names_of(stage: Stage, files: dict[str, Path]) -> Iterable[str]:
+def _names_of(stage: Stage, names: Iterable[str]) -> Iterable[str]:
     """Checkpoint names that may belong to this stage: those without a layer number, or with one of its own."""
-    for name in files:
+    for name in names:
         parts = name.split(".")
-        if "layers" not in parts or int(parts[parts.index("layers") + 1]) in stage.layer_indices:
+        number = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+        if not number or not number[0].isdecimal() or int(number[0]) in stage.layer_indices:
             yield name
-
-
-def _files_of(stage: Stage, files: dict[str, Path]) -> Iterable[Path]:
-    return (files[name] for name in _names_of(stage, files))

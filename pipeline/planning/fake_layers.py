@@ -80,8 +80,8 @@ def fake_parameters(layer: nn.Module) -> Iterator[None]:
 def _one_document_a_row() -> Iterator[None]:
     """Tell transformers that positions do not restart within a row, which it cannot read from fake ones.
 
-    transformers 5.23 takes every row of fake positions to be packed and builds a mask [T, T] for it, with which attention
-    computes twice the products of a causal one. tests/test_fake_layers.py fails when this is no longer needed.
+    transformers 5.23 and 5.24 take every row of fake positions to be packed and build a mask [T, T] for it, with which
+    attention computes twice the products of a causal one. tests/test_fake_layers.py fails when this is no longer needed.
     """
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None

@@ -17,7 +17,7 @@ from pipeline.model import replay
 from pipeline.model.activation import whole_layer
 from pipeline.model.levels import Level
 from pipeline.model.packed import dequantised_bytes, dequantising_traffic, saved_bytes
-from pipeline.model.stage import Stage
+from pipeline.model.stage import Stage, tied_head
 from pipeline.planning.counting import Measured, measure, received
 from pipeline.planning.fake_layers import fake_parameters, layer_alone
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Update, Work, together
@@ -47,7 +47,7 @@ def model_cost(
         if kind not in known:
             known[kind] = _layer_cost(stage, index, rows, tokens, enters, {*levels, Level.EVERYTHING}, training)
         layers.append(known[kind])
-    tied = stage.model.config.tie_word_embeddings
+    tied = bool(tied_head(stage.model))
     state, update = _held(embedding, training)
     return ModelCost(
         layers, _bytes(embedding), state,

@@ -5,15 +5,15 @@ is what the Hub reads: a base model stands there only under an id of the Hub, si
 evaluation only where it is of the step that is published.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from yaml import YAMLError
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE, OWN_TYPE
+from pipeline.console import UserError
 from pipeline.files import whole_file
+from pipeline.foreign import read_front_matter, read_object
 from pipeline.publishing import card_text
 from pipeline.publishing.facts import Facts
 from pipeline.publishing.loss_curve import loss_curve
@@ -97,10 +97,11 @@ def licence(base: Path, base_id: str | None) -> dict[str, Any]:
     if not (base / CARD).is_file():
         return {}
     try:
-        data = ModelCard.load(base / CARD, ignore_metadata_errors=True).data
-    except (ValueError, OSError, YAMLError):
+        data = read_front_matter(base / CARD)
+    except UserError:
         return {}
-    found = {key: data.get(key) for key in ("license", "license_name", "license_link") if data.get(key)}
+    keys = ("license", "license_name", "license_link")
+    found = {key: data[key] for key in keys if isinstance(data.get(key), str) and data[key]}
     link = found.get("license_link", "")
     if link and "://" not in link:  # a file of the base's own repository
         found["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{link}" if base_id else None
@@ -133,4 +134,4 @@ def use(what: str, base: str, here: str, peft_type: str | None) -> str:
 
 def _peft_type(folder: Path) -> str | None:
     file = folder / CONFIG_FILE
-    return json.loads(file.read_text(encoding="utf-8")).get("peft_type") if file.is_file() else None
+    return read_object(file, "the adapter").get("peft_type") if file.is_file() else None

@@ -3,14 +3,13 @@
 Takes the folder and the step that is published; gives `Facts`, in which what the folder does not tell is absent.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tomli
-
 from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE, public_name
+from pipeline.console import UserError
+from pipeline.foreign import parse_json, parse_toml, read_object
 from pipeline.formats.safetensors import read_header
 
 PATH_KEYS = ("model", "output_dir", "init_adapter", "resume_from_checkpoint")
@@ -55,13 +54,14 @@ class Facts:
 
 def read_facts(run_dir: Path, step: int) -> Facts:
     """The facts of the run in `run_dir` up to `step`. The folder is one of ours, with config.toml and metrics.jsonl."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = run_dir / "metrics.jsonl"
+    lines = [parse_json(line, str(metrics)) for line in metrics.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["step"] <= step]
     saved = run_dir / f"step{step}"
     is_adapter = (saved / CONFIG_FILE).is_file()
     record = _json(run_dir / "run.json")
     epochs = [line["train/epoch"] for line in lines if line.get("train/epoch") is not None]
-    config = tomli.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
+    config = parse_toml((run_dir / "config.toml").read_text(encoding="utf-8"), str(run_dir / "config.toml"))
     base = Path(config["model"])
     return Facts(
         step=step, name=run_dir.name, base_folder=base, base_id=config.get("hub_base_model") or id_in_cache(base),
@@ -107,10 +107,9 @@ def unrecorded(parts: list[dict[str, Any]], step: int) -> list[tuple[int, int]]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file, "a part of the run")
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _values(file: Path) -> tuple[int, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.artifacts.adapter_files import KINDS
 from pipeline.artifacts.additive_form import ADDITIVE_KINDS
+from pipeline.artifacts.fold_match import check_names
 from pipeline.artifacts.peft_files import FAMILIES
 from pipeline.config_publishing import OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, warn
@@ -21,16 +22,18 @@ EXPORTED_KINDS: tuple[str, ...] = ADDITIVE_KINDS
 
 def check(
     asked: Sequence[Part], *, base: Path, output_dir: Path, kind: str | None, targets: Sequence[str],
-    biased_targets: bool, trained_in_full: Sequence[str] = (),
+    biased_targets: bool, trained_in_full: Sequence[str] = (), full: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Raise UserError where a part that is asked for cannot be done.
 
     `kind`: what pipeline/artifacts calls the adapter that will be saved, None for a model. `targets`: the full names of
-    the modules it is on; `biased_targets`: whether any of them has a bias; `trained_in_full`: modules beside it.
+    the modules it is on; `biased_targets`: whether any of them has a bias; `trained_in_full`: modules beside it; `full`: the
+    names of the tensors that these are.
     """
     if kind is not None and any(part in asked for part in OF_ADAPTERS):
         _check_kind(asked, kind)
-        model = read_base(base)
+        model = read_base(base, "model")
+        _check_names(asked, model, targets, full)
         if "export:gguf" in asked:
             if trained_in_full:
                 raise UserError(
@@ -55,6 +58,17 @@ def _check_kind(asked: Sequence[Part], kind: str) -> None:
                 f"after_training: '{part}' cannot be done: an adapter of the kind '{kind}' is not {done} here, only "
                 f"{', '.join(kinds)}. Remove it; PEFT loads the adapter."
             )
+
+
+def _check_names(asked: Sequence[Part], model: Base, targets: Sequence[str], full: Sequence[str]) -> None:
+    """What is trained has to be a tensor, or rows of one, in the model's folder."""
+    first = next(part for part in OF_ADAPTERS if part in asked)
+    try:
+        check_names(model, targets, full)
+    except UserError as error:
+        raise UserError(
+            f"after_training: '{first}' cannot be done: {error} Remove it; PEFT loads the adapter.", error.exit_code
+        ) from None
 
 
 def _check_gguf(model: Base, biased: Sequence[str], targets: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
+from pipeline.formats.links import check_links
 
 BESIDE_WEIGHTS = (
     "README.md", "loss.svg", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "adapter_config.json", "config.json",
@@ -41,11 +42,15 @@ def check_ready() -> None:
 
 
 def files_of(folder: Path) -> list[str]:
-    """The files of `folder` that may be uploaded, as paths relative to it, in order. Raises UserError for no weights."""
+    """The files of `folder` that may be uploaded, as paths relative to it, in order.
+
+    Raises UserError where there are no weights, and for a link that leads out of the folder.
+    """
+    check_links(folder)
     if (folder / CONFIG_FILE).is_file():
         weights = {WEIGHTS_FILE}
     elif (folder / "config.json").is_file():
-        weights = set(read_base(folder).headers)
+        weights = set(read_base(folder, "push").headers)
     else:
         weights = {path.name for path in folder.glob("*.gguf")}
     if not weights or not all((folder / name).is_file() for name in weights):

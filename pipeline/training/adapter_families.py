@@ -115,6 +115,17 @@ def _inject(stage: Stage, config: Config, targets: list[str]) -> None:
             input_families.inject_hra(stage, targets, rank, dtype, seed)
 
 
+def inject_for_trial(stage: Stage, config: Config, targets: list[str]) -> None:
+    """On those of `targets` that the stage owns, the smallest adapter that meets them as the configured one will.
+
+    PEFT's layers show the base layer's weight to a model that reads it; ours, which stand around a module, do not.
+    """
+    plain = not config.use_dora and config.init_lora_weights is True
+    by_peft = config.adapter_type in ("ia3", "oft", "boft") or (config.adapter_type == "lora" and plain)
+    put = adapters.inject_lora if by_peft else adapters.inject_multiplicative
+    put(stage, targets, 1, 1.0, 0.0, torch.float32, config.seed)
+
+
 def saved(config: Config, targets: list[str], biased_targets: bool) -> dict[str, Tensor]:
     """The tensors of init_adapter, by global name. UserError where it is not what this run trains."""
     folder, patterned = config.init_adapter or "", _patterned(config)
@@ -171,7 +182,7 @@ def writer(
     config: Config, targets: list[str], biased_targets: bool, tied: Mapping[str, str] = NOTHING
 ) -> Callable[[Path, dict[str, Tensor]], None]:
     """What writes `adapters.written` of all stages into a folder: the adapter in the form of its family, and what is
-    trained in full beside it. `tied`: names under which a stage has another one's weight, from `trained_modules.tied`.
+    trained in full beside it. `tied`: names under which a stage has another one's weight, from `stage.tied_head`.
     """
     write, adapted = _writer(config, targets, biased_targets), set(targets)
 

@@ -4,7 +4,6 @@ Takes the config and what `prepare` made of it, and our place in the pipeline; g
 from. A problem that one process finds is raised on all of them.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,16 +16,17 @@ from pipeline.config import Config
 from pipeline.config_sources import to_toml
 from pipeline.console import UserError, gib, say
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.model import activation, adapters, neftune, weights
+from pipeline.model import activation, adapters, neftune, unsupported, weights
 from pipeline.model.host_arena import HostArena
 from pipeline.model.packed import saved_bytes
-from pipeline.model.stage import DTYPES, Stage, check_entry, check_head, logit_transform
+from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
 from pipeline.objectives import language_modelling
 from pipeline.training import (
     adapter_families,
     adapter_regularisation,
     engine,
     initial_adapter,
+    kernel_places,
     parameter_groups,
     planned,
     prepare,
@@ -38,13 +38,12 @@ from pipeline.training import (
 from pipeline.training.inner_optimizer import make_inner
 from pipeline.training.metrics import Metrics, at_rest, peak_memory
 from pipeline.training.optimizer import PipelineOptimizer
+from pipeline.training.peers import UNHURRIED
 from pipeline.training.run_state import RunState, restore
 from pipeline.training.saver import Saver
 from pipeline.training.schedule import learning_rate, warmup_steps
 from pipeline.training.stop import Watcher
 from pipeline.training.trainer import Cadence, Trainer
-
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def trainer(
@@ -60,7 +59,8 @@ def trainer(
     stage_parts.import_quantisation(config)
     with engine.agreement(place):
         arena = planned.arena(followed, place.stage, place.device)
-    stage = build_stage(config, plan, followed, place, arena)
+    with watcher.phase(UNHURRIED):
+        stage = build_stage(config, plan, followed, place, arena)
     optimizer = build_optimizer(config, stage, place)
     adapter_families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
@@ -72,6 +72,7 @@ def trainer(
         optimizer, config.gradient_accumulation_steps, dynamic_shape=batches.fixed_shape is None,
         first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
     )  # fmt: skip
+    engine.announce(pipeline_engine, watcher.doing)
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
     resumed = run_folder.agree_on(resumed, place)
@@ -113,18 +114,18 @@ def build_stage(
 ) -> Stage:  # fmt: skip
     """Our part of the model with its weights, adapters, kernels and activation memory."""
     first, end = followed.ranges[place.stage]
+    if followed.ranges != plan.ranges:  # chosen by 'auto'
+        prepare.check_tiny(config, plan.targets, followed.ranges)
     stage = Stage(plan.shell, first, end)
-    with engine.agreement(place):
+    with engine.agreement(place), unsupported.named(plan.shell.config.model_type, "putting its stage together"):
         check_room(stage, place)
         stage_parts.put_quantised(stage, config)
         weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
         stage.to(place.device)  # RoPE tables and other buffers
-        if not stage.is_first:
-            check_entry(stage)
         if stage.is_last:
             check_head(stage)
         stage_parts.put_trained(stage, config, plan.targets, plan.in_full)
-    say_kernels(config, stage_parts.put_kernels(stage, config.kernels), place)
+    kernel_places.put(stage, config.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
     if config.neftune_noise_alpha:
@@ -146,20 +147,11 @@ def check_room(stage: Stage, place: engine.Place) -> None:
         )
 
 
-def say_kernels(config: Config, taken: Counter[str], place: engine.Place) -> None:
-    """How many modules of the whole model took each kernel."""
-    everyone: list[Counter[str]] = [Counter()] * place.world
-    dist.all_gather_object(everyone, taken if place.replica == 0 else Counter())
-    total = sum(everyone, Counter[str]())
-    if stage_parts.kernel_names(config.kernels):
-        say("kernels:  " + (", ".join(f"{name} in {n} modules" for name, n in total.items()) or "no module fits one"))
-
-
 def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> PipelineOptimizer:
     """Over this stage's trained parameters, which may be none."""
     parameters = adapters.trainable(stage)
     # A tied head on a stage of its own is the embedding once more.
-    copies = {HEAD} if stage.model.config.tie_word_embeddings and not stage.is_first else set()
+    copies = {} if stage.is_first else tied_head(stage.model)
     counts: list[int] = [0] * place.world
     dist.all_gather_object(counts, sum(p.numel() for name, p in parameters.items() if name not in copies))
     total = sum(counts) // place.replicas
@@ -172,8 +164,7 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     factors = adapter_regularisation.factors_of(stage) if held_down else {}
     undecayed = {f"{module}.{letter}" for module in factors for letter in "AB"} if config.composite_weight_decay else ()
     # A copy of the embedding must make the same update as the embedding, so it goes by its name.
-    embedding = f"{stage.model.base_model_prefix}.{EMBEDDING}"
-    named = {embedding if name in copies else name: p for name, p in parameters.items()}
+    named = {copies.get(name, name): p for name, p in parameters.items()}
     groups = parameter_groups.build(
         named, fast_ratio=o.loraplus, weight_decay=o.weight_decay, undecayed=undecayed,
         specials=parameter_groups.specials(o),
@@ -186,9 +177,10 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
 
 def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: engine.Place) -> None:
     """Trained tied embeddings on two stages are one weight: gradients are summed, and both make the same update."""
-    if place.stages == 1 or not stage.model.config.tie_word_embeddings:
+    tied = tied_head(stage.model)
+    if place.stages == 1 or not tied:
         return
-    own = [name for name in optimizer.parameters_by_name if name == HEAD or name.endswith(EMBEDDING)]
+    own = [name for name in optimizer.parameters_by_name if name in {*tied, *tied.values()}]
     group = None
     for replica in range(place.replicas):  # every process takes part in making every group
         ranks = [place.topology.get_rank(pipe=s, data=replica) for s in (0, place.stages - 1)]
@@ -205,8 +197,7 @@ def put_back(
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration."""
     if lines := run_folder.differences(manifest["config"], config.model_dump(mode="json")):
         say("changed since the checkpoint:\n" + "\n".join(lines))
-    embedding = f"{stage.model.base_model_prefix}.{EMBEDDING}"
-    aliases = {HEAD: embedding} if stage.model.config.tie_word_embeddings else {}
+    aliases = tied_head(stage.model)
     same_layout = manifest["layout"] == [place.stages, place.replicas]
     with engine.agreement(place):
         run_folder.check_continues(manifest, config.model_dump(mode="json"), set(trained), aliases)

@@ -19,6 +19,7 @@ def check(config: Config, plan: ModelPlan) -> None:
         config.after_training, base=Path(config.model), output_dir=Path(config.output_dir),
         kind=None if config.full_fine_tune else adapter_families.saved_kind(config), targets=plan.targets,
         biased_targets=plan.biased_targets, trained_in_full=config.trainable_modules,
+        full=[name for name in plan.in_full if name not in plan.tied],
     )  # fmt: skip
 
 

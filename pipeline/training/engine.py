@@ -5,7 +5,7 @@ dtype, clipping or ZeRO block: those would cast parameters, wrap the optimizer a
 """
 
 import contextlib
-import fcntl
+import importlib
 import io
 import logging
 import os
@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from torch import nn
@@ -29,6 +30,22 @@ from pipeline.training import schedule_cuts
 from pipeline.training.optimizer import PipelineOptimizer
 
 MINIMUM_DEEPSPEED = (0, 19, 3)
+# Of a collective. Longer than any pause of a whole run (Ctrl-Z, a container that is paused) and any step: who hangs is
+# found out by peers.py, who has died by the connection.
+TIMEOUT = timedelta(days=7)
+# DeepSpeed's instructions, and whether they wait for another process.
+IN_WORDS = {
+    schedule.LoadMicroBatch: ("reading a micro-batch", False),
+    schedule.ForwardPass: ("the forward pass", False),
+    schedule.BackwardPass: ("the backward pass", False),
+    schedule.OptimizerStep: ("the optimizer's update", False),
+    schedule.SendActivation: ("sending activations", True),
+    schedule.RecvActivation: ("waiting for activations", True),
+    schedule.SendGrad: ("sending gradients", True),
+    schedule.RecvGrad: ("waiting for gradients", True),
+    schedule.ReduceGrads: ("summing gradients", True),
+    schedule.ReduceTiedGrads: ("summing tied gradients", True),
+}
 
 
 class Place(NamedTuple):
@@ -82,12 +99,11 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local)
     rank = int(os.environ.get("RANK", "0"))
-    with _quiet():
-        _load_extension()
+    with _quiet(), without_shared_memory_extension():
         deepspeed.init_distributed(
             accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
             init_method=f"file://{rendezvous}", rank=rank, world_size=world, auto_mpi_discovery=False,
-            timeout=timedelta(minutes=30), verbose=False,
+            timeout=TIMEOUT, verbose=False,
         )  # fmt: skip
     replicas = world // stages
     if column_major:
@@ -145,6 +161,21 @@ def first_trained_stage(trains: bool, place: Place) -> int:
     return min(everyone)
 
 
+def announce(engine: PipelineEngine, doing: Callable[[str, bool], None]) -> None:
+    """Call `doing(what, waits)` before each instruction of the schedule, and when it is done: a collective may follow."""
+
+    def announced(words: tuple[str, bool], instruction: Callable[..., None]) -> Callable[..., None]:
+        def execute(engine: PipelineEngine, **arguments: Any) -> None:
+            doing(*words)
+            instruction(engine, **arguments)
+            doing("between two instructions", True)
+
+        return execute
+
+    table = engine._INSTRUCTION_MAP.items()
+    engine._INSTRUCTION_MAP = {kind: announced(IN_WORDS[kind], instruction) for kind, instruction in table}
+
+
 def held_tensors(engine: PipelineEngine, optimizer: PipelineOptimizer) -> list[torch.Tensor]:
     """What is there between two steps: weights, gradient sums, optimizer state, and DeepSpeed's buffers for messages."""
     messages = tree_leaves((engine.pipe_recv_buf, engine.grad_layer))
@@ -196,21 +227,21 @@ def rendezvous_in(folder: Path) -> Path:
     return own
 
 
-def _load_extension() -> None:
-    """Load (the first time, compile) DeepSpeed's CPU extension, one process at a time.
+@contextlib.contextmanager
+def without_shared_memory_extension() -> Iterator[None]:
+    """DeepSpeed's CPU extension `deepspeed_shm_comm` is not compiled, loaded and given memory by what starts in here.
 
-    torch's builder waits for ever, silently, on the lock file of a build that was killed. The system frees our lock
-    when a process dies, so whoever holds it knows that a lock file it finds is stale.
+    It serves all-reduces of tensor-parallel inference, which nothing here does; it asks for a compiler and ninja, waits
+    for ever on the lock of a build that was killed, and leaves 66 MiB a process in /dev/shm (0.19.8, `build_shm_op`).
+    `tests/test_start.py` fails when DeepSpeed starts it elsewhere, or not at all.
     """
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if not folder or get_accelerator().device_name() != "cpu":
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / ".one-at-a-time").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for stale in Path(folder).glob("*/lock"):
-            stale.unlink(missing_ok=True)
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, `deepspeed.comm.torch` is torch
+    build = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = build
 
 
 def _broadcast_only_trained(module: nn.Module) -> None:

@@ -34,7 +34,8 @@ def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
         if is_out_of_space(error):  # some libraries say that with a RuntimeError
             raise
         if is_failed_collective(error):
-            raise RankError(f"lost the other processes: {str(error).splitlines()[0]}", EXIT_PEER_LOST) from error
+            lost = watcher.lost() or f"lost the other processes: {str(error).splitlines()[0]}"
+            raise RankError(lost, EXIT_PEER_LOST) from error
         if not is_out_of_memory(error):
             raise
         print(f"rank {rank()} is out of memory; saving the last completed step", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ Takes the folder and what the run trains; gives the adapter's tensors under glob
 does not fit, and puts them into a stage. At step 0 the model is the one that was saved, to the rounding of the dtypes.
 """
 
-import json
 import math
 import os
 from collections.abc import Collection, Mapping
@@ -12,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from pipeline.artifacts.adapter_files import METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE, Pair
+from pipeline.artifacts.adapter_files import PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.artifacts.adapter_reading import load_pairs
+from pipeline.artifacts.adapter_schema import own_facts
 from pipeline.artifacts.peft_files import FAMILIES
 from pipeline.console import UserError
-from pipeline.formats.safetensors import read_header
+from pipeline.foreign import printable
+from pipeline.formats.safetensors import load_tensors, read_header
 from pipeline.model import adapters
 from pipeline.model.control_adapter import ControlAdapter
 from pipeline.model.lora_variants import MosLoRA
@@ -62,18 +62,23 @@ def read_family(folder: str, targets: Collection[str], family: Any, settings: di
     where, path = f"init_adapter = '{folder}'", _existing(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it")
-    own = json.loads((read_header(path).metadata or {}).get(METADATA_KEY, "{}"))
+    header = read_header(path)
+    own = own_facts(header)
     if own.get("kind") != family:
         raise UserError(f"{where}: it is {own.get('kind') or 'not of this program'}, and this run trains {family}")
-    _check_modules(where, own["modules"], targets)
+    modules, theirs = own.get("modules", []), own.get("settings", {})
+    _check_modules(where, modules, targets)
     for key, value in settings.items():
-        if own["settings"].get(key) != value and not key.endswith("dropout"):
-            raise UserError(f"{where}: it was trained with {key} = {own['settings'].get(key)}, this run has {value}")
-    with safe_open(path, framework="pt") as stored:
-        return {
-            f"{module}.{ours}": stored.get_tensor(f"{PEFT_PREFIX}{module}.{theirs}")
-            for module in own["modules"] for ours, theirs in FAMILIES[family][1].items()
-        }  # fmt: skip
+        if theirs.get(key) != value and not key.endswith("dropout"):
+            raise UserError(
+                f"{where}: it was trained with {key} = {printable(theirs.get(key), 60)}, this run has {value}"
+            )
+    stored = {
+        f"{module}.{ours}": f"{PEFT_PREFIX}{module}.{name}"
+        for module in modules for ours, name in FAMILIES[family][1].items()
+    }  # fmt: skip
+    tensors = load_tensors(header, stored.values())
+    return {name: tensors[source] for name, source in stored.items()}
 
 
 @torch.no_grad()

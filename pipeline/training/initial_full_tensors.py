@@ -4,18 +4,17 @@ Takes the folder and the names of what the run trains in full; gives these tenso
 are others: without them, or with more, it would begin as another function.
 """
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.artifacts.adapter_files import METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE
+from pipeline.artifacts.adapter_files import PEFT_PREFIX, WEIGHTS_FILE
+from pipeline.artifacts.adapter_schema import own_facts
 from pipeline.console import UserError
-from pipeline.formats.safetensors import read_header
+from pipeline.formats.safetensors import Header, load_tensors, read_header
 
 OF_PAIRS = re.compile(r".+\.(lora|peanut)_[AB]\.weight")  # of an adapter that says nothing of itself: PEFT's own
 
@@ -23,7 +22,7 @@ OF_PAIRS = re.compile(r".+\.(lora|peanut)_[AB]\.weight")  # of an adapter that s
 def read(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensor of each of `names`, by its name in the model.
 
-    `tied`: names that are another one's weight, as from `trained_modules.tied`: an adapter may hold either, or both.
+    `tied`: names that are another one's weight, as from `stage.tied_head`: an adapter may hold either, or both.
     UserError naming what the two differ in; nothing is asked of a folder without safetensors where `names` is empty.
     """
     where, path = f"init_adapter = '{folder}'", Path(os.path.expanduser(folder)) / WEIGHTS_FILE
@@ -31,7 +30,8 @@ def read(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[s
         if names:
             raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it, and this run trains modules in full")
         return {}
-    stored = _stored(path)
+    header = read_header(path)
+    stored = _stored(header)
     sources = {name: name if name in stored else _other(name, tied) for name in names}
     if lacking := [name for name, source in sources.items() if source not in stored]:
         raise UserError(
@@ -43,19 +43,17 @@ def read(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[s
             f"{where}: it has {superfluous[0]} in full, which this run does not train; "
             "set trainable_modules to what it was trained on"
         )
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(stored[source]) for name, source in sources.items()}
+    held = load_tensors(header, {stored[source] for source in sources.values()})
+    tensors = {name: held[stored[source]] for name, source in sources.items()}
     for name, source in tied.items():
         if name in tensors and not tensors[name].equal(tensors[source]):
             raise UserError(f"{where}: its {name} and {source} differ, and in this model they are one weight")
     return tensors
 
 
-def _stored(path: Path) -> dict[str, str]:
+def _stored(header: Header) -> dict[str, str]:
     """Names in the model of what the file holds in full, with the names in the file."""
-    header = read_header(path)
-    own = json.loads((header.metadata or {}).get(METADATA_KEY, "null"))
-    if own is not None:
+    if own := own_facts(header):
         return {name: PEFT_PREFIX + name for name in (*own.get("full", ()), *own.get("tied", ()))}
     return {t.name.removeprefix(PEFT_PREFIX): t.name for t in header.tensors if not OF_PAIRS.fullmatch(t.name)}
 

@@ -6,16 +6,17 @@ Takes the config; gives lines on the console, or one UserError.
 from pipeline.config import Config
 from pipeline.console import EXIT_DONE, say
 from pipeline.data.preview import preview
-from pipeline.training import ending, prepare
+from pipeline.training import ending, kernel_places, prepare
 
 
 def look(config: Config, preview_chunks: int | None) -> int:
     """Resolve and check; with `preview_chunks`, show so many chunks as the model will read them."""
     plan = prepare.plan_model(config)
-    prepare.check_files(config)
+    kernel_places.foresee(config, plan.targets)
+    prepare.check_files(config, plan.shell)
     ending.check(config, plan)
     tokenizer = prepare.tokenizer_for(plan, config.model)
-    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer))
+    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer, plan))
     prepare.evaluation_batches(config, data)
     prepare.describe_steps(config, batches, replicas=1)
     if preview_chunks is not None:

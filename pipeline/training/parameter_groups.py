@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline import config_sections
 from pipeline.console import UserError
+from pipeline.patterns import matches
 
 FAST = re.compile(r"(.*\.)?(lora_)?[BM](\.default)?(\.weight)?")
 
@@ -75,16 +76,11 @@ def values_of(name: str, specials: Sequence[Special]) -> Mapping[str, Any]:
 def check(specials: Sequence[Special], names: Collection[str]) -> None:
     """UserError for a pattern that matches none of `names`, the trained parameters of the whole model."""
     for pattern in (pattern for special in specials for pattern in special.names):
-        if not any(_matches(pattern, name) for name in names):
+        if not any(matches(pattern, name, "optimizer.groups") for name in names):
             raise UserError(
                 f"optimizer.groups: '{pattern}' names no parameter that is trained; there are {', '.join(sorted(names)[:3])}, …"
             )
 
 
 def _names(special: Special, name: str) -> bool:
-    return any(_matches(pattern, name) for pattern in special.names)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """The name itself, its end after a dot, or a regular expression for one of them, as in rank_pattern."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return any(matches(pattern, name, "optimizer.groups") for pattern in special.names)

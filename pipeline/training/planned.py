@@ -122,7 +122,7 @@ def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps:
 def _total_steps(config: Config, plan: ModelPlan) -> int | None:
     """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
     try:
-        data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model))
+        data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
         batches = prepare.micro_batches(config, data)
     except UserError as error:
         say(f"data:     the run's length is not known: {error}")

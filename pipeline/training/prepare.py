@@ -5,9 +5,8 @@ the same outcome; the first to come builds the data cache, the others find it.
 """
 
 import math
-import os
-import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,22 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
-from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, rank, say, space_message, warn
+from pipeline.config_sections import Dataset, EvalDataset
+from pipeline.console import UserError, gib, say, warn
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
-from pipeline.data.split import Rows, split, whole
-from pipeline.model import adapters, partition, trained_modules
-from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.model.weights import check_saved_as_run, tensor_files
-from pipeline.training import adapter_families, initial_full_tensors, parameter_groups, stage_parts
+from pipeline.data.split import Rows, Streams, split, whole
+from pipeline.files import check_writable
+from pipeline.foreign import printable
+from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
+from pipeline.model import adapters, cut_check, partition, trained_modules, unsupported, weights
+from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
+from pipeline.training import adapter_families, data_fits, initial_full_tensors, parameter_groups, stage_parts
 from pipeline.training.schedule import warmup_steps
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-ROOM_TO_BEGIN = 64 * 1024  # bytes: the rendezvous, the configuration and the first lines of the metrics
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     `resumes`: whether the run goes on from a checkpoint, whatever the config says: then init_adapter is not looked at.
     """
     model_config = read_model_config(config.model)
+    with unsupported.named(model_config.model_type, "looking at its structure"):
+        plan = _plan(config, model_config, resumes)
+    if sentence := unsupported.router_loss(model_config):
+        warn(sentence)
+    check_tiny(config, plan.targets, plan.ranges)
+    return plan
+
+
+def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> ModelPlan:
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
     if quantised := stage_parts.foresee_quantised(shell, config):
         say(f"base:     {len(quantised)} linear layers in {stage_parts.quantisation(config)}")
@@ -72,7 +82,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
         in_full = resolve_in_full(config, shell, targets)
         first_trained = min(first_adapted, trained_modules.first_layer(shell, in_full))
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
-    tied = trained_modules.tied(shell)
+    tied = tied_head(shell)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
         say(f"          begins with the weights of {config.init_adapter}")
@@ -81,35 +91,32 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     return ModelPlan(shell, targets, biased, in_full, tied, ranges)
 
 
-def check_files(config: Config) -> None:
-    """UserError if the model's weights are not there, or nothing can be written to output_dir. Nothing is read."""
-    usable_output_dir(config.output_dir)
-    tensor_files(config.model)
+def check_tiny(config: Config, targets: list[str], ranges: list[tuple[int, int]]) -> None:
+    """UserError where a tiny copy of the model, cut into these stages and with adapters in `targets`, computes something
+    else than the whole model, or does not run."""
+    put = partial(adapter_families.inject_for_trial, config=config, targets=targets) if targets else None
+    cut_check.check(read_model_config(config.model), ranges, put)
 
 
-def usable_output_dir(folder: str) -> None:
-    """UserError if nothing can be written there; where there is no room (exit code 28), not even for how a run begins."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if rank() == 0:  # one process: several would count each other's
-                file.write(bytes(ROOM_TO_BEGIN))
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        if is_out_of_space(error):
-            why = space_message(error, Path(folder), f"at least {gib(ROOM_TO_BEGIN)}")
-            raise UserError(f"output_dir = '{folder}': {why}", EXIT_DISK_FULL) from error
-        raise UserError(f"output_dir = '{folder}': cannot write there: {error.strerror}") from error
+def check_files(config: Config, shell: PreTrainedModel) -> None:
+    """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
+    check_writable(Path(config.output_dir), "output_dir")
+    base = read_base(Path(config.model), "model")
+    weights.check_complete(shell, base)
+    say_remarks(base)
+    if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
+        warn(
+            f"{config.model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
+            "are kept, as in transformers; tie_word_embeddings = false would say so."
+        )
 
 
 def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
     """Say that the model's own weights are trained; UserError where that is not possible."""
-    check_saved_as_run(shell)
+    weights.check_saved_as_run(shell)
     if config.target_modules == "all-linear":
         raise UserError(
-            "target_modules = 'all-linear': with full_fine_tune, give names of modules, "
-            "or leave the key out to train everything"
+            "target_modules = 'all-linear': with full_fine_tune, give names of modules, or leave the key out to train everything"
         )
     parts = {part for name, _ in shell.named_parameters() for part in name.split(".")}
     if unknown := [name for name in config.target_modules or () if name not in parts]:
@@ -129,9 +136,14 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], 
     adapter_families.check_fits(config, shell, targets)
     where = "the output of" if config.adapter_type in adapter_families.ON_THE_OUTPUT else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(layers, n_layers)}")
+    adapted = adapters.layers_of(shell, targets)
+    say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(adapted, n_layers)}")
+    for line in adapters.describe_targets(shell, targets, layers):
+        say(f"          {line}")
+    if names == "all-linear" and (left_out := adapters.routers(shell, layers)):
+        say(f"          without {', '.join(left_out)}, which only choose")
     say(f"          {adapter_families.describe(config)}")
-    return targets, layers[0]
+    return targets, adapted[0]
 
 
 def resolve_in_full(config: Config, shell: PreTrainedModel, targets: list[str]) -> list[str]:
@@ -194,44 +206,59 @@ def load_tokenizer(folder: str) -> Any:
         raise UserError(f"model = '{folder}': there is no tokenizer in it (none of {', '.join(TOKENIZER_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model = '{folder}': cannot read its tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the files hold: tokenizers raises Exception itself
+        reason = printable(str(error).strip() or type(error).__name__)
+        raise UserError(f"model = '{folder}': cannot read its tokenizer: {reason}") from error
 
 
 def tokenizer_for(plan: ModelPlan, folder: str) -> Any:
-    """`load_tokenizer`, and UserError if it knows more tokens than the model's embedding has rows."""
-    tokenizer, rows = load_tokenizer(folder), plan.shell.config.vocab_size
-    if len(tokenizer) > rows:
-        raise UserError(f"model = '{folder}': its tokenizer has {len(tokenizer)} tokens, the model only {rows}")
+    """`load_tokenizer`, and UserError if its BOS or EOS has no trained row in the model's embedding."""
+    tokenizer = load_tokenizer(folder)
+    data_fits.check_tokenizer(tokenizer, folder, data_fits.embedding_rows(plan.shell))
     return tokenizer
 
 
-def read_data(config: Config, tokenizer: Any) -> Data:
-    """Tokenise (or find in the cache), cut and split every dataset; says what became of the text."""
+def read_data(config: Config, tokenizer: Any, plan: ModelPlan | None = None) -> Data:
+    """Tokenise (or find in the cache), cut and split every dataset; says what became of the text.
+
+    With the model's plan, UserError for ids beyond its embedding and for chunks longer than it can read.
+    """
     cache = Path(config.output_dir) / "dataset_cache"
     train, evaluation = [], {}
+    if plan is not None:
+        lengths = {f"datasets.{i}.sequence_len": dataset.sequence_len for i, dataset in enumerate(config.datasets)}
+        lengths |= {f"eval_datasets.{i}.sequence_len": held.sequence_len for i, held in enumerate(config.eval_datasets)}
+        for key, sequence_len in lengths.items():
+            data_fits.check_length(key, sequence_len, plan.shell)
     for number, dataset in enumerate(config.datasets):
         name = dataset.name or f"dataset{number}"
-        streams = chunks.build(
-            name=name, dataset_type=dataset.dataset_type, dataset_path=dataset.dataset_path, sequence_len=dataset.sequence_len,
-            tokenizer=tokenizer, cache_dir=cache, eval_size=dataset.eval_size, eval_split=dataset.eval_split,
-        )  # fmt: skip
+        streams = _chunks(
+            dataset, name, tokenizer, cache, plan, eval_size=dataset.eval_size, eval_split=dataset.eval_split
+        )
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
-        for report in streams.reports:
-            say(f"data:     {report}")
         say(f"data:     {rows}")
         train.append(rows.train)
         if rows.eval is not None:
             evaluation[name] = rows.eval
     for number, held_out in enumerate(config.eval_datasets):
         name = held_out.name or f"eval{number}"
-        streams = chunks.build(
-            name=name, dataset_type=held_out.dataset_type, dataset_path=held_out.dataset_path,
-            sequence_len=held_out.sequence_len, tokenizer=tokenizer, cache_dir=cache,
-        )  # fmt: skip
-        say(f"data:     {streams.train.report}")
-        evaluation[name] = whole(streams, held_out.subsample)
+        evaluation[name] = whole(_chunks(held_out, name, tokenizer, cache, plan), held_out.subsample)
     return Data(train, evaluation)
+
+
+def _chunks(
+    dataset: Dataset | EvalDataset, name: str, tokenizer: Any, cache: Path, plan: ModelPlan | None, **held_out: Any
+) -> Streams:
+    """A dataset's chunks, whose ids the model has; says what became of the text. `held_out`: as for `chunks.build`."""
+    streams = chunks.build(
+        name=name, dataset_type=dataset.dataset_type, dataset_path=dataset.dataset_path, sequence_len=dataset.sequence_len,
+        tokenizer=tokenizer, cache_dir=cache, join_lines=dataset.join_lines, **held_out,
+    )  # fmt: skip
+    for report in streams.reports:
+        say(f"data:     {report}")
+        if plan is not None:
+            data_fits.check_ids(report, tokenizer, data_fits.embedding_rows(plan.shell))
+    return streams
 
 
 def micro_batches(config: Config, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:
@@ -281,10 +308,15 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     )
 
 
-def _key_width(config: PretrainedConfig) -> int:
-    """Heads × head size: what attention's own work is proportional to."""
-    heads = getattr(config, "num_attention_heads", 1)
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+def _key_width(config: PretrainedConfig) -> float:
+    """Heads × head size, of the layers' mean where they differ: what attention's own work is proportional to."""
+    layers = list(getattr(config, "per_layer_config", None) or [config])
+    return sum(map(_width_of_keys, layers)) / len(layers)
+
+
+def _width_of_keys(layer: PretrainedConfig) -> int:
+    heads = getattr(layer, "num_attention_heads", None) or 1
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
 def _active_share(config: PretrainedConfig) -> float:

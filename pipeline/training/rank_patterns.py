@@ -5,13 +5,13 @@ every A and B filled up with zeros to the largest rank, and B multiplied so that
 function, and one that every reader of adapters knows: PEANUT has no patterns, and those of a LoRA are often not read.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from pipeline.console import UserError
+from pipeline.patterns import matches
 
 Sizes = tuple[int, float]  # rank R, alpha
 
@@ -20,7 +20,7 @@ def resolve(
     module: str, rank: int, alpha: float, rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float]
 ) -> Sizes:
     """The module's own: of the first pattern that matches its name or its end after a dot, else `rank` and `alpha`."""
-    r, a = _first(rank_pattern, module), _first(alpha_pattern, module)
+    r, a = _first("rank_pattern", rank_pattern, module), _first("alpha_pattern", alpha_pattern, module)
     return rank if r is None else int(r), alpha if a is None else float(a)
 
 
@@ -36,7 +36,7 @@ def check(patterns: Mapping[str, Iterable[str]], targets: Iterable[str]) -> None
     """UserError for a pattern of the keys `patterns` that matches none of `targets`."""
     for key, given in patterns.items():
         for pattern in given:
-            if not any(_matches(pattern, module) for module in targets):
+            if not any(matches(pattern, module, key) for module in targets):
                 raise UserError(f"{key}: '{pattern}' matches none of the modules that are trained")
 
 
@@ -68,10 +68,5 @@ def from_one_rank(
     return out
 
 
-def _first(patterns: Mapping[str, float], module: str) -> float | None:
-    return next((value for pattern, value in patterns.items() if _matches(pattern, module)), None)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """As PEFT's `get_pattern_key` does."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+def _first(key: str, patterns: Mapping[str, float], module: str) -> float | None:
+    return next((value for pattern, value in patterns.items() if matches(pattern, module, key)), None)

@@ -5,7 +5,6 @@ puts the folder in place.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,10 @@ from torch import Tensor
 from pipeline import saved_at
 from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
 from pipeline.files import size_of, whole_folder, write_json
-from pipeline.formats.base_model import files_to_copy
+from pipeline.foreign import read_object
+from pipeline.formats.base_model import config_ties, files_to_copy, untie
 from pipeline.formats.safetensors import read_header, write_tensors
-from pipeline.model.stage import Stage
+from pipeline.model.stage import Stage, tied_head
 from pipeline.training.engine import Place
 from pipeline.training.manifest import CheckpointError
 
@@ -67,7 +67,7 @@ def save_model(
             tensors = {
                 name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).contiguous()
                 for name, t in stage.model.state_dict().items()
-                if not (name == "lm_head.weight" and stage.model.config.tie_word_embeddings)
+                if name not in tied_head(stage.model)
             }
             write_tensors(temporary / shard_name, tensors, {"format": "pt"})
 
@@ -81,11 +81,12 @@ def save_model(
         for file in files_to_copy(base):
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, temporary / file)
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config = read_object(base / "config.json", "the base's configuration")
         config.pop("torch_dtype", None)
-        write_json(
-            temporary / "config.json", {**config, "dtype": str(dtype or stage.model.dtype).removeprefix("torch.")}
-        )
+        if config_ties(config) is not False and not tied_head(stage.model):
+            untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
+        config["dtype"] = str(dtype or stage.model.dtype).removeprefix("torch.")
+        write_json(temporary / "config.json", config, allow_nan=True)
 
     _together(folder, step, place, write_shard, finish)
 

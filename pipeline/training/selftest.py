@@ -7,14 +7,12 @@ accumulated gradients changed three times between releases.)
 """
 
 import math
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.console import UserError, run_command, say
+from pipeline.console import UserError
 from pipeline.training import engine as engines
 from pipeline.training import schedule_cuts
 from pipeline.training.optimizer import PipelineOptimizer
@@ -88,17 +86,3 @@ def _problems(
     if not math.isclose(norm, expected_norm, rel_tol=1e-5):
         problems.append(f"the gradient's norm is {norm:.6g}, over all stages it should be {expected_norm:.6g}")
     return problems
-
-
-def main() -> int:
-    """`make setup`: the toy on one stage, which also has DeepSpeed compile what it compiles at its first start."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = engines.initialise(1, Path(folder) / "rendezvous", column_major=False)
-        run(place, gradient_accumulation_steps=2)
-        engines.shutdown()
-    say(f"DeepSpeed {engines.deepspeed.__version__} with torch {torch.__version__} trains what it is asked to")
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

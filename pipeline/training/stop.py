@@ -1,8 +1,8 @@
-"""Stop signals: to the launcher, to one process or to all, end in one saved state and no orphan.
+"""Stop signals, processes that hang and processes that die: each ends in one saved state, if it can be, and no orphan.
 
-Takes a way to save the last completed step; a thread of every process waits for signals (`sigwait` runs at once, where
-a Python signal handler would wait for the collective the main thread hangs in) and watches the launcher. Whoever
-learns of a stop writes `.stop` into the run's folder, where all see it: the `deepspeed` launcher signals its processes
+Takes a way to save the last completed step; a thread of every process looks for signals (a Python signal handler would
+wait for the collective the main thread hangs in) and watches the launcher and the other processes. Whoever learns of a
+stop writes `.stop` into the run's folder, where all see it: the `deepspeed` launcher signals its processes
 one after another, and dies itself without telling them.
 
 The main thread ends at the step boundary. If that takes too long (the launcher kills after 30 s), the thread saves the
@@ -21,12 +21,19 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.console import EXIT_ABORTED, EXIT_STOPPED, UserError
+from pipeline.console import EXIT_ABORTED, EXIT_PEER_LOST, EXIT_STOPPED, OTHER_RANKS_WAIT_S, UserError, warn
+from pipeline.training.peers import Hang, Peers, stands_at
 
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 STOP_FILE = ".stop"
 # The launcher kills 30 s after its signal; writing a checkpoint needs some of that.
 BOUNDARY_GRACE_S = 12.0
+# Of a run that hangs: what hangs may be the disk.
+SAVE_LIMIT_S = 600.0
+# A process whose peer has died learns that from its collective (gloo), or never (NCCL). Longer than one that reports an
+# error waits for the others.
+LOST_GRACE_S = OTHER_RANKS_WAIT_S + 2.0
+LOOK_S = 2.0  # the system may need a moment to say that a process has died
 POLL_S = 0.25
 
 
@@ -51,22 +58,56 @@ class Watcher:
         self._told = False
         self._since: float | None = None
         self._handed_over = False
+        self._over = False
+        self._resume_line = ""
+        self._peers: Peers | None = None
+        self._lost_since: float | None = None
         self._launcher = _launcher_chain()
         self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
         self._thread.start()
 
-    def attach(self, run_dir: Path, save: Callable[[], None]) -> None:
+    def meet(self, file: Path, rank: int, world: int, timeout_minutes: float) -> None:
+        """From here on all processes see where each of them is. `timeout_minutes` without progress are a hang; 0: never."""
+        try:
+            self._peers = Peers(file, rank, world, timeout_minutes * 60)
+        except OSError as error:
+            warn(f"{file}: {error.strerror}; a process that hangs will not be noticed")
+
+    def phase(self, kind: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
+        """What the main thread does inside; `step` is the one that is under way, 0 for none."""
+        return self._peers.phase(kind, step) if self._peers else contextlib.nullcontext()
+
+    def doing(self, what: str, waits: bool = False) -> None:
+        """What the main thread is about to do in its phase. `waits`: for another process."""
+        if self._peers:
+            self._peers.doing(what, waits)
+
+    def attach(self, run_dir: Path, save: Callable[[], None], resume_line: str = "") -> None:
         """From here on a stop saves first. `save` writes the last completed step and may be called from this thread."""
         self._save = save
         self._run_dir = run_dir
+        self._resume_line = resume_line
+        self._over = False
 
     def request(self, code: int) -> None:
         """Ask all processes of the run to save and end with `code`, because this one cannot go on."""
         self._tell_the_others(str(code))
 
     def detach(self) -> None:
-        """The run is over: a late signal has nothing to do."""
+        """The run is over: a late signal has nothing to do, and the others may leave."""
         self._save = None
+        self._over = True
+
+    def lost(self) -> str:
+        """Which processes have died, and how, with what there is to resume from; empty if none has."""
+        deadline = time.monotonic() + LOOK_S
+        while self._peers is not None:
+            if dead := self._peers.dead():
+                return f"lost {'; '.join(dead)}\n{self._kept()}"
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S / 5)
+        return ""
 
     def hand_over(self) -> None:
         """Call from the main thread when the run is over and there is more to do: from here on a stop ends that with
@@ -84,15 +125,19 @@ class Watcher:
         return self._told or (self._run_dir is not None and (self._run_dir / STOP_FILE).exists())
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while True:
-            caught = signal.sigtimedwait(self._held, POLL_S)
-            told = caught is not None or _launcher_chain(self._launcher) != self._launcher
+            time.sleep(POLL_S)
+            # Time in which the whole run was stopped (Ctrl-Z, a paused container) is nobody's.
+            passed, before = min(time.monotonic() - before, 4 * POLL_S), time.monotonic()
+            caught = self._taken()
+            told = bool(caught) or _launcher_chain(self._launcher) != self._launcher
             if self._handed_over:
                 if told or self.requested():
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                     return
                 continue
-            if caught is not None and caught.si_signo == signal.SIGINT:
+            if signal.SIGINT in caught:
                 self._interrupts += 1
                 if self._interrupts > 1:
                     os._exit(EXIT_ABORTED)
@@ -100,10 +145,58 @@ class Watcher:
                 os._exit(EXIT_ABORTED)
             if told and not self.requested():
                 self._tell_the_others()
+            if self._peers is not None and not self._over:
+                self._look_after_peers(self._peers, passed)
             if self.requested():
                 self._since = self._since or time.monotonic()
                 if time.monotonic() - self._since > BOUNDARY_GRACE_S:
                     self._save_and_end()
+
+    def _taken(self) -> set[signal.Signals]:
+        """The held signals that have come, taken. `sigtimedwait` alone would return an uninitialised siginfo, not None, when
+        SIGSTOP and SIGCONT fall into its wait (CPython 3.6 to 3.13): it takes here what is known to be pending."""
+        pending = signal.sigpending() & self._held
+        for number in pending:
+            signal.sigtimedwait({number}, 0)
+        return pending
+
+    def _look_after_peers(self, peers: Peers, passed_s: float) -> None:
+        """End the process if the run hangs, or if another process has died and the main thread does not learn of it."""
+        peers.sign(passed_s)
+        if (hang := peers.hang()) is not None:
+            self._end_hanging(hang, peers.rank)
+        if not peers.dead():
+            return
+        self._lost_since = self._lost_since or time.monotonic()
+        if time.monotonic() - self._lost_since > LOST_GRACE_S:
+            print(f"error: rank {peers.rank}: {self.lost()}", file=sys.stderr, flush=True)
+            os._exit(EXIT_PEER_LOST)
+
+    def _end_hanging(self, hang: Hang, rank: int) -> None:
+        """Say who hangs, save if all can, and end with 6."""
+        self._tell_the_others(str(EXIT_PEER_LOST))
+        speaks = rank == hang.speaker
+        if speaks:
+            print(f"error: {hang.text}", file=sys.stderr, flush=True)
+        print(f"rank {rank} stands at {stands_at()}", file=sys.stderr, flush=True)
+        if self._save is not None and not hang.silent:
+            threading.Timer(SAVE_LIMIT_S, os._exit, (EXIT_PEER_LOST,)).start()
+            self._save_and_end(EXIT_PEER_LOST)
+        if speaks:
+            why = f"rank {hang.silent[0]}'s part of the last step cannot be saved; " if hang.silent else ""
+            print(why + self._kept(), file=sys.stderr, flush=True)
+        else:
+            time.sleep(OTHER_RANKS_WAIT_S)  # the launcher ends all as soon as one has
+        os._exit(EXIT_PEER_LOST)
+
+    def _kept(self) -> str:
+        """What there is to resume from."""
+        steps = (
+            [p.name.removeprefix("global_step") for p in self._run_dir.glob("global_step*")] if self._run_dir else []
+        )
+        if newest := max((int(step) for step in steps if step.isdigit()), default=0):
+            return f"the newest checkpoint is that of step {newest}; resume with\n  {self._resume_line}"
+        return "no checkpoint had been written yet"
 
     def _tell_the_others(self, code: str = "") -> None:
         self._told = True
@@ -118,20 +211,21 @@ class Watcher:
             return int((self._run_dir / STOP_FILE).read_text())  # type: ignore[operator]
         return EXIT_STOPPED
 
-    def _save_and_end(self) -> None:
-        """Whatever happens while saving, the process ends: nobody is left to send it another signal."""
+    def _save_and_end(self, code: int | None = None) -> None:
+        """Save and end: with `code`; or without one with that of the stop or of an error. Whatever happens while saving,
+        the process ends: nobody is left to send it another signal."""
         if (save := self._save) is None:
             return
-        code = self._code()
+        ends_with = self._code()
         try:
             save()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            code = error.exit_code
+            ends_with = error.exit_code
         except BaseException:
             traceback.print_exc()
-            code = 1
-        os._exit(code)
+            ends_with = 1
+        os._exit(ends_with if code is None else code)
 
 
 def _leave(*_: object) -> None:

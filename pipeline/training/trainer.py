@@ -78,7 +78,7 @@ class Trainer:
     def run(self) -> int:
         """To the end of the run (exit code 0) or to a stop (75)."""
         self._completed(self.settled)
-        self.watcher.attach(self.saver.run_dir, self.save_between_boundaries)
+        self.watcher.attach(self.saver.run_dir, self.save_between_boundaries, self.resume_line)
         total = self.total_steps()
         if self.step == 0 and self.cadence.eval_before_first_step:
             self._evaluate(may_be_best=False)
@@ -86,7 +86,8 @@ class Trainer:
             self._after_step(last=self.step == total)
         clock = Clock(total)
         while self.step < total:
-            self._train_step(clock, total)
+            with self.watcher.phase("step", self.step + 1):
+                self._train_step(clock, total)
             if clock.steps == 1:
                 self.first_step_done()
             self._after_step(last=self.step == total)
@@ -158,13 +159,13 @@ class Trainer:
         if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
             self._evaluate(may_be_best=True)
         if epoch_ended and epoch % c.save_every_n_epochs == 0:
-            self.saver.trained(f"epoch{epoch}")
+            self._save_trained(f"epoch{epoch}")
         saves = bool(c.save_steps and self.step % c.save_steps == 0)
         if saves or last:
-            self.saver.trained_at(self.step)
+            self._save_trained()
         self._completed(settled=True)
         if not last and ((saves and c.checkpoint_on_save) or (epoch_ended and c.save_checkpoint_on_epoch_end)):
-            self.saver.checkpoint_and_prune()
+            self._checkpoint()
 
     def _boundary(self) -> bool:
         """Agree on what any process has learnt since the last step; True ends the run here."""
@@ -174,12 +175,14 @@ class Trainer:
             self._minutes_are_up(),
         ]
         agreed = torch.tensor(wishes, dtype=torch.int32, device=self.place.device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        with self.watcher.phase("the end of a step", self.step):
+            self.watcher.doing("waiting at its end", True)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         stop, save, save_quit, minutes = (bool(wish) for wish in agreed.tolist())
         if save or save_quit:
-            self.saver.trained_at(self.step)
+            self._save_trained()
         if stop or save or save_quit or minutes:
-            self.saver.checkpoint_and_prune()
+            self._checkpoint()
         return stop or save_quit
 
     def save_between_boundaries(self) -> None:
@@ -197,8 +200,8 @@ class Trainer:
         say(f"stopped after step {step}; resume with\n  {self.resume_line}")
 
     def _finish(self) -> None:
-        self.saver.trained_at(self.step)
-        self.saver.checkpoint_and_prune()
+        self._save_trained()
+        self._checkpoint()
         self.watcher.detach()
         self.metrics.close()
         say(f"done: {self.step} steps; what was trained is in {self.saver.run_dir / f'step{self.step}'}")
@@ -209,7 +212,8 @@ class Trainer:
             return
         results: dict[str, float] = {}
         for name, batches in self.evaluations.items():
-            loss = evaluation.evaluate(self.engine, self.row_losses, batches, name)
+            with self.watcher.phase(f"evaluating {name}", self.step):
+                loss = evaluation.evaluate(self.engine, self.row_losses, batches, name)
             if not math.isfinite(loss):
                 raise NonFiniteError(f"step {self.step}: the loss of {name} is {loss}. Nothing of this step was saved.")
             results |= {f"eval/{name}/loss": loss, f"eval/{name}/perplexity": evaluation.perplexity(loss)}
@@ -221,7 +225,16 @@ class Trainer:
         if self.best_loss is None or mean < self.best_loss:
             self.best_loss = mean
             if may_be_best:
-                self.saver.trained("best_loss")
+                self._save_trained("best_loss")
+
+    def _save_trained(self, name: str | None = None) -> None:
+        """What is trained, as step<N>/ or under a name of its own."""
+        with self.watcher.phase("saving what is trained", self.step):
+            self.saver.trained(name) if name else self.saver.trained_at(self.step)
+
+    def _checkpoint(self) -> None:
+        with self.watcher.phase("writing a checkpoint", self.step):
+            self.saver.checkpoint_and_prune()
 
     def _completed(self, settled: bool) -> None:
         """Tell the state where the run is; with `settled`, that nothing is left to do at this step."""

@@ -1,0 +1,85 @@
+"""What a model's folder calls the weights that transformers runs under other names.
+
+Takes a base model's folder; gives, for each weight of the running model that is stored whole, the tensor that holds it:
+under another name, or as some rows of a tensor in which several weights lie one below the other. What a checkpoint holds
+in any other form (experts one by one, permuted rows) has no place here.
+
+The one file beside the model's own code that asks transformers: the names are its loader's, and no list of ours would stay
+true. It is imported late and called only where a name is not in the folder, so that a fold does without transformers otherwise.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.formats.base_model import Base
+
+
+@dataclass(frozen=True)
+class Place:
+    """A weight of the running model in its folder: the stored tensor, and the rows `first` to `first + n_rows` of it, None
+    for all of it."""
+
+    tensor: str
+    first: int = 0
+    n_rows: int | None = None
+
+
+def stored_names(base: Base) -> dict[str, Place]:
+    """{parameter of the running model: its place}, by transformers' own conversion mapping; empty where it has none.
+
+    The running model is the one a training here builds: AutoModelForCausalLM's. No weight is read.
+    """
+    model = _empty_model(base)
+    return {} if model is None else _places(model, base)
+
+
+def _empty_model(base: Base) -> Any:
+    """The model on `meta`; None where this transformers cannot build it."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with contextlib.suppress(Exception), init_empty_weights(include_buffers=False):  # whatever transformers raises
+        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return None
+
+
+def _places(model: Any, base: Base) -> dict[str, Place]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = {id(one): one for one in mapping if isinstance(one, WeightConverter)}
+    renamings = [one for one in mapping if id(one) not in converters]
+    parameters = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+    by_pattern = {pattern: one for one in converters.values() for pattern in one.source_patterns}
+    found: dict[str, Place] = {}
+    for name, stored in base.tensors.items():
+        running, pattern = rename_source_key(
+            name, renamings, list(converters.values()), model.base_model_prefix, parameters
+        )
+        if pattern is not None:
+            found |= _rows(by_pattern[pattern], running, shapes, name, stored.shape)
+        elif shapes.get(running) == stored.shape:
+            found[running] = Place(name)
+    return found
+
+
+def _rows(converter: Any, running: str, shapes: dict[str, Any], name: str, shape: tuple[int, ...]) -> dict[str, Place]:
+    """The weights that `converter` cuts out of the stored tensor `name` as they lie, row below row; none for any other."""
+    cuts = converter.operations
+    if len(cuts) != 1 or type(cuts[0]).__name__ not in ("Chunk", "Split") or cuts[0].dim != 0:
+        return {}
+    targets = converter.target_patterns
+    names = [running.replace(targets[0], target, 1) for target in targets]
+    if not all(one in shapes and len(shapes[one]) == len(shape) for one in names):
+        return {}
+    if sum(shapes[one][0] for one in names) != shape[0] or any(shapes[one][1:] != shape[1:] for one in names):
+        return {}
+    found, first = {}, 0
+    for one in names:
+        found[one] = Place(name, first, shapes[one][0])
+        first += shapes[one][0]
+    return found

@@ -1,0 +1,52 @@
+"""What a model's type cannot, or does not, have here: said in one message that names the type.
+
+Whatever transformers, or our own look at a model, raises becomes a UserError; the loss of routers, which is not built, is
+said where the model's config asks for it.
+"""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.console import UserError
+from pipeline.foreign import printable
+
+ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")  # the keys of their weights
+MACHINE = (MemoryError, torch.OutOfMemoryError, OSError)  # what lacks is the machine's, and failures.py says it
+
+
+def reason(error: BaseException | None) -> str:
+    """The error and where it was raised, on one line: 'KeyError: 'x' (modeling_zaya.py:123)'."""
+    if error is None:
+        return "no reason was given"
+    where = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
+    return f"{type(error).__name__}: {printable(error)}{place}"
+
+
+@contextmanager
+def named(model_type: str, doing: str) -> Iterator[None]:
+    """Whatever is raised inside while `doing` something with a model ends as a UserError with its type and the reason."""
+    try:
+        yield
+    except (UserError, *MACHINE):
+        raise
+    except Exception as error:
+        raise UserError(f"model_type '{model_type}': {doing} fails: {reason(error)}") from error
+
+
+def router_loss(config: Any) -> str | None:
+    """A sentence on the loss of the routers that `config` (the model's) asks for and training leaves out, or None."""
+    text = config.get_text_config()
+    asked = {name: weight for name in ROUTER_LOSSES if (weight := getattr(text, name, None))}
+    if not getattr(text, "output_router_logits", False) or not asked:
+        return None
+    return (
+        f"the model's config.json asks for a loss of the routers (output_router_logits = true, "
+        f"{', '.join(f'{name} = {weight:g}' for name, weight in asked.items())}), which is not built: only the next token's "
+        "loss is trained, and the experts' shares of the tokens are not evened out"
+    )
