@@ -59,9 +59,10 @@ def is_out_of_space(error: BaseException | None) -> bool:
 def _space_errno(error: BaseException | None) -> int | None:
     """ENOSPC, EDQUOT or EFBIG. Rust libraries and Arrow say the number in words, C++ (gloo, torch) the system's sentence."""
     while error is not None:
+        own = getattr(error, "errno", None)
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            said = re.search(rf"(?i:os error|errno) {number}\b|\b{os.strerror(number)}\b", str(error))
-            if getattr(error, "errno", None) == number or (said and not isinstance(error, UserError)):
+            words = rf"(?i:os error|errno) {number}\b|\b{os.strerror(number)}\b"
+            if own == number or (own is None and not isinstance(error, UserError) and re.search(words, str(error))):
                 return number
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None

@@ -19,12 +19,15 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
+from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, rank, space_message
+
+ROOM_TO_BEGIN = 64 * 1024  # bytes: configuration, rendezvous and first lines of a run
 
 
 @contextmanager
@@ -97,6 +100,24 @@ def check_free(output: Path, *, replace: bool) -> None:
         raise UserError(f"{output} is a file; give the name of a folder.")
     if output.is_dir() and any(output.iterdir()) and not replace:
         raise UserError(f"{output} exists and is not empty. Give another name, or --force to replace it.")
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise UserError where nothing can be written to `folder` (made if it is not there), the value of `key`; with exit code
+    28 where there is no room to begin with. Of several processes one asks for the room, or they would count each other's.
+    """
+    room = ROOM_TO_BEGIN if rank() == 0 else 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(room))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if is_out_of_space(error):
+            why = space_message(error, folder, f"at least {gib(room)}")
+            raise UserError(f"{key} = '{folder}': {why}", EXIT_DISK_FULL) from error
+        raise UserError(f"{key} = '{folder}': cannot write there: {error.strerror}") from error
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:

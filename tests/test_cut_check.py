@@ -180,7 +180,7 @@ def test_lora_is_in_the_modules_that_are_named(kind: str, names: Any) -> None:
 
 
 def test_the_workaround_is_still_needed() -> None:
-    """Given the whole model, PEFT 0.21.2 puts no adapter into down_proj of a glm4_moe. Once it does, layers need not stand alone."""
+    """Given the whole model, PEFT 0.21.2 puts no adapter into a glm4_moe's down_proj. Once it does: one call."""
     model, _ = tiny_copy.tiny_copy(config_of("glm4_moe"))
     target = "model.layers.0.mlp.down_proj"
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[target]), model)

@@ -115,7 +115,7 @@ class HostArena:
     """One buffer in host memory, pinned on a GPU, for the tensors that layers keep between forward and backward.
 
     `overflowed_bytes`: bytes of all tensors that found no room so far and stayed on the device, for a run to warn of.
-    `peak_bytes`: the most that was in use at once.
+    `short_bytes`: the most of them that stayed there at once. `peak_bytes`: the most of the arena in use at once.
     """
 
     def __init__(self, capacity_bytes: int, device: torch.device) -> None:
@@ -125,7 +125,8 @@ class HostArena:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.capacity_bytes = device, capacity_bytes
-        self.peak_bytes = self.overflowed_bytes = 0
+        self.peak_bytes = self.overflowed_bytes = self.short_bytes = 0
+        self._outside = 0  # bytes that stay on the device now
         self._copies = CopyStream(device)
         self._buffer = _host_buffer(capacity_bytes)
         if device.type == "cuda" and capacity_bytes:
@@ -166,6 +167,8 @@ class HostArena:
         start = self._free.take(source.nbytes)
         if start is None:
             self.overflowed_bytes += source.nbytes
+            self._outside += source.nbytes
+            self.short_bytes = max(self.short_bytes, self._outside)
             return None
         self.peak_bytes = max(self.peak_bytes, self._free.taken)
         end = self._copies.copy([(self._slot(start, source.nbytes), _bytes_of(source))])
@@ -196,6 +199,8 @@ class HostArena:
         for k in kept:
             if k.start is not None:
                 self._free.give_back(k.start, k.n_bytes)
+            elif k.tensor is not None:
+                self._outside -= k.n_bytes
 
     def _reclaim(self) -> None:
         """Take back what tickets that are gone held. The garbage collector may end a ticket anywhere: only here it counts."""

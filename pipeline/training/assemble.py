@@ -17,6 +17,7 @@ from pipeline.config_sources import to_toml
 from pipeline.console import UserError, gib, said_if_slow, say
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.model import activation, adapters, neftune, unsupported, weights
+from pipeline.model.host_arena import HostArena
 from pipeline.model.packed import saved_bytes
 from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
 from pipeline.objectives import language_modelling
@@ -56,8 +57,10 @@ def trainer(
     followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
     stage_parts.import_quantisation(config)
+    with engine.agreement(place):
+        arena = planned.arena(followed, place.stage, place.device)
     with watcher.phase(UNHURRIED):
-        stage = build_stage(config, plan, followed, place)
+        stage = build_stage(config, plan, followed, place, arena)
     optimizer = build_optimizer(config, stage, place)
     adapter_families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
@@ -101,11 +104,14 @@ def trainer(
         state=state, saver=saver, metrics=metrics, watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, run_dir),
         step=went["step"], position=Position(went["epoch"], went["rows"]), best_loss=went["best_loss"],
-        settled=went["settled"], outcome=partial(planned.say_outcome, followed, place, run_dir),
+        settled=went["settled"], first_step_done=partial(planned.say_overflow, followed, place, arena),
+        outcome=partial(planned.say_outcome, followed, place, run_dir, arena),
     )  # fmt: skip
 
 
-def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place) -> Stage:
+def build_stage(
+    config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place, arena: HostArena | None
+) -> Stage:  # fmt: skip
     """Our part of the model with its weights, adapters, kernels and activation memory."""
     first, end = followed.ranges[place.stage]
     if followed.ranges != plan.ranges:  # chosen by 'auto'
@@ -125,7 +131,7 @@ def build_stage(config: Config, plan: prepare.ModelPlan, followed: planned.Follo
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
     if config.neftune_noise_alpha:
         neftune.apply(stage, config.neftune_noise_alpha)
-    activation.apply(stage, keeping, planned.arena(followed, place.stage, place.device), place.stage > first_trained)
+    activation.apply(stage, keeping, arena, place.stage > first_trained)
     return stage
 
 

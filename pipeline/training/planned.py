@@ -6,6 +6,7 @@ compared with. Costs are counted on fake tensors by the code that trains, on `me
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.console import EXIT_DONE, UserError, gib, said_if_slow, say
+from pipeline.console import EXIT_DONE, UserError, gib, said_if_slow, say, warn
 from pipeline.data.batches import Position
 from pipeline.files import write_text
 from pipeline.model import adapters
@@ -136,12 +137,14 @@ def _total_steps(config: Config, plan: ModelPlan) -> int | None:
 class Followed(NamedTuple):
     """What a run does: each stage's layers, what each of them keeps, and the bytes kept on the host.
 
+    `enough_host_gib`: the host_memory_gib with which all that was asked for would be there; None where a plan decides.
     `plan`: all that was or can be foreseen, on the first process; to count it takes seconds.
     """
 
     ranges: list[tuple[int, int]]
     keeping: list[list[Keeping]]
     host_bytes: list[int]
+    enough_host_gib: float | None
     plan: Callable[[], Plan]
 
 
@@ -157,7 +160,8 @@ def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
         found = _on_all(solved)
         stages = found.stages
         return Followed(
-            [(s.first, s.end) for s in stages], [s.keeping for s in stages], [s.host_bytes for s in stages], lambda: found
+            [(s.first, s.end) for s in stages], [s.keeping for s in stages], [s.host_bytes for s in stages], None,
+            lambda: found,
         )  # fmt: skip
     shape = shape_of(config, place.stages)
     input_bytes = shape.tokens * plan.shell.config.hidden_size * plan.shell.dtype.itemsize
@@ -167,7 +171,8 @@ def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
     ]
     share = host_bytes(config) // place.world
     return Followed(
-        plan.ranges, [[keeping] * (end - first) for first, end in plan.ranges], [min(n, share) for n in on_host], solved
+        plan.ranges, [[keeping] * (end - first) for first, end in plan.ranges], [min(n, share) for n in on_host],
+        max(on_host) * place.world / GIB, solved,
     )  # fmt: skip
 
 
@@ -214,9 +219,33 @@ def arena(followed: Followed, stage: int, device: torch.device) -> HostArena | N
     return HostArena(n_bytes + n_bytes // 16 + (1 << 20), device)
 
 
+def say_overflow(followed: Followed, place: Place, arena: HostArena | None) -> list[int]:
+    """Warn of what should have been kept on the host and found no room there; bytes of each stage's so far."""
+    everyone: list[Any] = [None] * place.world
+    dist.all_gather_object(everyone, (place.stage, arena.overflowed_bytes, arena.short_bytes) if arena else (0, 0, 0))
+    bytes_of = [max((all_of for stage, all_of, _ in everyone if stage == n), default=0) for n in range(place.stages)]
+    if any(bytes_of):
+        short = max(short for _, _, short in everyone)
+        mend = f"set host_memory_gib = {_rounded_up(followed.enough_host_gib)}" if followed.enough_host_gib else (
+            "the plan did not foresee it; lower host_memory_gib, should the device's memory run short"
+        )  # fmt: skip
+        warn(
+            f"host memory: {gib(sum(bytes_of))} of what layers keep found no room there so far and stayed on the device, "
+            f"{gib(short)} at once on a stage: {mend}"
+        )
+    return bytes_of
+
+
+def _rounded_up(value: float) -> str:
+    """To three digits."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / step) * step:.3g}"
+
+
 @said_if_slow("done:     counting what was planned")
-def say_outcome(followed: Followed, place: Place, run_dir: Path, step_s: float) -> None:
+def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostArena | None, step_s: float) -> None:
     """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
+    overflowed = say_overflow(followed, place, arena)
     everyone: list[Any] = [None] * place.world
     dist.all_gather_object(everyone, (place.stage, added_memory()))
     if place.rank != 0:
@@ -228,8 +257,8 @@ def say_outcome(followed: Followed, place: Place, run_dir: Path, step_s: float) 
         say(f"no plan to compare with: {error}")
         return
     stages = [
-        {**s._asdict(), "planned_bytes": s.total_bytes, "measured_bytes": m}
-        for s, m in zip(plan.stages, measured, strict=True)
+        {**s._asdict(), "planned_bytes": s.total_bytes, "measured_bytes": m, "host_overflowed_bytes": over}
+        for s, m, over in zip(plan.stages, measured, overflowed, strict=True)
     ]
     facts = {**plan._asdict(), "stages": stages, "measured_step_s": step_s}
     write_text(run_dir / "plan.json", json.dumps(facts, indent=1) + "\n")

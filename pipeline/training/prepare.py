@@ -5,7 +5,6 @@ the same outcome; the first to come builds the data cache, the others find it.
 """
 
 import math
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, Streams, split, whole
+from pipeline.files import check_writable
 from pipeline.foreign import printable
 from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
 from pipeline.model import adapters, cut_check, partition, trained_modules, unsupported, weights
@@ -101,7 +101,7 @@ def check_tiny(config: Config, targets: list[str], ranges: list[tuple[int, int]]
 
 def check_files(config: Config, shell: PreTrainedModel) -> None:
     """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
-    usable_output_dir(config.output_dir)
+    check_writable(Path(config.output_dir), "output_dir")
     base = read_base(Path(config.model), "model")
     with unsupported.named(shell.config.model_type, "finding its weights in the folder's files"):
         weights.check_complete(shell, base)
@@ -113,23 +113,12 @@ def check_files(config: Config, shell: PreTrainedModel) -> None:
         )
 
 
-def usable_output_dir(folder: str) -> None:
-    """UserError if nothing can be written there."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir = '{folder}': cannot write there: {error.strerror}") from error
-
-
 def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
     """Say that the model's own weights are trained; UserError where that is not possible."""
     weights.check_saved_as_run(shell)
     if config.target_modules == "all-linear":
         raise UserError(
-            "target_modules = 'all-linear': with full_fine_tune, give names of modules, "
-            "or leave the key out to train everything"
+            "target_modules = 'all-linear': with full_fine_tune, give names of modules, or leave the key out to train everything"
         )
     parts = {part for name, _ in shell.named_parameters() for part in name.split(".")}
     if unknown := [name for name in config.target_modules or () if name not in parts]:

@@ -68,6 +68,7 @@ class Trainer:
     metrics: Metrics
     watcher: Watcher
     resume_line: str
+    first_step_done: Callable[[], object]  # says what only a step shows
     outcome: Callable[[float], None]  # says what was planned and what became of it, given a step's seconds
     step: int = 0
     position: Position = field(default_factory=Position)
@@ -87,6 +88,8 @@ class Trainer:
         while self.step < total:
             with self.watcher.phase("step", self.step + 1):
                 self._train_step(clock, total)
+            if clock.steps == 1:
+                self.first_step_done()
             self._after_step(last=self.step == total)
             if self._boundary():
                 return self._stopped()
