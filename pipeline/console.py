@@ -47,6 +47,29 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class Problems:
+    """Mistakes that have nothing to do with each other, reported at once: each block runs `with problems.found():`."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    @contextmanager
+    def found(self) -> Iterator[None]:
+        """A block whose UserError waits for `settle`."""
+        try:
+            yield
+        except UserError as error:
+            self.errors.append(error)
+
+    def settle(self) -> None:
+        """Raise what was found: one UserError as it is, several as one with a line for each."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            lines = "\n".join(f"  {error}" for error in self.errors)
+            raise UserError(f"{len(self.errors)} problems:\n{lines}", self.errors[0].exit_code)
+
+
 class RankError(UserError):
     """Found by one process only (out of memory, a lost peer): that process says it, with its rank."""
 

@@ -66,10 +66,7 @@ def split(cost: Costs, n_stages: int) -> list[tuple[int, int]]:
     splits that do not exceed it. Raises UserError with fewer layers than stages.
     """
     n = len(cost.layers)
-    if n_stages > n:
-        raise UserError(
-            f"pipeline_stages = {n_stages}: the model has only {n} decoder layers, and each stage needs one"
-        )
+    check_possible(None, n_stages, n)
     prefix = [0.0]
     for flops in cost.layers:
         prefix.append(prefix[-1] + flops)
@@ -95,12 +92,21 @@ def split(cost: Costs, n_stages: int) -> list[tuple[int, int]]:
 
 def explicit(layers_per_stage: list[int], n_layers: int) -> list[tuple[int, int]]:
     """The user's own split as ranges; UserError if it does not add up."""
-    if sum(layers_per_stage) != n_layers:
+    check_possible(layers_per_stage, len(layers_per_stage), n_layers)
+    ends = [sum(layers_per_stage[: i + 1]) for i in range(len(layers_per_stage))]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def check_possible(layers_per_stage: list[int] | None, n_stages: int, n_layers: int) -> None:
+    """UserError where the model has fewer layers than stages, or another number than `layers_per_stage` adds up to."""
+    if n_stages > n_layers:
+        raise UserError(
+            f"pipeline_stages = {n_stages}: the model has only {n_layers} decoder layers, and each stage needs one"
+        )
+    if layers_per_stage and sum(layers_per_stage) != n_layers:
         raise UserError(
             f"layers_per_stage = {layers_per_stage} adds up to {sum(layers_per_stage)} layers, but the model has {n_layers}"
         )
-    ends = [sum(layers_per_stage[: i + 1]) for i in range(len(layers_per_stage))]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def shares(cost: Costs, ranges: list[tuple[int, int]]) -> list[float]:

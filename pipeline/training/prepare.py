@@ -15,11 +15,12 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Config
 from pipeline.config_sections import Dataset, EvalDataset
-from pipeline.console import UserError, gib, said_if_slow, say, warn
+from pipeline.console import Problems, UserError, gib, said_if_slow, say, warn
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
+from pipeline.data.sources import find
 from pipeline.data.split import Rows, Streams, split, whole
 from pipeline.files import check_writable
 from pipeline.foreign import printable
@@ -73,6 +74,7 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
 @said_if_slow("starting: looking at the model, without its weights")
 def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> ModelPlan:
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
+    check_apart(config, shell)
     if quantised := stage_parts.foresee_quantised(shell, config):
         say(f"base:     {len(quantised)} linear layers in {stage_parts.quantisation(config)}")
     if config.full_fine_tune:
@@ -90,6 +92,29 @@ def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> Mode
     check_groups(config, targets, tied)
     ranges = cut_into_stages(config, shell, first_trained, in_full)
     return ModelPlan(shell, targets, biased, in_full, tied, ranges)
+
+
+def check_apart(config: Config, shell: PreTrainedModel) -> None:
+    """UserError with all mistakes at once that have nothing to do with each other: layers, modules, stages, paths."""
+    problems, n_layers = Problems(), len(shell.base_model.layers)
+    layers = list(range(n_layers))
+    with problems.found():
+        check_writable(Path(config.output_dir), "output_dir")
+    if not config.full_fine_tune:
+        with problems.found():
+            layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
+        with problems.found():
+            adapters.resolve_targets(shell, config.target_modules or adapter_families.default_targets(config), layers)
+        with problems.found():
+            trained_modules.resolve(shell, config.trainable_modules, [])
+    with problems.found():
+        partition.check_possible(config.layers_per_stage, config.pipeline_stages, n_layers)
+    # Looking for files warns of what it finds, and it is done again when they are read.
+    datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
+    for dataset in datasets if problems.errors else ():
+        with problems.found():
+            find(dataset.dataset_type, dataset.dataset_path)
+    problems.settle()
 
 
 def check_tiny(config: Config, targets: list[str], ranges: list[tuple[int, int]]) -> None:
