@@ -112,7 +112,7 @@ class TrainedOver(_Foreign):
     """The quantised weights that an adapter of ours was trained over."""
 
     bits: int
-    quant_type: str
+    quant_type: str | None  # None over 8 bits
     double_quant: bool
     skip: list[Name]
     dtype: str
