@@ -1,15 +1,19 @@
 """The model card: it reads back through huggingface_hub, its numbers are those of the run's files, and nothing private is
 in it."""
 
+import ast
 import json
 import re
 import shutil
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from pipeline.publishing import card_text
 from pipeline.publishing.after_training import Finished, follow
@@ -217,3 +221,45 @@ def test_modules_in_words() -> None:
     modules = [f"model.layers.{n}.mlp.{name}" for n in layers for name in ("down_proj", "up_proj")]
     assert card_text.modules_in_words(modules) == "down_proj, up_proj of layers 0 to 2, 5, 7 to 8 (12 modules)"
     assert card_text.modules_in_words(["model.layers.3.o_proj"]) == "o_proj of layer 3 (1 module)"
+
+
+HOSTILE = '</code><img src=x onerror=alert(1)>`<script>"; import os #|[a](http://x)\n```\n# b'
+
+
+@pytest.mark.parametrize("what", ["adapter", "model", "gguf"])
+def test_names_of_others_are_text_in_the_card(tmp_path: Path, what: str) -> None:
+    """By another reader of Markdown: no HTML but the folding of the configuration, no link, no picture but the curve."""
+    run = make_run(tmp_path, ["card"])
+    facts = read_facts(run.run_dir, run.step)
+    parts = [part | {"devices": [HOSTILE], "versions": {"torch": HOSTILE}} for part in facts.parts]
+    facts = replace(
+        facts, base_id=None, name=HOSTILE, parts=parts, config=facts.config | {"model": HOSTILE, "trainable_modules": [HOSTILE]},
+        adapter=facts.adapter | {"target_modules": [f"model.layers.0.{HOSTILE}"]},
+    )  # fmt: skip
+    folder = tmp_path / "published"
+    folder.mkdir()
+    if what == "adapter":
+        shutil.copy(run.saved / "adapter_config.json", folder)
+    elif what == "gguf":
+        (folder / "adapter.gguf").write_bytes(b"")
+    write_card(folder, facts, repository=None)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.tags == ["mulora-pipe", "multiplicative-lora"]
+    blocks = MarkdownIt("commonmark").enable("table").parse(card.text)
+    every = [token for block in blocks for token in (block, *(block.children or ()))]
+    html = "".join(token.content for token in every if token.type in ("html_block", "html_inline"))
+    assert re.findall(r"<[^>]*>", html) == ["<details>", "<summary>", "</summary>", "</details>"]
+    assert not [token for token in every if token.type == "link_open"]
+    assert [token.attrs["src"] for token in every if token.type == "image"] == ["loss.svg"]
+    headings = [
+        after.content for token, after in pairwise(blocks) if token.type == "heading_open" and token.tag == "h1"
+    ]
+    assert len(headings) == 1, "no name begins a part of its own"
+    fences = [token for token in every if token.type == "fence"]
+    assert [token.info for token in fences] == (["toml"] if what == "gguf" else ["python", "toml"])
+    if what != "gguf":
+        called = [
+            node for node in ast.walk(ast.parse(fences[0].content)) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        assert {node.module for node in called if isinstance(node, ast.ImportFrom)} <= {"peft", "transformers"}
+        assert all(isinstance(node, ast.ImportFrom) for node in called)

@@ -8,7 +8,7 @@ a rank of 1 for it, and NaN an alpha. A key that is not listed is passed on as i
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 
 from pipeline.artifacts.adapter_files import CONFIG_FILE, FORMAT_VERSION, KINDS, METADATA_KEY, OWN_TYPE
 from pipeline.console import UserError
@@ -25,6 +25,8 @@ def _name(value: str) -> str:
 Name = Annotated[str, AfterValidator(_name)]
 Names = list[Name] | Name | None
 Switch = bool | None
+
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 
 
 class _Foreign(BaseModel):
@@ -55,10 +57,10 @@ class AdapterConfig(_Foreign):
 
 
 class LoraConfig(AdapterConfig):
-    r: PositiveInt
+    r: Count
     lora_alpha: float
     lora_dropout: float | None = None
-    rank_pattern: dict[Name, PositiveInt] | None = None
+    rank_pattern: dict[Name, Count] | None = None
     alpha_pattern: dict[Name, float] | None = None
     use_rslora: Switch = None
     use_dora: Switch = None
@@ -68,7 +70,7 @@ class LoraConfig(AdapterConfig):
 
 
 class PeanutConfig(AdapterConfig):
-    r: PositiveInt
+    r: Count
     scaling: float
     depth: int = 0
     act_fn: str = "relu"
@@ -87,7 +89,7 @@ class OftConfig(AdapterConfig):
     eps: float | None = None
     block_share: Switch = None
     use_cayley_neumann: Switch = None
-    num_cayley_neumann_terms: PositiveInt = 5
+    num_cayley_neumann_terms: Annotated[int, Field(gt=0, le=1000)] = 5  # a product of matrices each
 
 
 class BoftConfig(AdapterConfig):
@@ -98,7 +100,7 @@ class BoftConfig(AdapterConfig):
 
 
 class HraConfig(AdapterConfig):
-    r: PositiveInt | None = None
+    r: Count | None = None
     apply_GS: Switch = None
 
 
@@ -135,7 +137,7 @@ class Facts(_Foreign):
 class PairFacts(Facts):
     """Those of an adapter that is pairs of A and B."""
 
-    rank: PositiveInt
+    rank: Count
     alpha: float
     scaling: float
 

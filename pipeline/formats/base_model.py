@@ -223,7 +223,7 @@ def _indexed_headers(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
     if not isinstance(index.get("metadata"), dict | None):
         raise UserError(f"{folder / INDEX}: its metadata is no object. The file is damaged.")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable() or len(name.encode()) > 255:
             raise UserError(
                 f"{folder / INDEX} places {printable(tensor)!r} in {printable(name)!r}, which is no file of this folder."
             )
@@ -231,8 +231,8 @@ def _indexed_headers(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{folder}: {len(missing)} of {len(names)} files of weights are missing, {printable(missing[0])} first; the "
-            "download is incomplete."
+            f"{folder}: {len(missing)} of {len(names)} files of weights are missing, {printable(missing[0])} first; {INDEX} "
+            "names them, so the download is incomplete."
         )
     headers = {name: read_header(folder / name) for name in names}
     held = {(tensor.name, name) for name, header in headers.items() for tensor in header.tensors}

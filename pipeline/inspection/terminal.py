@@ -43,9 +43,10 @@ def describe(inspection: Inspection, *, width: int = WIDTH) -> str:
     console = Console(file=out, width=min(width, WIDTH), color_system=None, highlight=False, emoji=False, markup=False)
     modules = inspection.modules
     ranks = sorted({len(module.spectrum.gains_K) for module in modules})
+    rank = " to ".join(map(str, {ranks[0], ranks[-1]}))
     console.print(
-        f"{inspection.name}: {inspection.kind}, {len(modules)} modules, rank {' to '.join(map(str, {ranks[0], ranks[-1]}))}"
-        + (f", trained on {inspection.base_model}" if inspection.base_model else "")
+        f"{printable(inspection.name)}: {inspection.kind}, {len(modules)} modules, rank {rank}"
+        + (f", trained on {printable(inspection.base_model)}" if inspection.base_model else "")
     )
     for origin in dict.fromkeys(module.origin for module in modules):
         console.print(f"s = {origin}")
@@ -60,7 +61,7 @@ def describe(inspection: Inspection, *, width: int = WIDTH) -> str:
     if inspection.text is not None:
         _print_firing(console, inspection, inspection.text)
     for note in inspection.notes:
-        console.print(f"note: {note}.")
+        console.print(f"note: {printable(note)}.")
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -48,6 +48,11 @@ class LargeOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# What a config calls its number of layers, and more of them than any model has: building so many would never end.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MOST_LAYERS = 10_000
+
+
 class PassThrough(nn.Module):
     """Stands where another stage's module was; returns its first argument."""
 
@@ -86,7 +91,10 @@ def read_model_config(folder: str) -> PretrainedConfig:
         raise UserError(
             f"model = '{folder}': there is no config.json in it; give the folder of a model in Hugging Face's format{gguf}"
         )
-    read_object(Path(folder) / "config.json", "the model's configuration")  # so that what is no JSON is told as such
+    written = read_object(Path(folder) / "config.json", "the model's configuration")
+    for key, value in (written | (text if isinstance(text := written.get("text_config"), dict) else {})).items():
+        if key in LAYER_COUNTS and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"model = '{folder}': config.json has {key} = {printable(value, 20)}; the file is damaged")
     with read_by_library(f"model = '{folder}': transformers cannot read its config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if quantised := getattr(config, "quantization_config", None):

@@ -23,7 +23,7 @@ from pipeline.data.mixture import mix
 from pipeline.data.sources import find
 from pipeline.data.split import Rows, Streams, split, whole
 from pipeline.files import check_writable
-from pipeline.foreign import printable
+from pipeline.foreign import read_by_library
 from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
 from pipeline.model import adapters, cut_check, partition, trained_modules, unsupported, weights
 from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
@@ -232,11 +232,8 @@ def load_tokenizer(folder: str) -> Any:
     """The model's own tokenizer; UserError if there is none."""
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"model = '{folder}': there is no tokenizer in it (none of {', '.join(TOKENIZER_FILES)})")
-    try:
+    with read_by_library(f"model = '{folder}': cannot read its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the files hold: tokenizers raises Exception itself
-        reason = printable(str(error).strip() or type(error).__name__)
-        raise UserError(f"model = '{folder}': cannot read its tokenizer: {reason}") from error
 
 
 def tokenizer_for(plan: ModelPlan, folder: str) -> Any:

@@ -5,7 +5,6 @@ Takes the trainer before and after its run; the first process writes into the ru
 killed has no entry, which its neighbours' steps show; nothing is guessed for it.
 """
 
-import json
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline.console import UserError
 from pipeline.data.split import Rows
 from pipeline.files import write_json
+from pipeline.foreign import read_object
 from pipeline.training.engine import Place
 from pipeline.training.metrics import peak_memory
 from pipeline.training.prepare import Data
@@ -53,10 +54,10 @@ class RunRecord:
 def read(run_dir: Path) -> dict[str, Any]:
     """What run.json says; empty where there is none, or none that this program reads."""
     try:
-        content = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_object(run_dir / FILE, "the record of a run")
+    except UserError:
         return {}
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+    return content if content.get("format") == FORMAT else {}
 
 
 def describe(data: Data) -> list[dict[str, Any]]:
