@@ -1,6 +1,7 @@
 """mulora-pipe, in the order in which data flows.
 
     config.load              one TOML (and the command line) → one validated `Config`
+    formats.base_model       a model's folder → its tensors' places, its config, which tensor is the head
     data.documents.read      files → documents
     data.chunks.build        documents → one token stream → chunks of `sequence_len` in a memory-mapped cache
     data.batches.MicroBatches  chunks → the micro-batches of a step, from nothing but a position
