@@ -9,9 +9,9 @@ is left behind.
 import argparse
 from pathlib import Path
 
-from pipeline.artifacts.adapter_files import KINDS
-from pipeline.artifacts.export import FORMATS, export
-from pipeline.artifacts.fold_plan import BASE_QUANTS, DTYPE_NAMES
+from pipeline.artifacts.adapter.write import KINDS
+from pipeline.artifacts.export.export import FORMATS, export
+from pipeline.artifacts.fold.plan import BASE_QUANTS, DTYPE_NAMES
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
 
 
@@ -29,18 +29,22 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--format", choices=FORMATS, required=True, help="peft: PEFT and vLLM; gguf: llama.cpp")
     command.add_argument(
-        "--dtype", choices=tuple(DTYPE_NAMES), default="float32",
+        "--dtype",
+        choices=tuple(DTYPE_NAMES),
+        default="float32",
         help="dtype of the result (default float32: the exported A is a product with the weights, and 16 bit round it)",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--base-quant", choices=BASE_QUANTS,
+        "--base-quant",
+        choices=BASE_QUANTS,
         help="for serving beside a base in 4 bits: A' = A·W of its linear weights rounded to 4 bits and back, as a QLoRA "
         "run saw them (nf4-double: with bnb_4bit_use_double_quant). Default: of the original weights",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--base-dtype", choices=tuple(DTYPE_NAMES),
+        "--base-dtype",
+        choices=tuple(DTYPE_NAMES),
         help="with --base-quant: the dtype in which weights are rounded to 4 bits (default: as they are stored)",
-    )  # fmt: skip
+    )
     command.add_argument("--device", default="cpu", help="where to multiply: cpu, cuda, cuda:1 (default cpu)")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace an existing output once the new one is whole")
@@ -55,10 +59,18 @@ def main() -> int:
     asked = parser().parse_args()
     leave_on_sigterm()
     export(
-        asked.input, asked.lora, asked.output, format=asked.format, dtype=asked.dtype, device=asked.device,
-        dry_run=asked.dry_run, force=asked.force, kind=asked.kind, base_quant=asked.base_quant,
+        asked.input,
+        asked.lora,
+        asked.output,
+        format=asked.format,
+        dtype=asked.dtype,
+        device=asked.device,
+        dry_run=asked.dry_run,
+        force=asked.force,
+        kind=asked.kind,
+        base_quant=asked.base_quant,
         base_dtype=asked.base_dtype,
-    )  # fmt: skip
+    )
     return EXIT_DONE
 
 

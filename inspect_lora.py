@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.adapter_files import KINDS, Adapter, Kind
-from pipeline.artifacts.adapter_reading import load_pairs
-from pipeline.artifacts.fold_match import pair_kind
+from pipeline.artifacts.adapter.read import load_pairs
+from pipeline.artifacts.adapter.write import KINDS, Adapter, Kind
+from pipeline.artifacts.fold.match import pair_kind
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
 from pipeline.files import check_file_free, whole_file
 from pipeline.formats.base_model import Base, read_base, say_remarks
@@ -56,9 +56,15 @@ def main() -> int:
     base, kind = _base_and_kind(adapter, asked.input, asked.kind)
     tokenizer, text = _tokenizer_and_text(base, asked.text, asked.tokens)
     inspection = reading.read(
-        adapter, kind, base=base, tokenizer=tokenizer, text=text, directions=asked.directions,
-        device=torch.device(asked.device), dtype=_dtype(base) if base else torch.float32,
-    )  # fmt: skip
+        adapter,
+        kind,
+        base=base,
+        tokenizer=tokenizer,
+        text=text,
+        directions=asked.directions,
+        device=torch.device(asked.device),
+        dtype=_dtype(base) if base else torch.float32,
+    )
     say(terminal.describe(inspection, width=shutil.get_terminal_size((terminal.WIDTH, 24)).columns))
     if asked.html:
         with whole_file(asked.html, replace=asked.force) as temporary:
@@ -103,7 +109,7 @@ def _tokenizer_and_text(base: Base | None, file: Path | None, limit: int) -> tup
     if base is None:
         return None, None
     from pipeline.model.stage import read_model_config
-    from pipeline.training.prepare import load_tokenizer
+    from pipeline.training.start.prepare import load_tokenizer
 
     tokenizer = load_tokenizer(str(base.folder))
     if file is None:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.artifacts.adapter_files import save_adapter
-from pipeline.artifacts.directions import (
+from pipeline.artifacts.adapter.directions import (
     STRENGTHS,
     Method,
     adapter_tensors,
@@ -25,15 +24,16 @@ from pipeline.artifacts.directions import (
     read_directions,
     write_directions,
 )
-from pipeline.artifacts.merge import usable_device
+from pipeline.artifacts.adapter.write import save_adapter
+from pipeline.artifacts.fold.merge import usable_device
 from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, run_command, say, warn
-from pipeline.data.rows import document_rows
+from pipeline.data.reading.document_rows import document_rows
 from pipeline.files import check_file_free, check_free
-from pipeline.layers import layer_ranges
-from pipeline.model.adapters import describe_layers, resolve_targets
+from pipeline.model.adapters.base import describe_layers, resolve_targets
 from pipeline.model.hidden_means import mean_hidden_states
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.training.prepare import load_tokenizer
+from pipeline.names import layer_ranges
+from pipeline.training.start.prepare import load_tokenizer
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).
 NORMS_AFTER_WRITING = {"post_feedforward_layernorm", "post_mlp_layernorm"}
@@ -49,27 +49,36 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--input", required=True, metavar="BASE", help="folder of the base model")
     command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write the adapter to")
     command.add_argument(
-        "--kind", choices=get_args(Method), required=True,
+        "--kind",
+        choices=get_args(Method),
+        required=True,
         help="abliteration: h' = h − f·v(vᵀh); householder: h' = h − 2f·v(vᵀh)",
-    )  # fmt: skip
+    )
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--directions", type=Path, metavar="FILE",
+        "--directions",
+        type=Path,
+        metavar="FILE",
         help=".safetensors or .npy: [D] for all layers, [L, D] one a layer, [L, k, D] several",
-    )  # fmt: skip
+    )
     source.add_argument(
-        "--from-texts", nargs=2, metavar=("A", "B"),
+        "--from-texts",
+        nargs=2,
+        metavar=("A", "B"),
         help="mean of the residual stream after each layer over A's texts, less that over B's; a file or a quoted glob each",
-    )  # fmt: skip
+    )
     command.add_argument("--factor", type=float, default=1.0, metavar="F", help="f, 1 for the whole effect (default 1)")
     command.add_argument("--layers", metavar="0:38", help="layers to adapt, both ends included (default all)")
     command.add_argument(
         "--direction-layer", type=int, metavar="N", help="use layer N's directions in every layer (default: its own)"
     )
     command.add_argument(
-        "--target-modules", nargs="+", default=["down_proj", "o_proj"], metavar="NAME",
+        "--target-modules",
+        nargs="+",
+        default=["down_proj", "o_proj"],
+        metavar="NAME",
         help="modules that write to the residual stream (default: down_proj o_proj)",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--force", action="store_true", help="replace what stands at the outputs once the new ones are whole"
     )
@@ -77,9 +86,11 @@ def parser() -> argparse.ArgumentParser:
     texts.add_argument("--save-directions", type=Path, metavar="FILE", help="keep the differences as .safetensors")
     texts.add_argument("--sequence-len", type=int, default=512, metavar="T", help="tokens in a row (default 512)")
     texts.add_argument(
-        "--position", choices=("mean", "last"), default="mean",
+        "--position",
+        choices=("mean", "last"),
+        default="mean",
         help="mean over all tokens but BOS, or over each document's last token (default mean)",
-    )  # fmt: skip
+    )
     texts.add_argument("--layers-at-once", type=int, default=1, metavar="N", help="layers in memory (default 1)")
     texts.add_argument("--device", default="cpu", help="where to run the model: cpu, cuda, cuda:1 (default cpu)")
     texts.add_argument("--dtype", choices=DTYPES, help="dtype to run the model in (default: the base's own)")
@@ -106,10 +117,18 @@ def main() -> int:
         bases = dict.fromkeys(layers, bases[asked.direction_layer])
     rank = len(bases[layers[0]])
     save_adapter(
-        asked.output, adapter_tensors(bases, modules, asked.kind, asked.factor), kind="multiplicative_lora", rank=rank,
-        alpha=rank, dropout=0.0, base_model=asked.input, train_logit_scale=1.0, biased_targets=biased,
-        facts={"made_from": _origin(asked)}, replace=asked.force,
-    )  # fmt: skip
+        asked.output,
+        adapter_tensors(bases, modules, asked.kind, asked.factor),
+        kind="multiplicative_lora",
+        rank=rank,
+        alpha=rank,
+        dropout=0.0,
+        base_model=asked.input,
+        train_logit_scale=1.0,
+        biased_targets=biased,
+        facts={"made_from": _origin(asked)},
+        replace=asked.force,
+    )
     say(
         f"{asked.kind}, factor {asked.factor:g} ({STRENGTHS[asked.kind] * asked.factor:g} of each direction taken off), "
         f"rank {rank}: {describe_layers(layers, n_layers)}, {len(modules)} modules → {asked.output}"
@@ -198,9 +217,14 @@ def _from_texts(asked: argparse.Namespace, layers: list[int]) -> dict[int, Tenso
     say(f"hidden states between layers: {gib(in_memory)} in the CPU's memory")
     skipped = 0 if tokenizer.bos_token_id is None else 1
     mean_A, mean_B = mean_hidden_states(
-        asked.input, sets, counted=slice(-1, None) if last else slice(skipped, None), layers=layers,
-        layers_at_once=asked.layers_at_once, device=device, dtype=dtype,
-    )  # fmt: skip
+        asked.input,
+        sets,
+        counted=slice(-1, None) if last else slice(skipped, None),
+        layers=layers,
+        layers_at_once=asked.layers_at_once,
+        device=device,
+        dtype=dtype,
+    )
     differences = {index: mean_A[index] - mean_B[index] for index in layers}
     _say_differences(mean_A, mean_B, differences)
     _check_differences(differences, dtype)

@@ -14,9 +14,9 @@ tensor that was trained in full takes the place of what stands then.
 import argparse
 from pathlib import Path
 
-from pipeline.artifacts.adapter_files import KINDS
-from pipeline.artifacts.fold_plan import BASE_QUANTS, DTYPE_NAMES, OUTPUT_DTYPES
-from pipeline.artifacts.merge import merge
+from pipeline.artifacts.adapter.write import KINDS
+from pipeline.artifacts.fold.merge import merge
+from pipeline.artifacts.fold.plan import BASE_QUANTS, DTYPE_NAMES, OUTPUT_DTYPES
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
 
 
@@ -28,42 +28,56 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--input", type=Path, required=True, metavar="BASE", help="folder of the base model")
     command.add_argument(
-        "--lora", type=Path, required=True, nargs="+", metavar="ADAPTER",
+        "--lora",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="ADAPTER",
         help="folder of the adapter, or of several, folded in this order: of multiplicative ones W' = (I + s3·B3·A3)·"
         "(I + s2·B2·A2)·(I + s1·B1·A1)·W; others act on the weight as it stands then: an additive one adds s·B·A, DoRA "
         "scales rows, IA3 rows or columns, OFT, BOFT and HRA turn the inputs, a tensor trained in full takes its place",
-    )  # fmt: skip
+    )
     command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write the model to")
     command.add_argument(
-        "--scale", type=float, default=[1.0], nargs="+", metavar="S",
+        "--scale",
+        type=float,
+        default=[1.0],
+        nargs="+",
+        metavar="S",
         help="multiply the strength s of the adapters: one factor for all, or one for each (default 1, the only one for IA3, "
         "OFT, BOFT, HRA and what was trained in full, which have no s)",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--layers", metavar="RANGES",
+        "--layers",
+        metavar="RANGES",
         help="fold the adapters' modules of these layers only: '0:38' (both ends included), '5', '0:10,20' (default all; "
         "embedding, last norm and head are in no layer)",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--unmerge", action="store_true",
+        "--unmerge",
+        action="store_true",
         help="take the adapters out of a model they were folded into, in the order of --lora: the exact inverses, last "
         "one first. Refused where an adapter erases a direction, or nearly so, and for DoRA and tensors trained in full",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--base-quant", choices=BASE_QUANTS,
+        "--base-quant",
+        choices=BASE_QUANTS,
         help="fold into the base as a QLoRA run saw it: the linear weights of its layers rounded to 4 bits and back "
         "(nf4-double: with bnb_4bit_use_double_quant), all of them: for a run without llm_int8_skip_modules. Default: into "
         "the original weights",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--base-dtype", choices=tuple(DTYPE_NAMES),
+        "--base-dtype",
+        choices=tuple(DTYPE_NAMES),
         help="with --base-quant, the run's model_weight_dtype, to which it rounded the weights before it rounded them to 4 "
         "bits (default: as they are stored in the base)",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--dtype", choices=OUTPUT_DTYPES, default="keep",
+        "--dtype",
+        choices=OUTPUT_DTYPES,
+        default="keep",
         help="dtype of every floating-point tensor of the result (default: as in the base)",
-    )  # fmt: skip
+    )
     command.add_argument("--device", default="cpu", help="where to multiply: cpu, cuda, cuda:1 (default cpu)")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     command.add_argument("--force", action="store_true", help="replace a non-empty output once the new model is whole")
@@ -71,9 +85,10 @@ def parser() -> argparse.ArgumentParser:
         "--kind", choices=KINDS, help="what LORA adapters on square weights are, where their shapes cannot tell"
     )
     command.add_argument(
-        "--keep-logit-scale", action="store_true",
+        "--keep-logit-scale",
+        action="store_true",
         help="write the training's train_logit_scale into the model's config (default: drop it)",
-    )  # fmt: skip
+    )
     return command
 
 
@@ -82,10 +97,21 @@ def main() -> int:
     asked = parser().parse_args()
     leave_on_sigterm()
     merge(
-        asked.input, asked.lora, asked.output, scale=asked.scale, dtype=asked.dtype, device=asked.device,
-        dry_run=asked.dry_run, force=asked.force, kind=asked.kind, keep_logit_scale=asked.keep_logit_scale,
-        layers=asked.layers, unmerge=asked.unmerge, base_quant=asked.base_quant, base_dtype=asked.base_dtype,
-    )  # fmt: skip
+        asked.input,
+        asked.lora,
+        asked.output,
+        scale=asked.scale,
+        dtype=asked.dtype,
+        device=asked.device,
+        dry_run=asked.dry_run,
+        force=asked.force,
+        kind=asked.kind,
+        keep_logit_scale=asked.keep_logit_scale,
+        layers=asked.layers,
+        unmerge=asked.unmerge,
+        base_quant=asked.base_quant,
+        base_dtype=asked.base_dtype,
+    )
     return EXIT_DONE
 
 

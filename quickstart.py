@@ -23,10 +23,19 @@ HELD_OUT_CHAPTERS = 2
 STAGES = 2
 VOCABULARY = 1024
 ARCHITECTURE = {
-    "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "logit_scale": 0.25,
-    "initializer_range": 0.05, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "logit_scale": 0.25,
+    "initializer_range": 0.05,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def main() -> int:
@@ -143,8 +152,8 @@ def steps_done() -> int:
 
 def half_of_the_run() -> int:
     """Half of the adapter's steps, from its configuration and the cut text, without training."""
-    from pipeline.config_sources import load
-    from pipeline.training import prepare
+    from pipeline.config.loading import load
+    from pipeline.training.start import prepare
 
     config = load("quickstart.toml")
     data = prepare.read_data(config, prepare.load_tokenizer(config.model))
@@ -156,8 +165,8 @@ def merged_loss() -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.config_sources import load
-    from pipeline.training import prepare
+    from pipeline.config.loading import load
+    from pipeline.training.start import prepare
 
     config = load("quickstart.toml")
     rows = prepare.read_data(config, prepare.load_tokenizer(config.model)).evaluation["held_out"]
@@ -175,16 +184,25 @@ def summarise(run: Path, adapter: Path, stopped_at: int) -> dict:
     losses = [line["eval/held_out/loss"] for line in lines if "eval/held_out/loss" in line]
     speeds = sorted(line["train/tokens_per_s"] for line in lines if "train/tokens_per_s" in line)
     return {
-        "stages": STAGES, "steps": steps_done(), "resumed_at_step": stopped_at, "base_eval_loss": losses[0],
-        "adapter_eval_loss": losses[-1], "merged_eval_loss": merged_loss(), "tokens_per_s": speeds[len(speeds) // 2],
-        "adapter": str(adapter), "merged_model": str(HERE / "merged"),
-    }  # fmt: skip
+        "stages": STAGES,
+        "steps": steps_done(),
+        "resumed_at_step": stopped_at,
+        "base_eval_loss": losses[0],
+        "adapter_eval_loss": losses[-1],
+        "merged_eval_loss": merged_loss(),
+        "tokens_per_s": speeds[len(speeds) // 2],
+        "adapter": str(adapter),
+        "merged_model": str(HERE / "merged"),
+    }
 
 
 def report(summary: dict, seconds: float) -> None:
     print(f"\n{'held-out chapters':34} {'loss':>8} {'perplexity':>11}")
-    for name, key in (("base", "base_eval_loss"), ("with the adapter, two stages", "adapter_eval_loss"),
-                      ("merged, plain transformers", "merged_eval_loss")):  # fmt: skip
+    for name, key in (
+        ("base", "base_eval_loss"),
+        ("with the adapter, two stages", "adapter_eval_loss"),
+        ("merged, plain transformers", "merged_eval_loss"),
+    ):
         print(f"{name:34} {summary[key]:8.4f} {2.718281828 ** summary[key]:11.2f}")
     print(
         f"\n{summary['steps']} steps over {summary['stages']} stages, stopped and resumed at step "

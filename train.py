@@ -6,7 +6,7 @@ no weights and ends; `--preview N` prints N chunks as the model will read them. 
 and resumable, 130 aborted.
 """
 
-from pipeline.training.stop import Watcher, hold_signals
+from pipeline.training.run.stop import Watcher, hold_signals
 
 HELD = hold_signals()  # before torch and its libraries start threads of their own
 
@@ -15,10 +15,10 @@ import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from pipeline import config_sources  # noqa: E402
-from pipeline.config import Config  # noqa: E402
+from pipeline.config import loading  # noqa: E402
+from pipeline.config.schema import Config  # noqa: E402
 from pipeline.console import EXIT_DONE, UserError, rank, run_command, said_if_slow  # noqa: E402
-from pipeline.training import launch  # noqa: E402
+from pipeline.training.start import launch  # noqa: E402
 
 IMPORTING = "starting: importing torch, transformers and DeepSpeed"
 
@@ -37,8 +37,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--devices", metavar="2x48GiB", help="with --plan: the GPUs, e.g. 2xA6000, 48GiB,80GiB")
     parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
-    parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, metavar="PATH",
-                        help="go on from the newest complete checkpoint, or from that of PATH")  # fmt: skip
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="go on from the newest complete checkpoint, or from that of PATH",
+    )
     for ignored in ("--no_quantiles", "--deepspeed"):
         parser.add_argument(ignored, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -62,44 +67,46 @@ def main() -> int:
     """Parse, validate, then check, preview or train."""
     arguments = parse()
     watcher = Watcher(HELD)
-    config = config_sources.load(arguments.config, arguments.deepspeed_config, arguments.set)
+    config = loading.load(arguments.config, arguments.deepspeed_config, arguments.set)
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     if arguments.plan:
         with said_if_slow(IMPORTING):
-            from pipeline.training import planned
+            from pipeline.training.start import plan as planned
         return planned.show(config, arguments.devices)
     if arguments.check or arguments.preview is not None:
         with said_if_slow(IMPORTING):
-            from pipeline.training.look import look
+            from pipeline.training.start.check import look
         return look(config, arguments.preview)
     launch.check_processes(config.pipeline_stages)
     with said_if_slow(IMPORTING):
-        from pipeline.training import assemble, failures  # noqa: F401 (the first imports all that takes long)
-    with failures.out_of_space_explained(Path(config.output_dir)):
+        from pipeline.training.run import assemble, errors  # noqa: F401 (the first imports all that takes long)
+    with errors.out_of_space_explained(Path(config.output_dir)):
         return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
 
 
 def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
     """The run itself. Errors of the data and the config come before any process waits for another."""
-    from pipeline.training import assemble, ending, engine, failures, prepare, run_folder, selftest
-    from pipeline.training.run_record import RunRecord
+    from pipeline.training.engine import engine, selftest
+    from pipeline.training.run import after_training, assemble, errors, folder
+    from pipeline.training.run.record import RunRecord
+    from pipeline.training.start import prepare
 
     engine.check_version()
     plan = prepare.plan_model(config, resumes=bool(resume))
     prepare.check_files(config, plan.shell)
-    ending.check(config, plan)
+    after_training.check(config, plan)
     data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
-    resumed = run_folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
+    resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
     try:
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
         watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
         batches = prepare.micro_batches(config, data, place.replica, place.replicas)
         prepare.describe_steps(config, batches, place.replicas)
-        with failures.explained(watcher, save=lambda: None):
+        with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
-        with failures.explained(watcher, run.save_between_boundaries):
+        with errors.explained(watcher, run.save_between_boundaries):
             record = RunRecord(run.saver.run_dir, place, data, run.step)
             code = run.run()
             record.end(run.step)
@@ -108,7 +115,7 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
             done = run.saver.run_dir, run.step, run.resume_line
             engine.let_go(run.engine)
             del run, plan  # and with them the stage's weights
-            ending.follow(config, *done, watcher)
+            after_training.follow(config, *done, watcher)
         return code
     finally:
         if rank() == 0:

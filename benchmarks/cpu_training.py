@@ -25,7 +25,7 @@ from benchmarks.shapes import CPU, TINY, Shape
 from benchmarks.variants import HF, HF_CHECKPOINTING, ORACLE, kernel_sets, name
 from benchmarks.worker import MEMORY_ENVIRONMENT, Worker
 from pipeline.console import UserError
-from pipeline.model.levels import Level
+from pipeline.model.memory.levels import Level
 
 LEVELS = [HF, HF_CHECKPOINTING, *(name(level) for level in reversed(Level))]
 KERNELS = [HF, HF_CHECKPOINTING, *(name(Level.EVERYTHING, label) for label in kernel_sets())]
@@ -47,9 +47,7 @@ def check(workers: dict[str, Worker]) -> dict[str, dict[str, float]]:
             path = Path(folder) / f"{number}.safetensors"
             losses[variant] = worker.ask(do="gradients", path=str(path))["loss"]
             gradients[variant] = load_file(path)
-    found = {
-        v: {"loss": losses[v], "gradient_error": distance(gradients[v], gradients[ORACLE])} for v in workers
-    }  # fmt: skip
+    found = {v: {"loss": losses[v], "gradient_error": distance(gradients[v], gradients[ORACLE])} for v in workers}
     print(f"{'the same training?':34} {'loss':>10} {'gradients: distance from fp32':>32}")
     for variant, facts in found.items():
         print(f"{variant:34} {facts['loss']:10.5f} {facts['gradient_error']:32.2e}")
@@ -57,9 +55,10 @@ def check(workers: dict[str, Worker]) -> dict[str, dict[str, float]]:
     limit = max(ALLOWED * found[HF]["gradient_error"], 1e-5)
     # A bf16 logit is off by 2^-9 of its size at most, and the loss is a mean of differences of logits.
     off = [
-        v for v, f in found.items()
+        v
+        for v, f in found.items()
         if f["gradient_error"] > limit or abs(f["loss"] - found[ORACLE]["loss"]) > 2**-9 * found[ORACLE]["loss"]
-    ]  # fmt: skip
+    ]
     if off:
         raise UserError(f"{', '.join(off)}: not the same training as the peer's; nothing was timed")
     return found
@@ -158,10 +157,14 @@ def main() -> None:
         rows.append({**row, "all_seconds": seconds, **memory(variant, shape, given.threads), **checked[variant]})
     table(rows, shape)
     settings: dict[str, Any] = {
-        "shape": shape._asdict(), "rounds": given.rounds, "threads": given.threads, "oracle": checked[ORACLE],
-        "optimizer_step": "excluded on both sides", "ours": "one process, no DeepSpeed",
+        "shape": shape._asdict(),
+        "rounds": given.rounds,
+        "threads": given.threads,
+        "oracle": checked[ORACLE],
+        "optimizer_step": "excluded on both sides",
+        "ours": "one process, no DeepSpeed",
         "memory_environment": MEMORY_ENVIRONMENT,
-    }  # fmt: skip
+    }
     if name(Level.EVERYTHING) in variants:
         settings["targets"] = targets(rows)
     print("written:", record.write("cpu_kernels" if given.kernels else "cpu_training", settings, rows, given.out))

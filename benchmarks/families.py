@@ -25,14 +25,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import record
-from pipeline import config_sources
-from pipeline.config import Config
-from pipeline.model import adapters, weights
+from pipeline.config import loading
+from pipeline.config.schema import Config
+from pipeline.model import weights
+from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import DTYPES, Stage, empty_model, logit_transform, read_model_config
 from pipeline.objectives import language_modelling
-from pipeline.training import adapter_families, stage_parts
-from pipeline.training.inner_optimizer import make_inner
-from pipeline.training.optimizer import PipelineOptimizer
+from pipeline.training.optim.inner import make_inner
+from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
+from pipeline.training.stage import families as adapter_families
+from pipeline.training.stage import parts
 
 CPU = torch.device("cpu")
 
@@ -62,8 +64,10 @@ USUAL = Size(hidden=512, feed_forward=1408, heads=8, layers=4, vocabulary=4096, 
 FROZEN = "frozen"
 NO_RANK: dict[str, Any] = {"lora_rank": None, "lora_alpha": None}
 BASES: dict[str, dict[str, Any] | None] = {
-    "": None, ", nf4": {"load_in_4bit": True}, ", 8 bits": {"load_in_8bit": True},
-}  # fmt: skip
+    "": None,
+    ", nf4": {"load_in_4bit": True},
+    ", 8 bits": {"load_in_8bit": True},
+}
 
 
 def families(size: Size) -> dict[str, dict[str, Any]]:
@@ -104,10 +108,10 @@ class Variant:
         config = config_of(keys or {}, size, base)
         shell = empty_model(read_model_config(str(base)), DTYPES[size.dtype], None)
         targets = adapters.resolve_targets(shell, ["down_proj"], list(range(1, size.layers)))
-        stage_parts.foresee_quantised(shell, config)
-        stage_parts.import_quantisation(config)
+        parts.foresee_quantised(shell, config)
+        parts.import_quantisation(config)
         self.stage = Stage(shell, 0, size.layers)
-        stage_parts.put_quantised(self.stage, config)
+        parts.put_quantised(self.stage, config)
         weights.load(self.stage, str(base), DTYPES[size.dtype], CPU)
         self.stage.train()
         self.transform = logit_transform(self.stage.model.config)
@@ -144,22 +148,33 @@ class Variant:
 def config_of(keys: dict[str, Any], size: Size, base: Path) -> Config:
     """The configuration of a run with these keys; base and adapter in the size's dtype."""
     raw: dict[str, Any] = {
-        "model": str(base), "output_dir": str(base), "lora_rank": size.rank, "lora_alpha": float(size.rank), "epochs": 1,
-        "pipeline_stages": 1, "optimizer": {"type": "adamw_kahan", "lr": 1e-4},
-        "model_weight_dtype": size.dtype, "lora_weight_dtype": size.dtype,
-        "datasets": [{"dataset_type": "textfile", "dataset_path": "x.txt", "sequence_len": 64}], **keys,
-    }  # fmt: skip
-    return config_sources.validate({key: value for key, value in raw.items() if value is not None}, "benchmark")
+        "model": str(base),
+        "output_dir": str(base),
+        "lora_rank": size.rank,
+        "lora_alpha": float(size.rank),
+        "epochs": 1,
+        "pipeline_stages": 1,
+        "optimizer": {"type": "adamw_kahan", "lr": 1e-4},
+        "model_weight_dtype": size.dtype,
+        "lora_weight_dtype": size.dtype,
+        "datasets": [{"dataset_type": "textfile", "dataset_path": "x.txt", "sequence_len": 64}],
+        **keys,
+    }
+    return loading.validate({key: value for key, value in raw.items() if value is not None}, "benchmark")
 
 
 def save_base(size: Size, folder: Path) -> None:
     """A Llama with transformers' own random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.feed_forward,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.feed_forward,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         max_position_embeddings=4096,
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(config, dtype=DTYPES[size.dtype]).save_pretrained(folder)
 
 
@@ -227,8 +242,9 @@ def counted(variant: Variant, floor: Counts, size: Size) -> dict[str, Any]:
     found: dict[str, Any] = {
         "trained": sum(p.numel() for p in trained) / size.adapted,
         "trained_bytes": sum(t.numel() * t.element_size() for t in held) / size.adapted,
-        "kept_bytes_a_token": kept[0], "kept_bytes_a_micro_batch": kept[1],
-    }  # fmt: skip
+        "kept_bytes_a_token": kept[0],
+        "kept_bytes_a_micro_batch": kept[1],
+    }
     if floor.flops:
         work = beyond(at_both(flops, variant, size), floor.flops, size)
         found |= {"flops_a_token": work[0], "flops_a_micro_batch": work[1]}
@@ -271,13 +287,16 @@ def measure(size: Size, rounds: int) -> list[dict[str, Any]]:
     best = {name: min(seconds) for name, seconds in measured.items()}
     return [
         {
-            "variant": name, "seconds": best[name], "all_seconds": seconds,
+            "variant": name,
+            "seconds": best[name],
+            "all_seconds": seconds,
             "of_the_frozen_model": best[name] / best[floor_of(name)],
             "of_multiplicative_lora": best[name] / best["multiplicative_lora" + "".join(name.partition(", ")[1:])],
-            "start_s_a_module": made[name].start_s / size.adapted, **counts.get(name, {}),
+            "start_s_a_module": made[name].start_s / size.adapted,
+            **counts.get(name, {}),
         }
         for name, seconds in measured.items()
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from benchmarks.shapes import COMMAND_R, TINY, Ceilings, Shape, Work, kept_bytes
 from benchmarks.variants import HF, HF_CHECKPOINTING, ORACLE, name
 from benchmarks.worker import Worker, WorkerError
 from pipeline.console import UserError
-from pipeline.model.levels import Level
+from pipeline.model.memory.levels import Level
 
 WARM_UP, TIMED = 3, 5
 WALL_LIMIT_S = 570.0
@@ -56,18 +56,20 @@ def cases(shape: Shape) -> list[Case]:
         Case(name(every, "none"), step(shape, every, fused=False)),
         *(Case(name(level), step(shape, level)) for level in levels[1:]),
         Case(name(Level.INPUT, "none"), step(shape, Level.INPUT, fused=False)),
-        Case(name(Level.PROJECTIONS, on_host=True), step(shape, Level.PROJECTIONS),
-             kept_bytes(shape, Level.PROJECTIONS)),
-    ]  # fmt: skip
+        Case(
+            name(Level.PROJECTIONS, on_host=True), step(shape, Level.PROJECTIONS), kept_bytes(shape, Level.PROJECTIONS)
+        ),
+    ]
 
 
 def prediction(case: Case, shape: Shape, rates: Ceilings) -> dict[str, Any]:
     """The part of a row that is known before anything runs."""
     host = float(case.host_bytes) * shape.tokens * shape.layers
     return {
-        "variant": case.variant, "predicted_s": predicted_s(case.work, rates, host),
+        "variant": case.variant,
+        "predicted_s": predicted_s(case.work, rates, host),
         "gflop_per_token": case.work.flops(shape) / shape.tokens / 1e9,
-    }  # fmt: skip
+    }
 
 
 def run(case: Case, shape: Shape, device: str, rates: Ceilings, left_s: float) -> dict[str, Any]:
@@ -88,10 +90,14 @@ def run(case: Case, shape: Shape, device: str, rates: Ceilings, left_s: float) -
         return {**row, "reason": str(error)[-600:]}
     best = min(seconds)
     return {
-        **row, "seconds": best, "median_s": statistics.median(seconds), "all_seconds": seconds,
-        "tokens_per_s": shape.tokens / best, "flops_per_s": case.work.flops(shape) / best,
+        **row,
+        "seconds": best,
+        "median_s": statistics.median(seconds),
+        "all_seconds": seconds,
+        "tokens_per_s": shape.tokens / best,
+        "flops_per_s": case.work.flops(shape) / best,
         "measured_over_predicted": best / row["predicted_s"],
-    }  # fmt: skip
+    }
 
 
 def show(row: dict[str, Any], peer_s: float | None) -> None:
@@ -140,9 +146,13 @@ def main() -> int:
     shape = TINY if given.tiny else COMMAND_R
     shape = shape._replace(layers=given.layers or shape.layers, tokens=given.tokens or shape.tokens)
     settings: dict[str, Any] = {
-        "shape": shape._asdict(), "warm_up": WARM_UP, "timed": TIMED, "environment": ENVIRONMENT,
-        "optimizer_step": "excluded on both sides", "ours": "one process, no DeepSpeed",
-    }  # fmt: skip
+        "shape": shape._asdict(),
+        "warm_up": WARM_UP,
+        "timed": TIMED,
+        "environment": ENVIRONMENT,
+        "optimizer_step": "excluded on both sides",
+        "ours": "one process, no DeepSpeed",
+    }
     device = torch.device(given.device)
     if not given.skip_checks:
         settings["kernels"] = correctness.check(shape, device)

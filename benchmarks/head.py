@@ -192,8 +192,12 @@ def main() -> None:
                 f"{vocabulary:>10} {row['variant']:14} {row['seconds']:8.3f} {ratio:>6} {row['peak_mib']:9.0f}",
                 flush=True,
             )
-    settings = {"T": size.tokens, "D": size.hidden, "dtype": str(size.dtype).removeprefix("torch."),
-                "block_tokens": size.block}  # fmt: skip
+    settings = {
+        "T": size.tokens,
+        "D": size.hidden,
+        "dtype": str(size.dtype).removeprefix("torch."),
+        "block_tokens": size.block,
+    }
     print("written:", record.write("head_gpu" if label == "gpu" else "head", settings, rows, given.out))
 
 

@@ -30,9 +30,11 @@ TIMEOUT_S = 900
 def launch(request: dict[str, Any], threads: int) -> list[dict[str, Any]]:
     """What the two processes measured. UserError with the end of their output if they failed."""
     environment = {
-        **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request))
@@ -60,16 +62,20 @@ def compare(found: list[dict[str, Any]], micro_batches: int) -> dict[str, Any]:
     transfer = min(found[0]["transfer_s"])
     optimizer = max(min(facts["optimizer_s"]) for facts in found)
     row: dict[str, Any] = {
-        "micro_batches": micro_batches, "measured_s": min(found[0]["step_s"]), "transfer_s": transfer,
+        "micro_batches": micro_batches,
+        "measured_s": min(found[0]["step_s"]),
+        "transfer_s": transfer,
         "optimizer_s": optimizer,
-    }  # fmt: skip
+    }
     for condition in ("together", "alone"):
         forward, backward = stage_seconds(found, condition)
         simulated = simulate(forward, backward, transfer, micro_batches).step_s + optimizer
         row |= {
-            f"forward_s_{condition}": forward, f"backward_s_{condition}": backward,
-            f"simulated_s_{condition}": simulated, f"ratio_{condition}": row["measured_s"] / simulated,
-        }  # fmt: skip
+            f"forward_s_{condition}": forward,
+            f"backward_s_{condition}": backward,
+            f"simulated_s_{condition}": simulated,
+            f"ratio_{condition}": row["measured_s"] / simulated,
+        }
     return row
 
 
@@ -107,8 +113,13 @@ def main() -> None:
             flush=True,
         )
     print("(simulated from stage times with both processes at work; alone: with the other one idle)")
-    settings = {"shape": shape._asdict(), "cut": cut, "level": given.level, "rounds": given.rounds,
-                "threads_each": given.threads}  # fmt: skip
+    settings = {
+        "shape": shape._asdict(),
+        "cut": cut,
+        "level": given.level,
+        "rounds": given.rounds,
+        "threads_each": given.threads,
+    }
     print("written:", record.write("pipeline_schedule", settings, rows, given.out))
 
 

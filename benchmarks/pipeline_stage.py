@@ -21,13 +21,15 @@ from torch import Tensor
 
 from benchmarks import variants
 from benchmarks.shapes import Shape
-from pipeline.model import activation, adapters, fusion
-from pipeline.model.levels import Keeping, Level
+from pipeline.model.adapters import base as adapters
+from pipeline.model.fusion import apply as fusion
+from pipeline.model.memory import activation
+from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.objectives import language_modelling
-from pipeline.training import engine
-from pipeline.training.inner_optimizer import make_inner
-from pipeline.training.optimizer import PipelineOptimizer
+from pipeline.training.engine import engine
+from pipeline.training.optim.inner import make_inner
+from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 
 Objective = Callable[..., Tensor]
 
@@ -91,9 +93,14 @@ def build(shape: Shape, place: engine.Place, cut: int, level: Level) -> Stage:
 
 
 def stage_times(
-    stage: Stage, objective: Objective, shape: Shape, positions: Tensor, labels: tuple[Tensor, Tensor],
-    place: engine.Place, rounds: int,
-) -> dict[str, Any]:  # fmt: skip
+    stage: Stage,
+    objective: Objective,
+    shape: Shape,
+    positions: Tensor,
+    labels: tuple[Tensor, Tensor],
+    place: engine.Place,
+    rounds: int,
+) -> dict[str, Any]:
     """Seconds of forward and of backward, `rounds` each: 'together', 'alone'; and 'transfer_s', one way."""
     facts: dict[str, Any] = {}
     one = functools.partial(one_pass, stage, objective, shape, positions, labels)

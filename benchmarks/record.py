@@ -19,10 +19,15 @@ def machine() -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu,
-        "threads": torch.get_num_threads(), "load_average": os.getloadavg(), "python": platform.python_version(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
-    }  # fmt: skip
+    }
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@ V vocabulary, L layers, r rank; key width = d, as in Command-R. Frozen weights: 
 
 from typing import NamedTuple
 
-from pipeline.model.levels import Level
+from pipeline.model.memory.levels import Level
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Elementwise traffic of one layer in bytes per token and unit of d, bf16: counted at Command-R's dimensions, where an
@@ -99,9 +99,11 @@ def peer_step(shape: Shape, checkpointing: bool) -> Work:
     layer = 2 * (4 * d * d + 3 * d * shape.feed_forward) * T
     forward, backward = (x * T * d / COUNTED_AT for x in EAGER)
     return Work(
-        work.linear_flops + 2 * layer, work.attention_forwards + 1, work.attention_backwards + 1,
+        work.linear_flops + 2 * layer,
+        work.attention_forwards + 1,
+        work.attention_backwards + 1,
         work.elementwise_bytes + forward + backward,
-    )  # fmt: skip
+    )
 
 
 class Ceilings(NamedTuple):

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from benchmarks.shapes import Shape, kept_bytes
-from pipeline.model import activation, adapters, fusion
-from pipeline.model.host_arena import HostArena
-from pipeline.model.levels import Keeping, Level
+from pipeline.model.adapters import base as adapters
+from pipeline.model.fusion import apply as fusion
+from pipeline.model.memory import activation
+from pipeline.model.memory.host_arena import HostArena
+from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import DTYPES, Stage, logit_transform
 from pipeline.objectives import language_modelling
 
@@ -55,10 +57,18 @@ def tokens(shape: Shape, device: torch.device, length: int | None = None) -> Ten
 def model(shape: Shape, device: torch.device) -> PreTrainedModel:
     """A frozen Cohere model on `device` with transformers' own random weights, drawn in the shape's dtype."""
     config = CohereConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.feed_forward,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
-        max_position_embeddings=max(8192, shape.tokens), pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=max(8192, shape.tokens),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        use_cache=False,
+    )
     torch.manual_seed(SEED)
     with torch.device(device):
         made = AutoModelForCausalLM.from_config(config, dtype=DTYPES[shape.dtype], attn_implementation="sdpa")
@@ -82,9 +92,14 @@ def peer(shape: Shape, device: torch.device, checkpointing: bool, wide: bool = F
     if wide:
         base = base.float()
     config = peft.LoraConfig(
-        r=shape.rank, lora_alpha=shape.rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-        target_modules=["down_proj"], layers_to_transform=list(shape.adapted),
-    )  # fmt: skip
+        r=shape.rank,
+        lora_alpha=shape.rank,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=["down_proj"],
+        layers_to_transform=list(shape.adapted),
+    )
     wrapped = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     trained: dict[str, nn.Parameter] = {}
     for index in shape.adapted:
@@ -173,9 +188,7 @@ def stage_of(whole: PreTrainedModel, shape: Shape, first: int, end: int, kernels
     """Layers [first, end) with adapters of known values and `kernels`, ready for training."""
     targets = adapters.resolve_targets(whole, ["down_proj"], list(shape.adapted))
     stage = Stage(whole, first, end).train()
-    adapters.inject_multiplicative(
-        stage, targets, shape.rank, shape.rank, 0.0, next(whole.parameters()).dtype, SEED
-    )  # fmt: skip
+    adapters.inject_multiplicative(stage, targets, shape.rank, shape.rank, 0.0, next(whole.parameters()).dtype, SEED)
     found = trained_in(stage)
     for index in sorted({int(name.split(".")[0]) for name in found}):
         set_adapter(index, found[f"{index}.A"], found[f"{index}.B"])
@@ -217,6 +230,8 @@ VARIANTS: dict[str, Builder] = {
     ORACLE: functools.partial(peer, checkpointing=False, wide=True),
     **{
         name(level, label, on_host): functools.partial(ours, level=level, kernels=chosen, on_host=on_host)
-        for level in Level for label, chosen in kernel_sets().items() for on_host in (False, True)
+        for level in Level
+        for label, chosen in kernel_sets().items()
+        for on_host in (False, True)
     },
-}  # fmt: skip
+}

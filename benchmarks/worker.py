@@ -38,16 +38,25 @@ class Worker:
     """A variant's process. A context manager; the process ends with it."""
 
     def __init__(
-        self, variant: str, shape: Shape, device: str = "cpu", environment: dict[str, str] | None = None,
+        self,
+        variant: str,
+        shape: Shape,
+        device: str = "cpu",
+        environment: dict[str, str] | None = None,
         threads: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         request = json.dumps({"variant": variant, "shape": list(shape), "device": device})
         given = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads or os.cpu_count())}
         self._errors: list[str] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", request], cwd=ROOT, env={**given, **(environment or {})},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "benchmarks.worker", request],
+            cwd=ROOT,
+            env={**given, **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         threading.Thread(target=self._read_errors, daemon=True).start()
 
     def ask(self, timeout_s: float = 3600.0, **command: Any) -> dict[str, Any]:

@@ -32,44 +32,106 @@ COMMAND_R_LAYER = 2 * 2 * (4 * 8192**2 + 3 * 8192 * 22528)
 NOT_WRITTEN = "–: it is one already"
 FAMILIES = [
     Family(
-        "`multiplicative_lora`", "h' = h + s·B·A·h on a module's output h; W' = (I + s·B·A)·W",
-        "What a module writes: style, voice, habits. The default.", "PEANUT", "yes", "4, 8",
+        "`multiplicative_lora`",
+        "h' = h + s·B·A·h on a module's output h; W' = (I + s·B·A)·W",
+        "What a module writes: style, voice, habits. The default.",
+        "PEANUT",
+        "yes",
+        "4, 8",
     ),
     Family(
-        "`control_adapter`", "h' = h + Q·diag(e^S − 1)·Qᵀ·h, QᵀQ = I",
-        "The same, kept tame: orthogonal directions are amplified or weakened, never reversed, and −S undoes it.", "PEANUT",
-        "yes", "4, 8",
-    ),
-    Family("`lora`", "y' = y + s·B·A·x, s = alpha / R", "General use; every tool reads it.", "LORA", NOT_WRITTEN, "4, 8"),
-    Family("`lora`, `use_rslora`", "the same, s = alpha / √R", "Ranks above 64, whose steps would else be too small.", "LORA",
-           NOT_WRITTEN, "4, 8"),
-    Family("`moslora`", "y' = y + s·B·M·A·x, M [R, R]", "LoRA whose R parts are mixed freely.", "LORA, B·M for B", NOT_WRITTEN,
-           "4, 8"),
-    Family(
-        "`lora`, `use_dora`", "y' = m/‖W + s·B·A‖ ⊙ (W + s·B·A)·x", "Low ranks that should come nearer to full tuning.",
-        "LORA with magnitudes", "no", "4, 8", undone="no",
+        "`control_adapter`",
+        "h' = h + Q·diag(e^S − 1)·Qᵀ·h, QᵀQ = I",
+        "The same, kept tame: orthogonal directions are amplified or weakened, never reversed, and −S undoes it.",
+        "PEANUT",
+        "yes",
+        "4, 8",
     ),
     Family(
-        "`lora`, `init_lora_weights = 'pissa'`", "LoRA that starts as W's largest R singular directions and trains those",
-        "Short runs: the first steps go further.", "LORA of rank 2R over the original base", NOT_WRITTEN, "no",
+        "`lora`", "y' = y + s·B·A·x, s = alpha / R", "General use; every tool reads it.", "LORA", NOT_WRITTEN, "4, 8"
     ),
     Family(
-        "`lora`, `init_lora_weights = 'pissa_niter_4'`", "the same, the directions found by subspace iterations",
-        "PiSSA where a full SVD of every module takes too long.", "LORA of rank 2R over the original base", NOT_WRITTEN, "no",
+        "`lora`, `use_rslora`",
+        "the same, s = alpha / √R",
+        "Ranks above 64, whose steps would else be too small.",
+        "LORA",
+        NOT_WRITTEN,
+        "4, 8",
     ),
     Family(
-        "`lora`, `init_lora_weights = 'olora'`", "the same from W = Q·R, its first columns", "As PiSSA, started by a QR.",
-        "LORA of rank 2R over the original base", NOT_WRITTEN, "no",
+        "`moslora`",
+        "y' = y + s·B·M·A·x, M [R, R]",
+        "LoRA whose R parts are mixed freely.",
+        "LORA, B·M for B",
+        NOT_WRITTEN,
+        "4, 8",
     ),
-    Family("`ia3`", "a factor for each output, or (`feedforward_modules`) each input",
-           "The fewest numbers: many tasks, little data.", "IA3", "no", "4, 8"),
-    Family("`oft`", "W·R, R of orthogonal blocks of the input (Cayley, 5 terms)", "Keeping angles between neurons; few numbers.",
-           "OFT", "no", "4, 8"),
-    Family("`boft`", "diag(s)·W·R, exactly orthogonal blocks", "As OFT, exact; PEFT makes D_in × D_in matrices.",
-           "BOFT", "no", "4, 8"),
-    Family("`hra`", "W·H₁·…·H_R, reflections of the input", "Rotations at LoRA's cost, orthogonal however far they go.", "HRA",
-           "no", "no"),
-]  # fmt: skip
+    Family(
+        "`lora`, `use_dora`",
+        "y' = m/‖W + s·B·A‖ ⊙ (W + s·B·A)·x",
+        "Low ranks that should come nearer to full tuning.",
+        "LORA with magnitudes",
+        "no",
+        "4, 8",
+        undone="no",
+    ),
+    Family(
+        "`lora`, `init_lora_weights = 'pissa'`",
+        "LoRA that starts as W's largest R singular directions and trains those",
+        "Short runs: the first steps go further.",
+        "LORA of rank 2R over the original base",
+        NOT_WRITTEN,
+        "no",
+    ),
+    Family(
+        "`lora`, `init_lora_weights = 'pissa_niter_4'`",
+        "the same, the directions found by subspace iterations",
+        "PiSSA where a full SVD of every module takes too long.",
+        "LORA of rank 2R over the original base",
+        NOT_WRITTEN,
+        "no",
+    ),
+    Family(
+        "`lora`, `init_lora_weights = 'olora'`",
+        "the same from W = Q·R, its first columns",
+        "As PiSSA, started by a QR.",
+        "LORA of rank 2R over the original base",
+        NOT_WRITTEN,
+        "no",
+    ),
+    Family(
+        "`ia3`",
+        "a factor for each output, or (`feedforward_modules`) each input",
+        "The fewest numbers: many tasks, little data.",
+        "IA3",
+        "no",
+        "4, 8",
+    ),
+    Family(
+        "`oft`",
+        "W·R, R of orthogonal blocks of the input (Cayley, 5 terms)",
+        "Keeping angles between neurons; few numbers.",
+        "OFT",
+        "no",
+        "4, 8",
+    ),
+    Family(
+        "`boft`",
+        "diag(s)·W·R, exactly orthogonal blocks",
+        "As OFT, exact; PEFT makes D_in × D_in matrices.",
+        "BOFT",
+        "no",
+        "4, 8",
+    ),
+    Family(
+        "`hra`",
+        "W·H₁·…·H_R, reflections of the input",
+        "Rotations at LoRA's cost, orthogonal however far they go.",
+        "HRA",
+        "no",
+        "no",
+    ),
+]
 
 PAGE_TEXT = """\
 # Which adapter, and what it costs
@@ -77,7 +139,7 @@ PAGE_TEXT = """\
 Generated by `python -m docs.families` from `benchmarks/results/families.json`.
 
 A module's weight is W [D_out, D_in], its input x, its output h or y; A is R × D, B is D × R, R the rank, s = alpha / R. Papers
-and equations are named in `pipeline/model/adapters.py`, `control_adapter.py`, `lora_variants.py` and `input_families.py`.
+and equations are named in the modules of `pipeline/model/adapters/`.
 
 {families}
 *On disk*: the type in `adapter_config.json`, which stock PEFT loads. *Additive export*: whether `export_lora.py` makes a plain
@@ -138,10 +200,16 @@ def page(result: dict[str, Any]) -> str:
     over = [row for name, row in rows.items() if ", " in name and "trained" in row]
     frozen = rows["frozen"]["seconds"]
     return PAGE_TEXT.format(
-        families=families, settings=settings, costs=costs(plain), quantised=quantised(over),
-        nf4=rows["frozen, nf4"]["seconds"] / frozen, eight=rows["frozen, 8 bits"]["seconds"] / frozen,
-        large=12 * 8192 * 64 / 1e6, layer=COMMAND_R_LAYER / 1e9, narrow=size["hidden"],
-    )  # fmt: skip
+        families=families,
+        settings=settings,
+        costs=costs(plain),
+        quantised=quantised(over),
+        nf4=rows["frozen, nf4"]["seconds"] / frozen,
+        eight=rows["frozen, 8 bits"]["seconds"] / frozen,
+        large=12 * 8192 * 64 / 1e6,
+        layer=COMMAND_R_LAYER / 1e9,
+        narrow=size["hidden"],
+    )
 
 
 def costs(rows: list[dict[str, Any]]) -> str:
@@ -156,26 +224,37 @@ def costs(rows: list[dict[str, Any]]) -> str:
         "× multiplicative",
         "start, ms",
     )
-    return table(header, [
-        (
-            row["variant"], number(row["trained"]), f"{row['trained_bytes'] / 1000:.1f}",
-            parts(row["kept_bytes_a_token"], row["kept_bytes_a_micro_batch"]),
-            parts(row["flops_a_token"], row["flops_a_micro_batch"]), f"{row['of_the_frozen_model']:.2f}",
-            f"{row['of_multiplicative_lora']:.2f}", f"{1000 * row['start_s_a_module']:.1f}",
-        )
-        for row in rows
-    ])  # fmt: skip
+    return table(
+        header,
+        [
+            (
+                row["variant"],
+                number(row["trained"]),
+                f"{row['trained_bytes'] / 1000:.1f}",
+                parts(row["kept_bytes_a_token"], row["kept_bytes_a_micro_batch"]),
+                parts(row["flops_a_token"], row["flops_a_micro_batch"]),
+                f"{row['of_the_frozen_model']:.2f}",
+                f"{row['of_multiplicative_lora']:.2f}",
+                f"{1000 * row['start_s_a_module']:.1f}",
+            )
+            for row in rows
+        ],
+    )
 
 
 def quantised(rows: list[dict[str, Any]]) -> str:
     """A row per family and base."""
-    return table(("family, base", "kept, B/token", "step × frozen"), [
-        (
-            row["variant"], parts(row["kept_bytes_a_token"], row["kept_bytes_a_micro_batch"]),
-            f"{row['of_the_frozen_model']:.2f}",
-        )
-        for row in rows
-    ])  # fmt: skip
+    return table(
+        ("family, base", "kept, B/token", "step × frozen"),
+        [
+            (
+                row["variant"],
+                parts(row["kept_bytes_a_token"], row["kept_bytes_a_micro_batch"]),
+                f"{row['of_the_frozen_model']:.2f}",
+            )
+            for row in rows
+        ],
+    )
 
 
 def parts(a_token: float, once: float) -> str:

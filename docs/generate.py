@@ -3,7 +3,7 @@
     python -m docs.generate            writes both
     python -m docs.generate --check    exit code 1, naming the files that are not what would be written
 
-Takes the pydantic models of pipeline/config.py; gives text. Run it after changing a key, its default or its meaning.
+Takes the pydantic models of pipeline/config/schema.py; gives text. Run it after changing a key, its default or its meaning.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import config_sources
-from pipeline.config_refused import REFUSED
+from pipeline.config import loading
+from pipeline.config.qlora_pipe import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "configs" / "schema.json"
@@ -23,7 +23,7 @@ REFERENCE = ROOT / "docs" / "config.md"
 INTRODUCTION = """\
 # The configuration, key by key
 
-Generated from `pipeline/config.py` by `python -m docs.generate`; change it there. `configs/schema.json` says the same
+Generated from `pipeline/config/schema.py` by `python -m docs.generate`; change it there. `configs/schema.json` says the same
 to editors. Keys that are not in these tables are errors. Units and meaning follow qlora-pipe where it has the key.
 """
 DEEPSPEED_JSON = """\
@@ -52,7 +52,7 @@ TABLES = (
 
 def schema() -> str:
     """The text of configs/schema.json: the JSON Schema of a config file."""
-    return config_sources.schema()
+    return loading.schema()
 
 
 def config_reference() -> str:
@@ -62,7 +62,7 @@ def config_reference() -> str:
     for definition, title, note in TABLES:
         body = parsed if definition == "Config" else parsed["$defs"][definition]
         parts.append(f"## {title}\n\n{note}\n\n" + _table(("key", "type", "default", "meaning"), _key_rows(body)))
-    json_rows = ((f"`{theirs}`", f"`{ours}`") for theirs, ours in config_sources.JSON_KEYS.items())
+    json_rows = ((f"`{theirs}`", f"`{ours}`") for theirs, ours in loading.JSON_KEYS.items())
     parts.append(f"{DEEPSPEED_JSON}\n" + _table(("key in the JSON", "key here"), json_rows))
     refused_rows = (
         (f"`{key}`", ", ".join(f"`{json.dumps(value)}`" for value in harmless if type(value) is not float) or "–", why)

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import transformers
 
-from pipeline.config import Config
-from pipeline.training import planned, prepare
+from pipeline.config.schema import Config
+from pipeline.training.start import plan as planned
+from pipeline.training.start import prepare
 
 PLANS = Path(__file__).resolve().parent / "plans.md"
 
@@ -33,9 +34,16 @@ these GPUs; memory is counted from the code (docs/performance.md says how). The 
 
 COMMAND_R = transformers.CohereConfig()  # transformers' defaults are Command-R 35B's dimensions
 NEMO = transformers.MistralConfig(
-    hidden_size=5120, intermediate_size=14336, num_hidden_layers=40, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=128, vocab_size=131072, max_position_embeddings=131072, sliding_window=None,
-)  # fmt: skip
+    hidden_size=5120,
+    intermediate_size=14336,
+    num_hidden_layers=40,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=131072,
+    max_position_embeddings=131072,
+    sliding_window=None,
+)
 
 
 class Case(NamedTuple):
@@ -51,13 +59,22 @@ AUTO = {"activation_checkpointing": "auto", "kernels": "all"}
 CASES = [
     Case("2 × 24 GiB, a 12B model (Mistral Nemo's dimensions)", NEMO, "2x3090", AUTO),
     Case("2 × 24 GiB, Command-R 35B", COMMAND_R, "2x3090", AUTO),
-    Case("2 × 48 GiB, Command-R 35B, as the founding run had it", COMMAND_R, "2xA6000", {"activation_checkpointing": "unsloth"}),
+    Case(
+        "2 × 48 GiB, Command-R 35B, as the founding run had it",
+        COMMAND_R,
+        "2xA6000",
+        {"activation_checkpointing": "unsloth"},
+    ),
     Case("2 × 48 GiB, Command-R 35B, chosen by the planner", COMMAND_R, "2xA6000", AUTO),
-    Case("2 × 48 GiB, Command-R 35B, with 24 GiB of host memory", COMMAND_R, "2xA6000", {**AUTO, "host_memory_gib": 24.0}),
-    Case("2 × 48 GiB, Command-R 35B, with 64 GiB of host memory", COMMAND_R, "2xA6000", {**AUTO, "host_memory_gib": 64.0}),
+    Case(
+        "2 × 48 GiB, Command-R 35B, with 24 GiB of host memory", COMMAND_R, "2xA6000", {**AUTO, "host_memory_gib": 24.0}
+    ),
+    Case(
+        "2 × 48 GiB, Command-R 35B, with 64 GiB of host memory", COMMAND_R, "2xA6000", {**AUTO, "host_memory_gib": 64.0}
+    ),
     Case("1 × 80 GiB, Command-R 35B", COMMAND_R, "A100", AUTO),
     Case("1 × 80 GiB, Command-R 35B, with 64 GiB of host memory", COMMAND_R, "A100", {**AUTO, "host_memory_gib": 64.0}),
-]  # fmt: skip
+]
 
 
 def section(case: Case) -> str:
@@ -66,12 +83,23 @@ def section(case: Case) -> str:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         case.model.save_pretrained(folder)
         layers = case.model.num_hidden_layers
-        config = Config.model_validate({
-            "model": folder, "output_dir": folder, "lora_rank": 64, "lora_alpha": 64.0, "lora_weight_dtype": "bfloat16",
-            "layers_to_transform": f"0:{layers - 2}", "epochs": 1, "batch_size_tokens": 8192, "pipeline_stages": stages,
-            "gradient_accumulation_steps": 16, "optimizer": {"type": "adamw_kahan", "lr": 5e-6},
-            "datasets": [{"dataset_type": "textfile", "dataset_path": "books/*.txt", "sequence_len": 8192}], **case.keys,
-        })  # fmt: skip
+        config = Config.model_validate(
+            {
+                "model": folder,
+                "output_dir": folder,
+                "lora_rank": 64,
+                "lora_alpha": 64.0,
+                "lora_weight_dtype": "bfloat16",
+                "layers_to_transform": f"0:{layers - 2}",
+                "epochs": 1,
+                "batch_size_tokens": 8192,
+                "pipeline_stages": stages,
+                "gradient_accumulation_steps": 16,
+                "optimizer": {"type": "adamw_kahan", "lr": 5e-6},
+                "datasets": [{"dataset_type": "textfile", "dataset_path": "books/*.txt", "sequence_len": 8192}],
+                **case.keys,
+            }
+        )
         text = planned.in_full(config, prepare.plan_model(config), case.devices, None)
     keys = ", ".join(f"`{key} = {value!r}`" for key, value in case.keys.items())
     block = "\n".join(f"    {line}".rstrip() for line in text.splitlines())

@@ -32,9 +32,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 __all__ = [
-    "IGNORED", "LogitTransform", "Statistics",
-    "linear_cross_entropy", "linear_statistics", "reference", "tokens_per_block",
-]  # fmt: skip
+    "IGNORED",
+    "LogitTransform",
+    "Statistics",
+    "linear_cross_entropy",
+    "linear_statistics",
+    "reference",
+    "tokens_per_block",
+]
 
 BLOCK_TOKENS, BLOCK_BYTES = 1024, 512 * 2**20
 # The least that is added to a weight's gradient at a time, in elements: more would save no memory worth its launches.
@@ -59,9 +64,14 @@ def reference(
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor,
-    transform: LogitTransform = LogitTransform(), block_tokens: int | None = None, weights_N: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    transform: LogitTransform = LogitTransform(),
+    block_tokens: int | None = None,
+    weights_N: Tensor | None = None,
+) -> Tensor:
     """Negative log-likelihood per token, [N]; 0 for labels of −100. Differentiable in hidden, weight and bias.
 
     It is the label's negative log-probability: preference losses take −nll, and differentiate it. With `weights_N`,
@@ -85,9 +95,14 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def linear_statistics(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor,
-    transform: LogitTransform = LogitTransform(), top_k: int = 0, block_tokens: int | None = None,
-) -> Statistics:  # fmt: skip
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    transform: LogitTransform = LogitTransform(),
+    top_k: int = 0,
+    block_tokens: int | None = None,
+) -> Statistics:
     """Log-probability of the label, entropy, and the `top_k` most probable tokens, in one product; no gradient.
 
     Dtypes and block_tokens as for `linear_cross_entropy`. Raises ValueError where something does not fit, or for a
@@ -98,9 +113,11 @@ def linear_statistics(
         raise ValueError(f"linear_statistics: top_k {top_k} is not in 0 … {len(weight_VD)}, the vocabulary")
     n, options = len(hidden_ND), {"dtype": wide(hidden_ND), "device": hidden_ND.device}
     found = Statistics(
-        torch.empty(n, **options), torch.empty(n, **options), torch.empty(n, top_k, **options),
+        torch.empty(n, **options),
+        torch.empty(n, **options),
+        torch.empty(n, top_k, **options),
         torch.empty(n, top_k, dtype=torch.int64, device=hidden_ND.device),
-    )  # fmt: skip
+    )
     for part in parts(n, block):
         raw = linear(hidden_ND[part], weight_VD, bias_V)
         # The transform is monotone, so the most probable tokens are found among the raw logits.
@@ -132,9 +149,14 @@ def _checked_block(
 
 
 def _losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, block_tokens: int,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    transform: LogitTransform,
+    block_tokens: int,
     gradient: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """nll [N]; d nll / d hidden into `gradient` [N, D], if one is given."""
     nll = torch.empty(len(hidden), dtype=wide(hidden), device=hidden.device)
     for part in parts(len(hidden), block_tokens):
@@ -151,9 +173,14 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform,
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
         block_tokens: int,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         nll = _losses(hidden, weight, bias, labels, transform, block_tokens, gradient)
         ctx.save_for_backward(gradient)
@@ -174,9 +201,14 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform,
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
         block_tokens: int,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.transform, ctx.block_tokens = transform, block_tokens
         return _losses(hidden, weight, bias, labels, transform, block_tokens, None)

@@ -120,9 +120,7 @@ def pytorch_loss(
     return nll
 
 
-def pytorch_statistics(
-    logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def pytorch_statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
     """As `statistics`. A label that is no token raises what PyTorch's gather raises."""
     found = torch.empty(3, len(logits_nV), dtype=wide(logits_nV), device=logits_nV.device)
     for part in parts(len(logits_nV), max(1, ROWS_ELEMENTS // logits_nV.shape[1])):
@@ -190,9 +188,19 @@ if triton is not None:
 
     @triton.jit
     def _loss_kernel(
-        logits, labels, scale, nll, V, before, cap, after,
-        CAPPED: tl.constexpr, SCALED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ) -> None:  # fmt: skip
+        logits,
+        labels,
+        scale,
+        nll,
+        V,
+        before,
+        cap,
+        after,
+        CAPPED: tl.constexpr,
+        SCALED: tl.constexpr,
+        GRADIENT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ) -> None:
         """A program a row."""
         n = tl.program_id(0)
         row = logits + n.to(tl.int64) * V
@@ -257,9 +265,15 @@ def triton_loss(
         scale = None if scale_n is None else scale_n.contiguous()
         with torch.cuda.device_of(logits_nV):
             _loss_kernel[(len(logits_nV),)](
-                logits_nV, labels_n.contiguous(), scale, nll, *arguments,
-                SCALED=scale is not None, GRADIENT=wants_gradient, **constants,
-            )  # fmt: skip
+                logits_nV,
+                labels_n.contiguous(),
+                scale,
+                nll,
+                *arguments,
+                SCALED=scale is not None,
+                GRADIENT=wants_gradient,
+                **constants,
+            )
     return nll
 
 

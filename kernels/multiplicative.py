@@ -42,9 +42,16 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def reference(
-    gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product,
-    residual: Tensor | None = None, attention: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    product: Product,
+    residual: Tensor | None = None,
+    attention: Tensor | None = None,
+) -> Tensor:
     """The same through autograd, as the modules compute it."""
     h = linear(product(gate, up), weight)
     y = (h + linear(linear(h.to(A.dtype), A), B) * scaling).to(h.dtype)
@@ -52,9 +59,16 @@ def reference(
 
 
 def gated_down_proj(
-    gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product,
-    residual: Tensor | None = None, attention: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    product: Product,
+    residual: Tensor | None = None,
+    attention: Tensor | None = None,
+) -> Tensor:
     """y [..., D] for gate and up [..., F], plus residual and attention [..., D] where they are given, both or none.
 
     Differentiable in all but the frozen weight. `product(gate, up)` is m = act(gate)·up and must itself be
@@ -76,9 +90,17 @@ class _GatedDownProj(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, product: Product,
-        residual: Tensor | None, attention: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        product: Product,
+        residual: Tensor | None,
+        attention: Tensor | None,
+    ) -> Tensor:
         h = linear(product(gate, up), weight)
         z = linear(h.to(A.dtype), A)
         ctx.save_for_backward(gate, up, z, weight, A, B)
@@ -144,10 +166,24 @@ if triton is not None:
 
     @triton.jit
     def _epilogue_kernel(
-        h, z, B, residual, attention, y, N, D, R, scaling, B_row, B_column,
-        BLOCK_SUM: tl.constexpr, PRECISION: tl.constexpr,
-        TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_R: tl.constexpr,
-    ) -> None:  # fmt: skip
+        h,
+        z,
+        B,
+        residual,
+        attention,
+        y,
+        N,
+        D,
+        R,
+        scaling,
+        B_row,
+        B_column,
+        BLOCK_SUM: tl.constexpr,
+        PRECISION: tl.constexpr,
+        TILE_N: tl.constexpr,
+        TILE_D: tl.constexpr,
+        TILE_R: tl.constexpr,
+    ) -> None:
         """Program (columns, tokens). B_row and B_column are strides in elements; all else is dense.
 
         BLOCK_SUM: residual and attention are there.
@@ -182,8 +218,21 @@ def triton_epilogue(
     if y.numel():
         with torch.cuda.device_of(h):
             _epilogue_kernel[triton.cdiv(d, TILE_D), triton.cdiv(n, TILE_N)](
-                h, z, B, *others, y, n, d, rank, scaling, *B.stride(),
-                BLOCK_SUM=residual is not None, PRECISION="tf32" if narrow else "ieee",
-                TILE_N=TILE_N, TILE_D=TILE_D, TILE_R=TILE_R, num_warps=WARPS,
-            )  # fmt: skip
+                h,
+                z,
+                B,
+                *others,
+                y,
+                n,
+                d,
+                rank,
+                scaling,
+                *B.stride(),
+                BLOCK_SUM=residual is not None,
+                PRECISION="tf32" if narrow else "ieee",
+                TILE_N=TILE_N,
+                TILE_D=TILE_D,
+                TILE_R=TILE_R,
+                num_warps=WARPS,
+            )
     return y

@@ -157,10 +157,21 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        x, weight, y, mean, scale, n_groups, n_heads, K, eps,
-        CENTRED: tl.constexpr, PLUS_ONE: tl.constexpr, CAST_FIRST: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ) -> None:  # fmt: skip
+        x,
+        weight,
+        y,
+        mean,
+        scale,
+        n_groups,
+        n_heads,
+        K,
+        eps,
+        CENTRED: tl.constexpr,
+        PLUS_ONE: tl.constexpr,
+        CAST_FIRST: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ) -> None:
         """Program (tile, head): rows group·H + head for ROWS groups, so that all of them share one row of the weight."""
         head = tl.program_id(1)
         group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -185,10 +196,22 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        d_y, x, weight, mean, scale, d_x, d_weight, n_groups, n_heads, K,
-        CENTRED: tl.constexpr, PLUS_ONE: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ) -> None:  # fmt: skip
+        d_y,
+        x,
+        weight,
+        mean,
+        scale,
+        d_x,
+        d_weight,
+        n_groups,
+        n_heads,
+        K,
+        CENTRED: tl.constexpr,
+        PLUS_ONE: tl.constexpr,
+        WEIGHT_GRADIENT: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ) -> None:
         """Program (p, head): tiles p, p + P, … of that head's rows; its part of the weight's gradient is summed here."""
         head = tl.program_id(1)
         column = tl.arange(0, BLOCK)
@@ -249,10 +272,22 @@ def triton_forward(x: Tensor, weight: Tensor, form: NormForm) -> tuple[Tensor, .
     if x.numel():
         with torch.cuda.device_of(x):
             _forward_kernel[triton.cdiv(launch.groups, launch.rows), launch.heads](
-                x.contiguous(), weight.contiguous(), y, mean, scale, launch.groups, launch.heads, launch.k, form.eps,
-                CENTRED=form.centred, PLUS_ONE=form.plus_one, CAST_FIRST=form.cast_before_weight,
-                ROWS=launch.rows, BLOCK=launch.block, num_warps=launch.warps,
-            )  # fmt: skip
+                x.contiguous(),
+                weight.contiguous(),
+                y,
+                mean,
+                scale,
+                launch.groups,
+                launch.heads,
+                launch.k,
+                form.eps,
+                CENTRED=form.centred,
+                PLUS_ONE=form.plus_one,
+                CAST_FIRST=form.cast_before_weight,
+                ROWS=launch.rows,
+                BLOCK=launch.block,
+                num_warps=launch.warps,
+            )
     return (y, scale) if mean is None else (y, mean, scale)
 
 
@@ -269,9 +304,21 @@ def triton_backward(
     if x.numel():
         with torch.cuda.device_of(x):
             _backward_kernel[programs, launch.heads](
-                d_y.contiguous(), x.contiguous(), weight.contiguous(), statistics[0], statistics[-1], d_x, parts,
-                launch.groups, launch.heads, launch.k,
-                CENTRED=form.centred, PLUS_ONE=form.plus_one, WEIGHT_GRADIENT=wants_weight,
-                ROWS=launch.rows, BLOCK=launch.block, num_warps=launch.warps,
-            )  # fmt: skip
+                d_y.contiguous(),
+                x.contiguous(),
+                weight.contiguous(),
+                statistics[0],
+                statistics[-1],
+                d_x,
+                parts,
+                launch.groups,
+                launch.heads,
+                launch.k,
+                CENTRED=form.centred,
+                PLUS_ONE=form.plus_one,
+                WEIGHT_GRADIENT=wants_weight,
+                ROWS=launch.rows,
+                BLOCK=launch.block,
+                num_warps=launch.warps,
+            )
     return d_x, None if parts is None else parts.sum(0).to(weight.dtype)

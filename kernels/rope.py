@@ -140,10 +140,28 @@ if triton is not None:
 
     @triton.jit
     def _rotate_kernel(
-        x, out, cos, sin, T, n_heads, K,
-        x_b, x_h, x_t, out_b, out_h, out_t, cos_b, cos_t, sin_b, sin_t,
-        TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    ) -> None:  # fmt: skip
+        x,
+        out,
+        cos,
+        sin,
+        T,
+        n_heads,
+        K,
+        x_b,
+        x_h,
+        x_t,
+        out_b,
+        out_h,
+        out_t,
+        cos_b,
+        cos_t,
+        sin_b,
+        sin_t,
+        TRANSPOSED: tl.constexpr,
+        INTERLEAVED: tl.constexpr,
+        HEADS: tl.constexpr,
+        HALF: tl.constexpr,
+    ) -> None:
         """Program (token of a row, group of HEADS heads). x_b … sin_t are strides in elements."""
         token = tl.program_id(0).to(tl.int64)
         b, t = token // T, token % T
@@ -176,8 +194,20 @@ def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transp
     if x.numel():
         with torch.cuda.device_of(x):
             _rotate_kernel[n_rows * length, triton.cdiv(n_heads, heads)](
-                x, out, cos, sin, length, n_heads, k, *x.stride()[:3], *out.stride()[:3], *strides,
-                TRANSPOSED=transposed, INTERLEAVED=interleaved, HEADS=heads, HALF=half,
+                x,
+                out,
+                cos,
+                sin,
+                length,
+                n_heads,
+                k,
+                *x.stride()[:3],
+                *out.stride()[:3],
+                *strides,
+                TRANSPOSED=transposed,
+                INTERLEAVED=interleaved,
+                HEADS=heads,
+                HALF=half,
                 num_warps=8 if heads * half >= 2048 else 4,
-            )  # fmt: skip
+            )
     return out

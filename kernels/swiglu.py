@@ -194,7 +194,16 @@ def triton_gradients(d_m: Tensor, gate: Tensor, up: Tensor, activation: str) -> 
         d, g, u = _rows(d_m), _rows(gate), _rows(up)
         with torch.cuda.device_of(d_gate):
             _gradients_kernel[len(g), triton.cdiv(g.shape[1], BLOCK)](
-                d, g, u, d_gate, d_up, g.shape[1], d.stride(0), g.stride(0), u.stride(0),
-                ACTIVATION=activation, BLOCK=BLOCK,
-            )  # fmt: skip
+                d,
+                g,
+                u,
+                d_gate,
+                d_up,
+                g.shape[1],
+                d.stride(0),
+                g.stride(0),
+                u.stride(0),
+                ACTIVATION=activation,
+                BLOCK=BLOCK,
+            )
     return d_gate, d_up

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.artifacts import fold_check, fold_rows
+from pipeline.artifacts.fold import check as fold_check
+from pipeline.artifacts.fold import rows as fold_rows
 
 
 @pytest.fixture

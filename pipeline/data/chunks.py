@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.console import UserError, gib, progress, rank
-from pipeline.data import documents
-from pipeline.data.documents import Document
-from pipeline.data.encodings import Findings
-from pipeline.data.sources import Source, find
+from pipeline.data.reading import documents
+from pipeline.data.reading.documents import Document
+from pipeline.data.reading.encodings import Findings
+from pipeline.data.reading.sources import Source, find
 from pipeline.data.split import SEED, Streams, held_out_count
 from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
 from pipeline.data.tokenize import fingerprint, tokens
@@ -108,9 +108,15 @@ def _key(name: str, sources: list[Source], tokenizer: str, settings: list[Any]) 
 
 
 def _write(
-    path: Path, name: str, sources: list[Source], sequence_len: int, tokenizer: Any, marks: Marks,
-    held_out: float | int, join_lines: bool,
-) -> None:  # fmt: skip
+    path: Path,
+    name: str,
+    sources: list[Source],
+    sequence_len: int,
+    tokenizer: Any,
+    marks: Marks,
+    held_out: float | int,
+    join_lines: bool,
+) -> None:
     """Tokenise and cut into `path`, which appears when it is whole."""
     staging = path.with_name(f".staging-{path.name}")
     shutil.rmtree(staging, ignore_errors=True)  # a killed process's; no other can be at work here now

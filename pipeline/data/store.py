@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.console import UserError
-from pipeline.data.encodings import Findings
+from pipeline.data.reading.encodings import Findings
 from pipeline.files import write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
@@ -146,10 +146,17 @@ class ChunkWriter:
         self._chunks.close()
         self._documents.close()
         report = Report(
-            name=self.name, stream=self.stream, sequence_len=self.sequence_len, bos=self.bos, eos=self.eos,
-            tail_tokens=tail, largest_id=self.largest_id, sha256=self.content.hexdigest(),
-            findings=findings or Findings(), **self.counts,
-        )  # fmt: skip
+            name=self.name,
+            stream=self.stream,
+            sequence_len=self.sequence_len,
+            bos=self.bos,
+            eos=self.eos,
+            tail_tokens=tail,
+            largest_id=self.largest_id,
+            sha256=self.content.hexdigest(),
+            findings=findings or Findings(),
+            **self.counts,
+        )
         if not report.chunks:
             of_stream = "" if self.stream == "all" else f" held for '{self.stream}'"
             raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.documents import Document
+from pipeline.data.reading.documents import Document
 
 SEGMENT_CHARS = 2**17  # encoded at once; about 20 MB while it is
 WINDOW_CHARS = 2**11  # on each side of a cut

@@ -24,9 +24,23 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 # Weights in any format, and pickles. `adapter_config.json` would make transformers look for an adapter in the result.
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
-    ".onnx_data", ".npz", ".tflite", ".index.json",
-)  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".tflite",
+    ".index.json",
+)
 ADAPTER_CONFIG = "adapter_config.json"
 LEFT_OUT_NAMES = (ADAPTER_CONFIG,)
 

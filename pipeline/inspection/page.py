@@ -31,10 +31,15 @@ def page(inspection: Inspection) -> str:
     """The whole page."""
     title = shown(inspection.name)
     body = [
-        f"<h1>{title}</h1>", _facts(inspection), _notes(inspection),
-        *figures(inspection), _meanings(inspection), _overview(inspection),
-        "<h2>Module by module</h2>", *(_module(inspection, index) for index in range(len(inspection.modules))),
-    ]  # fmt: skip
+        f"<h1>{title}</h1>",
+        _facts(inspection),
+        _notes(inspection),
+        *figures(inspection),
+        _meanings(inspection),
+        _overview(inspection),
+        "<h2>Module by module</h2>",
+        *(_module(inspection, index) for index in range(len(inspection.modules))),
+    ]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
@@ -110,11 +115,13 @@ def _overview(inspection: Inspection) -> str:
         fires = "–" if module.firing is None else percent(float(module.firing.share_K.max()))
         cells = [
             f'<td class="left"><a href="#m{index}">{shown(short_name(module.name))}</a></td>',
-            f"<td>{number(found.norm)}</td>", f"<td>{effective_rank(found.gains_K):.1f} / {len(found.gains_K)}</td>",
-            f"<td>{determinant_in_words(found, inspection.kind)}</td>", f"<td>{number(found.subspace_overlap, 2)}</td>",
+            f"<td>{number(found.norm)}</td>",
+            f"<td>{effective_rank(found.gains_K):.1f} / {len(found.gains_K)}</td>",
+            f"<td>{determinant_in_words(found, inspection.kind)}</td>",
+            f"<td>{number(found.subspace_overlap, 2)}</td>",
             *([f"<td>{fires}</td>"] if inspection.text is not None else []),
             f'<td class="left">{effects_in_words(found, inspection.kind)}</td>',
-        ]  # fmt: skip
+        ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     fires_head = "<th>fires at most</th>" if inspection.text is not None else ""
     return (
@@ -135,8 +142,11 @@ def _module(inspection: Inspection, index: int) -> str:
     return (
         f'<details class="module" id="m{index}"{opened}><summary>{summary}</summary>'
         f'<p class="facts">{shown(module.name)}, s = {number(module.scaling, 6)}</p>'
-        + "".join(parts) + _gains(module) + _eigenvalues(inspection, module) + "</details>"
-    )  # fmt: skip
+        + "".join(parts)
+        + _gains(module)
+        + _eigenvalues(inspection, module)
+        + "</details>"
+    )
 
 
 def _direction(inspection: Inspection, module: Module, direction: Direction) -> str:

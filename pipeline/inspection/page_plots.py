@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from html import escape
 
-from pipeline.inspection import plots
-from pipeline.inspection.plots import Point
+from pipeline import plots
 from pipeline.inspection.reading import Inspection, Module
 from pipeline.inspection.spectrum import effective_rank, effects
 from pipeline.inspection.tokens import printable
 from pipeline.inspection.words import ORDER, number, short_name
+from pipeline.plots import Point
 
 ZOOM_BELOW = 0.5  # largest |λ| up to which the plane is shown a second time, just around the eigenvalues
 MOST_MODULES = 100  # in the table of shades
@@ -21,10 +21,15 @@ def figures(inspection: Inspection) -> list[str]:
     keys = " ".join(_key(f"s{i % plots.COLOURS}", name) for i, name in enumerate(series)) if len(series) > 1 else ""
     drawings = [
         (_by_layer(series, lambda m: [m.spectrum.norm], "‖sBA‖₂", lines=True), "The largest gain of each module."),
-        (_by_layer(series, lambda m: m.spectrum.gains_K.tolist(), "gain", log=True), "All gains, the singular values of s·B·A."),
-        (_by_layer(series, lambda m: [effective_rank(m.spectrum.gains_K)], "effective rank", lines=True),
-         "How many directions share a module's work."),
-    ]  # fmt: skip
+        (
+            _by_layer(series, lambda m: m.spectrum.gains_K.tolist(), "gain", log=True),
+            "All gains, the singular values of s·B·A.",
+        ),
+        (
+            _by_layer(series, lambda m: [effective_rank(m.spectrum.gains_K)], "effective rank", lines=True),
+            "How many directions share a module's work.",
+        ),
+    ]
     if inspection.kind == "multiplicative_lora":
         drawings += _planes(inspection)
     known = inspection.hand_overs_NN.nan_to_num()
@@ -50,8 +55,13 @@ def _series(inspection: Inspection) -> dict[str, list[Module]]:
 
 
 def _by_layer(
-    series: dict[str, list[Module]], values: Callable[[Module], list[float]], name: str, *, log: bool = False, lines: bool = False
-) -> str:  # fmt: skip
+    series: dict[str, list[Module]],
+    values: Callable[[Module], list[float]],
+    name: str,
+    *,
+    log: bool = False,
+    lines: bool = False,
+) -> str:
     points = {
         which: [
             Point(float(module.layer or 0), value, f"{short_name(module.name)}: {name} {number(value)}")

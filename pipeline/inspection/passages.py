@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.console import UserError
-from pipeline.data.encodings import Findings, file_text
-from pipeline.data.rows import check_ids
+from pipeline.data.reading.document_rows import check_ids
+from pipeline.data.reading.encodings import Findings, file_text
 
 ROW_TOKENS = 1024  # the model sees no further back than this
 CHARS_A_TOKEN = 16  # read at most this many characters a token asked for: few languages have longer tokens on average

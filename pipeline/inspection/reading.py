@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts.adapter_files import Adapter, Kind
+from pipeline.artifacts.adapter.write import Adapter, Kind
 from pipeline.console import UserError, progress
 from pipeline.formats.base_model import Base
 from pipeline.inspection.firing import Firing, fire
@@ -85,9 +85,16 @@ def kind_without_base(adapter: Adapter, asked: Kind | None) -> Kind:
 
 
 def read(
-    adapter: Adapter, kind: Kind, *, base: Base | None, tokenizer: Any, text: Text | None, directions: int,
-    device: torch.device, dtype: torch.dtype,
-) -> Inspection:  # fmt: skip
+    adapter: Adapter,
+    kind: Kind,
+    *,
+    base: Base | None,
+    tokenizer: Any,
+    text: Text | None,
+    directions: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Inspection:
     """Read `adapter`, the tokens and passages for its `directions` leading directions in each module.
 
     `tokenizer`: the base's, with `base`. `text` needs both; the base runs over it in `dtype` on `device`.
@@ -112,16 +119,26 @@ def read(
         firings = fire(str(base.folder), text, spectra, kept=directions, device=device, dtype=dtype)
     modules = tuple(
         Module(
-            name, _layer(name), pair.scaling, pair.origin, spectra[name], firings.get(name),
+            name,
+            _layer(name),
+            pair.scaling,
+            pair.origin,
+            spectra[name],
+            firings.get(name),
             _directions(name, spectra[name], firings.get(name), pointed, directions),
         )
         for name, pair in adapter.pairs.items()
-    )  # fmt: skip
+    )
     return Inspection(
-        adapter.folder.resolve().name, kind, adapter.base_model, modules,
-        hand_overs(list(spectra.values()), [module.layer for module in modules]), text, label,
+        adapter.folder.resolve().name,
+        kind,
+        adapter.base_model,
+        modules,
+        hand_overs(list(spectra.values()), [module.layer for module in modules]),
+        text,
+        label,
         tuple(_notes(adapter, kind, modules, base)),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -162,11 +179,15 @@ def _directions(
     overlaps = found.overlaps_K
     return tuple(
         Direction(
-            k, float(found.gains_K[k]), None if overlaps is None else float(overlaps[k]),
-            pointed.detectors.get((name, k)), pointed.responses.get((name, k)), _passages(firing, k),
+            k,
+            float(found.gains_K[k]),
+            None if overlaps is None else float(overlaps[k]),
+            pointed.detectors.get((name, k)),
+            pointed.responses.get((name, k)),
+            _passages(firing, k),
         )
         for k in range(_shown(found, directions))
-    )  # fmt: skip
+    )
 
 
 def _passages(firing: Firing | None, number: int) -> tuple[Passage, ...]:

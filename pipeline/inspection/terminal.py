@@ -75,9 +75,14 @@ def _table(*columns: tuple[str, bool]) -> Table:
 
 def _modules_table(inspection: Inspection) -> Table:
     table = _table(
-        ("layer, module", False), ("‖sBA‖₂", True), ("rank", True), ("gains", False), ("det", True), ("overlap", True),
+        ("layer, module", False),
+        ("‖sBA‖₂", True),
+        ("rank", True),
+        ("gains", False),
+        ("det", True),
+        ("overlap", True),
         ("what it does", False),
-    )  # fmt: skip
+    )
     for module in inspection.modules:
         found = module.spectrum
         gains = "  ".join(number(gain, 2) for gain in found.gains_K[:4].tolist())
@@ -99,9 +104,16 @@ def _points(direction: Direction) -> bool:
 
 def _directions_table(inspection: Inspection) -> Table:
     table = _table(
-        ("layer, module", False), ("#", True), ("gain", True), ("cos", True), ("", False), ("σ", True),
-        ("detector looks for", False), ("σ", True), ("response writes", False),
-    )  # fmt: skip
+        ("layer, module", False),
+        ("#", True),
+        ("gain", True),
+        ("cos", True),
+        ("", False),
+        ("σ", True),
+        ("detector looks for", False),
+        ("σ", True),
+        ("response writes", False),
+    )
     for module in inspection.modules:
         for direction in module.directions:
             if not _points(direction):
@@ -130,19 +142,28 @@ def _print_firing(console: Console, inspection: Inspection, text: Text) -> None:
     console.print(f"\n{printable(text.name)}: {len(text.pieces):,} tokens{whole}, the base model without the adapter")
     console.print()
     table = _table(
-        ("layer, module", False), ("#", True), ("gain", True), ("fires", True), ("mean", True), ("largest", True),
+        ("layer, module", False),
+        ("#", True),
+        ("gain", True),
+        ("fires", True),
+        ("mean", True),
+        ("largest", True),
         ("where it fires most; the token in ⟦ ⟧", False),
-    )  # fmt: skip
+    )
     for module in inspection.modules:
         for direction in module.directions:
             if module.firing is None:
                 continue
             k = direction.number
             table.add_row(
-                Line(printable(short_name(module.name)) if k == 0 else ""), str(k + 1), number(direction.gain),
-                percent(float(module.firing.share_K[k])), number(float(module.firing.mean_K[k]), 2),
-                number(float(module.firing.largest_K[k]), 2), Line(_passage(text, module, direction)),
-            )  # fmt: skip
+                Line(printable(short_name(module.name)) if k == 0 else ""),
+                str(k + 1),
+                number(direction.gain),
+                percent(float(module.firing.share_K[k])),
+                number(float(module.firing.mean_K[k]), 2),
+                number(float(module.firing.largest_K[k]), 2),
+                Line(_passage(text, module, direction)),
+            )
     console.print(table)
     console.print(
         f"fires: share of tokens with |cos(detector, h)| above 4/√D = {threshold:.3g}, h the module's output. mean, largest: of "

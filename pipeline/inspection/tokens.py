@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts.adapter_files import Kind
+from pipeline.artifacts.adapter.write import Kind
 from pipeline.console import UserError, progress
 from pipeline.formats.base_model import EMBEDDING, HEAD, Base, head_of
 from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
@@ -28,8 +28,18 @@ BLOCK_ITEMS = 2**24  # 64 MiB in fp32
 # stream, and whose input is the (normed) stream. Of other modules no vector is a direction of it.
 WRITERS = ("o_proj", "down_proj", "out_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "wo")
 READERS = (
-    "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "gate_proj", "up_proj", "gate_up_proj", "fc1", "w1", "w3",
-)  # fmt: skip
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "query_key_value",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "fc1",
+    "w1",
+    "w3",
+)
 
 Label = Callable[[int], str]
 
@@ -82,7 +92,7 @@ def lens(base: Base) -> Lens:
     Raises UserError where there is no head, it is not a floating-point matrix, or transformers cannot build the model.
     """
     from pipeline.kernels.norm import layer_norm
-    from pipeline.model.probe import norm_form
+    from pipeline.model.fusion.probe import norm_form
     from pipeline.model.stage import empty_model, read_model_config
 
     head = _head(base)

@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.artifacts.adapter_files import Kind
+from pipeline.artifacts.adapter.write import Kind
 from pipeline.inspection.spectrum import Effect, Spectrum, effects, turn_degrees
 from pipeline.inspection.tokens import Label, TokenScores
 

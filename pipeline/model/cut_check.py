@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
-from pipeline.model.adapters import trainable
+from pipeline.model.adapters.base import trainable
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.model.unsupported import named
@@ -39,8 +39,9 @@ def check(
     except NoCopyError as error:
         what = f"model_type '{kind}': no tiny copy of it can be run to try out how it trains ({error})"
         if len(ranges) > 1:
-            raise UserError(f"{what}, and stages that compute something else would train in silence; "
-                            "use pipeline_stages = 1") from error  # fmt: skip
+            raise UserError(
+                f"{what}, and stages that compute something else would train in silence; use pipeline_stages = 1"
+            ) from error
         warn(f"{what}; what is wrong with it, if anything is, shows in training")
         return
     _check_cut(whole, logits, ranges)

@@ -43,9 +43,14 @@ def mean_hidden_states(
         into[index] = into[index] + total if index in into else total
 
     run_layerwise(
-        folder, [row for rows in sets for row in rows], modules=names.__contains__, tap=add,
-        layers_at_once=layers_at_once, device=device, dtype=dtype,
-    )  # fmt: skip
+        folder,
+        [row for rows in sets for row in rows],
+        modules=names.__contains__,
+        tap=add,
+        layers_at_once=layers_at_once,
+        device=device,
+        dtype=dtype,
+    )
     return [
         {index: total / count for index, total in by_layer.items()}
         for by_layer, count in zip(sums, counts, strict=True)

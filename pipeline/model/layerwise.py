@@ -62,9 +62,16 @@ def run_layerwise(
 
 
 def _run_group(
-    folder: str, config: PretrainedConfig, layers: range, states: list[Tensor], modules: Callable[[str], bool], tap: Tap,
-    device: torch.device, dtype: torch.dtype, advance: Callable[[int], None],
-) -> None:  # fmt: skip
+    folder: str,
+    config: PretrainedConfig,
+    layers: range,
+    states: list[Tensor],
+    modules: Callable[[str], bool],
+    tap: Tap,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> None:
     """Load `layers` and replace each of `states` by what they make of it. The weights go when this returns."""
     stage = _headless_stage(empty_model(config, dtype, None), layers)
     load(stage, folder, dtype, device)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from pipeline.console import UserError
-from pipeline.model.packed import saved_bytes
+from pipeline.model.quantized import saved_bytes
 
 
 class Costs(NamedTuple):
@@ -27,8 +27,17 @@ class Costs(NamedTuple):
     head_bytes: int
 
 
-def costs(base: nn.Module, head: nn.Module, *, first_adapted: int | None, recompute: bool, sequence_len: int, key_width: float,
-          active_share_of_experts: float = 1.0, in_full: Collection[nn.Parameter] = ()) -> Costs:  # fmt: skip
+def costs(
+    base: nn.Module,
+    head: nn.Module,
+    *,
+    first_adapted: int | None,
+    recompute: bool,
+    sequence_len: int,
+    key_width: float,
+    active_share_of_experts: float = 1.0,
+    in_full: Collection[nn.Parameter] = (),
+) -> Costs:
     """Count from the modules' shapes (`meta` tensors do).
 
     `first_adapted`: index of the first layer that runs backward, for an adapter's sake or for that of what is trained

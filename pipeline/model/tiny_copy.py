@@ -33,10 +33,17 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")
 
 # What shrinks, from the smallest copy to the largest.
 ATTEMPTS = (
-    ("hidden", "heads", "widths", "experts", "windows"), ("heads", "widths", "experts", "windows"),
-    ("heads", "widths", "experts"), ("heads", "widths"), ("widths", "experts", "windows"), ("widths", "experts"),
-    ("heads", "experts"), ("experts",), ("heads",), (),
-)  # fmt: skip
+    ("hidden", "heads", "widths", "experts", "windows"),
+    ("heads", "widths", "experts", "windows"),
+    ("heads", "widths", "experts"),
+    ("heads", "widths"),
+    ("widths", "experts", "windows"),
+    ("widths", "experts"),
+    ("heads", "experts"),
+    ("experts",),
+    ("heads",),
+    (),
+)
 
 
 class NoCopyError(Exception):

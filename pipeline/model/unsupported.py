@@ -16,7 +16,7 @@ from pipeline.console import UserError
 from pipeline.foreign import printable
 
 ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")  # the keys of their weights
-MACHINE = (MemoryError, torch.OutOfMemoryError, OSError)  # what lacks is the machine's, and failures.py says it
+MACHINE = (MemoryError, torch.OutOfMemoryError, OSError)  # what lacks is the machine's, and run/errors.py says it
 
 
 def reason(error: BaseException | None) -> str:

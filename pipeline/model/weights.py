@@ -1,7 +1,7 @@
 """Base weights: from safetensors into a stage, one tensor at a time, only the stage's own.
 
 Takes a stage whose parameters are on `meta` and a model folder; fills the parameters on the device in the given dtype.
-A layer that packs its weight (quantization.py) is given it as soon as it is read. No process ever holds a weight that
+A layer that packs its weight (model/quantized_bnb.py) is given it as soon as it is read. No process ever holds a weight that
 its stage does not own.
 """
 
@@ -20,7 +20,7 @@ from pipeline.console import UserError, progress, said_if_slow
 from pipeline.foreign import printable
 from pipeline.formats.base_model import HEAD, Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
-from pipeline.model.packed import Foreseen, Packs
+from pipeline.model.quantized import Foreseen, Packs
 from pipeline.model.stage import Stage, tied_head
 
 SMALL = 2**29  # bytes of weights that need no progress bar
@@ -131,9 +131,12 @@ def source_of(name: str, model: PreTrainedModel, base: Base) -> StoredTensor | N
 
 
 def _load_by_name(
-    model: PreTrainedModel, wanted: dict[str, Any], sources: dict[str, StoredTensor], dtype: torch.dtype,
+    model: PreTrainedModel,
+    wanted: dict[str, Any],
+    sources: dict[str, StoredTensor],
+    dtype: torch.dtype,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     """Read what each name takes, in the order in which it lies in the files; one tensor is in memory at a time."""
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     total = sum(stored.n_bytes for stored in sources.values())
@@ -201,7 +204,7 @@ def _load_converted(stage: Stage, base: Base, device: torch.device, missing: lis
     """Checkpoints stored under other names or shapes than the model's (experts one by one): transformers' own conversion.
 
     Uses transformers' loader with lazy slices of the tensors of this stage's layers. Written for transformers 5.24,
-    which has no public function for a part of a model; `tests/test_weights.py` covers it with a mixture of experts.
+    which has no public function for a part of a model; `tests/model/test_weights.py` covers it with a mixture of experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model

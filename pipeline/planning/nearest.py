@@ -33,9 +33,15 @@ class _Try(NamedTuple):
 
 
 def nearest(
-    cost_of: Callable[[int], ModelCost], device_bytes: int, rates: Rates, shape: Shape, host_bytes: int, *,
-    max_host_bytes: int, chosen_already: bool,
-) -> Nearest | None:  # fmt: skip
+    cost_of: Callable[[int], ModelCost],
+    device_bytes: int,
+    rates: Rates,
+    shape: Shape,
+    host_bytes: int,
+    *,
+    max_host_bytes: int,
+    chosen_already: bool,
+) -> Nearest | None:
     """The first that fits of: what is kept and each stage's layers chosen; host memory up to `max_host_bytes`; more stages
     of the same devices; half the tokens of a micro-batch, a quarter, …. None where nothing does.
 

@@ -7,7 +7,7 @@ bytes of activations are per token (of one micro-batch); weights are bytes.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pipeline.model.levels import Keeping, Level
+from pipeline.model.memory.levels import Keeping, Level
 
 
 class Work(NamedTuple):

@@ -34,10 +34,13 @@ def measure(device: torch.device, products: Sequence[tuple[int, int]], tokens: i
     n_bytes = COPY_BYTES if on_gpu else CPU_COPY_BYTES
     out = _copy_rate(device, n_bytes, to_host=True)
     return Rates(
-        flops_per_s=_gemm_rate(device, products, rows, dtype), memory_bytes_per_s=_memory_rate(device, n_bytes, dtype),
-        copy_out_bytes_per_s=out, copy_in_bytes_per_s=_copy_rate(device, n_bytes, to_host=False), link_bytes_per_s=out,
+        flops_per_s=_gemm_rate(device, products, rows, dtype),
+        memory_bytes_per_s=_memory_rate(device, n_bytes, dtype),
+        copy_out_bytes_per_s=out,
+        copy_in_bytes_per_s=_copy_rate(device, n_bytes, to_host=False),
+        link_bytes_per_s=out,
         source=f"measured here, on {torch.cuda.get_device_name(device) if on_gpu else 'the CPU'}",
-    )  # fmt: skip
+    )
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, repetitions: int = REPETITIONS) -> float:

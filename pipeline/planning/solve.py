@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pipeline.console import UserError
-from pipeline.model.levels import Keeping, Level
+from pipeline.model.memory.levels import Keeping, Level
+from pipeline.planning.cut import Choice, Ranges, best_split, undominated
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, StagePlan
-from pipeline.planning.split import Choice, Ranges, best_split, undominated
-from pipeline.planning.stages import (
+from pipeline.planning.stage_cost import (
     compute_seconds,
     copied,
     embedding_bytes,
@@ -38,7 +38,7 @@ from pipeline.planning.stages import (
     update_bytes,
     weights_of,
     working_bytes,
-)  # fmt: skip
+)
 from pipeline.planning.timeline import simulate
 
 # A front with more points keeps the fastest in each of so many equal parts of its range of bytes: off by less than a part.
@@ -89,9 +89,15 @@ class _Placement(NamedTuple):
 
 
 def solve(
-    model: ModelCost, devices: list[int], rates: Rates, shape: Shape, host_bytes: int, *,
-    ranges: Ranges | None = None, keeping: Keeping | None = None,
-) -> Plan:  # fmt: skip
+    model: ModelCost,
+    devices: list[int],
+    rates: Rates,
+    shape: Shape,
+    host_bytes: int,
+    *,
+    ranges: Ranges | None = None,
+    keeping: Keeping | None = None,
+) -> Plan:
     """The fastest plan that fits; where none does, the one that exceeds the devices' memory least, with `fits` False.
 
     devices: usable bytes of each stage's device. host_bytes: for kept tensors, of all stages together. ranges: the layers
@@ -138,8 +144,9 @@ def _plan(search: "_Search", found: list[tuple[int, int, Choice]], fits: bool) -
 class _Search:
     """The choices of each stage. Fronts and choices are kept: ranges of like layers have the same."""
 
-    def __init__(self, model: ModelCost, devices: list[int], rates: Rates, shape: Shape, host_bytes: int,
-                 keeping: Keeping | None) -> None:  # fmt: skip
+    def __init__(
+        self, model: ModelCost, devices: list[int], rates: Rates, shape: Shape, host_bytes: int, keeping: Keeping | None
+    ) -> None:
         self.model, self.devices, self.rates, self.shape = model, devices, rates, shape
         self.host_bytes, self.keeping = host_bytes, keeping
         kinds, classes = _numbered(model.layers), _numbered([layer.levels for layer in model.layers])
@@ -162,8 +169,15 @@ class _Search:
 
     def _kept_choices(self, stage: int, first: int, end: int, of: Callable[..., Iterator[Choice]]) -> list[Choice]:
         trained = self.model.first_trained
-        key = (of.__name__, stage, first == 0, end == len(self.model.layers), first > trained, end > trained,
-               tuple(self.kind_of[first:end]))  # fmt: skip
+        key = (
+            of.__name__,
+            stage,
+            first == 0,
+            end == len(self.model.layers),
+            first > trained,
+            end > trained,
+            tuple(self.kind_of[first:end]),
+        )
         if key not in self._choices:
             self._choices[key] = undominated(of(stage, first, end))
         return self._choices[key]
@@ -243,12 +257,14 @@ class _Search:
             fewer = self._front(floor, (*counts[:last], counts[last] - 1, *counts[last + 1 :]))
             ways = [
                 (level, cost.kept_bytes, self._again_s[last][level])
-                for level, cost in sorted(self.classes[last].items(), reverse=True) if level >= floor
-            ]  # fmt: skip
+                for level, cost in sorted(self.classes[last].items(), reverse=True)
+                if level >= floor
+            ]
             points = [
                 Point(p.kept + kept, p.seconds + again_s, (last, level, p.chosen))
-                for level, kept, again_s in ways for p in fewer
-            ]  # fmt: skip
+                for level, kept, again_s in ways
+                for p in fewer
+            ]
             self._fronts[floor, counts] = _front_of(points)
         return self._fronts[floor, counts]
 

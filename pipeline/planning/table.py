@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from pipeline.console import duration, gib
-from pipeline.model.levels import Keeping, Level
+from pipeline.model.memory.levels import Keeping, Level
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, StagePlan
 
 GIB = 2**30
@@ -26,9 +26,16 @@ WORDS = {
 
 
 def describe(
-    plan: Plan, model: ModelCost, shape: Shape, rates: Rates, *, device_names: Sequence[str], total_steps: int | None,
-    replicas: int = 1, nearest: str | None = None,
-) -> str:  # fmt: skip
+    plan: Plan,
+    model: ModelCost,
+    shape: Shape,
+    rates: Rates,
+    *,
+    device_names: Sequence[str],
+    total_steps: int | None,
+    replicas: int = 1,
+    nearest: str | None = None,
+) -> str:
     """The plan in full.
 
     device_names: one for each stage. total_steps: optimizer steps of the run, None where that is not known. replicas:
@@ -84,11 +91,21 @@ def _table(plan: Plan, device_names: Sequence[str]) -> str:
         ]
     ]
     for stage, (s, name) in enumerate(zip(plan.stages, device_names, strict=True)):
-        rows.append([
-            str(stage), _span(s.first, s.end - 1), name, _in_gib(s.weight_bytes), _in_gib(s.trained_bytes),
-            f"{_in_gib(s.activation_bytes)} ({s.in_flight} ×)", _in_gib(s.working_bytes), _in_gib(s.update_bytes),
-            _in_gib(s.total_bytes), _in_gib(s.headroom_bytes), _in_gib(s.host_bytes),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(stage),
+                _span(s.first, s.end - 1),
+                name,
+                _in_gib(s.weight_bytes),
+                _in_gib(s.trained_bytes),
+                f"{_in_gib(s.activation_bytes)} ({s.in_flight} ×)",
+                _in_gib(s.working_bytes),
+                _in_gib(s.update_bytes),
+                _in_gib(s.total_bytes),
+                _in_gib(s.headroom_bytes),
+                _in_gib(s.host_bytes),
+            ]
+        )
     note = (
         "GiB at the schedule's peak. Activations: kept tensors of the micro-batches in flight (×) and hidden states passed on. "
         "Working: the largest pass of a layer, or the head's block of logits, and buffers for what comes from the host. "
@@ -128,12 +145,19 @@ def _figures(plan: Plan, shape: Shape, total_steps: int | None, replicas: int) -
         ["a step", f"{duration(plan.step_s)} for {tokens:,} tokens".replace(",", " ")],
         ["tokens per second", f"{plan.tokens_per_s * replicas:.4g}"],
         ["bubble", f"{plan.bubble:.1%} of the stages' time is waiting"],
-        ["a micro-batch", "; ".join(
-            f"stage {i}: {s.forward_s:.3g} s forward, {s.backward_s:.3g} s backward" for i, s in enumerate(plan.stages)
-        )],
-        ["GFLOP per token", f"{plan.flops / 1e9:.4g}, {plan.flops / plan.least_flops:.2f} × the exact minimum of "
-                            f"{plan.least_flops / 1e9:.4g}"],
-    ]  # fmt: skip
+        [
+            "a micro-batch",
+            "; ".join(
+                f"stage {i}: {s.forward_s:.3g} s forward, {s.backward_s:.3g} s backward"
+                for i, s in enumerate(plan.stages)
+            ),
+        ],
+        [
+            "GFLOP per token",
+            f"{plan.flops / 1e9:.4g}, {plan.flops / plan.least_flops:.2f} × the exact minimum of "
+            f"{plan.least_flops / 1e9:.4g}",
+        ],
+    ]
     if total_steps is not None:
         whole = f"{duration(plan.step_s * total_steps)} ({plan.step_s * total_steps / 3600:.3g} h)"
         rows.append(["the run", f"{whole} for {total_steps} steps, without evaluation and saving"])

@@ -91,9 +91,12 @@ def instructions(stage: int, stages: int, micro_batches: int, first_trained_stag
 
 
 def simulate(
-    forward_s: Sequence[float], backward_s: Sequence[float], link_s: float, micro_batches: int,
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    link_s: float,
+    micro_batches: int,
     first_trained_stage: int = 0,
-) -> Timeline:  # fmt: skip
+) -> Timeline:
     """One step of `len(forward_s)` stages.
 
     forward_s, backward_s: seconds of one micro-batch on each stage; backward_s below `first_trained_stage` is not used.

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from pipeline import saved_at
-from pipeline.artifacts.adapter_files import CONFIG_FILE
-from pipeline.artifacts.export import export
-from pipeline.artifacts.merge import merge
-from pipeline.config_publishing import PARTS, Part
+from pipeline.artifacts.adapter.write import CONFIG_FILE
+from pipeline.artifacts.export.export import export
+from pipeline.artifacts.fold.merge import merge
+from pipeline.config.publishing import PARTS, Part
 from pipeline.console import UserError, say, warn
 
 GGUF_FILE = "adapter.gguf"

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pipeline.artifacts.adapter_files import CONFIG_FILE, OWN_TYPE
+from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.files import whole_file
 from pipeline.foreign import printable, read_front_matter, read_object
@@ -23,9 +23,11 @@ from pipeline.publishing.loss_curve import loss_curve
 CARD, CURVE = "README.md", "loss.svg"
 FILES = (CARD, CURVE)
 TITLES = {
-    "adapter": "`{base}` with {family}", "model": "`{base}` with {family}, folded into its weights",
-    "gguf": "`{base}` with {family}, as a GGUF LoRA", "full": "`{base}`, fine-tuned in full",
-}  # fmt: skip
+    "adapter": "`{base}` with {family}",
+    "model": "`{base}` with {family}, folded into its weights",
+    "gguf": "`{base}` with {family}, as a GGUF LoRA",
+    "full": "`{base}`, fine-tuned in full",
+}
 
 
 def write_card(folder: Path, facts: Facts, *, repository: str | None) -> None:
@@ -45,10 +47,14 @@ def card(folder: Path, facts: Facts, *, repository: str | None) -> ModelCard:
     if peft_type == "LORA" and facts.adapter.get("peft_type") != "LORA":
         about += ", in its exact additive form W' = W + s·B'·A' (an ordinary LoRA)"
     sections = {
-        "Use": use(what, facts.base, repository or folder.name, peft_type), "What was trained": card_text.trained(facts),
-        "Data": card_text.data(facts), "Losses": card_text.losses(facts), "The run": card_text.run(facts),
-        "Versions": card_text.versions(facts), "Configuration": card_text.configuration(facts),
-    }  # fmt: skip
+        "Use": use(what, facts.base, repository or folder.name, peft_type),
+        "What was trained": card_text.trained(facts),
+        "Data": card_text.data(facts),
+        "Losses": card_text.losses(facts),
+        "The run": card_text.run(facts),
+        "Versions": card_text.versions(facts),
+        "Configuration": card_text.configuration(facts),
+    }
     text = "".join(f"\n## {name}\n\n{body.rstrip()}\n" for name, body in sections.items() if body)
     steps = f"after {facts.step:,} step{'s' * (facts.step != 1)} of training"
     head = header(what, facts, title, peft_type).to_yaml()
@@ -70,11 +76,15 @@ def header(what: str, facts: Facts, title: str, peft_type: str | None) -> ModelC
     library = {"adapter": "peft", "model": "transformers", "full": "transformers"}.get(what)
     kind = "full_fine_tune" if what == "full" else facts.config["adapter_type"]
     return ModelCardData(
-        base_model=facts.base_id, base_model_relation=relation if facts.base_id else None,
-        library_name=None if peft_type == OWN_TYPE else library, pipeline_tag="text-generation",
-        tags=["mulora-pipe", kind.replace("_", "-")], model_name=title, eval_results=results(facts) or None,
+        base_model=facts.base_id,
+        base_model_relation=relation if facts.base_id else None,
+        library_name=None if peft_type == OWN_TYPE else library,
+        pipeline_tag="text-generation",
+        tags=["mulora-pipe", kind.replace("_", "-")],
+        model_name=title,
+        eval_results=results(facts) or None,
         **licence(facts.base_folder, facts.base_id),
-    )  # fmt: skip
+    )
 
 
 def results(facts: Facts) -> list[EvalResult]:
@@ -85,12 +95,15 @@ def results(facts: Facts) -> list[EvalResult]:
         measured = {"loss": last.loss, "perplexity": last.perplexity}
         found += [
             EvalResult(
-                task_type="text-generation", dataset_type=name, dataset_name=name, metric_type=metric,
+                task_type="text-generation",
+                dataset_type=name,
+                dataset_name=name,
+                metric_type=metric,
                 metric_value=value,
             )
             for metric, value in measured.items()
             if value is not None and last.step == facts.step
-        ]  # fmt: skip
+        ]
     return found
 
 
@@ -123,10 +136,12 @@ def use(what: str, base: str, here: str, peft_type: str | None) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if what == "adapter":
         lines = [
-            "from peft import PeftModel", *lines,
+            "from peft import PeftModel",
+            *lines,
             f'base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")',
-            f'model = PeftModel.from_pretrained(base, {here})', f'tokenizer = AutoTokenizer.from_pretrained({base})',
-        ]  # fmt: skip
+            f"model = PeftModel.from_pretrained(base, {here})",
+            f"tokenizer = AutoTokenizer.from_pretrained({base})",
+        ]
     else:
         lines += [
             f'model = AutoModelForCausalLM.from_pretrained({here}, dtype="auto")',

@@ -19,11 +19,14 @@ from pipeline.publishing.facts import Facts, Loss, unrecorded
 FAMILIES = {
     "multiplicative_lora": "a multiplicative LoRA, h' = h + s·B·A·h on a module's output h",
     "control_adapter": "a control adapter, h' = h + Q·diag(e^S − 1)·Qᵀ·h on a module's output h, saved as h + s·B·A·h",
-    "lora": "a LoRA, W' = W + s·B·A", "moslora": "a MoSLoRA, W' = W + s·B·M·A, saved as the LoRA with B·M",
-    "dora": "a DoRA, W + s·B·A with a trained magnitude for each row", "ia3": "(IA)³, a factor for each output",
-    "oft": "OFT, the inputs rotated in blocks", "boft": "BOFT, the inputs rotated in butterfly blocks",
+    "lora": "a LoRA, W' = W + s·B·A",
+    "moslora": "a MoSLoRA, W' = W + s·B·M·A, saved as the LoRA with B·M",
+    "dora": "a DoRA, W + s·B·A with a trained magnitude for each row",
+    "ia3": "(IA)³, a factor for each output",
+    "oft": "OFT, the inputs rotated in blocks",
+    "boft": "BOFT, the inputs rotated in butterfly blocks",
     "hra": "HRA, the inputs reflected",
-}  # fmt: skip
+}
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MOST_ROWS = 12
 LONGEST = 2000  # characters of a text of others
@@ -83,11 +86,15 @@ def data(facts: Facts) -> str:
     """The sets by name: documents, tokens, chunks, and how many of the chunks were used."""
     rows = [
         (
-            d["name"], d["use"], f"{d['documents']:,}", f"{d['tokens']:,}", f"{d['chunks']:,} × {d['sequence_len']:,}",
+            d["name"],
+            d["use"],
+            f"{d['documents']:,}",
+            f"{d['tokens']:,}",
+            f"{d['chunks']:,} × {d['sequence_len']:,}",
             _used(d),
         )
         for d in facts.data
-    ]  # fmt: skip
+    ]
     head = ("data", "for", "documents", "tokens", "chunks × tokens", "chunks used")
     said = "Documents, tokens (without BOS and EOS) and chunks are of the whole text of a set."
     if facts.epochs is not None:
@@ -138,11 +145,14 @@ def run(facts: Facts) -> str:
     """Where the run ran, in which time and memory; one row for each start or resumption."""
     rows = [
         (
-            f"{p['from_step'] + 1} to {p['to_step']}", f"{p['stages']} × {p['replicas']}", _devices(p["devices"]),
-            ", ".join(gib(peak) for peak in p["peak_bytes"]), duration(p["seconds"]),
+            f"{p['from_step'] + 1} to {p['to_step']}",
+            f"{p['stages']} × {p['replicas']}",
+            _devices(p["devices"]),
+            ", ".join(gib(peak) for peak in p["peak_bytes"]),
+            duration(p["seconds"]),
         )
         for p in facts.parts
-    ]  # fmt: skip
+    ]
     said = list(_about_run(facts))
     head = ("steps", "stages × replicas", "devices", "peak memory of each process", "time")
     return "\n".join([*([table(head, rows)] if rows else []), *said])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE, public_name
+from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE, public_name
 from pipeline.console import UserError
 from pipeline.foreign import parse_json, parse_toml, read_object
 from pipeline.formats.safetensors import read_header
@@ -64,14 +64,20 @@ def read_facts(run_dir: Path, step: int) -> Facts:
     config = parse_toml((run_dir / "config.toml").read_text(encoding="utf-8"), str(run_dir / "config.toml"))
     base = Path(config["model"])
     return Facts(
-        step=step, name=run_dir.name, base_folder=base, base_id=config.get("hub_base_model") or id_in_cache(base),
+        step=step,
+        name=run_dir.name,
+        base_folder=base,
+        base_id=config.get("hub_base_model") or id_in_cache(base),
         config=without_paths(config),
         adapter=_json(saved / CONFIG_FILE) if is_adapter else {},
         values=_values(saved / WEIGHTS_FILE) if is_adapter else (0, ()),
-        training=_losses(lines, "train/loss"), evaluation=_evaluations(lines),
+        training=_losses(lines, "train/loss"),
+        evaluation=_evaluations(lines),
         speeds=[line["train/tokens_per_s"] for line in lines if line.get("train/tokens_per_s") is not None],
-        epochs=epochs[-1] if epochs else None, data=record.get("data", []), parts=record.get("parts", []),
-    )  # fmt: skip
+        epochs=epochs[-1] if epochs else None,
+        data=record.get("data", []),
+        parts=record.get("parts", []),
+    )
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifacts.adapter_files import KINDS
-from pipeline.artifacts.additive_form import ADDITIVE_KINDS
-from pipeline.artifacts.fold_match import check_names
-from pipeline.artifacts.peft_files import FAMILIES
-from pipeline.config_publishing import OF_ADAPTERS, Part
+from pipeline.artifacts.adapter.peft import FAMILIES
+from pipeline.artifacts.adapter.write import KINDS
+from pipeline.artifacts.export.additive import ADDITIVE_KINDS
+from pipeline.artifacts.fold.match import check_names
+from pipeline.config.publishing import OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, warn
 from pipeline.formats.base_model import Base, files_to_copy, read_base
 
@@ -21,9 +21,16 @@ EXPORTED_KINDS: tuple[str, ...] = ADDITIVE_KINDS
 
 
 def check(
-    asked: Sequence[Part], *, base: Path, output_dir: Path, kind: str | None, targets: Sequence[str],
-    biased_targets: bool, trained_in_full: Sequence[str] = (), full: Sequence[str] = (),
-) -> None:  # fmt: skip
+    asked: Sequence[Part],
+    *,
+    base: Path,
+    output_dir: Path,
+    kind: str | None,
+    targets: Sequence[str],
+    biased_targets: bool,
+    trained_in_full: Sequence[str] = (),
+    full: Sequence[str] = (),
+) -> None:
     """Raise UserError where a part that is asked for cannot be done.
 
     `kind`: what pipeline/artifacts calls the adapter that will be saved, None for a model. `targets`: the full names of
@@ -72,7 +79,7 @@ def _check_names(asked: Sequence[Part], model: Base, targets: Sequence[str], ful
 
 
 def _check_gguf(model: Base, biased: Sequence[str], targets: Sequence[str]) -> None:
-    from pipeline.artifacts.export_gguf import architecture, gguf_names
+    from pipeline.artifacts.export.gguf import architecture, gguf_names
 
     try:
         gguf_names(targets, biased, architecture(model.config))

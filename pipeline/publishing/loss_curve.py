@@ -6,7 +6,7 @@ Takes the losses by name; gives the text of the file. Its colours follow the vie
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from pipeline.inspection.plots import HEIGHT, TOP, WIDTH, Point, over_steps
+from pipeline.plots import HEIGHT, TOP, WIDTH, Point, over_steps
 from pipeline.publishing.facts import Loss
 
 COLOURS = ("#2a6f97", "#c1440e", "#2d6a4f", "#7b2d8b", "#9a6700", "#5c5c5c")
@@ -33,9 +33,11 @@ def loss_curve(training: Sequence[Loss], evaluation: Mapping[str, Sequence[Loss]
         for i, name in enumerate(points)
     )
     size = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
-    return picture.replace("<svg ", size, 1).replace(">", f"><style>{style}</style>", 1).replace(
-        "</svg>", f"{legend}\n</svg>\n"
-    )  # fmt: skip
+    return (
+        picture.replace("<svg ", size, 1)
+        .replace(">", f"><style>{style}</style>", 1)
+        .replace("</svg>", f"{legend}\n</svg>\n")
+    )
 
 
 def thinned(losses: Sequence[Loss]) -> list[Loss]:

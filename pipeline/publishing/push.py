@@ -15,18 +15,35 @@ import httpx
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from pipeline.artifacts.adapter_files import CONFIG_FILE, WEIGHTS_FILE, public_name
+from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE, public_name
 from pipeline.console import UserError
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import read_base
 from pipeline.formats.links import check_links
 
 BESIDE_WEIGHTS = (
-    "README.md", "loss.svg", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "adapter_config.json", "config.json",
-    "generation_config.json", "model.safetensors.index.json", "fold_report.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json", "chat_template*",
+    "README.md",
+    "loss.svg",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "fold_report.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template*",
     "additional_chat_templates/*",
-)  # fmt: skip
+)
 
 
 def check_ready() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tests import builders
+from tests.helpers import builders
 
 HERE = Path(__file__).resolve().parent
 STEPS = 6
@@ -63,42 +63,109 @@ def data(path: str, length: int, name: str, **more: Any) -> dict[str, Any]:
 
 
 MULTIPLICATIVE = {
-    "lr_scheduler": "cosine", "warmup_steps": 2, "train_logit_scale": 1.1, "gradient_clipping": 0.05,
-    "eval_steps": 2, "eval_before_first_step": True, "layers_to_transform": "0:2",
-}  # fmt: skip
+    "lr_scheduler": "cosine",
+    "warmup_steps": 2,
+    "train_logit_scale": 1.1,
+    "gradient_clipping": 0.05,
+    "eval_steps": 2,
+    "eval_before_first_step": True,
+    "layers_to_transform": "0:2",
+}
 INTERLEAVED = {
     "datasets": [data(BOOK, 64, "book", sample_weight=2), data(OTHER, 96, "other")],
-    "dataset_combination_mode": "interleave", "dataset_interleave_stopping_strategy": "all_exhausted",
-    "batch_size_tokens": 200, "group_by_length": True, "composite_weight_decay": 0.1, "eval_after_last_step": True,
-}  # fmt: skip
+    "dataset_combination_mode": "interleave",
+    "dataset_interleave_stopping_strategy": "all_exhausted",
+    "batch_size_tokens": 200,
+    "group_by_length": True,
+    "composite_weight_decay": 0.1,
+    "eval_after_last_step": True,
+}
 RUNS = {
     run.name: run
     for run in (
         Run("multiplicative_1_stage", COHERE, MULTIPLICATIVE, says=("layers 0 to 2",)),
         Run("multiplicative_2_stages", COHERE, MULTIPLICATIVE, stages=2, says=("stage 1: layers",)),
         Run("multiplicative_3_stages", COHERE, MULTIPLICATIVE, stages=3, slow=True, says=("stage 2: layers",)),
-        Run("kernels_auto", COHERE, {"kernels": "all", "activation_checkpointing": "auto",
-            "datasets": [data(BOOK, 256, "book")]}, free_kib=2900,
-            slow=True, says=("norm in 5 modules", "rope in 4", "multiplicative in 3", "parallel_block in 3",
-                  r"layers? .*(?<!nothing) recomputed")),
-        Run("bfloat16", COHERE, {**MULTIPLICATIVE, "model_weight_dtype": "bfloat16", "lora_weight_dtype": "bfloat16",
-            "kernels": "all", "activation_checkpointing": True}, slow=True, says=("= 2, bfloat16",), rounding=2.0**8),
-        Run("lora_dora", LLAMA, {"adapter_type": "lora", "use_dora": True, "use_rslora": True,
-            "target_modules": "all-linear", "activation_checkpointing": True, "max_steps": 4,
-            "optimizer": {"type": "adamw", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.01, "loraplus_lr_ratio": 4}},
-            says=("LoRA", "DoRA")),
-        Run("nf4", LLAMA, {"quantization": {"bnb": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}}},
-            says=("28 linear layers in",)),
-        Run("trained_embeddings", COHERE, {"trainable_modules": ["embed_tokens", "norm"], "eval_after_last_step": True},
-            stages=2, slow=True, says=("and in full",)),
+        Run(
+            "kernels_auto",
+            COHERE,
+            {"kernels": "all", "activation_checkpointing": "auto", "datasets": [data(BOOK, 256, "book")]},
+            free_kib=2900,
+            slow=True,
+            says=(
+                "norm in 5 modules",
+                "rope in 4",
+                "multiplicative in 3",
+                "parallel_block in 3",
+                r"layers? .*(?<!nothing) recomputed",
+            ),
+        ),
+        Run(
+            "bfloat16",
+            COHERE,
+            {
+                **MULTIPLICATIVE,
+                "model_weight_dtype": "bfloat16",
+                "lora_weight_dtype": "bfloat16",
+                "kernels": "all",
+                "activation_checkpointing": True,
+            },
+            slow=True,
+            says=("= 2, bfloat16",),
+            rounding=2.0**8,
+        ),
+        Run(
+            "lora_dora",
+            LLAMA,
+            {
+                "adapter_type": "lora",
+                "use_dora": True,
+                "use_rslora": True,
+                "target_modules": "all-linear",
+                "activation_checkpointing": True,
+                "max_steps": 4,
+                "optimizer": {"type": "adamw", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.01, "loraplus_lr_ratio": 4},
+            },
+            says=("LoRA", "DoRA"),
+        ),
+        Run(
+            "nf4",
+            LLAMA,
+            {"quantization": {"bnb": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}}},
+            says=("28 linear layers in",),
+        ),
+        Run(
+            "trained_embeddings",
+            COHERE,
+            {"trainable_modules": ["embed_tokens", "norm"], "eval_after_last_step": True},
+            stages=2,
+            slow=True,
+            says=("and in full",),
+        ),
         Run("interleaved", GRANITE, INTERLEAVED, says=("data:     other",)),
-        Run("resumed", LLAMA, {"neftune_noise_alpha": 5, "save_steps": 3, "checkpoint_on_save": True, "eval_steps": 3},
-            again_from=3, slow=True, says=("resumed:  after step 3",)),
-        Run("full_fine_tune", GEMMA2, {"full_fine_tune": True, "layers_to_transform": None, "target_modules": None,
-            "lora_rank": None, "lora_alpha": None, "optimizer": {"type": "adamw", "lr": 1e-3, "eps": 1e-3}},
-            says=("the model's own weights",)),
+        Run(
+            "resumed",
+            LLAMA,
+            {"neftune_noise_alpha": 5, "save_steps": 3, "checkpoint_on_save": True, "eval_steps": 3},
+            again_from=3,
+            slow=True,
+            says=("resumed:  after step 3",),
+        ),
+        Run(
+            "full_fine_tune",
+            GEMMA2,
+            {
+                "full_fine_tune": True,
+                "layers_to_transform": None,
+                "target_modules": None,
+                "lora_rank": None,
+                "lora_alpha": None,
+                "optimizer": {"type": "adamw", "lr": 1e-3, "eps": 1e-3},
+            },
+            says=("the model's own weights",),
+        ),
     )
-}  # fmt: skip
+}
 
 
 def record(run: Run, folder: Path) -> dict[str, Any]:
@@ -119,10 +186,14 @@ def carry_out(run: Run, folder: Path, log: Path) -> dict[str, Any]:
     """Train, fold, digest; and resume, where the run is to be resumed."""
     base = make_base(folder / "base", run.base)
     keys = {
-        "model": str(base), "output_dir": str(folder / "runs"), "pipeline_stages": run.stages, "max_steps": STEPS,
+        "model": str(base),
+        "output_dir": str(folder / "runs"),
+        "pipeline_stages": run.stages,
+        "max_steps": STEPS,
         "optimizer": {"type": "adamw_kahan", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.01},
-        "datasets": [data(BOOK, 64, "book")], **run.keys,
-    }  # fmt: skip
+        "datasets": [data(BOOK, 64, "book")],
+        **run.keys,
+    }
     config = builders.write_config(folder / "run.toml", **keys)
     train(run, log, "--config", str(config))
     run_dir = builders.only_run(folder / "runs")
@@ -171,7 +242,7 @@ def train(run: Run, log: Path, *arguments: str) -> None:
 
 def import_everything() -> None:
     """What takes train.py seconds, once. None of it starts a thread that a fork would lack."""
-    from pipeline.training import assemble, ending, run_record, selftest  # noqa: F401
+    from pipeline.training.engine import selftest  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -202,7 +273,7 @@ def become_train(log: Path, arguments: tuple[str, ...], free_kib: int | None) ->
 
 def digest(run: Run, base: Path, run_dir: Path, folded: Path) -> dict[str, Any]:
     """What was logged, and what became of the weights (of an adapter, by the fold)."""
-    from pipeline.artifacts.merge import merge
+    from pipeline.artifacts.fold.merge import merge
 
     full = run.keys.get("full_fine_tune", False)
     last = run_dir / f"step{run.keys.get('max_steps', STEPS)}"
@@ -234,9 +305,10 @@ def changed(base: Path, folder: Path) -> dict[str, Any]:
         if change.any():
             along = float(change.ravel() @ normal(name, change.size))
             tensors[name] = {
-                "norm": float(np.linalg.norm(value.astype(np.float64))), "change": float(np.linalg.norm(change)),
+                "norm": float(np.linalg.norm(value.astype(np.float64))),
+                "change": float(np.linalg.norm(change)),
                 "along": along,
-            }  # fmt: skip
+            }
     return {"sha256": whole.hexdigest(), "unchanged": len(after) - len(tensors), "changed": tensors}
 
 

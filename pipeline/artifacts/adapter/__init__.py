@@ -1,0 +1,1 @@
+"""An adapter on disk: its files, keys and facts, and the maps of a weight that its families are."""

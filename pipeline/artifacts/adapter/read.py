@@ -1,0 +1,295 @@
+"""Reading an adapter from disk.
+
+Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA) or by the founding method's hacked PEFT; gives
+an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors that were trained in full; or refuses
+with the name of what it holds that a fold would leave out. `adapter_model.bin`, in which the founding method's adapters
+were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
+"""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifacts.adapter.family_maps import TYPES, maps_of
+from pipeline.artifacts.adapter.full_reading import read_full
+from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
+from pipeline.artifacts.adapter.maps import Added, RowMap, RowNorms
+from pipeline.artifacts.adapter.schema import own_facts, read_config
+from pipeline.artifacts.adapter.write import (
+    CONFIG_FILE,
+    KINDS,
+    OWN_TYPE,
+    PEFT_PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    Kind,
+    Pair,
+    natural_order,
+)
+from pipeline.console import UserError
+from pipeline.foreign import has_controls, printable, read_by_library
+from pipeline.formats.safetensors import FLOAT_NAMES, LONGEST_NAME, load_tensors, read_header
+from pipeline.patterns import matches
+
+Facts = dict[str, Any]
+# {module: {its tensors' names in the file, without the module's: tensor}}
+Grouped = dict[str, dict[str, torch.Tensor]]
+PICKLE = "adapter_model.bin"
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+EXPECTED = {"LORA": "lora_A or lora_B of a module"} | {
+    key: f"{' or '.join(names).replace('.weight', '')} of a module" for key, (_, names) in TYPES.items()
+}
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Read the adapter in `folder`; tensors keep their dtype. Raises UserError with what is wrong or not foldable."""
+    if not folder.is_dir():
+        raise UserError(f"--lora: there is no folder {folder}.")
+    config = read_config(folder)
+    if "lora_parameters" in config or (folder / "adapters.safetensors").is_file():
+        raise UserError(
+            f"{folder} is an adapter of MLX (adapters.safetensors, lora_parameters), whose A and B are PEFT's transposed. "
+            "Convert it to PEFT's format, or fuse it with mlx_lm.fuse."
+        )
+    own, tensors = _read_tensors(folder)
+    peft_type = config.get("peft_type")
+    pairs: dict[str, Pair] = {}
+    maps: dict[str, tuple[RowMap, ...]] = {}
+    if peft_type == "LORA":
+        check_config(folder, config)
+        if config.get("use_dora") and (of_one := next((name for name in tensors if name.endswith(OF_EMBEDDING)), None)):
+            raise UserError(f"{folder}: use_dora on an embedding ({of_one}). That is not folded: load it with PEFT.")
+        ends = ("lora_A.weight", "lora_B.weight", *([BIAS] if config.get("lora_bias") else []))
+        ends += (MAGNITUDE,) if config.get("use_dora") else ()
+        grouped, rest = _grouped(folder, tensors, ends)
+        pairs = _pairs(folder, grouped, "lora", config, own)
+        if any(name.endswith(OF_EMBEDDING) for name in rest):
+            of_embedding, rest = _grouped(folder, rest, OF_EMBEDDING)
+            pairs |= _embedding_pairs(folder, of_embedding, config, own)
+            grouped = grouped | of_embedding
+    elif peft_type in ("PEANUT", OWN_TYPE):
+        check_peanut_config(folder, config)
+        grouped, rest = _grouped(folder, tensors, ("peanut_A.weight", "peanut_B.weight"))
+        pairs = _pairs(folder, grouped, "peanut", config, own)
+    elif peft_type in TYPES:
+        check_config(folder, config)
+        grouped, rest = _grouped(folder, tensors, TYPES[peft_type][1])
+        maps = {module: _maps(folder, module, peft_type, found, config) for module, found in grouped.items()}
+    else:
+        raise UserError(
+            f"{folder} is an adapter of type {peft_type!r}. LORA, PEANUT, {', '.join(TYPES)} are what can be folded."
+        )
+    if not grouped:
+        raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
+    full, copied = read_full(
+        folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module")
+    )
+    family = TYPES[str(peft_type)][0] if maps else None
+    if config.get("use_dora"):
+        family, maps, pairs = "dora", _dora(folder, grouped, pairs), {}
+    _check_agreement(folder, own, pairs)
+    scale, name = own.get("train_logit_scale", 1.0), own.get("base_model", config.get("base_model_name_or_path"))
+    # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
+    return Adapter(
+        folder,
+        _kind(folder, str(peft_type), own, family),
+        pairs,
+        bool(own) or peft_type == "LORA",
+        scale,
+        name,
+        family,
+        maps,
+        full,
+        bool(config.get("ensure_weight_tying")),
+        own.get("trained_over"),
+        copied,
+        own.get("base_fingerprint"),
+    )
+
+
+def load_pairs(folder: Path) -> Adapter:
+    """As `load_adapter`, of an adapter that is pairs of A and B and nothing beside them in its modules. UserError else."""
+    adapter = load_adapter(folder)
+    if adapter.family:
+        raise UserError(
+            f"{folder} is an adapter of the family {adapter.family}, which is no pair of A and B a module: it can be "
+            "folded into the base (merge_lora.py) or loaded with PEFT."
+        )
+    if biased := [module for module, pair in adapter.pairs.items() if pair.bias is not None]:
+        raise UserError(
+            f"{folder}: lora_bias: lora_B of {biased[0]} has a bias of its own beside A and B. Such an adapter can be "
+            "folded into the base (merge_lora.py) or loaded with PEFT."
+        )
+    if of_embedding := [module for module, pair in adapter.pairs.items() if pair.of_embedding]:
+        raise UserError(
+            f"{folder}: {of_embedding[0]} is an embedding, adapted by PEFT's {' and '.join(OF_EMBEDDING)}. Such an adapter "
+            "can be folded into the base (merge_lora.py) or loaded with PEFT."
+        )
+    return adapter
+
+
+def _read_tensors(folder: Path) -> tuple[Facts, dict[str, torch.Tensor]]:
+    """Our own facts (empty where others wrote it) and the tensors, whose memory is mapped where that is possible."""
+    if (folder / WEIGHTS_FILE).is_file():
+        header = read_header(folder / WEIGHTS_FILE)  # says in plain words what is wrong with a damaged file
+        return own_facts(header), load_tensors(header)
+    if (folder / PICKLE).is_file():
+        return {}, _unpickled(folder / PICKLE)
+    raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor {PICKLE}.")
+
+
+def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors by name in a pickle that holds nothing else; no code of it is run."""
+    with read_by_library(f"{printable(file)} is a pickle that holds more than tensors, or is damaged"):
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{printable(file)} does not hold named tensors.")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or has_controls(name) or len(name) > LONGEST_NAME:
+            raise UserError(f"{printable(file)}: '{printable(name, 80)}' is no name of a tensor. The file is damaged.")
+        # A view can claim any size, and other layouts hold no plain numbers: whoever reads them runs out of memory, or fails.
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.numel() * tensor.element_size() > file.stat().st_size:
+            raise UserError(f"{printable(file)}: '{name}' is not stored as plain numbers. The file is damaged.")
+    return tensors
+
+
+def _grouped(folder: Path, tensors: dict[str, torch.Tensor], ends: tuple[str, ...]) -> tuple[Grouped, dict]:
+    """The tensors that end in one of `ends`, by module in natural order, each module with all of them; and the rest."""
+    found: Grouped = {}
+    rest = {}
+    pattern = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.+?)\.({'|'.join(map(re.escape, ends))})")
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name)
+        if match is None or match.group(2) in found.setdefault(match.group(1), {}):
+            rest[name] = tensor
+        else:
+            found[match.group(1)][match.group(2)] = tensor
+    if not any(found.values()) and not rest:
+        raise UserError(f"{folder} holds no tensors: there is nothing to fold.")
+    single = [module for module, group in found.items() if len(group) < len(ends)]
+    if single:
+        has = ", ".join(name.removesuffix(".weight") for name in found[single[0]])
+        raise UserError(f"{folder}: {single[0]} has {has} only. The adapter is incomplete.")
+    for module, group in found.items():
+        for name, tensor in group.items():
+            _check_numbers(folder, module, name, tensor)
+    return {module: found[module] for module in sorted(found, key=natural_order)}, rest
+
+
+def _check_numbers(folder: Path, module: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in FLOAT_NAMES:
+        raise UserError(
+            f"{folder}: {module}: the adapter's {name} is {tensor.dtype}, not floating point of 16 bits or more."
+        )
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{folder}: {module}: the adapter holds NaN or infinite values. Its training diverged.")
+
+
+def _maps(
+    folder: Path, module: str, peft_type: str, found: dict[str, torch.Tensor], config: Facts
+) -> tuple[RowMap, ...]:
+    try:
+        return maps_of(peft_type, found, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}: {module}: {error}.") from None
+
+
+def _pairs(folder: Path, grouped: Grouped, stem: str, config: Facts, own: Facts) -> dict[str, Pair]:
+    return {
+        module: _pair(
+            folder, module, found[f"{stem}_A.weight"], found[f"{stem}_B.weight"], config, own, found.get(BIAS)
+        )
+        for module, found in grouped.items()
+    }
+
+
+def _embedding_pairs(folder: Path, grouped: Grouped, config: Facts, own: Facts) -> dict[str, Pair]:
+    """Of an embedding [V, D], which PEFT adapts as W + s·(B·A)ᵀ: A [R, V], B [D, R]."""
+    A, B = OF_EMBEDDING
+    return {
+        module: replace(_pair(folder, module, t[B].T, t[A].T, config, own, None), of_embedding=True)
+        for module, t in grouped.items()
+    }
+
+
+def _pair(
+    folder: Path, module: str, A: torch.Tensor, B: torch.Tensor, config: Facts, own: Facts, bias: torch.Tensor | None
+) -> Pair:
+    shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or 0 in A.shape + B.shape:
+        raise UserError(f"{folder}: {module}: {shapes} are not R × D and D × R.")
+    if bias is not None and bias.shape != B.shape[:1]:
+        raise UserError(f"{folder}: {module}: the bias of lora_B is {tuple(bias.shape)}, {shapes}.")
+    rank = A.shape[0]
+    scaling, origin = _scaling(folder, module, rank, config, own)
+    declared = _matching(folder, config, "rank_pattern", module) or [config["r"]]
+    if rank not in declared:
+        raise UserError(f"{folder}: {module} has rank {rank} ({shapes}), but {CONFIG_FILE} says {declared[0]}.")
+    if scaling == 0:
+        raise UserError(
+            f"{folder}/{CONFIG_FILE}: the scaling of {module} is 0 ({origin}): the adapter does nothing there."
+        )
+    return Pair(A, B, scaling, origin, bias)
+
+
+def _dora(folder: Path, grouped: Grouped, pairs: dict[str, Pair]) -> dict[str, tuple[RowMap, ...]]:
+    """W + s·B·A, then every row of the length m."""
+    for module, found in grouped.items():
+        if found[MAGNITUDE].shape != pairs[module].B.shape[:1]:
+            raise UserError(
+                f"{folder}: {module}: {MAGNITUDE} is {tuple(found[MAGNITUDE].shape)}, and not as long as B."
+            )
+    return {
+        module: (Added(pair.A, pair.B, pair.scaling, pair.origin), RowNorms(grouped[module][MAGNITUDE]))
+        for module, pair in pairs.items()
+    }
+
+
+def _scaling(folder: Path, module: str, rank: int, config: Facts, own: Facts) -> tuple[float, str]:
+    """A module's s and where it comes from."""
+    if config["peft_type"] != "LORA":
+        origin = f"alpha / rank = {own['alpha']:g} / {own['rank']}" if own else f"scaling of {CONFIG_FILE}"
+        return float(config["scaling"]), origin
+    alphas = _matching(folder, config, "alpha_pattern", module) or [config["lora_alpha"]]
+    if len(set(alphas)) > 1:
+        raise UserError(
+            f"{folder}/{CONFIG_FILE}: several entries of alpha_pattern match {module}, with {alphas}. PEFT takes the "
+            "first, but saves them in alphabetical order, so which one the training took is lost: leave that one."
+        )
+    if config.get("use_rslora"):  # rsLoRA, arXiv 2312.03732
+        return alphas[0] / math.sqrt(rank), f"alpha / sqrt(rank) = {alphas[0]:g} / sqrt({rank})"
+    return alphas[0] / rank, f"alpha / rank = {alphas[0]:g} / {rank}"
+
+
+def _matching(folder: Path, config: Facts, key: str, module: str) -> list[Any]:
+    """The values of PEFT's rank_pattern or alpha_pattern for a module: of all patterns that match its name's end."""
+    where = f"{folder}/{CONFIG_FILE}: {key}"
+    return [value for pattern, value in (config.get(key) or {}).items() if matches(pattern, module, where)]
+
+
+def _kind(folder: Path, peft_type: str, own: Facts, family: str | None) -> Kind | None:
+    """Of pairs: what the files say they are. None where they leave it open, and for the other families."""
+    if family:
+        if own and own.get("kind") != family:
+            raise UserError(f"{folder}: {CONFIG_FILE} says {family}, the weights' metadata {own.get('kind')!r}.")
+        return None
+    if own:
+        if own.get("kind") not in KINDS or (own["kind"] == "lora") != (peft_type == "LORA"):
+            raise UserError(f"{folder}: {CONFIG_FILE} says {peft_type}, the weights' metadata {own.get('kind')!r}.")
+        return own["kind"]
+    return None if peft_type == "LORA" else "multiplicative_lora"
+
+
+def _check_agreement(folder: Path, own: Facts, pairs: dict[str, Pair]) -> None:
+    for module, pair in pairs.items():
+        if own and not math.isclose(pair.scaling, own.get("scaling", math.nan), rel_tol=1e-6):
+            raise UserError(
+                f"{folder}: the scaling of {module} is {pair.scaling:g} by {CONFIG_FILE} and {own.get('scaling')} by "
+                "the weights' metadata. To fold with another strength, leave the files as they are and use --scale."
+            )

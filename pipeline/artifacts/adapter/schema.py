@@ -1,0 +1,191 @@
+"""What an adapter's files say of it, held against the types that it must have.
+
+Takes `adapter_config.json` and the facts that we write into the weights' metadata; gives both as plain JSON, or one
+UserError with the keys, their values and what is asked of them. PEFT, which reads the first, checks no type: `true` is
+a rank of 1 for it, and NaN an alpha. A key that is not listed is passed on as it is (adapter_configs decides about it).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
+
+from pipeline.artifacts.adapter.write import CONFIG_FILE, FORMAT_VERSION, KINDS, METADATA_KEY, OWN_TYPE
+from pipeline.console import UserError
+from pipeline.foreign import has_controls, parse_json, printable, read_object
+from pipeline.formats.safetensors import Header
+
+
+def _name(value: str) -> str:
+    if has_controls(value):
+        raise ValueError("a name has no control characters")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Names = list[Name] | Name | None
+Switch = bool | None
+
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+
+
+class _Foreign(BaseModel):
+    """Types as JSON has them: no text for a number, no true for 1, no 16.9 for a whole number, no NaN."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class AdapterConfig(_Foreign):
+    """The keys that PEFT's types of adapters share."""
+
+    peft_type: Name | None = None
+    base_model_name_or_path: Name | None = None
+    revision: str | None = None
+    peft_version: str | None = None
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    runtime_config: dict[str, Any] | None = None
+    inference_mode: Switch = None
+    fan_in_fan_out: Switch = None
+    bias: str | None = None
+    target_modules: Names = None
+    exclude_modules: Names = None
+    modules_to_save: list[Name] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: Names = None
+    init_weights: bool | str | None = None
+
+
+class LoraConfig(AdapterConfig):
+    r: Count
+    lora_alpha: float
+    lora_dropout: float | None = None
+    rank_pattern: dict[Name, Count] | None = None
+    alpha_pattern: dict[Name, float] | None = None
+    use_rslora: Switch = None
+    use_dora: Switch = None
+    lora_bias: Switch = None
+    ensure_weight_tying: Switch = None
+    init_lora_weights: bool | str | None = None
+
+
+class PeanutConfig(AdapterConfig):
+    r: Count
+    scaling: float
+    depth: int = 0
+    act_fn: str = "relu"
+
+
+class Ia3Config(AdapterConfig):
+    feedforward_modules: Names = None
+    init_ia3_weights: Switch = None
+
+
+class OftConfig(AdapterConfig):
+    r: NonNegativeInt | None = None  # 0 where the size of the blocks is given
+    oft_block_size: NonNegativeInt | None = None
+    module_dropout: float | None = None
+    coft: Switch = None
+    eps: float | None = None
+    block_share: Switch = None
+    use_cayley_neumann: Switch = None
+    num_cayley_neumann_terms: Annotated[int, Field(gt=0, le=1000)] = 5  # a product of matrices each
+
+
+class BoftConfig(AdapterConfig):
+    boft_block_size: NonNegativeInt | None = None
+    boft_block_num: NonNegativeInt | None = None
+    boft_n_butterfly_factor: NonNegativeInt | None = None
+    boft_dropout: float | None = None
+
+
+class HraConfig(AdapterConfig):
+    r: Count | None = None
+    apply_GS: Switch = None
+
+
+SCHEMAS: dict[str, type[AdapterConfig]] = {
+    "LORA": LoraConfig,
+    "PEANUT": PeanutConfig,
+    OWN_TYPE: PeanutConfig,
+    "IA3": Ia3Config,
+    "OFT": OftConfig,
+    "BOFT": BoftConfig,
+    "HRA": HraConfig,
+}
+
+
+class TrainedOver(_Foreign):
+    """The quantised weights that an adapter of ours was trained over."""
+
+    bits: int
+    quant_type: str | None  # None over 8 bits
+    double_quant: bool
+    skip: list[Name]
+    dtype: str
+
+
+class Facts(_Foreign):
+    """Our own facts, as adapter_files and peft_files write them."""
+
+    kind: Name
+    train_logit_scale: PositiveFloat
+    base_model: Name | None = None
+    modules: list[Name] = []
+    settings: dict[str, Any] = {}
+    full: list[Name] = []
+    tied: dict[Name, Name] = {}
+    trained_over: TrainedOver | None = None
+    base_fingerprint: Name | None = None
+
+
+class PairFacts(Facts):
+    """Those of an adapter that is pairs of A and B."""
+
+    rank: Count
+    alpha: float
+    scaling: float
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of the adapter in `folder`. Raises UserError where a key has a value it cannot have."""
+    file = folder / CONFIG_FILE
+    config = read_object(file, "--lora: an adapter's folder has one")
+    kind = config.get("peft_type")
+    _check(SCHEMAS.get(kind, AdapterConfig) if isinstance(kind, str) else AdapterConfig, config, printable(file))
+    return config
+
+
+def own_facts(header: Header) -> dict[str, Any]:
+    """What we wrote of the adapter into its weights' metadata; empty where others wrote it.
+
+    Raises UserError where that is damaged, or written by a newer program.
+    """
+    written = (header.metadata or {}).get(METADATA_KEY)
+    if written is None:
+        return {}
+    where = f"{printable(header.file)}: its metadata '{METADATA_KEY}'"
+    own = parse_json(written, where)
+    version = own.get("format_version") if isinstance(own, dict) else None
+    if type(version) is not int or version < 1:
+        raise UserError(f"{where} does not say its format. The file is damaged.")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{printable(header.file)} was written by a newer mulora-pipe (format {version}; {FORMAT_VERSION} is known)."
+        )
+    _check(PairFacts if own.get("kind") in KINDS else Facts, own, where)
+    return own
+
+
+def _check(schema: type[_Foreign], content: dict[str, Any], where: str) -> None:
+    """Raise UserError with every key of `content` whose value is not of the type that it has in `schema`."""
+    try:
+        schema.model_validate(content)
+    except ValidationError as error:
+        rules: dict[str, list[str]] = {}
+        for problem in error.errors():
+            key, message = str(problem["loc"][0]), problem["msg"].removeprefix("Value error, ")
+            value = f" = {printable(repr(content[key]), 60)}" if key in content else ""
+            rules.setdefault(f"{key}{value}", []).append(message[0].lower() + message[1:])
+        lines = [f"{what}: {', or '.join(dict.fromkeys(broken))}" for what, broken in rules.items()]
+        raise UserError(f"{where}: {'; '.join(lines)}.") from None

@@ -1,0 +1,278 @@
+"""What a fold will do, decided before anything is written.
+
+Takes a `Base` and one or more `Adapter`s; gives a `FoldPlan`: which tensors change and by which steps in which order,
+which tensors are read through 4 bits, which dtype each tensor has afterwards, and the new config.
+
+Composition, in the order given: each adapter changes the weight as the one before left it. A multiplicative one multiplies
+it from the left, rotations, reflections and factors of inputs from the right, an additive one adds, DoRA takes the norms
+of its rows, and a tensor that was trained in full takes its place. Of three multiplicative ones:
+W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Within one adapter full tensors come first. Undoing (`unmerge`)
+takes the inverses in the opposite order. Everything is rounded once, at the end.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from pipeline.artifacts.adapter.family_maps import MOVES_BIAS
+from pipeline.artifacts.adapter.maps import Added, Replaced, RowFactors, RowMap
+from pipeline.artifacts.adapter.write import Adapter, Kind, Pair
+from pipeline.artifacts.fold.config import logit_factor, new_config
+from pipeline.artifacts.fold.inverse import check_invertible, inverse
+from pipeline.artifacts.fold.match import FOLDABLE, Part, layer_of, match
+from pipeline.artifacts.fold.ties import settled, touches
+from pipeline.console import UserError
+from pipeline.formats.base_model import Base
+from pipeline.formats.nf4 import read_nf4
+from pipeline.formats.safetensors import FLOATS, StoredTensor, TensorSpec, read_floats
+
+OutputDtype = Literal["keep", "bfloat16", "float16", "float32"]
+OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
+DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+BaseQuant = Literal["nf4", "nf4-double"]
+BASE_QUANTS: tuple[BaseQuant, ...] = get_args(BaseQuant)
+BaseDtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """One change of a weight: W → W + s·B·(A·W), or W → W + s·B·A, by `kind`. `part`: the adapter's place in the plan."""
+
+    part: int
+    kind: Kind
+    pair: Pair
+    scaling: float
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """One change of a weight by maps, each of every row by itself, in order. `scaling`: s, for DoRA."""
+
+    part: int
+    maps: tuple[RowMap, ...]
+    scaling: float | None = None
+
+
+Step = PairStep | RowStep
+
+
+@dataclass(frozen=True)
+class Change:
+    """One stored tensor and what is done to it, in order. A bias is folded as a weight with one column."""
+
+    tensor: StoredTensor
+    steps: tuple[Step, ...]
+    base_quant: BaseQuant | None
+    base_dtype: BaseDtype | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.tensor.shape) // self.columns
+
+    def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
+        """The weight before the fold, in blocks of about `piece_items` values."""
+        return read_rows(self.tensor, self.columns, piece_items, self.base_quant, self.base_dtype)
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """A fold. `changes` by tensor name; `files` as they will be written; `config` is None where it stays as it is.
+
+    `quantised`: the tensors that are read through `base_dtype` and `base_quant`, changed ones included. `conditions`: for
+    --unmerge, the condition number κ of what is undone, by adapter and module. `untied`: head and embedding, which the base
+    ties, come out apart.
+    """
+
+    base: Base
+    parts: tuple[Part, ...]
+    unmerge: bool
+    changes: dict[str, Change]
+    base_quant: BaseQuant | None
+    base_dtype: BaseDtype | None
+    quantised: frozenset[str]
+    conditions: dict[tuple[int, str], float]
+    files: dict[str, tuple[TensorSpec, ...]]
+    config: dict[str, Any] | None
+    untied: bool
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(spec.n_bytes for specs in self.files.values() for spec in specs)
+
+
+def plan_fold(
+    base: Base,
+    adapters: Sequence[Adapter],
+    *,
+    scales: Sequence[float],
+    kind: Kind | None = None,
+    dtype: OutputDtype = "keep",
+    keep_logit_scale: bool = False,
+    layers: str | None = None,
+    unmerge: bool = False,
+    base_quant: BaseQuant | None = None,
+    base_dtype: BaseDtype | None = None,
+) -> FoldPlan:
+    """Match adapters and base, and settle steps, dtypes and config. Raises UserError where anything is left over.
+
+    `scales`: one factor an adapter, on its scaling. With `dtype` other than "keep", every floating-point tensor gets
+    it. `layers` ('0:38') restricts what is folded. `unmerge` takes the adapters out again, last one first.
+    """
+    if unmerge and base_quant:
+        raise UserError("--unmerge with --base-quant: rounding to 4 bits has no inverse. Leave one of them out.")
+    if base_dtype and not base_quant:
+        raise UserError("--base-dtype is of the weights that --base-quant rounds to 4 bits: give both, or --dtype.")
+    alone = len(adapters) == 1
+    settled_base, adapters, apart = settled(base, adapters, unmerge=unmerge)
+    parts = tuple(
+        match(settled_base, adapter, kind=kind, kind_is_meant=alone, scale=scale, layers=layers)
+        for adapter, scale in zip(adapters, scales, strict=True)
+    )
+    apart = apart and any(touches(part.adapter) for part in parts)
+    base = settled_base if apart else base
+    quantised = quantised_weights(base) if base_quant else frozenset()
+    steps, conditions = plan_steps(base, parts, unmerge)
+    changes = {
+        name: Change(base.tensors[name], tuple(found), base_quant if name in quantised else None, base_dtype)
+        for name, found in steps.items()
+    }
+    files = {
+        name: tuple(TensorSpec(t.name, output_dtype(t.dtype, dtype), t.shape) for t in header.tensors)
+        for name, header in base.headers.items()
+    }
+    config = new_config(base.config, dtype, logit_factor(parts, unmerge) if keep_logit_scale else 1.0, apart)
+    return FoldPlan(base, parts, unmerge, changes, base_quant, base_dtype, quantised, conditions, files, config, apart)
+
+
+def plan_steps(
+    base: Base, parts: Sequence[Part], unmerge: bool
+) -> tuple[dict[str, list[Step]], dict[tuple[int, str], float]]:
+    """The steps of every changed tensor in the order of their effect, and the condition numbers of what is undone."""
+    steps: dict[str, list[Step]] = {}
+    conditions: dict[tuple[int, str], float] = {}
+    amplified: dict[str, float] = {}
+    replaced: dict[str, str] = {}
+    for number, part in reversed(list(enumerate(parts))) if unmerge else enumerate(parts):
+        if unmerge:
+            dtypes = {module: base.tensors[f"{module}.weight"].dtype for module in part.modules}
+            found = check_invertible(part, dtypes, amplified)
+            conditions |= {(number, module): value for module, value in found.items()}
+            amplified |= {module: value * amplified.get(module, 1.0) for module, value in found.items()}
+        for name, tensor in part.full.items():
+            _check_replaced_once(name, part, replaced)
+            steps.setdefault(name, []).append(RowStep(number, (Replaced(tensor),)))
+        for module in part.modules:
+            for name, step in _module_steps(base, part, number, module, unmerge):
+                steps.setdefault(name, []).append(step)
+    return steps, conditions
+
+
+def _check_replaced_once(name: str, part: Part, replaced: dict[str, str]) -> None:
+    """Raise UserError where a second adapter brings a tensor that was trained in full: one of them would be lost."""
+    if name in replaced:
+        raise UserError(
+            f"{replaced[name]} and {part.adapter.folder} both have {name}, trained in full: one would take the other's "
+            "place. Fold one of them alone, or leave it out of the other with --layers."
+        )
+    replaced[name] = str(part.adapter.folder)
+
+
+def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: bool) -> Iterator[tuple[str, Step]]:
+    """What an adapter does to a module's weight and bias, or what undoes it, by the name of the tensor."""
+    bias = base.tensors.get(f"{module}.bias")
+    if part.adapter.family:
+        maps = scaled_maps(part, module)
+        if unmerge:
+            maps = tuple(undone for one in reversed(maps) if (undone := one.undone()) is not None)
+        s = next((one.scaling for one in maps if isinstance(one, Added)), None)
+        yield f"{module}.weight", RowStep(number, maps, s)
+        on_bias = tuple(one for one in maps if isinstance(one, RowFactors)) if part.kind in MOVES_BIAS else ()
+        if bias is not None and on_bias:
+            _check_bias(bias, base.tensors[f"{module}.weight"].shape[0])
+            yield bias.name, RowStep(number, on_bias)
+        return
+    step = _pair_step(part, number, module, unmerge)
+    yield f"{module}.weight", step
+    if step.pair.bias is not None:
+        if bias is None or step.kind != "lora":
+            raise UserError(
+                f"{part.adapter.folder}: lora_B of {module} has a bias, "
+                + (
+                    f"and {base.folder} has no {module}.bias to take it."
+                    if bias is None
+                    else "which only a LoRA can have."
+                )
+            )
+        _check_bias(bias, len(step.pair.bias))
+        moved = Pair(torch.ones(1, 1), step.pair.bias[:, None], step.pair.scaling, step.pair.origin)
+        yield bias.name, replace(step, pair=moved)  # b + s·bias·1, additive
+    if bias is not None and part.kind == "multiplicative_lora" and part.adapter.moves_bias:
+        _check_bias(bias, step.pair.B.shape[0])
+        yield bias.name, step
+
+
+def scaled_maps(part: Part, module: str) -> tuple[RowMap, ...]:
+    """A module's maps, with the part's scale on the one that has a strength."""
+    maps = part.adapter.maps[module]
+    return tuple(replace(one, scaling=one.scaling * part.scale) if isinstance(one, Added) else one for one in maps)
+
+
+def _pair_step(part: Part, number: int, module: str, unmerge: bool) -> PairStep:
+    """What an adapter does to a module's weight, or what undoes it: B̃ for B, or -s for s."""
+    pair, scaling = part.pairs[module], part.scaling(module)
+    kind: Kind = "multiplicative_lora" if part.kind == "multiplicative_lora" else "lora"
+    if not unmerge:
+        return PairStep(number, kind, pair, scaling)
+    if kind == "multiplicative_lora":
+        return PairStep(number, kind, inverse(pair, scaling), scaling)
+    return PairStep(number, kind, pair, -scaling)
+
+
+def quantised_weights(base: Base) -> frozenset[str]:
+    """The weights a QLoRA run quantises that skips none: of every linear module of the decoder layers; no head,
+    embedding or norm.
+
+    Raises UserError for a mixture of experts (which of its weights are quantised depends on the program that loads it)
+    and for weights that are not 16 or 32 bit.
+    """
+    found = [
+        tensor
+        for name, tensor in base.tensors.items()
+        if layer_of(name) is not None and name.endswith(".weight") and len(tensor.shape) == 2
+    ]
+    if expert := next((tensor.name for tensor in found if ".experts." in tensor.name), None):
+        raise UserError(f"--base-quant: {base.folder} is a mixture of experts ({expert}). That is not built yet.")
+    if strange := next((tensor for tensor in found if tensor.dtype not in FOLDABLE), None):
+        raise UserError(
+            f"--base-quant: {strange.name} is stored as {strange.dtype}; {', '.join(FOLDABLE)} can be rounded."
+        )
+    if not found:
+        raise UserError(f"--base-quant: {base.folder} has no linear modules in numbered layers.")
+    return frozenset(tensor.name for tensor in found)
+
+
+def read_rows(
+    tensor: StoredTensor, columns: int, piece_items: int, base_quant: BaseQuant | None, base_dtype: BaseDtype | None
+) -> Iterator[torch.Tensor]:
+    """A stored float tensor as [rows, columns] blocks: as it is, or after 4 bits and back (from `base_dtype`, in that)."""
+    if base_quant is None:
+        return read_floats(tensor, columns, piece_items)
+    held = FLOATS[DTYPE_NAMES[base_dtype]] if base_dtype else None
+    return read_nf4(tensor, columns, piece_items, double_quant=base_quant == "nf4-double", held=held)
+
+
+def output_dtype(stored: str, dtype: OutputDtype) -> str:
+    """The safetensors dtype a tensor of dtype `stored` has after the fold."""
+    return stored if dtype == "keep" or stored not in FLOATS else DTYPE_NAMES[dtype]
+
+
+def _check_bias(bias: StoredTensor, length: int) -> None:
+    if bias.dtype not in FOLDABLE or bias.shape != (length,):
+        raise UserError(f"{bias.name} is {bias.dtype} {bias.shape}; the fold needs a float vector of {length}.")

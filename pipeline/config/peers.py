@@ -1,0 +1,235 @@
+"""Keys that axolotl, LLaMA-Factory, transformers, TRL and PEFT write, and what stands for them here.
+
+Takes an unknown key; gives what to write instead, with the unit where it differs. This goes before the nearest spelling,
+which for these keys would often be another thing altogether (`learning_rate` is not `logging_steps`).
+"""
+
+LR = "optimizer.lr"
+QUANTISED = "[quantization.bnb] load_in_4bit = true"
+ADAPTER = "adapter_type = 'multiplicative_lora', 'lora', …; or full_fine_tune = true"
+DTYPE = "model_weight_dtype for the base and lora_weight_dtype for the adapter, 'bfloat16' or 'float32'"
+PATH = "[[datasets]] with dataset_type, dataset_path and sequence_len"
+LENGTH = "datasets.0.sequence_len (tokens per chunk, exactly)"
+HELD_OUT = "datasets.0.eval_size (a fraction below 1, or a number of chunks)"
+RECOMPUTE = "activation_checkpointing = true, 'unsloth' or 'auto'"
+ATTENTION = "attn_implementation = 'flash_attention_2', 'sdpa' or 'eager'"
+IN_FULL = "trainable_modules (trained in full beside the adapter)"
+KERNELS = "kernels = 'all'"
+STAGES = "pipeline_stages (and deepspeed --num_gpus N)"
+NO_PREFERENCE = "preference training is not built yet"
+NO_CHAT = "chat and instruction data are not built yet; datasets are plain text"
+NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard events"
+FULL_CHUNKS = "no counterpart: books are cut into full chunks, nothing is padded"
+
+INSTEAD: dict[str, str] = {
+    # model
+    "base_model": "model (a folder)",
+    "model_name_or_path": "model (a folder)",
+    "model_name": "model (a folder)",
+    "model_path": "model (a folder)",
+    "base_model_config": "model (a folder)",
+    "pretrained_model": "model (a folder)",
+    "tokenizer": "no counterpart: the tokenizer in the model's folder is used",
+    "tokenizer_name_or_path": "no counterpart: the tokenizer in the model's folder is used",
+    "trust_remote_code": "no counterpart: code from a model's folder is never run",
+    "torch_dtype": DTYPE,
+    "dtype": DTYPE,
+    "bf16": DTYPE,
+    "fp16": DTYPE,
+    "pure_bf16": DTYPE,
+    "tf32": DTYPE,
+    "bfloat16": DTYPE,
+    "float16": DTYPE,
+    "half": DTYPE,
+    "load_in_8bit": "[quantization.bnb] load_in_8bit = true",
+    "quantization_bit": QUANTISED,
+    "bits": QUANTISED,
+    "quantization_method": QUANTISED,
+    "flash_attention": ATTENTION,
+    "flash_attn": ATTENTION,
+    "use_flash_attention_2": ATTENTION,
+    "sdp_attention": ATTENTION,
+    "xformers_attention": ATTENTION,
+    "flex_attention": ATTENTION,
+    # what is trained
+    "adapter": ADAPTER,
+    "finetuning_type": ADAPTER,
+    "peft_type": ADAPTER,
+    "use_peft": ADAPTER,
+    "tuner_type": ADAPTER,
+    "lora_r": "lora_rank",
+    "r": "lora_rank",
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "lora_target_modules": "target_modules",
+    "lora_target": "target_modules",
+    "target_module": "target_modules",
+    "lora_target_linear": "target_modules = 'all-linear'",
+    "lora_modules_to_save": IN_FULL,
+    "additional_target": IN_FULL,
+    "unfrozen_parameters": IN_FULL,
+    "lora_layers_to_transform": "layers_to_transform = '0:38' (both ends included)",
+    "peft_layers_to_transform": "layers_to_transform = '0:38' (both ends included)",
+    "peft_use_dora": "use_dora",
+    "lora_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "lora_use_rslora": "use_rslora",
+    "peft_init_lora_weights": "init_lora_weights",
+    "pissa_init": "init_lora_weights = 'pissa'",
+    "lora_model_dir": "init_adapter (a folder)",
+    "adapter_name_or_path": "init_adapter (a folder)",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    # steps and batches
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "n_epochs": "epochs",
+    "max_train_steps": "max_steps",
+    "per_device_train_batch_size": "micro_batch_size_per_gpu",
+    "micro_batch_size": "micro_batch_size_per_gpu",
+    "batch_size": "micro_batch_size_per_gpu (rows per micro-batch and replica)",
+    "train_batch_size": "micro_batch_size_per_gpu × gradient_accumulation_steps × replicas",
+    "per_device_eval_batch_size": "no counterpart: evaluation takes micro_batch_size_per_gpu",
+    "eval_batch_size": "no counterpart: evaluation takes micro_batch_size_per_gpu",
+    "max_grad_norm": "gradient_clipping",
+    "gradient_checkpointing": RECOMPUTE,
+    "use_gradient_checkpointing": RECOMPUTE,
+    "gradient_checkpointing_kwargs": RECOMPUTE,
+    "activation_offloading": "activation_checkpointing = 'unsloth'",
+    "data_seed": "seed",
+    # optimizer and schedule
+    "learning_rate": LR,
+    "optim": "optimizer.type",
+    "optimizer_type": "optimizer.type",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "adam_eps": "optimizer.eps",
+    "lr_scheduler_type": "lr_scheduler = 'constant' or 'cosine'",
+    "scheduler": "lr_scheduler = 'constant' or 'cosine'",
+    "warmup_ratio": "warmup_steps (steps; between 0 and 1 a fraction of an epoch, not of the run)",
+    "num_warmup_steps": "warmup_steps",
+    "lr_warmup_steps": "warmup_steps",
+    "min_lr": "optimizer.lr_min",
+    "cosine_min_lr_ratio": "optimizer.lr_min (a learning rate, not a ratio)",
+    "min_lr_ratio": "optimizer.lr_min (a learning rate, not a ratio)",
+    "loraplus_lr_embedding": "[[optimizer.groups]] with names and lr_ratio",
+    # data
+    "dataset": PATH,
+    "dataset_name": PATH,
+    "train_file": PATH,
+    "train_data": PATH,
+    "data_path": PATH,
+    "dataset_dir": PATH,
+    "test_datasets": "[[eval_datasets]]",
+    "eval_dataset": "[[eval_datasets]]",
+    "validation_file": "[[eval_datasets]]",
+    "cutoff_len": LENGTH,
+    "max_seq_length": LENGTH,
+    "max_seq_len": LENGTH,
+    "max_length": LENGTH,
+    "block_size": LENGTH,
+    "model_max_length": LENGTH,
+    "seq_length": LENGTH,
+    "seq_len": LENGTH,
+    "val_set_size": HELD_OUT,
+    "val_size": HELD_OUT,
+    "test_size": HELD_OUT,
+    "eval_split_size": HELD_OUT,
+    "dataset_prepared_path": "no counterpart: the cache is OUTPUT_DIR/dataset_cache",
+    "sample_packing": FULL_CHUNKS,
+    "packing": FULL_CHUNKS,
+    "pad_to_sequence_len": FULL_CHUNKS,
+    "eval_sample_packing": FULL_CHUNKS,
+    "dataset_text_field": "no counterpart: a doclist's field is `text`",
+    "text_column": "no counterpart: a doclist's field is `text`",
+    "chat_template": NO_CHAT,
+    "train_on_inputs": NO_CHAT,
+    "template": NO_CHAT,
+    "mix_strategy": "dataset_combination_mode = 'interleave' and datasets.0.sample_weight",
+    "interleave_probs": "datasets.0.sample_weight",
+    "dataloader_num_workers": "no counterpart: chunks are read as they are needed",
+    "streaming": "no counterpart: text is tokenised into a cache on disk",
+    "max_samples": "datasets.0.subsample (a fraction)",
+    # evaluation, saving, logging
+    "evaluation_strategy": "eval_steps (optimizer steps)",
+    "eval_strategy": "eval_steps (optimizer steps)",
+    "evals_per_epoch": "eval_steps (optimizer steps)",
+    "saves_per_epoch": "save_steps (optimizer steps)",
+    "save_strategy": "save_steps (optimizer steps) or save_every_n_epochs",
+    "save_total_limit": "keep_states",
+    "auto_resume_from_checkpoints": "resume_from_checkpoint = true",
+    "save_safetensors": "no counterpart: always safetensors",
+    "push_to_hub": "after_training = ['push'] with hub_model_id",
+    "report_to": NO_TRACKER,
+    "use_wandb": NO_TRACKER,
+    "wandb_project": NO_TRACKER,
+    "wandb_run_id": NO_TRACKER,
+    "logging_dir": NO_TRACKER,
+    "run_name": NO_TRACKER,
+    # machines
+    "deepspeed": "no key: --deepspeed_config JSON on the command line",
+    "fsdp": STAGES,
+    "fsdp_config": STAGES,
+    "tensor_parallel_size": STAGES,
+    "pipeline_parallel_size": STAGES,
+    "pipeline_model_parallel_size": STAGES,
+    "num_gpus": STAGES,
+    "use_liger_kernel": KERNELS,
+    "liger_rope": KERNELS,
+    "liger_rms_norm": KERNELS,
+    "lora_mlp_kernel": KERNELS,
+    "lora_qkv_kernel": KERNELS,
+    "lora_o_kernel": KERNELS,
+    "unsloth": KERNELS,
+    # other trainings
+    "stage": NO_PREFERENCE,
+    "pref_beta": NO_PREFERENCE,
+    "beta": NO_PREFERENCE,
+    "dpo_beta": NO_PREFERENCE,
+    "loss": NO_PREFERENCE,
+    "label_smoothing_factor": "no counterpart: the loss is plain cross-entropy",
+}
+# What axolotl and others write within a dataset.
+IN_DATASETS: dict[str, str] = {
+    "path": "dataset_path",
+    "type": "dataset_type ('textfile' or 'doclist')",
+    "ds_type": "dataset_type",
+    "data_files": "dataset_path (a file or a glob)",
+    "file": "dataset_path",
+    "files": "dataset_path (a file or a glob)",
+    "weight": "sample_weight",
+    "probability": "sample_weight",
+    "repeat": "num_repeats",
+    "epochs": "num_repeats",
+    "split": "no counterpart: name the file",
+    "field": "no counterpart: a doclist's field is `text`",
+    "shards": "subsample (a fraction)",
+}
+IN_OPTIMIZER: dict[str, str] = {
+    "betas": "beta1 and beta2",
+    "name": "type",
+    "optimizer": "type",
+    "rate": "lr",
+    "epsilon": "eps",
+    "decay": "weight_decay",
+    "lr_ratio": "loraplus_lr_ratio, or lr_ratio in [[optimizer.groups]]",
+}
+
+
+def in_table(table: str, key: str) -> str | None:
+    """What to write for `key`, which other trainers write in the table `table`; None if it is not known."""
+    own = IN_DATASETS if table.endswith("datasets") else IN_OPTIMIZER if table == "optimizer" else {}
+    return _sentence(own, key)
+
+
+def anywhere(key: str) -> str | None:
+    """What to write for `key`, which other trainers write somewhere; None if it is not known."""
+    return _sentence(INSTEAD, key)
+
+
+def _sentence(table: dict[str, str], key: str) -> str | None:
+    answer = table.get(key.lower().replace("-", "_"))
+    if answer is None:
+        return None
+    explains = answer.startswith(("no ", NO_PREFERENCE, NO_CHAT))
+    return f"{answer[0].upper()}{answer[1:]}." if explains else f"Use {answer}."

@@ -1,0 +1,293 @@
+"""The schema of a run: every key, its default, unit, bound and meaning, once.
+
+Takes a plain dictionary (from `config_sources`), gives a validated `Config`. The vocabulary is qlora-pipe's; the tables
+are in config/tables.py, keys of qlora-pipe that have no sound meaning here in config/qlora_pipe.py. Docs and
+`configs/schema.json` are generated from the descriptions.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.config import adapters, options, publishing
+from pipeline.config.tables import (
+    Bnb,
+    Dataset,
+    EvalDataset,
+    Optimizer,
+    Quantization,
+    Section,
+    not_built,
+    regular_expression,
+)
+from pipeline.names import as_ranges, layer_ranges
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Pattern = Annotated[str, AfterValidator(regular_expression)]
+
+
+class Config(Section):
+    """The whole run."""
+
+    model: str = Field(description="folder of the base model: config.json, tokenizer, safetensors")
+    output_dir: str = Field(description="each run makes a folder named by its UTC start time in here")
+
+    adapter_type: Annotated[
+        Literal["multiplicative_lora", "control_adapter", "lora", "moslora", "ia3", "oft", "boft", "hra"],
+        BeforeValidator(adapters.known_family),
+    ] = Field(
+        "multiplicative_lora", description="what is trained: 'multiplicative_lora' (h' = h + s·B·A·h on the module's output), 'control_adapter' (h' = h + Q·diag(e^S − 1)·Qᵀ·h, QᵀQ = I), 'lora' (W + s·B·A), 'moslora' (W + s·B·M·A), 'ia3' (a factor for each output), 'oft' and 'boft' (the input rotated in blocks), 'hra' (the input reflected)")  # fmt: skip
+    full_fine_tune: bool = Field(False, description="train the model's own weights, no adapter")
+    lora_rank: PositiveInt | None = Field(
+        None, description="rank R of the adapter; required unless full_fine_tune, ia3, oft or boft"
+    )
+    lora_alpha: PositiveFloat | None = Field(
+        None, description="s = lora_alpha / lora_rank; required for multiplicative_lora, lora and moslora"
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what the adapter reads")
+    use_rslora: bool = Field(False, description="s = lora_alpha / √lora_rank; of 'lora' and 'moslora'")
+    use_dora: bool = Field(
+        False, description="'lora' with a trained magnitude for each output's row of the merged weight (DoRA); slower"
+    )
+    init_lora_weights: Annotated[bool | str, AfterValidator(adapters.known_start)] = Field(
+        True, json_schema_extra=adapters.STARTS_SCHEMA, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa', or 'pissa_niter_4', which finds them by 4 subspace iterations, in seconds where the exact ones take minutes) or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
+    oft_block_size: PositiveInt | None = Field(
+        None, description="of 'oft': inputs that are rotated among each other; must divide a module's inputs"
+    )
+    boft_block_size: PositiveInt | None = Field(None, description="as oft_block_size, of 'boft'")
+    feedforward_modules: list[str] | None = Field(
+        None, description="of 'ia3': those of target_modules with a factor for each input instead of each output; default down_proj")  # fmt: skip
+    target_modules: list[str] | Literal["all-linear"] | None = Field(
+        None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
+    layers_to_transform: str | None = Field(
+        None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
+    trainable_modules: list[str] = Field(
+        [], description="modules trained in full beside the adapter, in all layers whatever layers_to_transform says: a full name, or the end of one after a dot (['embed_tokens', 'input_layernorm', 'norm']); they keep model_weight_dtype")  # fmt: skip
+    train_logit_scale: PositiveFloat = Field(
+        1.0, description="multiplies the logits before the softmax in training; recorded in the adapter"
+    )
+    rank_pattern: dict[Pattern, PositiveInt] = Field(
+        {}, description="lora_rank of some modules, by a name, the end of one, or a regular expression for it, as in PEFT: { 'layers.0.mlp.down_proj' = 128 }")  # fmt: skip
+    alpha_pattern: dict[Pattern, PositiveFloat] = Field(
+        {}, description="lora_alpha of some modules, as rank_pattern; saved with zeros up to the largest rank and with one s, which is the same function")  # fmt: skip
+    init_adapter: str | None = Field(
+        None, min_length=1, description="folder of an adapter of the same kind, modules, ranks and s, whose weights this run begins with; not read when resuming")  # fmt: skip
+    neftune_noise_alpha: PositiveFloat | None = Field(
+        None, description="NEFTune: in training, noise of U(−1, 1)·alpha/√(T·D) on a row's T embeddings of width D"
+    )
+    composite_weight_decay: PositiveFloat | None = Field(
+        None, description="λ of a decoupled weight decay of ½·λ·‖s·B·A‖² instead of optimizer.weight_decay on A and B, per unit of learning rate")  # fmt: skip
+    scale_weight_norms: PositiveFloat | None = Field(
+        None, description="largest Frobenius norm of a module's s·B·A: above it A and B are scaled down alike after each step")  # fmt: skip
+
+    epochs: PositiveInt | None = Field(None, description="passes over the training data; this or max_steps")
+    max_steps: PositiveInt | None = Field(
+        None, description="optimizer steps after which the run ends, also within an epoch"
+    )
+    lr_scheduler: Literal["constant", "none", "cosine"] = Field(
+        "constant", description="after warmup: constant, or cosine down to lr_min at the end of the run"
+    )
+    warmup_steps: NonNegativeFloat = Field(
+        0,
+        description="optimizer steps of linear warmup from lr/warmup_steps to lr; between 0 and 1, a fraction of an epoch",
+    )
+    force_constant_lr: PositiveFloat | None = Field(
+        None, description="use this learning rate throughout, whatever schedule or checkpoint say"
+    )
+    micro_batch_size_per_gpu: PositiveInt = Field(
+        1, description="rows per micro-batch and replica; not used with batch_size_tokens"
+    )
+    batch_size_tokens: PositiveInt | None = Field(
+        None, description="tokens, padding included, per micro-batch and replica"
+    )
+    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches per optimizer step and replica")
+    gradient_clipping: NonNegativeFloat = Field(
+        1.0, description="largest norm of the gradient over all stages; 0 for no clipping"
+    )
+    group_by_length: bool = Field(False, description="put rows of similar length in one micro-batch")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="of shuffling, initialisation and dropout")
+
+    pipeline_stages: PositiveInt = Field(
+        description="parts the model is cut into; must divide the number of processes, what is left is data parallel"
+    )
+    layers_per_stage: list[PositiveInt] | None = Field(
+        None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model"
+    )
+    use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
+    activation_checkpointing: Annotated[bool | Literal["unsloth", "auto"], BeforeValidator(not_built)] = Field(
+        False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
+    host_memory_gib: NonNegativeFloat = Field(
+        0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
+    kernels: Literal["all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block"]] = Field(
+        "none", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284)")  # fmt: skip
+    model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
+    lora_weight_dtype: Dtype = Field(
+        "float32",
+        description="of the adapter and its optimizer state; its gradients accumulate in float32 whatever this says",
+    )
+    attn_implementation: str | None = Field(
+        None,
+        description="attention by transformers' name: 'flash_attention_2', 'sdpa', 'eager', …; default: sdpa where the model supports it",
+    )
+
+    logging_steps: PositiveInt = Field(1, description="optimizer steps between lines of metrics")
+    steps_per_print: PositiveInt = Field(1, description="optimizer steps between lines on the console")
+    eval_steps: PositiveInt | None = Field(None, description="optimizer steps between evaluations")
+    eval_before_first_step: bool = Field(False, description="evaluate before training; not after a resume")
+    eval_after_last_step: bool = Field(False, description="evaluate at the end of the run")
+    eval_gradient_accumulation_steps: PositiveInt = Field(
+        1, description="accepted, without effect: an evaluation set always goes through one full pipeline, and its loss does not depend on how it is cut")  # fmt: skip
+    save_steps: PositiveInt | None = Field(None, description="optimizer steps between saves of the adapter (step<N>/)")
+    save_every_n_epochs: PositiveInt = Field(
+        1, description="epochs between saves of the adapter (epoch<N>/); the end of a run is always saved"
+    )
+    save_checkpoint_on_epoch_end: bool = Field(True, description="write a checkpoint at the end of each epoch")
+    checkpoint_every_n_minutes: PositiveFloat | None = Field(
+        None, description="minutes between checkpoints (global_step<N>/)"
+    )
+    checkpoint_on_save: bool = Field(
+        False, description="write a checkpoint with each save of the adapter; then not by the minute"
+    )
+    hang_timeout_minutes: NonNegativeFloat = Field(
+        10, description="without progress on any process, and three times the longest step (evaluation, save) so far, the run says which process hangs, saves what can be saved and ends with exit code 6; six times this for the first of each; 0 never")  # fmt: skip
+    keep_states: int = Field(-1, ge=-1, description="newest step<N>/ and global_step<N>/ to keep, each; -1 keeps all")
+    save_dtype: Dtype | None = Field(None, description="of a saved adapter or model; default as trained")
+    resume_from_checkpoint: bool | str = Field(
+        False, description="true: the newest complete checkpoint under output_dir; or the path of a run or a checkpoint"
+    )
+    load_optimizer_states: bool = Field(True, description="false starts the optimizer afresh on resuming")
+    after_training: list[publishing.Part] = Field(
+        [], description="what follows a run that reached its end, with what was saved at the last step, in this order whatever the list's: 'merge' (merged/ in the run's folder), 'export:peft' (peft/), 'export:gguf' (gguf/), 'card' (README.md in each of them, or in step<N>/ where there is none), 'push' (the first of merged/, peft/, gguf/ and step<N>/ that there is, to hub_model_id)")  # fmt: skip
+    hub_model_id: Annotated[str, AfterValidator(publishing.hub_id)] | None = Field(
+        None, description="OWNER/NAME of the repository on the Hub; required by 'push', which needs a token as well"
+    )
+    hub_private_repo: bool = Field(True, description="the repository is private; one that is public is then refused")
+    hub_base_model: Annotated[str, AfterValidator(publishing.hub_id)] | None = Field(
+        None, description="OWNER/NAME of the base model on the Hub, which cards and adapters then name; default: known if model is in a Hub cache")  # fmt: skip
+
+    dataset_combination_mode: Literal["concatenate", "interleave"] = Field(
+        "concatenate", description="how several [[datasets]] become one"
+    )
+    dataset_interleave_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted", description="when an interleaved epoch ends"
+    )
+    optimizer: Optimizer
+    quantization: Quantization | None = Field(None, description="of the base weights; default none")
+    datasets: list[Dataset] = Field(min_length=1)
+    eval_datasets: list[EvalDataset] = Field([])
+
+    @field_validator("model", "output_dir")
+    @classmethod
+    def _home_is_known(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_are_named(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("names no module; leave the key out for the default")
+        return value
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _layers_are_ranges(cls, value: str | None) -> str | None:
+        if value is not None:
+            layer_ranges(value)
+        return value
+
+    @field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _layers_are_text(cls, value: Any) -> Any:
+        if isinstance(value, list) and value and all(type(layer) is int and layer >= 0 for layer in value):
+            raise ValueError(f"layers are written as text: layers_to_transform = '{as_ranges(value)}'")
+        return value
+
+    @field_validator("resume_from_checkpoint", mode="before")
+    @classmethod
+    def _resume_is_no_word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().lower() in ("true", "false", "yes", "no", "none", "null", ""):
+            raise ValueError("write true or false without quotes; text is the path of a run or a checkpoint")
+        return value
+
+    @field_validator("datasets", "eval_datasets", mode="before")
+    @classmethod
+    def _datasets_are_several(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, dict):
+            raise ValueError(f"is one table; write [[{info.field_name}]] with double brackets, once for each dataset")
+        return value
+
+    @model_validator(mode="after")
+    def _rules_between_keys(self) -> Self:
+        problems = list(self._conflicts())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _conflicts(self) -> Any:
+        """What single keys cannot say: one line per broken rule."""
+        if not self.full_fine_tune:
+            values = {key: getattr(self, key) for key in adapters.KEYS}
+            yield from adapters.conflicts(
+                self.adapter_type, self.model_fields_set, values, self.quantization is not None
+            )
+        else:
+            for key in ("layers_to_transform", "adapter_type", "use_dora"):
+                if key in self.model_fields_set and getattr(self, key):
+                    yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
+        yield from options.conflicts(
+            None if self.full_fine_tune else self.adapter_type,
+            {key: getattr(self, key) for key in options.OF_ADAPTERS},
+            starts_from_weight=self.init_lora_weights is not True, loraplus=self.optimizer.loraplus != 1,
+        )  # fmt: skip
+        yield from publishing.conflicts(self.after_training, self.hub_model_id, self.full_fine_tune)
+        if self.epochs is None and self.max_steps is None:
+            yield "epochs: give epochs, max_steps, or both"
+        evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
+        for key in () if evaluates else ("eval_steps", "eval_before_first_step", "eval_after_last_step"):
+            if getattr(self, key):
+                yield f"{key}: there is nothing to evaluate; give datasets.0.eval_size or [[eval_datasets]], or remove it"
+        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_stages:
+            yield f"layers_per_stage: has {len(self.layers_per_stage)} entries, but pipeline_stages = {self.pipeline_stages}"
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            yield f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction of an epoch below 1"
+        if self.optimizer.lr_min > self.optimizer.lr:
+            yield f"optimizer.lr_min: {self.optimizer.lr_min} is above optimizer.lr = {self.optimizer.lr}"
+        for key in ("model_weight_dtype",) if self.full_fine_tune else ("model_weight_dtype", "lora_weight_dtype"):
+            if getattr(self, key) == "float16":
+                yield f"{key}: float16 gradients below 6e-8 vanish, and nothing here scales losses; use bfloat16 or float32"
+        if self.host_memory_gib and self.activation_checkpointing not in ("auto", "unsloth"):
+            yield "host_memory_gib: has a meaning with activation_checkpointing = 'auto' or 'unsloth' only"
+        if self.quantization is not None:
+            yield from self._conflicts_of_quantization(self.quantization.bnb)
+        if self.keep_states == 0:
+            yield "keep_states: 0 would keep nothing; -1 keeps all, 1 the newest"
+        datasets: list[Dataset | EvalDataset] = [*self.datasets, *self.eval_datasets]
+        implicit = [f"dataset{i}" for i in range(len(self.datasets))] + [
+            f"eval{i}" for i in range(len(self.eval_datasets))
+        ]
+        names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
+        for number, dataset in enumerate(self.datasets):
+            if dataset.eval_split == "document" and not dataset.eval_size:
+                yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
+
+    def _conflicts_of_quantization(self, bnb: Bnb) -> Iterator[str]:
+        if self.full_fine_tune:
+            yield "quantization: 4-bit and 8-bit weights cannot be trained; remove it or full_fine_tune"
+        if bnb.load_in_4bit == bnb.load_in_8bit:
+            yield "quantization.bnb: needs one of load_in_4bit = true and load_in_8bit = true"
+        if bnb.load_in_8bit and self.activation_checkpointing == "auto":
+            yield "activation_checkpointing: 'auto' is not built over 8-bit weights; write true, false or 'unsloth'"

@@ -1,0 +1,182 @@
+"""Takes a dataset's files; gives its documents, one after the other, never all in memory.
+
+'textfile' is .txt and .md, one document a file. 'doclist' is .json (a list of objects, or an object a line), .jsonl and
+.parquet, one document a row, in the field `text`. A text file is read 1 MiB at a time; of the others one row (or a few
+Parquet pages) is held at a time. What a text may hold, and in which encodings: encodings.py.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import UserError
+from pipeline.data.reading import encodings, json_rows, line_breaks
+from pipeline.data.reading.encodings import UTF8, Findings, checked, file_text, text_of
+from pipeline.data.reading.sources import Source, find, some
+from pipeline.foreign import printable
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CHAT = ("messages", "conversations", "conversation", "chat", "dialogue")
+_PAIRS = ("instruction", "output", "prompt", "completion", "question", "answer", "response", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and its name: the file's, or `file#row` counted from 1. `pieces()` reads it from its beginning.
+
+    A piece has encodings.READ_BYTES characters at most.
+    """
+
+    name: str
+    pieces: Callable[[], Iterator[str]]
+
+    @property
+    def text(self) -> str:
+        """The whole text at once."""
+        return "".join(self.pieces())
+
+
+def read(dataset_type: str, dataset_path: str) -> Iterator[Document]:
+    """The documents of a dataset, lazily, in the order of `find`. UserError names file and place of bad input."""
+    return read_sources(find(dataset_type, dataset_path))
+
+
+def read_sources(
+    sources: list[Source], *, join_lines: bool = False, findings: Findings | None = None
+) -> Iterator[Document]:
+    """The documents of the given files, lazily; what reading their pieces meets is counted in `findings`.
+
+    `join_lines`: line breaks inside paragraphs are joined where they can be the wrapping's.
+    """
+    met = Findings() if findings is None else findings
+
+    def text(where: str, pieces: Callable[[], Iterator[str]]) -> Iterator[str]:
+        noted = line_breaks.noted(checked(pieces(), where, met), met)
+        return line_breaks.joined(noted, met) if join_lines else noted
+
+    for path, name in sources:
+        match path.suffix.lower():
+            case ".json":
+                rows = _rows(path, name, json_rows.listed(path, met))
+            case ".jsonl":
+                rows = _rows(path, name, json_rows.on_lines(path, file_text(path, met)))
+            case ".parquet":
+                rows = _parquet_rows(path, name)
+            case _:
+                rows = iter([(name, printable(path), partial(file_text, path, met))])
+        for title, where, pieces in rows:
+            yield Document(title, partial(text, where, pieces))
+            del pieces  # a row may be a whole book: hold it once
+
+
+def text_bytes(sources: list[Source]) -> int:
+    """Bytes of text to come, for a progress bar: sizes of the files; for Parquet those of the uncompressed column."""
+    total = 0
+    for path, _ in sources:
+        if path.suffix.lower() != ".parquet":
+            total += path.stat().st_size
+            continue
+        metadata = _parquet(path).metadata
+        for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+            columns = (group.column(j) for j in range(group.num_columns))
+            total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+    return total
+
+
+Row = tuple[str, str, Callable[[], Iterator[str]]]  # a document's name, where it is for messages, and its pieces
+
+
+def _rows(path: Path, name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[Row]:
+    """A document for each (row number, object with a `text` field)."""
+    for number, row in rows:
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            is_object = isinstance(row, dict)
+            holds = f"an object with the fields {some(list(row))}" if is_object else printable(repr(row), 80)
+            raise UserError(
+                f"{printable(path)}: row {number} has no field 'text' that holds a string; it is {holds}{_advice(row)}"
+            )
+        if half := _SURROGATE.search(text):
+            raise UserError(
+                f"{printable(path)}: the text of row {number} has half a surrogate pair (\\u{ord(half[0]):04x}) at "
+                f"character {half.start()}, which is no character: write the pair whole or remove it"
+            )
+        del row
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        yield f"{name}#{number}", f"{printable(path)}: the text of row {number}", partial(_slices, text)
+        del text
+
+
+def _slices(text: str) -> Iterator[str]:
+    size = encodings.READ_BYTES
+    return (text[begin : begin + size] for begin in range(0, len(text), size))
+
+
+def _advice(row: Any) -> str:
+    """What to do with rows of another form."""
+    fields = list(row) if isinstance(row, dict) else []
+    if "text" in fields:
+        return ", and 'text' is no string: leave such rows out"
+    if any(field in _CHAT for field in fields):
+        return (
+            ". This is chat data, of which only the plain text can be trained on yet: write each conversation through the "
+            "model's chat template (tokenizer.apply_chat_template(messages, tokenize=False)) into a field 'text'"
+        )
+    if pair := [field for field in fields if field in _PAIRS]:
+        return (
+            f". These are pairs: join {' and '.join(pair)} of each row, as the model is to read them, in a field 'text'"
+        )
+    if "data" in fields or "rows" in fields:
+        return ". The file should be the list inside"
+    return ". Give the field with the text this name" if fields else ""
+
+
+def _parquet(path: Path) -> Any:
+    """The opened Parquet file, which must have a column `text`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where, strings = printable(path), (pa.string(), pa.large_string(), pa.string_view())
+    try:
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=encodings.READ_BYTES)
+        schema = file.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{where}: cannot be read as Parquet: {printable(error)}") from None
+    if schema.names.count("text") != 1:
+        wrong = "more than one" if "text" in schema.names else "no"
+        advice = "" if "text" in schema.names else _advice(dict.fromkeys(schema.names))
+        raise UserError(f"{where}: has {wrong} column 'text'; its columns: {some(schema.names)}{advice}")
+    kind = schema.field("text").type
+    if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in strings:
+        raise UserError(f"{where}: column 'text' holds {kind}, not strings")
+    return file
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
+    """A document for each row, decoded from Arrow's memory a piece at a time."""
+    import pyarrow as pa
+
+    number, batches = 0, _parquet(path).iter_batches(batch_size=16, columns=["text"])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{printable(path)}: is damaged after row {number}: {printable(error)}") from None
+        if batch is None:
+            return
+        column = batch.column(0)
+        for value in column.dictionary_decode() if pa.types.is_dictionary(column.type) else column:
+            number += 1
+            where = f"{printable(path)}: row {number}"
+            if not value.is_valid:
+                raise UserError(f"{where} has no text (null)")
+            yield f"{name}#{number}", where, partial(_buffer_text, value.as_buffer(), where)
+
+
+def _buffer_text(buffer: Any, where: str) -> Iterator[str]:
+    size = encodings.READ_BYTES
+    raws = (bytes(buffer[begin : begin + size]) for begin in range(0, len(buffer), size))
+    return text_of(raws, UTF8, where)

@@ -1,0 +1,1 @@
+"""Our kernels in a model: where each fits, found by what a module computes."""

@@ -1,0 +1,110 @@
+"""Quantised base weights: bitsandbytes' 4-bit and 8-bit linear layers, filled one tensor at a time.
+
+Takes a stage on `meta` in which `packed.foresee` has marked the layers; puts bitsandbytes' layers in their place.
+`weights.load` then hands each its weight as soon as that is read, in 16 bits on the device, and keeps what `pack` returns:
+of the 16-bit model no more than one tensor is alive at a time.
+
+Importing this imports bitsandbytes, so it is imported where a base is quantised, and nowhere else.
+"""
+
+import logging
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.memory import replay
+from pipeline.model.quantized import Foreseen
+from pipeline.model.stage import Stage
+
+# It says at every product in 8 bits that the input is rounded to float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+# A product with a 4-bit weight is one operation, so that recomputation can keep its result as it keeps any product's.
+replay.PRODUCTS[torch.ops.bitsandbytes.gemm_4bit.default] = lambda x, w, shape, *_, **__: [*x.shape[:-1], shape[0]]
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """x·Wᵀ with W in 4 bits (QLoRA, Dettmers et al. 2023, eq. 5); nothing is kept for backward but W itself.
+
+    x [..., D_in] → [..., D_out], in x's dtype.
+    """
+
+    def __init__(self, like: Foreseen) -> None:
+        scheme = like.scheme
+        super().__init__(
+            like.in_features,
+            like.out_features,
+            like.bias is not None,
+            scheme.compute_dtype,
+            compress_statistics=scheme.double_quant,
+            quant_type=scheme.quant_type,
+            device="meta",
+        )
+        # On processors with AVX512-BF16 bitsandbytes 0.50.2 repacks the weight at the first forward in eval mode, to bf16
+        # scales, and what dequantises it later (backward) reads the new form as the old.
+        self.support_avx512bf16_for_cpu = False
+
+    def pack(self, weight: Tensor) -> nn.Parameter:
+        """`weight` [D_out, D_in], bf16 or fp32, as 4-bit codes uint8 [D_out·D_in / 2, 1] with their scales."""
+        empty: Any = self.weight
+        parameter = bnb.nn.Params4bit(
+            weight,
+            requires_grad=False,
+            compress_statistics=empty.compress_statistics,
+            quant_type=empty.quant_type,
+            module=self,
+        )
+        return parameter.to(weight.device)
+
+
+class Linear8bit(bnb.nn.Linear8bitLt):
+    """x·Wᵀ with W in 8 bits and one scale a row (LLM.int8(), Dettmers et al. 2022, eq. 3 and 8).
+
+    x [..., D_in] → [..., D_out], in x's dtype. bitsandbytes' own function holds on to x for backward where checkpointing
+    does not see it, so a recomputed layer would keep it all the same; a frozen W needs nothing but itself.
+    """
+
+    def __init__(self, like: Foreseen) -> None:
+        super().__init__(
+            like.in_features,
+            like.out_features,
+            like.bias is not None,
+            has_fp16_weights=False,
+            threshold=like.scheme.outlier_threshold,
+            device="meta",
+        )
+
+    def pack(self, weight: Tensor) -> nn.Parameter:
+        """`weight` [D_out, D_in] as int8 codes of the same shape with an fp32 scale for each row."""
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product8bit.apply(x, self)  # type: ignore[no-any-return]
+
+
+class _Product8bit(torch.autograd.Function):
+    """`Linear8bitLt` forward; backward through W = codes · scales / 127, in x's dtype, as bitsandbytes computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear8bit) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return bnb.nn.Linear8bitLt.forward(layer, x.detach())  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        state = ctx.layer.state
+        W = state.CB.to(ctx.dtype).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+        return gradient.to(ctx.dtype) @ W, None
+
+
+def put_in(stage: Stage) -> None:
+    """bitsandbytes' layers, on `meta`, in place of the stage's `Foreseen` ones."""
+    model: Any = stage.model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Foreseen):
+            four = module.scheme.bits == 4
+            model.set_submodule(name, (Linear4bit if four else Linear8bit)(module).requires_grad_(False))
+            # PEFT looks at these to choose its layer.
+            model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four

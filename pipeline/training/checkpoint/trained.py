@@ -1,0 +1,133 @@
+"""Saves of what is trained: an adapter, or a whole model, as a folder that appears whole or not at all.
+
+Takes a stage and its trained parameters; every process calls, one replica of each stage contributes, the first process
+puts the folder in place.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline import saved_at
+from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
+from pipeline.files import size_of, whole_folder, write_json
+from pipeline.foreign import read_object
+from pipeline.formats.base_model import config_ties, files_to_copy, untie
+from pipeline.formats.safetensors import read_header, write_tensors
+from pipeline.model.stage import Stage, tied_head
+from pipeline.training.checkpoint.manifest import CheckpointError
+from pipeline.training.engine.engine import Place
+
+Write = Callable[[Path], None]
+PART = ".stage-{}.safetensors"  # what a stage contributes, while an adapter is put together
+
+
+def save_adapter(
+    folder: Path,
+    step: int,
+    place: Place,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    write: Callable[[Path, dict[str, Tensor]], None],
+) -> None:
+    """Have `write` put the stages' trained tensors into the folder as one adapter, marked as of `step`.
+
+    They meet in files: an embedding that is trained beside the adapter has gigabytes, and a collective would need them
+    on the first GPU, once for every process.
+    """
+
+    def write_part(temporary: Path) -> None:
+        if place.replica == 0 and tensors:
+            own = {name: t.detach().to("cpu", dtype) for name, t in tensors.items()}
+            write_tensors(temporary / PART.format(place.stage), own)
+
+    def finish(temporary: Path) -> None:
+        files = [temporary / PART.format(stage) for stage in range(place.stages)]
+        files = [file for file in files if file.exists()]
+        with contextlib.ExitStack() as opened:
+            parts = [opened.enter_context(safe_open(file, framework="pt")) for file in files]
+            write(temporary, {name: part.get_tensor(name) for part in parts for name in part.keys()})  # noqa: SIM118
+        for file in files:
+            file.unlink()
+
+    _together(folder, step, place, write_part, finish)
+
+
+def save_model(folder: Path, step: int, place: Place, stage: Stage, base: Path, dtype: torch.dtype | None) -> None:
+    """Each stage writes its weights, as of `step`, as one shard; configuration and tokenizer are copied from `base`."""
+    shard_name = f"model-{place.stage + 1:05d}-of-{place.stages:05d}.safetensors"
+
+    def write_shard(temporary: Path) -> None:
+        if place.replica == 0:
+            tensors = {
+                name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.detach().cpu()).contiguous()
+                for name, t in stage.model.state_dict().items()
+                if name not in tied_head(stage.model)
+            }
+            write_tensors(temporary / shard_name, tensors, {"format": "pt"})
+
+    def finish(temporary: Path) -> None:
+        shards = [read_header(path) for path in sorted(temporary.glob("model-*.safetensors"))]
+        index = {
+            "metadata": {"total_size": sum(t.n_bytes for shard in shards for t in shard.tensors)},
+            "weight_map": {t.name: t.file.name for shard in shards for t in shard.tensors},
+        }
+        write_json(temporary / "model.safetensors.index.json", index)
+        for file in files_to_copy(base):
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / file, temporary / file)
+        config = read_object(base / "config.json", "the base's configuration")
+        config.pop("torch_dtype", None)
+        if config_ties(config) is not False and not tied_head(stage.model):
+            untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
+        config["dtype"] = str(dtype or stage.model.dtype).removeprefix("torch.")
+        write_json(temporary / "config.json", config, allow_nan=True)
+
+    _together(folder, step, place, write_shard, finish)
+
+
+def _together(folder: Path, step: int, place: Place, each: Write, first: Write) -> None:
+    """`each` on every process, then `first` on the first, into one folder that appears whole. Fails on all or on none."""
+    output = contextlib.ExitStack()
+    told: list[Any] = [None]
+
+    def open_folder() -> None:
+        if place.rank == 0:
+            told[0] = str(output.enter_context(whole_folder(folder, replace=True)))
+
+    def finish() -> None:
+        if place.rank == 0:
+            first(Path(told[0]))
+            saved_at.mark(Path(told[0]), step)
+
+    with output:
+        _all_well(place, open_folder, folder, told)
+        dist.broadcast_object_list(told)
+        _all_well(place, lambda: each(Path(told[0])), folder, told)
+        _all_well(place, finish, folder, told)
+        _all_well(place, output.close, folder, told)  # puts the folder in place
+
+
+def _all_well(place: Place, write: Callable[[], None], folder: Path, temporary: list[str]) -> None:
+    """Run `write`; raise CheckpointError on every process if it failed on any."""
+    problem = None
+    try:
+        write()
+    except UserError as error:
+        problem = str(error), error.exit_code
+    except Exception as error:  # whatever it is, the others must hear of it
+        full = is_out_of_space(error)
+        needed = f"more than {gib(size_of(Path(temporary[0])))}" if temporary[0] else ""
+        why = space_message(error, folder.parent, needed) if full else str(error)
+        problem = f"cannot write {folder}: {why}", EXIT_DISK_FULL if full else EXIT_CHECKPOINT
+    problems: list[Any] = [None] * place.world
+    dist.all_gather_object(problems, problem)
+    if found := [p for p in problems if p]:
+        raise CheckpointError(*found[0])

@@ -1,0 +1,268 @@
+"""DeepSpeed: the schedule, the wires and the launcher; nothing of the numerics.
+
+Takes a stage, an objective and an optimizer; gives DeepSpeed's pipeline engine over them. Its configuration has no
+dtype, clipping or ZeRO block: those would cast parameters, wrap the optimizer and clip by the first stage's norm.
+"""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from pipeline.console import UserError, said_if_slow
+from pipeline.training.engine import schedule as schedule_cuts
+from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
+from pipeline.training.start import launch
+
+MINIMUM_DEEPSPEED = (0, 19, 3)
+# Of a collective. Longer than any pause of a whole run (Ctrl-Z, a container that is paused) and any step: who hangs is
+# found out by peers.py, who has died by the connection.
+TIMEOUT = timedelta(days=7)
+# DeepSpeed's instructions, and whether they wait for another process.
+IN_WORDS = {
+    schedule.LoadMicroBatch: ("reading a micro-batch", False),
+    schedule.ForwardPass: ("the forward pass", False),
+    schedule.BackwardPass: ("the backward pass", False),
+    schedule.OptimizerStep: ("the optimizer's update", False),
+    schedule.SendActivation: ("sending activations", True),
+    schedule.RecvActivation: ("waiting for activations", True),
+    schedule.SendGrad: ("sending gradients", True),
+    schedule.RecvGrad: ("waiting for gradients", True),
+    schedule.ReduceGrads: ("summing gradients", True),
+    schedule.ReduceTiedGrads: ("summing tied gradients", True),
+}
+
+
+class Place(NamedTuple):
+    """Where this process stands: its rank, stage and replica, and how many there are of each."""
+
+    rank: int
+    world: int
+    stage: int
+    stages: int
+    replica: int
+    replicas: int
+    topology: ProcessTopology
+    device: torch.device
+
+
+def check_version() -> None:
+    """Before 0.19.3 DeepSpeed scaled accumulated gradients in three other ways."""
+    version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
+    if version < MINIMUM_DEEPSPEED:
+        raise UserError(f"DeepSpeed {deepspeed.__version__} scales accumulated gradients differently; install ≥ 0.19.3")
+
+
+def launched_by() -> str:
+    """A name all processes of this launch share and no other launch has: the launcher's process id and start time."""
+    launcher = psutil.Process(os.getppid() if "WORLD_SIZE" in os.environ else os.getpid())
+    return f"{launcher.pid}-{int(launcher.create_time() * 1000)}"
+
+
+@said_if_slow("starting: waiting for the other processes")
+def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
+    """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    launch.check_processes(stages)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_SIZE", str(world))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    accelerator = get_accelerator()
+    local = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local)
+    rank = int(os.environ.get("RANK", "0"))
+    with _quiet(), without_shared_memory_extension():
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world,
+            auto_mpi_discovery=False,
+            timeout=TIMEOUT,
+            verbose=False,
+        )
+    replicas = world // stages
+    if column_major:
+        topology = ProcessTopology(axes=["data", "pipe"], dims=[replicas, stages])
+    else:
+        topology = PipeDataParallelTopology(num_pp=stages, num_dp=replicas)
+    coordinate = topology.get_coord(rank)
+    return Place(
+        rank,
+        world,
+        coordinate.pipe,
+        stages,
+        coordinate.data,
+        replicas,
+        topology,
+        torch.device(accelerator.device_name(local)),
+    )
+
+
+def build(
+    module: nn.Module,
+    place: Place,
+    objective: Callable[..., torch.Tensor],
+    optimizer: PipelineOptimizer,
+    gradient_accumulation_steps: int,
+    dynamic_shape: bool,
+    first_trained: int,
+) -> PipelineEngine:
+    """DeepSpeed's engine with `module` as this process's one pipeline layer, and `optimizer` connected to its groups.
+
+    `first_trained`: the first stage that owns a trained parameter, from `first_trained_stage`. Gradients go no further.
+    """
+    _broadcast_only_trained(module)
+    others = [nn.Identity() for _ in range(place.stages)]
+    layers = [*others[: place.stage], module, *others[place.stage + 1 :]]
+    with _quiet():
+        pipeline = deepspeed.pipe.PipelineModule(
+            layers,
+            topology=place.topology,
+            loss_fn=objective,
+            partition_method="uniform",
+            activation_checkpoint_interval=0,
+            dynamic_shape=dynamic_shape,
+        )
+        engine, *_ = deepspeed.initialize(
+            model=pipeline,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # counted by DeepSpeed's own timers only
+                "gradient_accumulation_steps": gradient_accumulation_steps,
+                "gradient_clipping": 0.0,
+                "steps_per_print": None,
+            },
+        )
+    engine.pipeline_enable_backward_allreduce = False
+    optimizer.connect(engine.grid.get_pipe_parallel_group(), engine.grid.get_data_parallel_group())
+    schedule_cuts.apply(engine, first_trained)
+    return engine
+
+
+def first_trained_stage(trains: bool, place: Place) -> int:
+    """The first stage that trains anything, the same number on every process; the last if none does."""
+    everyone: list[int] = [0] * place.world
+    dist.all_gather_object(everyone, place.stage if trains else place.stages - 1)
+    return min(everyone)
+
+
+def announce(engine: PipelineEngine, doing: Callable[[str, bool], None]) -> None:
+    """Call `doing(what, waits)` before each instruction of the schedule, and when it is done: a collective may follow."""
+
+    def announced(words: tuple[str, bool], instruction: Callable[..., None]) -> Callable[..., None]:
+        def execute(engine: PipelineEngine, **arguments: Any) -> None:
+            doing(*words)
+            instruction(engine, **arguments)
+            doing("between two instructions", True)
+
+        return execute
+
+    table = engine._INSTRUCTION_MAP.items()
+    engine._INSTRUCTION_MAP = {kind: announced(IN_WORDS[kind], instruction) for kind, instruction in table}
+
+
+def held_tensors(engine: PipelineEngine, optimizer: PipelineOptimizer) -> list[torch.Tensor]:
+    """What is there between two steps: weights, gradient sums, optimizer state, and DeepSpeed's buffers for messages."""
+    messages = tree_leaves((engine.pipe_recv_buf, engine.grad_layer))
+    return [
+        *engine.module.parameters(),
+        *optimizer.held_tensors(),
+        *(t for t in messages if isinstance(t, torch.Tensor)),
+    ]
+
+
+@contextlib.contextmanager
+def agreement(place: Place) -> Iterator[None]:
+    """What one process finds wrong inside, all of them raise when they leave."""
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    problems: list[Any] = [None] * place.world
+    dist.all_gather_object(problems, problem and (str(problem), problem.exit_code))
+    if found := list(dict.fromkeys(p for p in problems if p)):
+        raise UserError("; ".join(message for message, _ in found), found[0][1])
+
+
+def is_failed_collective(error: BaseException) -> bool:
+    """Whether the processes lost each other: gloo says in words only that another one has gone."""
+    return (
+        isinstance(error, dist.DistError) or "Connection closed by peer" in str(error) or "reset by peer" in str(error)
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group, all together: not after an error, when a peer may be waiting in a collective for ever."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def let_go(engine: PipelineEngine) -> None:
+    """Clear what DeepSpeed's engine keeps of its last step: the graph of it has hooks that hold the engine, where Python's
+    garbage collector does not see it, and with the engine all weights of the stage."""
+    engine.loss, engine.total_loss, engine.pipe_buffers = None, None, {}
+
+
+def rendezvous_in(folder: Path) -> Path:
+    """The file through which this launch's processes find each other; removes those of launches that have died."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder.resolve() / f".rendezvous-{launched_by()}"
+    for left in own.parent.glob(".rendezvous-*-*"):
+        if not psutil.pid_exists(int(left.name.split("-")[1])):
+            left.unlink(missing_ok=True)
+    return own
+
+
+@contextlib.contextmanager
+def without_shared_memory_extension() -> Iterator[None]:
+    """DeepSpeed's CPU extension `deepspeed_shm_comm` is not compiled, loaded and given memory by what starts in here.
+
+    It serves all-reduces of tensor-parallel inference, which nothing here does; it asks for a compiler and ninja, waits
+    for ever on the lock of a build that was killed, and leaves 66 MiB a process in /dev/shm (0.19.8, `build_shm_op`).
+    `tests/training/test_start.py` fails when DeepSpeed starts it elsewhere, or not at all.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, `deepspeed.comm.torch` is torch
+    build = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = build
+
+
+def _broadcast_only_trained(module: nn.Module) -> None:
+    """DeepSpeed broadcasts every parameter over the replicas when it starts, the frozen base too (70 GB for 35B).
+
+    It skips parameters with this attribute (0.19.8, `_broadcast_model`); replicas read the same files anyway.
+    `tests/training/test_engine.py` fails when the attribute is no longer looked at.
+    """
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints what it builds and its layout with print(); ours says the same in one table."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

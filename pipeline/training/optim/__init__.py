@@ -1,0 +1,1 @@
+"""One optimizer step over all stages, the inner optimizers, and the learning rate of a step."""

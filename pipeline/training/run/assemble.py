@@ -1,0 +1,297 @@
+"""Puts a run together on one process: stage, weights, adapters, engine, state.
+
+Takes the config and what `prepare` made of it, and our place in the pipeline; gives a `Trainer` at the step to go on
+from. A problem that one process finds is raised on all of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config.loading import to_toml
+from pipeline.config.schema import Config
+from pipeline.console import UserError, gib, said_if_slow, say
+from pipeline.data.batches import MicroBatches, Position
+from pipeline.model import neftune, unsupported, weights
+from pipeline.model.adapters import base as adapters
+from pipeline.model.memory import activation
+from pipeline.model.memory.host_arena import HostArena
+from pipeline.model.quantized import saved_bytes
+from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
+from pipeline.objectives import language_modelling
+from pipeline.training.checkpoint import trained as saving
+from pipeline.training.checkpoint.saver import Saver
+from pipeline.training.checkpoint.state import RunState, restore
+from pipeline.training.engine import engine
+from pipeline.training.metrics import Metrics, at_rest, peak_memory
+from pipeline.training.optim import parameter_groups, regularisation
+from pipeline.training.optim.inner import make_inner
+from pipeline.training.optim.lr_schedule import learning_rate, warmup_steps
+from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
+from pipeline.training.run import folder as run_folder
+from pipeline.training.run import record
+from pipeline.training.run.peers import UNHURRIED
+from pipeline.training.run.stop import Watcher
+from pipeline.training.run.trainer import Cadence, Trainer
+from pipeline.training.stage import families, initial_adapter, parts
+from pipeline.training.start import kernel_places, prepare
+from pipeline.training.start import plan as planned
+
+
+def trainer(
+    config: Config,
+    plan: prepare.ModelPlan,
+    data: prepare.Data,
+    place: engine.Place,
+    watcher: Watcher,
+    resumed: run_folder.Resumed | None,
+    command: list[str],
+) -> Trainer:
+    """The run, ready to go. `resumed`: the checkpoint to go on from (the first process's counts) and its manifest.
+
+    `command`: the program and its arguments, for the line that resumes.
+    """
+    followed = planned.for_run(config, plan, place)
+    torch.manual_seed(config.seed + place.rank)
+    parts.import_quantisation(config)
+    with engine.agreement(place):
+        arena = planned.arena(followed, place.stage, place.device)
+    with watcher.phase(UNHURRIED):
+        stage = build_stage(config, plan, followed, place, arena)
+    optimizer = build_optimizer(config, stage, place)
+    families.after_updates(stage, optimizer.inner)
+    batches = prepare.micro_batches(config, data, place.replica, place.replicas)
+    transform = logit_transform(stage.model.config)
+    head: Any = stage.head if stage.is_last else None  # only the last stage computes a loss
+    pipeline_engine = engine.build(
+        stage,
+        place,
+        partial(
+            language_modelling.training_loss, head=head, transform=transform._replace(after=config.train_logit_scale)
+        ),
+        optimizer,
+        config.gradient_accumulation_steps,
+        dynamic_shape=batches.fixed_shape is None,
+        first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
+    )
+    engine.announce(pipeline_engine, watcher.doing)
+    tie_trained_embeddings(stage, optimizer, place)
+    trained = names_on_all_stages(optimizer, place)
+    resumed = run_folder.agree_on(resumed, place)
+    if resumed is not None:
+        put_back(*resumed, config, stage, optimizer, place, batches, trained)
+    elif config.init_adapter:
+        with engine.agreement(place):
+            initial = prepare.initial_tensors(config, plan.targets, plan.biased_targets, plan.in_full, plan.tied)
+            initial_adapter.put(stage, initial)
+    run_dir = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
+    went: dict[str, Any] = (
+        resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
+    )
+    goes_on = resumed is not None and resumed[0].parent == run_dir
+    state = RunState(optimizer, place.device, place.rank, place.replica == 0, facts(config, place, trained))
+    metrics = Metrics(run_dir, went["step"] if goes_on else 0, went["settled"])
+    write = artifact_writer(config, stage, place, plan)
+    saved_already = went["step"] if goes_on else None
+    saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
+    say_memory(place)
+    at_rest(engine.held_tensors(pipeline_engine, optimizer))
+    return Trainer(
+        engine=pipeline_engine,
+        place=place,
+        optimizer=optimizer,
+        batches=batches,
+        evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
+        row_losses=partial(language_modelling.row_losses, head=head, transform=transform),
+        learning_rate=schedule(config, batches.steps_per_epoch(0)),
+        adapter_norms=None if config.full_fine_tune else partial(families.norms, stage, config),
+        cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),
+        state=state,
+        saver=saver,
+        metrics=metrics,
+        watcher=watcher,
+        resume_line=run_folder.resume_line(command, place.world, run_dir),
+        step=went["step"],
+        position=Position(went["epoch"], went["rows"]),
+        best_loss=went["best_loss"],
+        settled=went["settled"],
+        first_step_done=partial(planned.say_overflow, followed, place, arena),
+        outcome=partial(planned.say_outcome, followed, place, run_dir, arena),
+    )
+
+
+def build_stage(
+    config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place, arena: HostArena | None
+) -> Stage:
+    """Our part of the model with its weights, adapters, kernels and activation memory."""
+    first, end = followed.ranges[place.stage]
+    if followed.ranges != plan.ranges:  # chosen by 'auto'
+        prepare.check_tiny(config, plan.targets, followed.ranges)
+    stage = Stage(plan.shell, first, end)
+    with engine.agreement(place), unsupported.named(plan.shell.config.model_type, "putting its stage together"):
+        check_room(stage, place)
+        parts.put_quantised(stage, config)
+        weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
+        stage.to(place.device)  # RoPE tables and other buffers
+        if stage.is_last:
+            check_head(stage)
+        parts.put_trained(stage, config, plan.targets, plan.in_full)
+    with said_if_slow("starting: looking where the kernels fit"):
+        kernel_places.put(stage, config.kernels, place)
+    keeping = dict(enumerate(followed.keeping[place.stage], start=first))
+    first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
+    if config.neftune_noise_alpha:
+        neftune.apply(stage, config.neftune_noise_alpha)
+    activation.apply(stage, keeping, arena, place.stage > first_trained)
+    return stage
+
+
+def check_room(stage: Stage, place: engine.Place) -> None:
+    """Raise UserError if the stage's weights alone do not fit on the GPU, before any is read."""
+    if place.device.type != "cuda":
+        return
+    needed = sum(p.numel() * p.element_size() for p in stage.parameters()) - saved_bytes(stage)
+    free, _ = torch.cuda.mem_get_info(place.device)
+    if needed > free:
+        raise UserError(
+            f"stage {place.stage} has {gib(needed)} of weights, its GPU has {gib(free)} free: "
+            "use more stages, or layers_per_stage"
+        )
+
+
+def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> PipelineOptimizer:
+    """Over this stage's trained parameters, which may be none."""
+    parameters = adapters.trainable(stage)
+    # A tied head on a stage of its own is the embedding once more.
+    copies = {} if stage.is_first else tied_head(stage.model)
+    counts: list[int] = [0] * place.world
+    dist.all_gather_object(counts, sum(p.numel() for name, p in parameters.items() if name not in copies))
+    total = sum(counts) // place.replicas
+    if not total:
+        raise UserError(f"nothing to train: target_modules = {config.target_modules} matches no parameter")
+    o = config.optimizer
+    faster = f"; B learns at {o.loraplus:g} times the rate (LoRA+)" if o.loraplus != 1 else ""
+    say(f"trained:  {total:,} parameters{faster}")
+    held_down = config.composite_weight_decay or config.scale_weight_norms
+    factors = regularisation.factors_of(stage) if held_down else {}
+    undecayed = {f"{module}.{letter}" for module in factors for letter in "AB"} if config.composite_weight_decay else ()
+    # A copy of the embedding must make the same update as the embedding, so it goes by its name.
+    named = {copies.get(name, name): p for name, p in parameters.items()}
+    groups = parameter_groups.build(
+        named,
+        fast_ratio=o.loraplus,
+        weight_decay=o.weight_decay,
+        undecayed=undecayed,
+        specials=parameter_groups.specials(o),
+    )
+    inner = make_inner(o.type, groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
+    optimizer = PipelineOptimizer(parameters, inner, config.gradient_clipping)
+    regularisation.attach(optimizer, factors, config.composite_weight_decay, config.scale_weight_norms)
+    return optimizer
+
+
+def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: engine.Place) -> None:
+    """Trained tied embeddings on two stages are one weight: gradients are summed, and both make the same update."""
+    tied = tied_head(stage.model)
+    if place.stages == 1 or not tied:
+        return
+    own = [name for name in optimizer.parameters_by_name if name in {*tied, *tied.values()}]
+    group = None
+    for replica in range(place.replicas):  # every process takes part in making every group
+        ranks = [place.topology.get_rank(pipe=s, data=replica) for s in (0, place.stages - 1)]
+        candidate = dist.new_group(ranks)
+        group = candidate if place.rank in ranks else group
+    if own:
+        optimizer.tie(frozenset(own), group, counts=stage.is_first)
+
+
+@said_if_slow("starting: reading the checkpoint")
+def put_back(
+    folder: Path,
+    manifest: dict[str, Any],
+    config: Config,
+    stage: Stage,
+    optimizer: PipelineOptimizer,
+    place: engine.Place,
+    batches: MicroBatches,
+    trained: list[str],
+) -> None:
+    """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration."""
+    if lines := run_folder.differences(manifest["config"], config.model_dump(mode="json")):
+        say("changed since the checkpoint:\n" + "\n".join(lines))
+    aliases = tied_head(stage.model)
+    same_layout = manifest["layout"] == [place.stages, place.replicas]
+    with engine.agreement(place):
+        run_folder.check_continues(manifest, config.model_dump(mode="json"), set(trained), aliases)
+        if manifest["rows"] and batches.order_hash(manifest["epoch"]) != manifest["order"]:
+            raise UserError(
+                "the training data or its order is not the checkpoint's, so its position in the data means nothing; "
+                "restore the datasets, their settings and the seed, or start a new run"
+            )
+        restore(
+            folder,
+            manifest,
+            optimizer,
+            place.device,
+            place.rank,
+            aliases=aliases,
+            optimizer_states=config.load_optimizer_states,
+            same_layout=same_layout,
+        )
+    if not same_layout:
+        torch.manual_seed(config.seed + place.rank + 1000003 * manifest["step"])
+    say(f"resumed:  after step {manifest['step']}, from {folder}")
+
+
+def schedule(config: Config, steps_in_epoch: int) -> Callable[[int, int], float]:
+    """(step, total steps) → learning rate."""
+    if (constant := config.force_constant_lr) is not None:
+        return lambda step, total: constant
+    warmup = warmup_steps(config.warmup_steps, steps_in_epoch)
+    peak, shape, lowest = config.optimizer.lr, config.lr_scheduler, config.optimizer.lr_min
+    return lambda step, total: learning_rate(step, peak=peak, warmup=warmup, total=total, shape=shape, lowest=lowest)
+
+
+def artifact_writer(
+    config: Config, stage: Stage, place: engine.Place, plan: prepare.ModelPlan
+) -> Callable[[Path, int], None]:
+    """What writes the adapter, or the model, as it is at a step, into a folder."""
+    dtype = DTYPES[config.save_dtype] if config.save_dtype else None
+    if config.full_fine_tune:
+        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(config.model), dtype)
+    write = families.writer(config, plan.targets, plan.biased_targets, plan.tied)
+
+    def save(folder: Path, step: int) -> None:
+        tensors = {name: t for name, t in adapters.written(stage).items() if name not in plan.tied}
+        saving.save_adapter(folder, step, place, tensors, dtype, write)
+
+    return save
+
+
+def names_on_all_stages(optimizer: PipelineOptimizer, place: engine.Place) -> list[str]:
+    """The trained parameters of the whole model."""
+    names: list[list[str]] = [[] for _ in range(place.world)]
+    dist.all_gather_object(names, list(optimizer.parameters_by_name))
+    return sorted({name for each in names for name in each})
+
+
+def facts(config: Config, place: engine.Place, trained: list[str]) -> dict[str, Any]:
+    """What every checkpoint of the run says about itself."""
+    return {
+        "trained": trained,
+        "config": config.model_dump(mode="json"),
+        "layout": [place.stages, place.replicas],
+        "versions": record.versions(),
+    }
+
+
+def say_memory(place: engine.Place) -> None:
+    """Each process's peak memory so far, which is that of loading its stage."""
+    peaks: list[int] = [0] * place.world
+    dist.all_gather_object(peaks, peak_memory())
+    shown = ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in enumerate(peaks))
+    say(f"memory:   {shown} at most while loading")

@@ -1,0 +1,98 @@
+"""run.json: what a run read, and for each part of it (from a start or a resumption to its end or a stop) where it ran,
+how long, and in how much memory.
+
+Takes the trainer before and after its run; the first process writes into the run's folder, whole. A part that was
+killed has no entry, which its neighbours' steps show; nothing is guessed for it.
+"""
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.console import UserError
+from pipeline.data.split import Rows
+from pipeline.files import write_json
+from pipeline.foreign import read_object
+from pipeline.training.engine.engine import Place
+from pipeline.training.metrics import peak_memory
+from pipeline.training.start.prepare import Data
+
+FILE = "run.json"
+FORMAT = 1
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors")
+
+
+class RunRecord:
+    """The part of a run that begins now, at step `step`, in `run_dir`."""
+
+    def __init__(self, run_dir: Path, place: Place, data: Data, step: int) -> None:
+        self._run_dir, self._place, self._data, self._step = run_dir, place, data, step
+        self._began = time.monotonic()
+
+    def end(self, step: int) -> None:
+        """The part has ended after step `step`. All processes must come here; a part without a step adds no entry."""
+        seconds = time.monotonic() - self._began
+        everyone: list[Any] = [None] * self._place.world
+        dist.all_gather_object(everyone, (device_name(), peak_memory()))
+        if self._place.rank != 0:
+            return
+        part = {
+            "from_step": self._step,
+            "to_step": step,
+            "seconds": seconds,
+            "stages": self._place.stages,
+            "replicas": self._place.replicas,
+            "devices": [name for name, _ in everyone],
+            "peak_bytes": [peak for _, peak in everyone],
+            "versions": versions(),
+        }
+        earlier = read(self._run_dir).get("parts", [])
+        parts = earlier + [part] * (step > self._step)
+        write_json(self._run_dir / FILE, {"format": FORMAT, "data": describe(self._data), "parts": parts}, indent=1)
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """What run.json says; empty where there is none, or none that this program reads."""
+    try:
+        content = read_object(run_dir / FILE, "the record of a run")
+    except UserError:
+        return {}
+    return content if content.get("format") == FORMAT else {}
+
+
+def describe(data: Data) -> list[dict[str, Any]]:
+    """For every set, in training's order and then evaluation's: its name, documents, tokens, chunks and those used."""
+    sets = [("training", rows.store.report.name, rows) for rows in data.train]
+    sets += [("evaluation", name, rows) for name, rows in data.evaluation.items()]
+    return [_described(use, name, rows) for use, name, rows in sets]
+
+
+def _described(use: str, name: str, rows: Rows) -> dict[str, Any]:
+    """`documents`, `tokens` (without BOS and EOS) and `chunks` are of the whole text; `rows` of them are used, and
+    `different` is how many these are without repeats."""
+    report = rows.store.report
+    return {
+        "use": use,
+        "name": name,
+        "documents": report.documents,
+        "tokens": report.text_tokens,
+        "chunks": report.chunks,
+        "sequence_len": report.sequence_len,
+        "rows": len(rows),
+        "different": len(np.unique(rows.chunks)),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The libraries that the numbers depend on."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def device_name() -> str:
+    """The GPU's name, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,0 +1,262 @@
+"""The loop: steps, evaluations, saves, stops.
+
+Takes everything assembled; runs from a position in the data to the end of the run or a stop. Every process runs the
+same loop; what one learns by itself (a signal, a file, the clock) is agreed on at the step boundary.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from pipeline.console import EXIT_DONE, EXIT_STOPPED, say
+from pipeline.data.batches import MicroBatches, Position, StepInfo
+from pipeline.data.evaluation import EvaluationBatches
+from pipeline.training.checkpoint.saver import Saver
+from pipeline.training.checkpoint.state import Progress, RunState
+from pipeline.training.engine import evaluate, prefetch
+from pipeline.training.engine.engine import Place, held_tensors
+from pipeline.training.metrics import Clock, Metrics, at_rest, peak_memory
+from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
+from pipeline.training.run.stop import Watcher
+
+SIGNAL_FILES = ("save", "save_quit")
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When things happen, in optimizer steps, epochs or minutes; None is never. Names and meanings are the config's."""
+
+    epochs: int | None
+    max_steps: int | None
+    logging_steps: int
+    steps_per_print: int
+    eval_steps: int | None
+    eval_before_first_step: bool
+    eval_after_last_step: bool
+    save_steps: int | None
+    save_every_n_epochs: int
+    save_checkpoint_on_epoch_end: bool
+    checkpoint_every_n_minutes: float | None
+    checkpoint_on_save: bool
+
+
+@dataclass
+class Trainer:
+    """One run on one process. `learning_rate(step, total)` is the config's schedule.
+
+    `settled`: what is due at the step the run goes on from (evaluation, saves) has been done.
+    """
+
+    engine: PipelineEngine
+    place: Place
+    optimizer: PipelineOptimizer
+    batches: MicroBatches
+    evaluations: dict[str, EvaluationBatches]
+    row_losses: Callable[..., Tensor]
+    learning_rate: Callable[[int, int], float]
+    adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
+    cadence: Cadence
+    state: RunState
+    saver: Saver
+    metrics: Metrics
+    watcher: Watcher
+    resume_line: str
+    first_step_done: Callable[[], object]  # says what only a step shows
+    outcome: Callable[[float], None]  # says what was planned and what became of it, given a step's seconds
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    best_loss: float | None = None
+    settled: bool = True
+
+    def run(self) -> int:
+        """To the end of the run (exit code 0) or to a stop (75)."""
+        self._completed(self.settled)
+        self.watcher.attach(self.saver.run_dir, self.save_between_boundaries, self.resume_line)
+        total = self.total_steps()
+        if self.step == 0 and self.cadence.eval_before_first_step:
+            self._evaluate(may_be_best=False)
+        if not self.settled:
+            self._after_step(last=self.step == total)
+        clock = Clock(total)
+        while self.step < total:
+            with self.watcher.phase("step", self.step + 1):
+                self._train_step(clock, total)
+            if clock.steps == 1:
+                self.first_step_done()
+            self._after_step(last=self.step == total)
+            if self._boundary():
+                return self._stopped()
+        self._finish()
+        if clock.mean_s:
+            self.outcome(clock.mean_s)
+        return EXIT_DONE
+
+    def total_steps(self) -> int:
+        """Steps of the whole run: those done, and those from here to the end of the last epoch or to max_steps."""
+        epochs, most = self.cadence.epochs, self.cadence.max_steps
+        if epochs is None:
+            return most or self.step
+        left = None if most is None else max(0, most - self.step)
+        steps = self.step + self.batches.steps_to_come(self.position, epochs, left)
+        return min(steps, most or steps)
+
+    def _train_step(self, clock: Clock, total: int) -> None:
+        """One optimizer step; NonFiniteError names the documents it came from."""
+        micro_batches, info = self.batches.step(self.position)
+        lr = self.learning_rate(self.step, total)
+        self.optimizer.set_lr(lr)
+        self.state.ahead(self.step + 1, self._progress(info.next_position, settled=False))
+        clock.start()
+        try:
+            inputs = prefetch.ahead(map(evaluate.as_inputs, micro_batches), self.place.device)
+            loss = float(self.engine.train_batch(inputs))
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"the loss is {loss}")
+        except NonFiniteError as error:
+            documents = self.batches.documents(info.rows)
+            shown = "\n  ".join(documents[:20]) + (f"\n  and {len(documents) - 20} more" if len(documents) > 20 else "")
+            raise NonFiniteError(
+                f"step {self.step + 1}: {error}. Nothing of it was saved. The step read from\n  {shown}\n"
+                "Lower the learning rate, or look at these documents (--preview shows chunks)."
+            ) from None
+        seconds = clock.stop()
+        if clock.steps == 1:
+            at_rest(held_tensors(self.engine, self.optimizer))
+        self.step += 1
+        self.position = info.next_position
+        self._completed(settled=False)
+        self._report(clock, loss, lr, info, info.tokens / seconds, last=self.step == total)
+
+    def _report(self, clock: Clock, loss: float, lr: float, info: StepInfo, tokens_per_s: float, last: bool) -> None:
+        logs = self.step % self.cadence.logging_steps == 0 or last
+        prints = self.step % self.cadence.steps_per_print == 0 or last
+        if not logs and not prints:
+            return
+        own = (self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {}, peak_memory())
+        gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
+        dist.gather_object(own, gathered)
+        if logs:
+            norms = {f"adapter_norm/{name}": norm for part in gathered or [] for name, norm in part[0].items()}
+            self.metrics.log(
+                self.step,
+                {
+                    "train/loss": loss,
+                    "train/lr": lr,
+                    "train/grad_norm": self.optimizer.grad_norm,
+                    "train/tokens_per_s": tokens_per_s,
+                    "train/epoch": info.epochs_done,
+                    **norms,
+                },
+            )
+        if prints:
+            memory = max((part[1] for part in gathered), default=0) if gathered else 0
+            clock.line(self.step, loss, lr, self.optimizer.grad_norm, tokens_per_s, memory)
+
+    def _after_step(self, last: bool) -> None:
+        """What is due at this step: evaluation, saves of what is trained, checkpoints at the end of an epoch."""
+        c, epoch, epoch_ended = self.cadence, self.position.epoch, self.position.rows == 0
+        if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
+            self._evaluate(may_be_best=True)
+        if epoch_ended and epoch % c.save_every_n_epochs == 0:
+            self._save_trained(f"epoch{epoch}")
+        saves = bool(c.save_steps and self.step % c.save_steps == 0)
+        if saves or last:
+            self._save_trained()
+        self._completed(settled=True)
+        if not last and ((saves and c.checkpoint_on_save) or (epoch_ended and c.save_checkpoint_on_epoch_end)):
+            self._checkpoint()
+
+    def _boundary(self) -> bool:
+        """Agree on what any process has learnt since the last step; True ends the run here."""
+        wishes = [
+            self.watcher.requested(),
+            *(self._file_was_made(name) for name in SIGNAL_FILES),
+            self._minutes_are_up(),
+        ]
+        agreed = torch.tensor(wishes, dtype=torch.int32, device=self.place.device)
+        with self.watcher.phase("the end of a step", self.step):
+            self.watcher.doing("waiting at its end", True)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        stop, save, save_quit, minutes = (bool(wish) for wish in agreed.tolist())
+        if save or save_quit:
+            self._save_trained()
+        if stop or save or save_quit or minutes:
+            self._checkpoint()
+        return stop or save_quit
+
+    def save_between_boundaries(self) -> None:
+        """The way out of a step that does not end: the last completed step is saved. All processes must come here."""
+        self.saver.checkpoint()
+        self._say_stopped(self.optimizer.completed_steps)
+
+    def _stopped(self) -> int:
+        self.watcher.detach()
+        self.metrics.close()
+        self._say_stopped(self.step)
+        return EXIT_STOPPED
+
+    def _say_stopped(self, step: int) -> None:
+        say(f"stopped after step {step}; resume with\n  {self.resume_line}")
+
+    def _finish(self) -> None:
+        self._save_trained()
+        self._checkpoint()
+        self.watcher.detach()
+        self.metrics.close()
+        say(f"done: {self.step} steps; what was trained is in {self.saver.run_dir / f'step{self.step}'}")
+
+    def _evaluate(self, may_be_best: bool) -> None:
+        """All sets; the mean of their losses decides what is best so far."""
+        if not self.evaluations:
+            return
+        results: dict[str, float] = {}
+        for name, batches in self.evaluations.items():
+            with self.watcher.phase(f"evaluating {name}", self.step):
+                loss = evaluate.evaluate(self.engine, self.row_losses, batches, name)
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"step {self.step}: the loss of {name} is {loss}. Nothing of this step was saved.")
+            results |= {f"eval/{name}/loss": loss, f"eval/{name}/perplexity": evaluate.perplexity(loss)}
+            say(f"step {self.step}  evaluation of {name}: loss {loss:.4f}, perplexity {evaluate.perplexity(loss):.2f}")
+        self.metrics.log(self.step, results)
+        mean = sum(loss for tag, loss in results.items() if tag.endswith("/loss")) / len(self.evaluations)
+        if self.best_loss is None or mean < self.best_loss:
+            self.best_loss = mean
+            if may_be_best:
+                self._save_trained("best_loss")
+
+    def _save_trained(self, name: str | None = None) -> None:
+        """What is trained, as step<N>/ or under a name of its own."""
+        with self.watcher.phase("saving what is trained", self.step):
+            self.saver.trained(name) if name else self.saver.trained_at(self.step)
+
+    def _checkpoint(self) -> None:
+        with self.watcher.phase("writing a checkpoint", self.step):
+            self.saver.checkpoint_and_prune()
+
+    def _completed(self, settled: bool) -> None:
+        """Tell the state where the run is; with `settled`, that nothing is left to do at this step."""
+        self.state.completed(self.step, self._progress(self.position, settled))
+
+    def _progress(self, position: Position, settled: bool) -> Progress:
+        order = self.batches.order_hash(position.epoch)
+        return Progress(position.epoch, position.rows, order, self.best_loss, settled)
+
+    def _file_was_made(self, name: str) -> bool:
+        """A file named `save` or `save_quit` in the run's folder, removed when seen, as in qlora-pipe."""
+        path = self.saver.run_dir / name
+        if self.place.rank != 0 or not path.exists():
+            return False
+        path.unlink()
+        return True
+
+    def _minutes_are_up(self) -> bool:
+        minutes = self.cadence.checkpoint_every_n_minutes
+        due = minutes is not None and time.monotonic() - self.saver.last_checkpoint > minutes * 60
+        return due and self.place.rank == 0 and not self.cadence.checkpoint_on_save

@@ -1,0 +1,161 @@
+"""`init_adapter`: a run that begins with the weights of an adapter that was saved before.
+
+Takes the folder and what the run trains; gives the adapter's tensors under global names, or one UserError that says what
+does not fit, and puts them into a stage. At step 0 the model is the one that was saved, to the rounding of the dtypes.
+"""
+
+import math
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.artifacts.adapter.peft import FAMILIES
+from pipeline.artifacts.adapter.read import load_pairs
+from pipeline.artifacts.adapter.schema import own_facts
+from pipeline.artifacts.adapter.write import PEFT_PREFIX, WEIGHTS_FILE, Pair
+from pipeline.console import UserError
+from pipeline.foreign import printable
+from pipeline.formats.safetensors import load_tensors, read_header
+from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.control import ControlAdapter
+from pipeline.model.adapters.lora import MosLoRA
+from pipeline.model.stage import Stage
+from pipeline.training.stage import patterns
+
+Size = tuple[int, float]  # rank R, s
+
+
+def read_pairs(
+    folder: str, sizes: Mapping[str, Size], *, uniform: Size, on_the_output: bool, biased_targets: bool
+) -> dict[str, Tensor]:
+    """`<module>.A` and `<module>.B` of an adapter that is pairs, for each module of `sizes`.
+
+    `sizes`: the rank and s with which each is trained. A pair has these, as PEFT saves patterns, or those of `uniform`, the
+    form in which we save them (stage/patterns.py). `on_the_output`: whether it must be multiplicative (h + s·B·A·h), else it
+    is a LoRA. UserError naming what the two differ in.
+    """
+    where, adapter = f"init_adapter = '{folder}'", load_pairs(_existing(folder))
+    kind = "multiplicative_lora" if on_the_output else "lora"
+    if adapter.kind not in (None, kind):
+        raise UserError(f"{where}: it is a {adapter.kind}, and this run trains a {kind}; set adapter_type")
+    _check_modules(where, adapter.pairs, sizes)
+    if on_the_output and biased_targets and not adapter.moves_bias:
+        raise UserError(
+            f"{where}: it was trained on the modules' products without their biases, and here it would move those too"
+        )
+    tensors: dict[str, Tensor] = {}
+    for module, pair in adapter.pairs.items():
+        halves, own = {f"{module}.A": pair.A, f"{module}.B": pair.B}, sizes[module]
+        if not _has(pair, own):
+            _check_size(f"{where}: {module}", pair, own, uniform)
+            halves = patterns.from_one_rank(halves, {module: own[0]}, {module: own[1] / uniform[1]})
+        tensors |= halves
+    return tensors
+
+
+def read_family(folder: str, targets: Collection[str], family: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an adapter that peft_files wrote, by the names of training. UserError naming what differs."""
+    where, path = f"init_adapter = '{folder}'", _existing(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it")
+    header = read_header(path)
+    own = own_facts(header)
+    if own.get("kind") != family:
+        raise UserError(f"{where}: it is {own.get('kind') or 'not of this program'}, and this run trains {family}")
+    modules, theirs = own.get("modules", []), own.get("settings", {})
+    _check_modules(where, modules, targets)
+    for key, value in settings.items():
+        if theirs.get(key) != value and not key.endswith("dropout"):
+            raise UserError(
+                f"{where}: it was trained with {key} = {printable(theirs.get(key), 60)}, this run has {value}"
+            )
+    stored = {
+        f"{module}.{ours}": f"{PEFT_PREFIX}{module}.{name}"
+        for module in modules
+        for ours, name in FAMILIES[family][1].items()
+    }
+    tensors = load_tensors(header, stored.values())
+    return {name: tensors[source] for name, source in stored.items()}
+
+
+@torch.no_grad()
+def put(stage: Stage, tensors: dict[str, Tensor]) -> None:
+    """Into those adapters that the stage has. UserError for a tensor of another shape, before any of them is changed."""
+    parameters = adapters.trainable(stage)
+    modules = {name.rpartition(".")[0] for name in parameters}
+    mine = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
+    given: dict[nn.Parameter, Tensor] = {}
+    for name in modules:
+        own = {key.rpartition(".")[2]: tensor for key, tensor in mine.items() if key.rpartition(".")[0] == name}
+        module = stage.model.get_submodule(name)
+        for key, tensor in _as_trained(name, module, own).items():
+            parameter = parameters[f"{name}.{key}"]
+            if parameter.shape != tensor.shape:
+                raise UserError(
+                    f"init_adapter: {name}.{key} is {list(tensor.shape)}, and the model's module asks for "
+                    f"{list(parameter.shape)}; was it trained on another model?"
+                )
+            given[parameter] = tensor
+    if lacking := [name for name, parameter in parameters.items() if parameter not in given]:
+        raise UserError(f"init_adapter: it has nothing for {lacking[0]} and {len(lacking) - 1} more")
+    for parameter, tensor in given.items():
+        parameter.copy_(tensor)
+
+
+def _as_trained(name: str, module: nn.Module, written: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of a module's `written`: its own parameters, which are what was saved where it has no such method."""
+    if isinstance(module, MosLoRA):  # B·M was written
+        return {**written, "M": torch.eye(module.M.shape[0])}
+    if isinstance(module, ControlAdapter):  # Qᵀ and Q·diag(e^S − 1)
+        Q, response = written["A"].T.double(), written["B"].double()
+        gains = (Q * response).sum(0) / Q.square().sum(0)
+        if (gains <= -1).any() or (response - Q * gains).abs().max() > 2e-2 * response.abs().max():
+            raise UserError(f"init_adapter: {name} is no control adapter: B is not Q·diag(e^S − 1) with A = Qᵀ")
+        return {"Q": Q, "S": torch.log1p(gains)}
+    return written
+
+
+def _has(pair: Pair, size: Size) -> bool:
+    return pair.A.shape[0] == size[0] and math.isclose(pair.scaling, size[1], rel_tol=1e-6)
+
+
+def _check_size(where: str, pair: Pair, own: Size, uniform: Size) -> None:
+    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair has those of `uniform`."""
+    found = pair.A.shape[0]
+    if found not in (own[0], uniform[0]):
+        raise UserError(f"{where} has rank {found}, this run's has rank {own[0]}; set lora_rank accordingly")
+    if not _has(pair, uniform):
+        s = own[1] if found == own[0] else uniform[1]
+        raise UserError(
+            f"{where} was trained with s = {pair.scaling:g} ({pair.origin}), this run has s = {s:g}, "
+            "with which it would be another function; set lora_alpha so that s is the same"
+        )
+
+
+def _existing(folder: str) -> Path:
+    path = Path(os.path.expanduser(folder))
+    if not path.is_dir():
+        raise UserError(f"init_adapter = '{folder}': no such folder")
+    return path
+
+
+def _check_modules(where: str, theirs: Collection[str], targets: Collection[str]) -> None:
+    """UserError unless the adapter has exactly the modules that are trained."""
+    if missing := [name for name in targets if name not in theirs]:
+        raise UserError(
+            f"{where}: it has nothing for {missing[0]}{_more(missing)}, which this run trains; "
+            "set target_modules and layers_to_transform to what it was trained on"
+        )
+    if superfluous := [name for name in theirs if name not in targets]:
+        raise UserError(
+            f"{where}: it has {superfluous[0]}{_more(superfluous)}, which this run does not train; "
+            "set target_modules and layers_to_transform to what it was trained on"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,0 +1,362 @@
+"""The plan of a run: the layers of each stage, what each layer keeps, and the memory and time that should follow.
+
+Takes the config and the model's structure; gives a `Plan`, which `--plan` shows, a run follows, and the end of a run is
+compared with. Costs are counted on fake tensors by the code that trains, on `meta`: no weights, no GPU.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.config.schema import Config
+from pipeline.console import EXIT_DONE, UserError, gib, said_if_slow, say, warn
+from pipeline.data.batches import Position
+from pipeline.files import write_text
+from pipeline.model.adapters import base as adapters
+from pipeline.model.memory.host_arena import HostArena
+from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.stage import DTYPES, Stage, logit_transform
+from pipeline.planning import devices, rates, table
+from pipeline.planning.counts.counting import as_on_a_gpu
+from pipeline.planning.counts.model_cost import model_cost
+from pipeline.planning.nearest import nearest
+from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, Update
+from pipeline.planning.solve import solve
+from pipeline.planning.timeline import in_flight
+from pipeline.training.engine.engine import Place
+from pipeline.training.metrics import added_memory
+from pipeline.training.optim import parameter_groups
+from pipeline.training.optim.inner import bytes_per_parameter, update_bytes_per_parameter
+from pipeline.training.stage import parts
+from pipeline.training.start import prepare
+from pipeline.training.start.prepare import ModelPlan
+
+GIB = 1 << 30
+HOST_SHARE = 0.8  # of what is free, what a plan may take: the system and the data need some
+ASSUMED_HOST_BYTES = 128 * GIB  # of a machine of which only the GPUs are named
+
+
+def shape_of(config: Config, stages: int) -> Shape:
+    """A step's micro-batches and the tokens of one, padding included."""
+    rows, tokens = _rows(config)
+    return Shape(rows * tokens, config.gradient_accumulation_steps, stages)
+
+
+def keeping_of(config: Config) -> Keeping | None:
+    """What every layer keeps, where activation_checkpointing says so; None for 'auto'."""
+    mode = config.activation_checkpointing
+    if mode == "auto":
+        return None
+    return Keeping(Level.INPUT if mode else Level.EVERYTHING, on_host=mode == "unsloth")
+
+
+def host_bytes(config: Config) -> int:
+    """Of host memory for kept tensors, all stages together. 'unsloth' without a limit takes what it needs."""
+    unlimited = config.activation_checkpointing == "unsloth" and not config.host_memory_gib
+    return 1 << 62 if unlimited else int(config.host_memory_gib * GIB)
+
+
+def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
+    """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
+    stage = parts.whole_on_meta(config, targets)
+    parts.put_kernels(stage, config.kernels)
+    rows, _ = _rows(config)
+    own_types = optimizer_types(config, stage)
+
+    def training(parameter: nn.Parameter) -> tuple[int, Update]:
+        kind, n, size = own_types.get(parameter, config.optimizer.type), parameter.numel(), parameter.element_size()
+        every, one = update_bytes_per_parameter(kind, size, on_gpu)
+        return n * bytes_per_parameter(kind, size), Update(n * every, n * one)
+
+    @cache
+    def count(tokens: int) -> ModelCost:
+        with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
+            return model_cost(
+                stage,
+                rows=rows,
+                tokens=tokens // rows,
+                levels=levels,
+                training=training,
+                transform=logit_transform(stage.model.config),
+            )
+
+    return count
+
+
+def optimizer_types(config: Config, stage: Stage) -> dict[nn.Parameter, str]:
+    """The optimizer's type of those trained parameters for which [[optimizer.groups]] names one."""
+    specials = parameter_groups.specials(config.optimizer)
+    found = {p: parameter_groups.values_of(name, specials) for name, p in adapters.trainable(stage).items()}
+    return {p: values["type"] for p, values in found.items() if "type" in values}
+
+
+def show(config: Config, described: str | None) -> int:
+    """`--plan`: for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
+    plan = prepare.plan_model(config)
+    say(in_full(config, plan, described, _total_steps(config, plan)))
+    return EXIT_DONE
+
+
+@said_if_slow("planning: counting on fake tensors")
+def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps: int | None) -> str:
+    """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
+    there = _described(described, config.pipeline_stages) if described else _devices_here(config, plan)
+    cost_of = costs(config, plan.targets, Level, there.on_gpu)
+    shape, keeping, budget = shape_of(config, len(there.usable)), keeping_of(config), host_bytes(config)
+    given = (config.layers_per_stage or keeping) and shape.stages == config.pipeline_stages
+    model = cost_of(shape.tokens)
+    found = solve(
+        model, there.usable, there.rates, shape, budget, ranges=plan.ranges if given else None, keeping=keeping
+    )
+    fitting = (
+        None
+        if found.fits
+        else nearest(
+            cost_of,
+            min(there.usable),
+            there.rates,
+            shape,
+            0 if keeping else budget,
+            max_host_bytes=there.host_bytes,
+            chosen_already=not given and keeping is None,
+        )
+    )
+    return table.describe(
+        found,
+        model,
+        shape,
+        there.rates,
+        device_names=there.names,
+        total_steps=total_steps,
+        nearest=fitting and fitting.sentence,
+    )
+
+
+def _total_steps(config: Config, plan: ModelPlan) -> int | None:
+    """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
+    try:
+        data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
+        batches = prepare.micro_batches(config, data)
+    except UserError as error:
+        say(f"data:     the run's length is not known: {error}")
+        return config.max_steps
+    if config.epochs is None:
+        return config.max_steps
+    return batches.steps_to_come(Position(), config.epochs, config.max_steps)
+
+
+class Followed(NamedTuple):
+    """What a run does: each stage's layers, what each of them keeps, and the bytes kept on the host.
+
+    `enough_host_gib`: the host_memory_gib with which all that was asked for would be there; None where a plan decides.
+    `plan`: all that was or can be foreseen, on the first process; to count it takes seconds.
+    """
+
+    ranges: list[tuple[int, int]]
+    keeping: list[list[Keeping]]
+    host_bytes: list[int]
+    enough_host_gib: float | None
+    plan: Callable[[], Plan]
+
+
+@said_if_slow("starting: planning what each layer keeps")
+def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
+    """What this run does, the same on every process. UserError if 'auto' finds nothing that fits."""
+    usable: list[Any] = [None] * place.world
+    dist.all_gather_object(usable, (place.stage, _usable_here(place)))
+    memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
+    solved = partial(_solved, config, plan.ranges, plan.targets, _products(plan), place, memory)
+    keeping = keeping_of(config)
+    if keeping is None:
+        found = _on_all(solved)
+        stages = found.stages
+        return Followed(
+            [(s.first, s.end) for s in stages],
+            [s.keeping for s in stages],
+            [s.host_bytes for s in stages],
+            None,
+            lambda: found,
+        )
+    shape = shape_of(config, place.stages)
+    input_bytes = shape.tokens * plan.shell.config.hidden_size * plan.shell.dtype.itemsize
+    on_host = [
+        (end - first) * input_bytes * in_flight(stage, shape) if keeping.on_host else 0
+        for stage, (first, end) in enumerate(plan.ranges)
+    ]
+    share = host_bytes(config) // place.world
+    return Followed(
+        plan.ranges,
+        [[keeping] * (end - first) for first, end in plan.ranges],
+        [min(n, share) for n in on_host],
+        max(on_host) * place.world / GIB,
+        solved,
+    )
+
+
+def _on_all(solved: Callable[[], Plan]) -> Plan:
+    """What the first process solves, or its UserError, on every process."""
+    decided: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decided[0] = solved()
+        except UserError as error:
+            decided[0] = error
+    dist.broadcast_object_list(decided, src=0)
+    if isinstance(decided[0], UserError):
+        raise decided[0]
+    return decided[0]
+
+
+def _solved(
+    config: Config,
+    ranges: list[tuple[int, int]],
+    targets: list[str],
+    products: list[tuple[int, int]],
+    place: Place,
+    memory: list[int],
+) -> Plan:
+    shape, keeping = shape_of(config, place.stages), keeping_of(config)
+    rate = _measured(config, products, place.device)
+    levels = [*Level] if keeping is None else [keeping.level]
+    model = costs(config, targets, levels, place.device.type == "cuda")(shape.tokens)
+    given = ranges if config.layers_per_stage or keeping is not None else None
+    found = solve(model, memory, rate, shape, host_bytes(config) // place.replicas, ranges=given, keeping=keeping)
+    if keeping is None:
+        names = [gib(m) for m in memory]
+        say(table.describe(found, model, shape, rate, device_names=names, total_steps=None, replicas=place.replicas))
+        if not found.fits:
+            raise UserError(
+                "activation_checkpointing = 'auto': nothing fits this machine's memory (the table above comes nearest); "
+                "--plan says which configuration does"
+            )
+    return found
+
+
+def arena(followed: Followed, stage: int, device: torch.device) -> HostArena | None:
+    """Host memory for what a stage keeps there; None if that is nothing."""
+    if not (n_bytes := followed.host_bytes[stage]):
+        return None
+    # Each slot is rounded up; ragged micro-batches may leave gaps.
+    return HostArena(n_bytes + n_bytes // 16 + (1 << 20), device)
+
+
+def say_overflow(followed: Followed, place: Place, arena: HostArena | None) -> list[int]:
+    """Warn of what should have been kept on the host and found no room there; bytes of each stage's so far."""
+    everyone: list[Any] = [None] * place.world
+    dist.all_gather_object(everyone, (place.stage, arena.overflowed_bytes, arena.short_bytes) if arena else (0, 0, 0))
+    bytes_of = [max((all_of for stage, all_of, _ in everyone if stage == n), default=0) for n in range(place.stages)]
+    if any(bytes_of):
+        short = max(short for _, _, short in everyone)
+        mend = (
+            f"set host_memory_gib = {_rounded_up(followed.enough_host_gib)}"
+            if followed.enough_host_gib
+            else ("the plan did not foresee it; lower host_memory_gib, should the device's memory run short")
+        )
+        warn(
+            f"host memory: {gib(sum(bytes_of))} of what layers keep found no room there so far and stayed on the device, "
+            f"{gib(short)} at once on a stage: {mend}"
+        )
+    return bytes_of
+
+
+def _rounded_up(value: float) -> str:
+    """To three digits."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / step) * step:.3g}"
+
+
+@said_if_slow("done:     counting what was planned")
+def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostArena | None, step_s: float) -> None:
+    """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
+    overflowed = say_overflow(followed, place, arena)
+    everyone: list[Any] = [None] * place.world
+    dist.all_gather_object(everyone, (place.stage, added_memory()))
+    if place.rank != 0:
+        return
+    measured = [max(m for stage, m in everyone if stage == n) for n in range(place.stages)]
+    try:
+        plan = followed.plan()
+    except Exception as error:  # the run is done and saved: what cannot be foreseen for this model must not fail it
+        say(f"no plan to compare with: {error}")
+        return
+    stages = [
+        {**s._asdict(), "planned_bytes": s.total_bytes, "measured_bytes": m, "host_overflowed_bytes": over}
+        for s, m, over in zip(plan.stages, measured, overflowed, strict=True)
+    ]
+    facts = {**plan._asdict(), "stages": stages, "measured_step_s": step_s}
+    write_text(run_dir / "plan.json", json.dumps(facts, indent=1) + "\n")
+    say(table.compare(plan, measured, step_s))
+
+
+def _rows(config: Config) -> tuple[int, int]:
+    """Rows of a micro-batch and tokens of a row, of the largest there is."""
+    tokens = max(d.sequence_len for d in config.datasets)
+    rows = max(1, config.batch_size_tokens // tokens) if config.batch_size_tokens else config.micro_batch_size_per_gpu
+    return rows, tokens
+
+
+def _products(plan: ModelPlan) -> list[tuple[int, int]]:
+    """(in, out) of the products of one layer."""
+    layer: Any = plan.shell.base_model.layers[0]
+    return sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
+
+
+def _measured(config: Config, products: list[tuple[int, int]], device: torch.device) -> Rates:
+    """The rates of `device` at `products`."""
+    rows, tokens = _rows(config)
+    return rates.measure(device, products, rows * tokens, DTYPES[config.model_weight_dtype])
+
+
+class _There(NamedTuple):
+    """The devices to plan for: usable bytes and name of each stage's, rates, host memory, and whether they are GPUs."""
+
+    usable: list[int]
+    names: list[str]
+    rates: Rates
+    host_bytes: int
+    on_gpu: bool
+
+
+def _described(text: str, stages: int) -> _There:
+    named = devices.parse(text)
+    if len(named) != stages:
+        replicas = len(named) // stages
+        more = f"; {replicas} replicas are planned as one, over {stages}" if len(named) == replicas * stages else ""
+        raise UserError(
+            f"--devices '{text}' names {len(named)} GPU(s), but pipeline_stages = {stages}: give one for each stage{more}, "
+            f"or --set pipeline_stages={len(named)}"
+        )
+    usable, names = [d.usable_bytes for d in named], [d.name for d in named]
+    return _There(usable, names, devices.published_rates(named), ASSUMED_HOST_BYTES, True)
+
+
+def _devices_here(config: Config, plan: ModelPlan) -> _There:
+    n, host = config.pipeline_stages, int(psutil.virtual_memory().available * HOST_SHARE)
+    if not torch.cuda.is_available():
+        rate = _measured(config, _products(plan), torch.device("cpu"))
+        return _There([host // n] * n, ["main memory"] * n, rate, 0, False)
+    if (found := torch.cuda.device_count()) < n:
+        raise UserError(
+            f"pipeline_stages = {n}, but there are {found} GPUs here; plan for others with --devices 2x48GiB"
+        )
+    gpus = [torch.cuda.get_device_properties(i) for i in range(n)]
+    usable = [devices.usable(gpu.total_memory) for gpu in gpus]
+    return _There(
+        usable, [gpu.name for gpu in gpus], _measured(config, _products(plan), torch.device("cuda", 0)), host, True
+    )
+
+
+def _usable_here(place: Place) -> int:
+    """Bytes of this process's device that a plan may fill."""
+    if place.device.type == "cuda":
+        return devices.usable(torch.cuda.mem_get_info(place.device)[0])
+    return int(psutil.virtual_memory().available * HOST_SHARE) // place.world

@@ -1,0 +1,58 @@
+"""Flags of train.py that contradict each other, and what a run's length says about its warmup."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import loading
+from pipeline.console import UserError
+from pipeline.data.split import Streams, whole
+from pipeline.training.start import plan as planned
+from pipeline.training.start import prepare
+from tests.helpers.builders import ROOT
+from tests.helpers.configs import small
+from tests.helpers.data import store
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--plan", "--check"), "give one"),
+        (("--plan", "--preview", "2"), "give one"),
+        (("--devices", "2x48GiB"), "add --plan"),
+        (("--check", "--devices", "2x48GiB"), "add --plan"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags: tuple[str, ...], said: str) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "config_creative_writer.toml", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --")
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(("text", "stages"), [("3x48GiB", 2), ("48GiB", 2), ("4xA6000", 2), ("2x48GiB", 1)])
+def test_devices_are_one_for_each_stage(text: str, stages: int) -> None:
+    with pytest.raises(UserError, match=f"pipeline_stages = {stages}"):
+        planned._described(text, stages)
+    assert len(planned._described(f"{stages}x48GiB", stages).usable) == stages
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({"max_steps": 5, "warmup_steps": 5}, True),
+        ({"max_steps": 5, "warmup_steps": 4}, False),
+        ({"max_steps": None, "epochs": 1, "warmup_steps": 1000}, True),
+        ({"max_steps": None, "epochs": 2, "warmup_steps": 0.5}, False),
+    ],
+)
+def test_warmup_that_outlasts_the_run_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, float | None], warns: bool
+) -> None:
+    config = loading.validate(small(**{"epochs": None, **changes}), "x")
+    rows = whole(Streams(tmp_path, store(tmp_path / "store", 8, 40)))
+    prepare.describe_steps(config, prepare.micro_batches(config, prepare.Data([rows], {})), replicas=1)
+    assert ("never reaches optimizer.lr" in capsys.readouterr().err) == warns

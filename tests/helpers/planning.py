@@ -1,0 +1,54 @@
+"""Command-R 35B's cost by formula, for tests of the planner: performance.md's figures, not those of our own counting."""
+
+from pipeline.model.memory.levels import Level
+from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Rates, Work
+
+D, F, V, L, RANK = 8192, 22528, 256000, 40, 64
+P_LAYER = 4 * D * D + 3 * D * F  # 822 M: key width is D
+GIB = 2**30
+
+# What is kept (bytes per token and layer), and what 39 layers then execute per token in all (FLOPs).
+KEPT = {
+    Level.INPUT: 16.4e3,
+    Level.ADAPTER: 16.5e3,
+    Level.ATTENTION: 33.2e3,
+    Level.PROJECTIONS: 82.3e3,
+    Level.EVERYTHING: 172.4e3,
+}
+TOTAL = {
+    Level.INPUT: 230.2e9,
+    Level.ADAPTER: 206.9e9,
+    Level.ATTENTION: 201.7e9,
+    Level.PROJECTIONS: 186.0e9,
+    Level.EVERYTHING: 157.2e9,
+}
+
+A6000 = Rates(0.7 * 154.8e12, 0.85 * 768e9, 24e9, 24e9, 24e9, "test")
+
+
+def command_r(tokens: int = 8192, *, fused: bool = True) -> ModelCost:
+    """bf16, a multiplicative adapter of rank 64 on all layers but the last."""
+    attention = 2 * tokens * D
+    forward_bytes, backward_bytes = (2.6e9, 4.5e9) if fused else (14.3e9, 24.3e9)  # of a layer at 8192 tokens
+    forward = Work(2 * P_LAYER + attention + 4 * D * RANK, forward_bytes / 8192)
+    backward = Work(2 * P_LAYER + 2.5 * attention + 8 * D * RANK, backward_bytes / 8192)
+    levels = {
+        level: LevelCost(
+            KEPT[level],
+            Work(
+                (TOTAL[level] - TOTAL[Level.EVERYTHING]) / (L - 1),
+                forward.elementwise_bytes * (level < Level.EVERYTHING),
+            ),
+        )
+        for level in Level
+    }
+    working = 3 * 2 * F + 4 * 2 * D  # gradients of gate, up and their product; of the hidden state on its way
+    adapter = 2 * RANK * D * (2 + 4 + 2 + 4 + 4)  # bf16, its fp32 sum, two moments, Kahan's term
+    layer = LayerCost(2 * P_LAYER, adapter, forward, backward, levels, working)
+    first = layer._replace(backward=Work(6 * D * RANK))
+    head = HeadCost(2 * V * D, 0, Work(4 * V * D), int(1.3e9))
+    # Its first layer's backward ends at its adapter: it keeps z, and nothing is computed again.
+    first = first._replace(levels={level: LevelCost(2.0 * RANK, Work(0.0)) for level in Level})
+    return ModelCost(
+        [first, *[layer] * (L - 2), layer._replace(trained_bytes=0)], 2 * V * D, 0, head, 2 * D, 0, tied=True
+    )

@@ -1,0 +1,152 @@
+"""The house: who imports whom, how long a function may be, where no Python lies. Read from the source."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 130
+
+# The one package in which each may be imported, as path prefixes.
+CONFINED = {
+    "huggingface_hub": ("pipeline/publishing/",),
+    "deepspeed": ("pipeline/training/",),
+    "bitsandbytes": ("pipeline/model/quantized_bnb.py", "pipeline/training/optim/inner.py"),
+}
+# What a part may not import: layers above it, and libraries it must do without.
+FORBIDDEN = {
+    "pipeline/artifacts/": ("transformers", "deepspeed", "peft", "datasets"),
+    "pipeline/formats/": ("transformers", "deepspeed", "peft", "datasets"),
+    "merge_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
+    "export_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
+    "pipeline/config/": ("transformers", "torch"),
+    "pipeline/console.py": ("transformers", "torch", "pipeline"),
+    "pipeline/data/": ("pipeline.model", "pipeline.training", "pipeline.objectives", "pipeline.artifacts"),
+    "pipeline/model/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
+    "pipeline/objectives/": ("pipeline.training", "pipeline.data", "pipeline.artifacts"),
+    "pipeline/planning/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
+    "pipeline/publishing/": ("pipeline.training", "pipeline.model", "transformers", "deepspeed", "peft"),
+    "pipeline/inspection/": ("pipeline.training", "deepspeed", "peft"),
+    "pipeline/": ("train", "quickstart", "merge_lora", "export_lora", "make_adapter", "inspect_lora", "tests"),
+}
+# The one file of such a part that may all the same, inside its functions: the names it gives are transformers' own.
+ASKS_TRANSFORMERS = "pipeline/formats/stored_names.py"
+# What everything may stand on.
+GROUND = ("pipeline.console", "pipeline.files", "pipeline.foreign", "pipeline.names", "pipeline.patterns")
+# What a part may import of this project, where that is all.
+ONLY_OURS = {
+    "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.formats", *GROUND),
+    "pipeline/formats/": ("pipeline.formats", *GROUND),
+    "pipeline/files.py": GROUND,
+    "pipeline/foreign.py": GROUND,
+    "pipeline/patterns.py": GROUND,
+    "merge_lora.py": ("pipeline.artifacts", *GROUND),
+    "export_lora.py": ("pipeline.artifacts", *GROUND),
+    "kernels/": ("pipeline.kernels",),
+}
+
+
+def path(source: Path) -> str:
+    return source.relative_to(ROOT).as_posix()
+
+
+def imports(source: Path) -> Iterator[str]:
+    """Every module a file imports, inside functions too: `from a.b import c` gives 'a.b' and 'a.b.c'."""
+    package = path(source).removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_this_test_reads_something() -> None:
+    assert len(SOURCES) > 30
+    assert "pipeline.kernels.cross_entropy.LogitTransform" in set(imports(ROOT / "pipeline/model/stage.py"))
+    assert any("deepspeed" in set(imports(source)) for source in SOURCES)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_imports_point_one_way(source: Path) -> None:
+    found, where = set(imports(source)), path(source)
+    for package, homes in CONFINED.items():
+        if not where.startswith(homes):
+            assert not [m for m in found if within(m, package)], f"{package} belongs into {homes}"
+    for part, packages in FORBIDDEN.items():
+        if where.startswith(part):
+            banned = [p for p in packages if not (where == ASKS_TRANSFORMERS and p == "transformers")]
+            assert not [m for m in found if any(within(m, p) for p in banned)], f"{part} does without {packages}"
+    for part, allowed in ONLY_OURS.items():
+        if where.startswith(part):
+            ours = [m for m in found if within(m, "pipeline") and m != "pipeline"]
+            assert not [m for m in ours if not any(within(m, p) for p in allowed)], f"{part} imports {allowed} only"
+
+
+def test_transformers_is_imported_late_where_it_is_asked() -> None:
+    tree = ast.parse((ROOT / ASKS_TRANSFORMERS).read_text(encoding="utf-8"))
+    top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in top if "transformers" in line or "accelerate" in line]
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if path(s).startswith("kernels/")], ids=path)
+def test_kernels_import_torch_triton_and_the_standard_library(source: Path) -> None:
+    others = {module for module in imports(source) if not within(module, "pipeline.kernels") and module != "pipeline"}
+    roots = {module.split(".")[0] for module in others}
+    assert roots <= {"torch", "triton"} | set(sys.stdlib_module_names)
+
+
+BELOW_TRAINING = [
+    s for s in SOURCES if path(s).startswith(("pipeline/data/", "pipeline/model/", "pipeline/objectives/", "kernels/"))
+]
+
+
+@pytest.mark.parametrize("source", BELOW_TRAINING, ids=path)
+def test_nothing_below_training_sees_the_config_object(source: Path) -> None:
+    """Functions of pipeline.config (such as layer_ranges) may be used there; its classes and the module may not."""
+    classes = {"Config", "Optimizer", "Dataset", "EvalDataset", "Section"}
+    banned = {f"pipeline.config.{name}" for name in classes} | {"pipeline.config.loading", "pipeline.config.tables"}
+    found = set(imports(source))
+    assert not found & banned
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    whole_module = [
+        n
+        for n in ast.walk(tree)
+        if (isinstance(n, ast.Import) and any(a.name == "pipeline.config" for a in n.names))
+        or (isinstance(n, ast.ImportFrom) and n.module == "pipeline" and any(a.name == "config" for a in n.names))
+    ]
+    assert not whole_module, "import the function, not the module"
+
+
+def test_folders_that_shadow_packages_hold_no_package() -> None:
+    """`kernels` and `datasets` are Hugging Face's names: an __init__.py here, or under tests/, would replace theirs."""
+    for name in ("kernels", "datasets"):
+        for folder in (ROOT / name, ROOT / "tests" / name):
+            assert not (folder / "__init__.py").exists(), folder
+    assert not list((ROOT / "datasets").rglob("*.py")), "datasets/ holds data only"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_functions_are_short_enough_to_see(source: Path) -> None:
+    text = source.read_text(encoding="utf-8")
+    if path(source) == "train.py":
+        assert len(text.splitlines()) <= MAX_TRAIN_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_every_file_says_what_it_is(source: Path) -> None:
+    assert ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
