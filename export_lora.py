@@ -13,6 +13,7 @@ from pipeline.artifacts.adapter.write import KINDS
 from pipeline.artifacts.export.export import FORMATS, export
 from pipeline.artifacts.fold.plan import BASE_QUANTS, DTYPE_NAMES
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.version import ShowVersion
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--kind", choices=KINDS, help="what a LORA adapter on square weights is, where its shapes cannot tell"
     )
+    command.add_argument("--version", action=ShowVersion)
     return command
 
 

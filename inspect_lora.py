@@ -21,6 +21,7 @@ from pipeline.formats.base_model import Base, read_base, say_remarks
 from pipeline.formats.safetensors import FLOATS
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
+from pipeline.version import ShowVersion
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--kind", choices=KINDS, help="what a LORA adapter on square weights is, where its shapes cannot tell"
     )
+    command.add_argument("--version", action=ShowVersion)
     return command
 
 

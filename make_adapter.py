@@ -34,6 +34,7 @@ from pipeline.model.hidden_means import mean_hidden_states
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
 from pipeline.names import layer_ranges
 from pipeline.training.start.prepare import load_tokenizer
+from pipeline.version import ShowVersion
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).
 NORMS_AFTER_WRITING = {"post_feedforward_layernorm", "post_mlp_layernorm"}
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     texts.add_argument("--layers-at-once", type=int, default=1, metavar="N", help="layers in memory (default 1)")
     texts.add_argument("--device", default="cpu", help="where to run the model: cpu, cuda, cuda:1 (default cpu)")
     texts.add_argument("--dtype", choices=DTYPES, help="dtype to run the model in (default: the base's own)")
+    command.add_argument("--version", action=ShowVersion)
     return command
 
 

@@ -18,6 +18,7 @@ from pipeline.artifacts.adapter.write import KINDS
 from pipeline.artifacts.fold.merge import merge
 from pipeline.artifacts.fold.plan import BASE_QUANTS, DTYPE_NAMES, OUTPUT_DTYPES
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.version import ShowVersion
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the training's train_logit_scale into the model's config (default: drop it)",
     )
+    command.add_argument("--version", action=ShowVersion)
     return command
 
 

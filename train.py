@@ -12,13 +12,16 @@ HELD = hold_signals()  # before torch and its libraries start threads of their o
 
 import argparse  # noqa: E402
 import os  # noqa: E402
+import shlex  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from pipeline.config import loading  # noqa: E402
 from pipeline.config.schema import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, UserError, rank, run_command, said_if_slow  # noqa: E402
+from pipeline.console import EXIT_DONE, LEVELS, TERMINAL, UserError, debug, rank, run_command, said_if_slow  # noqa: E402
+from pipeline.log_file import LogFile  # noqa: E402
 from pipeline.training.start import launch  # noqa: E402
+from pipeline.version import NAME, ShowVersion, full  # noqa: E402
 
 IMPORTING = "starting: importing torch, transformers and DeepSpeed"
 
@@ -44,6 +47,10 @@ def parse() -> argparse.Namespace:
         metavar="PATH",
         help="go on from the newest complete checkpoint, or from that of PATH",
     )
+    parser.add_argument(
+        "--log_level", choices=LEVELS, default="info", help="what a run shows (default info); its log.txt has all of it"
+    )
+    parser.add_argument("--version", action=ShowVersion)
     for ignored in ("--no_quantiles", "--deepspeed"):
         parser.add_argument(ignored, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -66,7 +73,11 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Parse, validate, then check, preview or train."""
     arguments = parse()
-    watcher = Watcher(HELD)
+    watcher, log_file = Watcher(HELD), LogFile()
+    trains = not (arguments.plan or arguments.check or arguments.preview is not None)
+    TERMINAL.show_from(arguments.log_level if trains else "info")
+    debug(f"version:  {NAME} {full()}")
+    debug(f"command:  {shlex.join(sys.argv)}")
     config = loading.load(arguments.config, arguments.deepspeed_config, arguments.set)
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     if arguments.plan:
@@ -81,10 +92,10 @@ def main() -> int:
     with said_if_slow(IMPORTING):
         from pipeline.training.run import assemble, errors  # noqa: F401 (the first imports all that takes long)
     with errors.out_of_space_explained(Path(config.output_dir)):
-        return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher)
+        return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher, log_file)
 
 
-def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
+def train(config: Config, resume: bool | str, watcher: Watcher, log_file: LogFile) -> int:
     """The run itself. Errors of the data and the config come before any process waits for another."""
     from pipeline.training.engine import engine, selftest
     from pipeline.training.run import after_training, assemble, errors, folder
@@ -106,6 +117,7 @@ def train(config: Config, resume: bool | str, watcher: Watcher) -> int:
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
+            log_file.open(run.saver.run_dir)
         with errors.explained(watcher, run.save_between_boundaries):
             record = RunRecord(run.saver.run_dir, place, data, run.step)
             code = run.run()

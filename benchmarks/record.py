@@ -4,11 +4,13 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipeline import version
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "liger_kernel")
 
@@ -26,15 +28,15 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {version.NAME: version.full(), **{package: _version(package) for package in PACKAGES}},
     }
 
 
 def _version(package: str) -> str | None:
     """None where it is not installed."""
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 

@@ -1,9 +1,11 @@
 """What the user sees: lines from the first rank only, errors they can mend, progress, human units.
 
-Takes plain text and numbers; gives lines on the terminal. Nothing here knows about training.
+Takes plain text and numbers; gives lines on the terminal, and records of Python's `logging` for whatever listens besides
+(`log_file.LogFile`). Nothing here knows about training.
 """
 
 import errno
+import logging
 import os
 import re
 import resource
@@ -12,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +32,8 @@ EXIT_PEER_LOST = 6
 EXIT_DISK_FULL = 28
 EXIT_STOPPED = 75
 EXIT_ABORTED = 130
+
+LEVELS = ("debug", "info", "warning", "error")
 
 OTHER_RANKS_WAIT_S = 5.0
 SLOW_S = 2.0
@@ -114,16 +119,26 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def debug(text: str) -> None:
+    """Of the first rank, for the log file; on the terminal with `--log_level debug` only."""
+    if rank() == 0:
+        LOGGER.debug(text, extra={"shown": True})
+
+
 def say(text: str = "") -> None:
     """Print `text` on the first rank only."""
     if rank() == 0:
-        print(plain(text), flush=True)
+        LOGGER.info(text, extra={"shown": True})
 
 
 def warn(text: str) -> None:
-    """Print a warning on the first rank only."""
-    if rank() == 0:
-        print(plain(f"warning: {text}"), file=sys.stderr, flush=True)
+    """Print a warning on the first rank only; a log file has those of all ranks."""
+    LOGGER.warning(text, extra={"shown": rank() == 0})
+
+
+def complain(text: str, *, shown: bool = True) -> None:
+    """Print an error on this rank, whichever it is; without `shown` it is for the log file only."""
+    LOGGER.error(text, extra={"shown": shown})
 
 
 def plain(text: str) -> str:
@@ -132,6 +147,31 @@ def plain(text: str) -> str:
     Newlines stay, as messages have several lines; where a name of others must not begin one, `foreign.printable` it.
     """
     return CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+class Terminal(logging.Handler):
+    """Shows records on standard output and, from warnings on, on standard error, where they are found at that moment."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without the handler's lock: who waits for a terminal must not keep the watching thread from ending the process."""
+        if record.levelno >= self.level and getattr(record, "shown", True):
+            prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+            stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+            # The terminal may be gone, or be a file on the full disk: of an error the exit code still says it.
+            with suppress(*[OSError] * (record.levelno >= logging.ERROR)):
+                print(plain(prefix + record.getMessage()), file=stream, flush=True)
+        return True
+
+    def show_from(self, level: str) -> None:
+        """Show records of `level`, one of LEVELS, and above."""
+        self.setLevel(level.upper())
+
+
+LOGGER = logging.getLogger("mulora_pipe")
+LOGGER.setLevel(logging.DEBUG)
+LOGGER.propagate = False  # libraries give the root logger handlers of their own
+TERMINAL = Terminal(logging.INFO)
+LOGGER.addHandler(TERMINAL)
 
 
 @contextmanager
@@ -153,6 +193,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     On a terminal it is drawn in place; in a log it leaves one line when it ends, so logs stay readable.
     """
     console = Console(stderr=True)
+    began = time.monotonic()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -161,12 +202,13 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=rank() != 0,
+        disable=rank() != 0 or TERMINAL.level > logging.INFO,
         redirect_stdout=False,
         redirect_stderr=False,
     ) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.update(task, advance=n)
+    debug(f"{description.strip()}: {duration(time.monotonic() - began)}")
 
 
 def gib(n_bytes: float) -> str:
@@ -207,20 +249,20 @@ def run_command(main: Callable[[], int]) -> None:
     try:
         code = main()
     except RankError as error:
-        _complain(f"rank {rank()}: {error}")
+        complain(f"rank {rank()}: {error}")
         if error.exit_code == EXIT_PEER_LOST:
             time.sleep(OTHER_RANKS_WAIT_S)
         os._exit(error.exit_code)
     except UserError as error:
-        if rank() == 0:
-            _complain(str(error))
-        else:
+        complain(str(error), shown=rank() == 0)
+        if rank() != 0:
             time.sleep(OTHER_RANKS_WAIT_S)
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_ABORTED
     except Exception as error:
         if not is_out_of_space(error):
+            complain("".join(traceback.format_exception(error)), shown=False)  # Python prints it
             raise
         _end_out_of_space(error)
     sys.exit(code)
@@ -231,10 +273,5 @@ def _end_out_of_space(error: Exception) -> NoReturn:
     named = getattr(error, "filename", None)
     where = Path(named) if isinstance(named, str) else Path.cwd()
     of_rank = f"rank {rank()}: " if "RANK" in os.environ else ""
-    _complain(f"{of_rank}{space_message(error, where)} ({error})")
+    complain(f"{of_rank}{space_message(error, where)} ({error})")
     os._exit(EXIT_DISK_FULL)
-
-
-def _complain(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone, or be a file on the full disk: the exit code still says it
-        print(plain(f"error: {text}"), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
-MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 130
+MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 140
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
@@ -36,7 +36,14 @@ FORBIDDEN = {
 # The one file of such a part that may all the same, inside its functions: the names it gives are transformers' own.
 ASKS_TRANSFORMERS = "pipeline/formats/stored_names.py"
 # What everything may stand on.
-GROUND = ("pipeline.console", "pipeline.files", "pipeline.foreign", "pipeline.names", "pipeline.patterns")
+GROUND = (
+    "pipeline.console",
+    "pipeline.files",
+    "pipeline.foreign",
+    "pipeline.names",
+    "pipeline.patterns",
+    "pipeline.version",
+)
 # What a part may import of this project, where that is all.
 ONLY_OURS = {
     "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.formats", *GROUND),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.adapter.write import (
     CONFIG_FILE,
@@ -86,6 +87,7 @@ def write_peft_adapter(
     }
     own = {
         "format_version": FORMAT_VERSION,
+        "version": version.full(),
         "kind": family,
         "train_logit_scale": train_logit_scale,
         "base_model": base,

@@ -129,6 +129,7 @@ class Facts(_Foreign):
     """Our own facts, as adapter_files and peft_files write them."""
 
     kind: Name
+    version: Name | None = None  # of the program that wrote it
     train_logit_scale: PositiveFloat
     base_model: Name | None = None
     modules: list[Name] = []

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.adapter.maps import RowMap
 from pipeline.files import whole_folder, write_json
@@ -132,6 +133,7 @@ def write_adapter(
     own = {
         **(facts or {}),
         "format_version": FORMAT_VERSION,
+        "version": version.full(),
         "kind": kind,
         "rank": rank,
         "alpha": alpha,

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import torch
 
+from pipeline import version
 from pipeline.artifacts.export.additive import AdditiveForm, lora_A, lora_B
 from pipeline.console import UserError
 from pipeline.formats.safetensors import tensor_bytes
@@ -116,6 +117,7 @@ def write_gguf(
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, base_model)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_string("mulora_pipe.version", version.full())
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, form.alpha)
     numbers = np.dtype(NUMBERS[form.dtype])
     makers: list[Callable[[], torch.Tensor]] = []

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.adapter.write import (
     CONFIG_FILE,
@@ -100,6 +101,7 @@ def _own_facts(form: AdditiveForm, base_model: str, train_logit_scale: float) ->
     """The facts by which our own programs know the result for an additive adapter, on square weights too."""
     return {
         "format_version": FORMAT_VERSION,
+        "version": version.full(),
         "kind": "lora",
         "rank": form.rank,
         "alpha": form.alpha,

@@ -14,7 +14,7 @@ from pipeline.foreign import read_object
 
 REPORT_FILE = "fold_report.json"
 # What a report says of a fold as a whole; the figures of its tensors are not handed on.
-HANDED_ON = ("base", "base_fingerprint", "unmerge", "base_quant", "base_dtype", "adapters")
+HANDED_ON = ("version", "base", "base_fingerprint", "unmerge", "base_quant", "base_dtype", "adapters")
 Folded = tuple[str, str | None, float]  # an adapter's name, digest and --scale
 
 

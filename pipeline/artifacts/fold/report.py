@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline import version
 from pipeline.artifacts.adapter.maps import Added
 from pipeline.artifacts.adapter.write import Pair, public_name
 from pipeline.artifacts.fold.config import LOGIT_KEYS, logit_factor
@@ -219,6 +220,7 @@ def warnings(figures: Sequence[Survival], dtypes: dict[str, str]) -> list[str]:
 def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
     """The content of `fold_report.json`; `earlier`: of the folds that made the base, oldest first."""
     return {
+        "version": version.full(),
         "base": public_name(str(plan.base.folder)),
         "base_fingerprint": fingerprint(plan.base),
         "unmerge": plan.unmerge,

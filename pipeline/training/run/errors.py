@@ -5,7 +5,6 @@ memory has left the last completed step whole, so all processes are asked to sav
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipeline.console import (
     EXIT_PEER_LOST,
     RankError,
     UserError,
+    complain,
     is_out_of_space,
     rank,
     space_message,
@@ -38,7 +38,7 @@ def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
             raise RankError(lost, EXIT_PEER_LOST) from error
         if not is_out_of_memory(error):
             raise
-        print(f"rank {rank()} is out of memory; saving the last completed step", file=sys.stderr, flush=True)
+        complain(f"rank {rank()} is out of memory; saving the last completed step")
         watcher.request(EXIT_OUT_OF_MEMORY)
         save()
         raise RankError(

@@ -6,7 +6,7 @@ killed has no entry, which its neighbours' steps show; nothing is guessed for it
 """
 
 import time
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline import version
 from pipeline.console import UserError
 from pipeline.data.split import Rows
 from pipeline.files import write_json
@@ -89,8 +90,8 @@ def _described(use: str, name: str, rows: Rows) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The libraries that the numbers depend on."""
-    return {package: version(package) for package in PACKAGES}
+    """Ours and those of the libraries that the numbers depend on."""
+    return {version.NAME: version.full(), **{package: metadata.version(package) for package in PACKAGES}}
 
 
 def device_name() -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.console import EXIT_ABORTED, EXIT_PEER_LOST, EXIT_STOPPED, OTHER_RANKS_WAIT_S, UserError, warn
+from pipeline.console import EXIT_ABORTED, EXIT_PEER_LOST, EXIT_STOPPED, OTHER_RANKS_WAIT_S, UserError, complain, warn
 from pipeline.training.run.peers import Hang, Peers, stands_at
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -169,7 +169,7 @@ class Watcher:
             return
         self._lost_since = self._lost_since or time.monotonic()
         if time.monotonic() - self._lost_since > LOST_GRACE_S:
-            print(f"error: rank {peers.rank}: {self.lost()}", file=sys.stderr, flush=True)
+            complain(f"rank {peers.rank}: {self.lost()}")
             os._exit(EXIT_PEER_LOST)
 
     def _end_hanging(self, hang: Hang, rank: int) -> None:
@@ -177,14 +177,14 @@ class Watcher:
         self._tell_the_others(str(EXIT_PEER_LOST))
         speaks = rank == hang.speaker
         if speaks:
-            print(f"error: {hang.text}", file=sys.stderr, flush=True)
-        print(f"rank {rank} stands at {stands_at()}", file=sys.stderr, flush=True)
+            complain(hang.text)
+        complain(f"rank {rank} stands at {stands_at()}")
         if self._save is not None and not hang.silent:
             threading.Timer(SAVE_LIMIT_S, os._exit, (EXIT_PEER_LOST,)).start()
             self._save_and_end(EXIT_PEER_LOST)
         if speaks:
             why = f"rank {hang.silent[0]}'s part of the last step cannot be saved; " if hang.silent else ""
-            print(why + self._kept(), file=sys.stderr, flush=True)
+            complain(why + self._kept())
         else:
             time.sleep(OTHER_RANKS_WAIT_S)  # the launcher ends all as soon as one has
         os._exit(EXIT_PEER_LOST)
@@ -220,10 +220,10 @@ class Watcher:
         try:
             save()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            complain(str(error))
             ends_with = error.exit_code
         except BaseException:
-            traceback.print_exc()
+            complain(traceback.format_exc())
             ends_with = 1
         os._exit(ends_with if code is None else code)
 
