@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pipeline import version
 from pipeline.artifacts.adapter.read import _matching, load_adapter
 from pipeline.artifacts.adapter.write import Kind, adapter_norms, natural_order, public_name, save_adapter
 from pipeline.console import UserError
@@ -101,6 +102,7 @@ def test_the_files_are_what_the_design_says(tmp_path: Path) -> None:
     assert names == {f"base_model.model.{m}.peanut_{x}.weight" for m in down_proj() for x in "AB"}
     assert own["step"] == 100 and own["layers"] == [0, 1, 2] and own["kind"] == "multiplicative_lora"
     assert (own["rank"], own["alpha"], own["scaling"], own["train_logit_scale"]) == (4, 6.0, 1.5, 1.0)
+    assert own["version"] == version.full()
     mode = (tmp_path / "a" / "adapter_model.safetensors").stat().st_mode
     assert stat.S_IMODE(mode) & stat.S_IRUSR and not stat.S_IMODE(mode) & stat.S_IWOTH
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import version
 from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.artifacts.export import gguf as export_gguf
 from pipeline.artifacts.export.export import export
@@ -71,6 +72,7 @@ def test_what_llama_cpp_adds_is_s_B_A_W(request, tmp_path: Path, family: str, ar
     tensors = multiplicative(tmp_path / "adapter", {**down_proj(), **O_PROJ}, base_model="owner/name")
     export(base, tmp_path / "adapter", tmp_path / "out.gguf", format="gguf", dtype=dtype)
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert field(reader, "mulora_pipe.version") == version.full()
     assert [field(reader, key) for key in ("general.type", "general.architecture", "adapter.type")] == [
         "adapter",
         arch,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import version
 from pipeline.artifacts.fold import check as fold_check
 from pipeline.artifacts.fold import rows as fold_rows
 from pipeline.artifacts.fold.merge import merge
@@ -71,6 +72,7 @@ def test_figures_of_what_survived_against_fp64(tmp_path: Path, capsys: pytest.Ca
     assert "--dtype float16 or --dtype float32" in text.err and f"{100 * min(f.gain for f in figures):.0f}%" in text.err
     assert all(f"{figure.gain:7.4f}" in text.out for figure in figures)
     stored = json.loads((tmp_path / "out" / "fold_report.json").read_text())
+    assert stored["version"] == version.full()
     assert [entry["gain"] for entry in stored["tensors"]] == [figure.gain for figure in figures]
     assert str(tmp_path) not in json.dumps(stored)
 

@@ -52,7 +52,7 @@ PART = {
     "replicas": 1,
     "devices": ["NVIDIA A6000"] * 2,
     "peak_bytes": [3 << 30, 5 << 30],
-    "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+    "versions": {"mulora-pipe": "0.2.0+g0123456789ab", "torch": "2.13.0", "peft": "0.21.2"},
 }
 PARTS = [PART, {**PART, "from_step": 4, "to_step": 6, "seconds": 50.0}]
 METRICS = [

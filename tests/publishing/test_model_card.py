@@ -79,7 +79,7 @@ def test_data_time_memory_and_versions_are_those_of_run_json(tmp_path: Path) -> 
     assert (
         "In all 2 min 30 s." in text and "1,004 tokens/s (the median of 6 logged steps)." in text
     )  # 1001 … 1006: 1003.5
-    assert "\n## Versions\n\ntorch 2.13.0, peft 0.21.2\n" in text
+    assert "\n## Versions\n\nmulora-pipe 0.2.0+g0123456789ab, torch 2.13.0, peft 0.21.2\n" in text
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
