@@ -26,10 +26,10 @@ train: setup ## the main job on sample books: train, stop, resume, evaluate, fol
 TEST_JOBS ?= 2
 PYTEST = PATH="$(CURDIR)/$(RUN):$$PATH" OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
-test: setup ## the tests (minutes)
+test: lint ## ruff and mypy (seconds), then the tests (minutes)
 	$(PYTEST) -m "not slow"
 
-test-all: setup ## the tests with the slow ones
+test-all: lint ## the same, with the slow tests
 	$(PYTEST) --timeout 1800
 
 golden: setup ## run the golden runs (or ONLY="…"), say what differs from tests/golden/, and write it there (2 minutes)
