@@ -67,3 +67,15 @@ def test_a_report_asks_for_files_that_a_run_has() -> None:
         re.findall(r"`(\w+\.(?:txt|json|jsonl|toml))`", text)
     )
     assert "python train.py --version" in text
+
+
+def test_the_decision_log_is_in_order() -> None:
+    """A heading for each release, oldest first; entries have dates, none after the release."""
+    text = (ROOT / "docs/decisions.md").read_text()
+    sections = re.split(r"(?m)^## ", text)[2:]
+    assert [section.split("\n")[0] for section in sections] == [".".join(r[:3]) for r in reversed(RELEASES)]
+    for section, release in zip(sections, reversed(RELEASES), strict=True):
+        rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+        dates = [row[0].removeprefix("| ") for row in rows]
+        assert rows and dates == sorted(dates) and all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
+        assert dates[-1] <= release[3] and all(len(row) == 4 for row in rows)
