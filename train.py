@@ -18,56 +18,13 @@ from pathlib import Path  # noqa: E402
 
 from pipeline.config import loading  # noqa: E402
 from pipeline.config.schema import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, LEVELS, TERMINAL, UserError, debug, rank, run_command, said_if_slow  # noqa: E402
+from pipeline.console import EXIT_DONE, TERMINAL, debug, rank, run_command, said_if_slow  # noqa: E402
 from pipeline.log_file import LogFile  # noqa: E402
 from pipeline.training.start import launch  # noqa: E402
-from pipeline.version import NAME, ShowVersion, full  # noqa: E402
+from pipeline.training.start.arguments import parse  # noqa: E402
+from pipeline.version import NAME, full  # noqa: E402
 
 IMPORTING = "starting: importing torch, transformers and DeepSpeed"
-
-
-def parse() -> argparse.Namespace:
-    """The command line. `--local_rank` comes from the launcher; `--deepspeed` is qlora-pipe's and means nothing here."""
-    parser = argparse.ArgumentParser(description="Train an adapter or a model over stages.", allow_abbrev=False)
-    parser.add_argument("--config", metavar="TOML", help="in the current folder or in configs/")
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="a DeepSpeed JSON as qlora-pipe takes it")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optimizer.lr=1e-5"
-    )
-    parser.add_argument("--check", action="store_true", help="resolve everything that needs no weights, then end")
-    parser.add_argument(
-        "--plan", action="store_true", help="show each stage's memory and the run's time without weights or GPU"
-    )
-    parser.add_argument("--devices", metavar="2x48GiB", help="with --plan: the GPUs, e.g. 2xA6000, 48GiB,80GiB")
-    parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
-    parser.add_argument(
-        "--resume_from_checkpoint",
-        nargs="?",
-        const=True,
-        metavar="PATH",
-        help="go on from the newest complete checkpoint, or from that of PATH",
-    )
-    parser.add_argument(
-        "--log_level", choices=LEVELS, default="info", help="what a run shows (default info); its log.txt has all of it"
-    )
-    parser.add_argument("--version", action=ShowVersion)
-    for ignored in ("--no_quantiles", "--deepspeed"):
-        parser.add_argument(ignored, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments, unknown = parser.parse_known_args()
-    if unknown:
-        raise UserError(f"unknown argument(s): {' '.join(unknown)}; --help lists those there are")
-    if arguments.config is None:
-        raise UserError("--config is missing: give a TOML file, in the current folder or in configs/")
-    if arguments.preview is not None and arguments.preview < 1:
-        raise UserError(f"--preview {arguments.preview}: give a number of chunks, 1 or more")
-    if arguments.plan and (arguments.check or arguments.preview is not None):
-        raise UserError(
-            "--plan, --check and --preview each end the program: give one (--plan checks the model as well)"
-        )
-    if arguments.devices and not arguments.plan:
-        raise UserError("--devices names the GPUs of a --plan: add --plan, or leave it out")
-    return arguments
 
 
 def main() -> int:
@@ -92,17 +49,18 @@ def main() -> int:
     with said_if_slow(IMPORTING):
         from pipeline.training.run import assemble, errors  # noqa: F401 (the first imports all that takes long)
     with errors.out_of_space_explained(Path(config.output_dir)):
-        return train(config, arguments.resume_from_checkpoint or config.resume_from_checkpoint, watcher, log_file)
+        return train(config, arguments, watcher, log_file)
 
 
-def train(config: Config, resume: bool | str, watcher: Watcher, log_file: LogFile) -> int:
+def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_file: LogFile) -> int:
     """The run itself. Errors of the data and the config come before any process waits for another."""
     from pipeline.training.engine import engine, selftest
-    from pipeline.training.run import after_training, assemble, errors, folder
+    from pipeline.training.run import after_training, assemble, errors, folder, profiler
     from pipeline.training.run.record import RunRecord
     from pipeline.training.start import prepare
 
     engine.check_version()
+    resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
     plan = prepare.plan_model(config, resumes=bool(resume))
     prepare.check_files(config, plan.shell)
     after_training.check(config, plan)
@@ -118,6 +76,8 @@ def train(config: Config, resume: bool | str, watcher: Watcher, log_file: LogFil
             selftest.run(place, config.gradient_accumulation_steps)
             run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
             log_file.open(run.saver.run_dir)
+        if arguments.profile:
+            run.around_step = profiler.StepProfiler(run.saver.run_dir, place.rank, arguments.profile).step
         with errors.explained(watcher, run.save_between_boundaries):
             record = RunRecord(run.saver.run_dir, place, data, run.step)
             code = run.run()

@@ -23,6 +23,7 @@ from tests.helpers.data import store
         (("--plan", "--preview", "2"), "give one"),
         (("--devices", "2x48GiB"), "add --plan"),
         (("--check", "--devices", "2x48GiB"), "add --plan"),
+        (("--profile", "0"), "1 to 100"),
     ],
 )
 def test_flags_that_contradict_each_other(flags: tuple[str, ...], said: str) -> None:

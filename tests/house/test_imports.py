@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
-MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 140
+MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 120
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {

@@ -92,7 +92,7 @@ def test_every_command_says_it(script: str) -> None:
 
 
 def test_every_script_with_a_command_line_is_asked() -> None:
-    assert {path.name for path in ROOT.glob("*.py") if "ArgumentParser" in path.read_text()} == set(SCRIPTS)
+    assert {path.name for path in ROOT.glob("*.py") if "run_command(" in path.read_text()} == set(SCRIPTS)
 
 
 def test_runs_and_checkpoints_say_it_beside_the_libraries() -> None:

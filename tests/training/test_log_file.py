@@ -149,19 +149,20 @@ def test_a_run_that_shows_warnings_only_and_goes_on(tmp_path: Path) -> None:
         tmp_path / "c.toml",
         model=str(tmp_path / "base"),
         output_dir=str(tmp_path / "runs"),
-        max_steps=1,
+        max_steps=2,
     )
-    output = train(2, "--config", str(config), "--log_level", "warning")
+    output = train(2, "--config", str(config), "--log_level", "warning", "--profile", "1")
     assert not re.search("^(step|stages|data)", output, re.M)
     run = only_run(tmp_path / "runs")
     first = lines(run)
     texts = [text for level, rank, text in first if (level, rank) == ("info", "0")]
-    for begins in ("stages: ", "data: ", "run: ", "step 1/1 "):
+    for begins in ("stages: ", "data: ", "run: ", "step 2/2 ", "profile: "):
         assert any(text.startswith(begins) for text in texts), begins
     details = [text for level, rank, text in first if (level, rank) == ("debug", "0")]
     assert details[0] == f"version:  {version.NAME} {version.full()}"
-    assert "train.py" in details[1] and details[1].endswith("--log_level warning")
-    output = train(2, "--config", str(config), "--set", "max_steps=2", "--resume_from_checkpoint")
-    assert "step 2/2 " in output
+    assert "train.py" in details[1] and details[1].endswith("--log_level warning --profile 1")
+    assert {path.name for path in (run / "profile").iterdir()} == {"rank-0.json.gz", "rank-1.json.gz"}
+    output = train(2, "--config", str(config), "--set", "max_steps=3", "--resume_from_checkpoint")
+    assert "step 3/3 " in output
     assert lines(run)[: len(first)] == first
-    assert any(text.startswith("step 2/2 ") for *_, text in lines(run)[len(first) :])
+    assert any(text.startswith("step 3/3 ") for *_, text in lines(run)[len(first) :])

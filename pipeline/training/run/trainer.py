@@ -7,6 +7,7 @@ same loop; what one learns by itself (a signal, a file, the clock) is agreed on 
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,7 @@ class Trainer:
     position: Position = field(default_factory=Position)
     best_loss: float | None = None
     settled: bool = True
+    around_step: Callable[[int], AbstractContextManager[object]] = nullcontext  # profiler.StepProfiler's
 
     def run(self) -> int:
         """To the end of the run (exit code 0) or to a stop (75)."""
@@ -86,7 +88,7 @@ class Trainer:
             self._after_step(last=self.step == total)
         clock = Clock(total)
         while self.step < total:
-            with self.watcher.phase("step", self.step + 1):
+            with self.watcher.phase("step", self.step + 1), self.around_step(self.step + 1):
                 self._train_step(clock, total)
             if clock.steps == 1:
                 self.first_step_done()
