@@ -172,9 +172,9 @@ def shelve(folder: Path, *texts: str) -> Path:
 MEASURE = """
 import json, sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-from helpers_data import prose, tokenizer
+sys.path.insert(0, {root!r})
 from pipeline.data import chunks
+from tests.helpers.data import prose, tokenizer
 # Not getrusage's ru_maxrss, which begins at what the process that started this one had.
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 used, folder = tokenizer(), Path({folder!r})
@@ -196,7 +196,7 @@ def measure(folder: Path, file: str, megabytes: int) -> tuple[float, float]:
             out.write(json.dumps(text, ensure_ascii=False)[1:-1] if file.endswith("jsonl") else text)
         out.write('"}' if file.endswith("jsonl") else "")
     kind = "doclist" if file.endswith("jsonl") else "textfile"
-    code = MEASURE.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), kind=kind, file=file)
+    code = MEASURE.format(root=str(ROOT), folder=str(folder), kind=kind, file=file)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=500)
     before, after, tokens = json.loads(done.stdout)
     assert tokens > megabytes * 10**5

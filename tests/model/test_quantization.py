@@ -241,7 +241,7 @@ def test_modules_to_skip_that_make_no_sense(skip: str, said: str) -> None:
 MEASURE = """
 import os, sys, threading, time, torch
 from pathlib import Path
-from pipeline.model import packed, quantization, weights
+from pipeline.model import quantized as packed, quantized_bnb as quantization, weights
 from pipeline.model.stage import Stage, empty_model, read_model_config
 
 def anonymous():

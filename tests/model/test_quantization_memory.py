@@ -39,7 +39,7 @@ INTERPRETER = 16 * MIB
 MEASURE = """
 import re, sys, threading, time, torch
 from pathlib import Path
-from pipeline.model import packed, quantization, weights
+from pipeline.model import quantized as packed, quantized_bnb as quantization, weights
 from pipeline.model.stage import Stage, empty_model, read_model_config
 
 def status(key):

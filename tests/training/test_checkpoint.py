@@ -169,10 +169,10 @@ def test_pruning_keeps_the_newest_and_ignores_other_names(tmp_path: Path) -> Non
 
 KILLED = """
 import sys, torch
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.path.insert(0, {root!r})
 from pathlib import Path
-from pipeline.training import checkpoint, retention
-from helpers_checkpoint import facts
+from pipeline.training.checkpoint import commit as checkpoint, retention
+from tests.helpers.checkpoints import facts
 run = Path({run!r})
 retention.clear_rubbish(run)
 step = max([n for n, _ in retention.numbered(run, "global_step")], default=0)

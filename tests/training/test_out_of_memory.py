@@ -106,7 +106,7 @@ def test_who_has_lost_the_others_lets_their_exit_code_come_first(code: int, monk
 
 def faulty(folder: Path, base: Path, fault: str, expect: int) -> str:
     toml = write_config(folder / "c.toml", model=str(base), output_dir=str(folder / "runs"))
-    launched = start(2, "--config", str(toml), script=ROOT / "tests" / "faulty_train.py", FAULT=fault)
+    launched = start(2, "--config", str(toml), script=ROOT / "tests/workers/faulty_train.py", FAULT=fault)
     return finish(launched, expect, timeout=120)
 
 
