@@ -18,7 +18,7 @@ from pipeline.artifacts.fold.match import pair_kind
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
 from pipeline.files import check_file_free, whole_file
 from pipeline.formats.base_model import Base, read_base, say_remarks
-from pipeline.formats.safetensors import FLOATS
+from pipeline.formats.dtypes import FLOATS
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
 from pipeline.version import ShowVersion

@@ -25,10 +25,11 @@ from pipeline.data.split import Rows, Streams, split, whole
 from pipeline.files import check_writable
 from pipeline.foreign import read_by_library
 from pipeline.formats.base_model import config_ties, read_base, say_remarks
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model import cut_check, partition, unsupported, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
-from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
+from pipeline.model.stage import empty_model, read_model_config, tied_head
 from pipeline.names import HEAD, layers_of
 from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.lr_schedule import warmup_steps
