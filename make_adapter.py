@@ -33,7 +33,7 @@ from pipeline.files import check_file_free, check_free
 from pipeline.model.adapters.base import describe_layers, resolve_targets
 from pipeline.model.hidden_means import mean_hidden_states
 from pipeline.model.stage import DTYPES, empty_model, read_model_config
-from pipeline.names import layer_ranges
+from pipeline.names import layer_ranges, layers_of
 from pipeline.version import ShowVersion
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).
@@ -180,7 +180,6 @@ def _direction_layer(index: int, n_layers: int) -> int:
 def _targets(shell: PreTrainedModel, names: list[str], layers: list[int], width: int) -> tuple[dict[str, int], bool]:
     """Target module → its layer, and whether any has a bias. UserError for one that does not give [.., D]."""
     modules, biased = {}, False
-    prefix = f"{shell.base_model_prefix}.layers."
     for name in resolve_targets(shell, names, layers):
         module = shell.get_submodule(name)
         if module.out_features != width:
@@ -188,7 +187,7 @@ def _targets(shell: PreTrainedModel, names: list[str], layers: list[int], width:
                 f"--target-modules: {name} gives {module.out_features} numbers, not the hidden size {width}, so a direction "
                 "of the residual stream means nothing there; modules that write to it are down_proj and o_proj"
             )
-        modules[name] = int(name.removeprefix(prefix).split(".")[0])
+        (modules[name],) = layers_of([name])
         biased = biased or getattr(module, "bias", None) is not None
     return modules, biased
 

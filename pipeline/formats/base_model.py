@@ -17,10 +17,10 @@ from pipeline.console import UserError, warn
 from pipeline.foreign import printable, read_object
 from pipeline.formats.links import check_links
 from pipeline.formats.safetensors import FLOATS, Header, StoredTensor, read_floats, read_header, read_pieces
+from pipeline.names import EMBEDDING, HEAD
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 # Weights in any format, and pickles. `adapter_config.json` would make transformers look for an adapter in the result.
 WEIGHT_SUFFIXES = (

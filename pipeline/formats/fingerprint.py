@@ -11,8 +11,9 @@ import re
 
 import torch
 
-from pipeline.formats.base_model import HEAD, Base
+from pipeline.formats.base_model import Base
 from pipeline.formats.safetensors import FLOATS, StoredTensor, pick_rows
+from pipeline.names import HEAD
 
 DIGITS = 32  # of the digest in hexadecimal: 128 bits
 

@@ -4,7 +4,6 @@ Takes an `Adapter`, and where they are given its base model, a tokenizer and a `
 terminal and the page show. What cannot be known from what was given is None, with a line in `notes` that says why.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.inspection.firing import Firing, fire
 from pipeline.inspection.passages import Passage, Text, largest
 from pipeline.inspection.spectrum import Spectrum, hand_overs, spectrum
 from pipeline.inspection.tokens import Label, TokenScores, labels, lens, nearest_tokens, sides
+from pipeline.names import layer_of
 
 TOKENS_SHOWN = 8
 PASSAGES_SHOWN = 3
@@ -120,7 +120,7 @@ def read(
     modules = tuple(
         Module(
             name,
-            _layer(name),
+            layer_of(name),
             pair.scaling,
             pair.origin,
             spectra[name],
@@ -195,11 +195,6 @@ def _passages(firing: Firing | None, number: int) -> tuple[Passage, ...]:
     if firing is None:
         return ()
     return tuple(largest(firing.cosines_TN[:, number].abs(), PASSAGES_SHOWN, least=torch.finfo(torch.float32).tiny))
-
-
-def _layer(module: str) -> int | None:
-    found = re.search(r"\.(\d+)(\.|$)", module)
-    return int(found.group(1)) if found else None
 
 
 def _notes(adapter: Adapter, kind: Kind, modules: Sequence[Module], base: Base | None) -> list[str]:

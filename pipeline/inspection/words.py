@@ -5,6 +5,7 @@ import math
 from pipeline.artifacts.adapter.write import Kind
 from pipeline.inspection.spectrum import Effect, Spectrum, effects, turn_degrees
 from pipeline.inspection.tokens import Label, TokenScores
+from pipeline.names import layer_of, within_layer
 
 # In the order in which a summary names them.
 ORDER = (Effect.ERASES, Effect.REFLECTS, Effect.REVERSES, Effect.ROTATES, Effect.AMPLIFIES, Effect.DAMPS, Effect.KEEPS)
@@ -74,10 +75,8 @@ def minus(text: str) -> str:
 
 def short_name(module: str) -> str:
     """A module's name without what all of them share: 'model.layers.3.mlp.down_proj' → '3 mlp.down_proj'."""
-    for prefix in ("model.layers.", "layers."):
-        if prefix in module:
-            return module.split(prefix, 1)[1].replace(".", " ", 1)
-    return module
+    layer = layer_of(module)
+    return module if layer is None else f"{layer} {within_layer(module)}"
 
 
 def tokens_in_words(scores: TokenScores | None, label: Label | None, count: int) -> tuple[str, str]:

@@ -5,7 +5,6 @@ that training uses, one stage after another, with nothing but what crosses stage
 kind of module that has one must run, and its parameters must get a gradient. UserError with the reason where not.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.model.adapters.base import trainable
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.model.unsupported import named
+from pipeline.names import any_layer
 
 TOLERANCE = (
     1e-5  # of the largest logit. A cut of a model that allows it is exact; one that does not is off by percents.
@@ -88,7 +88,7 @@ def _check_adapters(
         )
     reached: dict[str, bool] = {}
     for name, parameter in ((n, p) for stage in stages for n, p in trainable(stage).items()):
-        module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
+        module = any_layer(name.rpartition(".")[0])
         reached[module] = reached.get(module, False) or parameter.grad is not None
     if idle := [module for module, has_gradient in reached.items() if not has_gradient]:
         raise UserError(

@@ -16,6 +16,7 @@ from pipeline.console import UserError, progress
 from pipeline.model import cut_check
 from pipeline.model.stage import PassThrough, Stage, empty_model, read_model_config
 from pipeline.model.weights import load
+from pipeline.names import EMBEDDING_MODULE, layers_of
 
 Tap = Callable[[int, str, Tensor], None]
 
@@ -111,19 +112,18 @@ def _hook(name: str, at: list[int], tap: Tap) -> Callable[[Any, Any, Any], None]
 def _names(model: PreTrainedModel) -> list[str]:
     """What `modules` is asked about: the embedding, the layers and all that is in them, the norm; not the whole base."""
     prefix = model.base_model_prefix
-    parts = (f"{prefix}.embed_tokens", f"{prefix}.layers.", f"{prefix}.norm")
+    parts = (f"{prefix}.{EMBEDDING_MODULE}", f"{prefix}.layers.", f"{prefix}.norm")
     return [name for name, _ in model.named_modules() if name.startswith(parts)]
 
 
 def _last_layer_wanted(model: PreTrainedModel, modules: Callable[[str], bool]) -> int:
     """The last layer that must run for all modules wanted to have run."""
-    prefix = f"{model.base_model_prefix}.layers."
     wanted = [name for name in _names(model) if modules(name)]
     if not wanted:
         raise ValueError("no module is wanted: there is nothing to run for")
     if f"{model.base_model_prefix}.norm" in wanted:
         return len(model.base_model.layers) - 1
-    return max(int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else 0 for name in wanted)
+    return max(layers_of(wanted), default=0)
 
 
 def _check_rows(rows: Sequence[Tensor], config: PretrainedConfig) -> None:

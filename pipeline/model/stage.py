@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from pipeline.console import UserError
 from pipeline.foreign import printable, read_by_library, read_object
-from pipeline.formats.base_model import HEAD, has_weights, head_of, read_base
+from pipeline.formats.base_model import has_weights, head_of, read_base
 from pipeline.kernels.cross_entropy import LogitTransform
 from pipeline.model.unsupported import reason
+from pipeline.names import EMBEDDING_MODULE, HEAD
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -149,7 +150,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
         raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {reason(error)}") from error
     base = model.base_model
     missing = [
-        name for name in ("embed_tokens", "layers", "norm") if not isinstance(getattr(base, name, None), nn.Module)
+        name for name in (EMBEDDING_MODULE, "layers", "norm") if not isinstance(getattr(base, name, None), nn.Module)
     ]
     head = model.get_output_embeddings()
     if base is model or missing or not isinstance(base.layers, nn.ModuleList) or not isinstance(head, nn.Linear):

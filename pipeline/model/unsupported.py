@@ -36,7 +36,17 @@ def named(model_type: str, doing: str) -> Iterator[None]:
     except (UserError, *MACHINE):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"model_type '{model_type}': {doing} fails: {reason(error)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the machine had no more: torch has a type for a GPU's memory only, of pinned and of main memory it
+    says so in words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
+    )
 
 
 def router_loss(config: Any) -> str | None:

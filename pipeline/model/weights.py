@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from pipeline.console import UserError, progress, said_if_slow
 from pipeline.foreign import printable
-from pipeline.formats.base_model import HEAD, Base, head_of, read_base
+from pipeline.formats.base_model import Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
 from pipeline.model.quantized import Foreseen, Packs
 from pipeline.model.stage import Stage, tied_head
+from pipeline.names import HEAD, layer_of
 
 SMALL = 2**29  # bytes of weights that need no progress bar
 
@@ -231,7 +232,6 @@ def _load_converted(stage: Stage, base: Base, device: torch.device, missing: lis
 def _names_of(stage: Stage, names: Iterable[str]) -> Iterable[str]:
     """Checkpoint names that may belong to this stage: those without a layer number, or with one of its own."""
     for name in names:
-        parts = name.split(".")
-        number = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
-        if not number or not number[0].isdecimal() or int(number[0]) in stage.layer_indices:
+        number = layer_of(name)
+        if f".layers.{number}." not in f".{name}" or number in stage.layer_indices:
             yield name

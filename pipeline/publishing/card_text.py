@@ -14,6 +14,7 @@ import tomli_w
 
 from pipeline.console import duration, gib
 from pipeline.foreign import printable
+from pipeline.names import layers_of
 from pipeline.publishing.facts import Facts, Loss, unrecorded
 
 FAMILIES = {
@@ -71,8 +72,7 @@ def trained(facts: Facts) -> str:
 def modules_in_words(modules: Sequence[str]) -> str:
     """`down_proj of layers 0 to 38 (39 modules)`."""
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
-    found = (re.search(r"\.(\d+)\.", module) for module in modules)
-    layers = sorted({int(match.group(1)) for match in found if match})
+    layers = layers_of(modules)
     words = in_prose(", ".join(names))
     if layers:
         starts = [layers[0], *(b for a, b in pairwise(layers) if b != a + 1)]

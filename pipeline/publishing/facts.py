@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE, public_name
+from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.console import UserError
 from pipeline.foreign import parse_json, parse_toml, read_object
 from pipeline.formats.safetensors import read_header
+from pipeline.names import id_in_cache, public_name
 
 PATH_KEYS = ("model", "output_dir", "init_adapter", "resume_from_checkpoint")
 
@@ -90,15 +91,6 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
         if table in config:
             public[table] = [{**entry, "dataset_path": Path(entry["dataset_path"]).name} for entry in config[table]]
     return public
-
-
-def id_in_cache(folder: Path) -> str | None:
-    """OWNER/NAME of a model that lies in a Hub cache (models--OWNER--NAME/snapshots/...), as it is or behind links."""
-    for place in (folder.absolute(), folder.resolve()):
-        for part in place.parts:
-            if part.startswith("models--") and part.count("--") == 2:
-                return part.removeprefix("models--").replace("--", "/")
-    return None
 
 
 def unrecorded(parts: list[dict[str, Any]], step: int) -> list[tuple[int, int]]:

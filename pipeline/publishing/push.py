@@ -15,11 +15,12 @@ import httpx
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE, public_name
+from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.console import UserError
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import read_base
 from pipeline.formats.links import check_links
+from pipeline.names import public_name
 
 BESIDE_WEIGHTS = (
     "README.md",

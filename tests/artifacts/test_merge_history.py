@@ -11,13 +11,13 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts.adapter.read import load_adapter
-from pipeline.artifacts.adapter.write import loadable_name
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
 from pipeline.formats.fingerprint import fingerprint
+from pipeline.names import loadable_name
 from pipeline.publishing.push import public_content
 from pipeline.training.stage import families
 from pipeline.training.start import prepare

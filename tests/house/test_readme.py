@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline.formats import safetensors
-from pipeline.formats.base_model import HEAD
 from pipeline.formats.safetensors import TensorSpec
 from pipeline.model.stage import empty_model
+from pipeline.names import HEAD
 from tests.helpers.builders import BOOKS, ROOT, environment, save_tokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,10 +15,11 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from pipeline.names import id_in_cache
 from pipeline.publishing import card_text
 from pipeline.publishing.after_training import Finished, follow
 from pipeline.publishing.card import write_card
-from pipeline.publishing.facts import Loss, id_in_cache, read_facts, unrecorded
+from pipeline.publishing.facts import Loss, read_facts, unrecorded
 from pipeline.publishing.loss_curve import loss_curve, thinned
 from tests.helpers.artifacts import make_base
 from tests.helpers.publishing import METRICS, STEP, make_run

@@ -15,11 +15,7 @@ import torch
 from pipeline.artifacts.adapter.full import holds_numbers
 from pipeline.artifacts.adapter.write import CONFIG_FILE, PEFT_PREFIX
 from pipeline.console import UserError
-
-# What models call the embedding of their tokens.
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
-# And the head.
-HEADS = ("lm_head", "embed_out")
+from pipeline.names import HEAD_MODULE, is_embedding, is_head
 
 
 def read_full(
@@ -38,7 +34,7 @@ def read_full(
         twice = next(name for name in named if sum(_plain(stored) == name for stored in rest) > 1)
         raise UserError(f"{folder}: {twice} is in the file more than once. One of them would be lost: leave one.")
     modules = config.get("modules_to_save") or []
-    ties = ["lm_head"] if config.get("ensure_weight_tying") else []  # PEFT saves a tied head and does not list it
+    ties = [HEAD_MODULE] if config.get("ensure_weight_tying") else []  # PEFT saves a tied head and does not list it
     announced = {*own.get("full", ()), *own.get("tied", ())}
     biases = str(config.get("bias") or "none") != "none"
     unannounced = [
@@ -47,7 +43,7 @@ def read_full(
         if not (name in announced if own else any(_within(name, module) for module in [*modules, *ties]))
         and not (biases and name.endswith(".bias"))
     ]
-    unknown = [name for name in unannounced if own or last_name(name.rpartition(".")[0]) not in EMBEDDINGS + HEADS]
+    unknown = [name for name in unannounced if own or not _is_table(name)]
     if unknown:
         raise UserError(f"{folder}: {len(unknown)} tensors are no {expected}: {unknown[0]} first.")
     missing = sorted(announced - named.keys()) if own else [m for m in modules if not any(_within(n, m) for n in named)]
@@ -60,14 +56,7 @@ def read_full(
         if not holds_numbers(tensor):
             raise UserError(f"{folder}: {name} holds NaN or infinite values, or integers. Its training diverged.")
     beneath = {_plain(name) for name in rest if ".base_layer." in name}
-    return named, frozenset(
-        [*unannounced, *(n for n in beneath if last_name(n.rpartition(".")[0]) in EMBEDDINGS + HEADS)]
-    )
-
-
-def last_name(module: str) -> str:
-    """What a module is called within the one that holds it."""
-    return module.rpartition(".")[2]
+    return named, frozenset([*unannounced, *(n for n in beneath if _is_table(n))])
 
 
 def _plain(name: str) -> str:
@@ -80,3 +69,9 @@ def _within(name: str, module: str) -> bool:
     'model.norm', and 'input_layernorm' too)."""
     parts = name.split(".")
     return any(".".join(parts[:n]).endswith(module) for n in range(1, len(parts)))
+
+
+def _is_table(name: str) -> bool:
+    """Whether a tensor is of the embedding or of the head."""
+    module = name.rpartition(".")[0]
+    return is_embedding(module) or is_head(module)

@@ -27,12 +27,10 @@ from pipeline.artifacts.adapter.write import (
     NOTHING,
     PEFT_PREFIX,
     WEIGHTS_FILE,
-    loadable_name,
-    natural_order,
-    public_name,
     write_json,
 )
 from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.names import loadable_name, natural_order, public_name
 
 Family = Literal["dora", "ia3", "oft", "boft", "hra"]
 # The family's type in PEFT, and for each tensor of a module what PEFT calls it in the file.

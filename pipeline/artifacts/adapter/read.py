@@ -28,11 +28,11 @@ from pipeline.artifacts.adapter.write import (
     Adapter,
     Kind,
     Pair,
-    natural_order,
 )
 from pipeline.console import UserError
 from pipeline.foreign import has_controls, printable, read_by_library
 from pipeline.formats.safetensors import FLOAT_NAMES, LONGEST_NAME, load_tensors, read_header
+from pipeline.names import natural_order
 from pipeline.patterns import matches
 
 Facts = dict[str, Any]

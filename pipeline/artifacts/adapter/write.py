@@ -14,8 +14,6 @@ is written under a type of ours, which PEFT refuses.
 
 import json
 import math
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.adapter.maps import RowMap
 from pipeline.files import whole_folder, write_json
 from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.names import layers_of, loadable_name, natural_order, public_name
 
 Kind = Literal["multiplicative_lora", "lora"]
 KINDS: tuple[Kind, ...] = ("multiplicative_lora", "lora")
@@ -143,7 +142,7 @@ def write_adapter(
         "base_model": name,
         "biased_targets": biased_targets,
         "modules": list(pairs),
-        "layers": _layers(pairs),
+        "layers": layers_of(pairs),
         "trained_over": trained_over,
         "base_fingerprint": base_fingerprint,
         **full_tensors.for_metadata(full, tied),
@@ -206,33 +205,6 @@ def adapter_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
     if wanted != set(tensors):
         raise ValueError(f"adapter tensors are not pairs <module>.A, <module>.B: {sorted(wanted ^ set(tensors))[:4]}")
     return {m: (tensors[f"{m}.A"], tensors[f"{m}.B"]) for m in sorted(modules, key=natural_order)}
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def public_name(base_model: str) -> str:
-    """A Hub id (`owner/name`) as it is; of a path, the last part: an adapter that is shared tells no private paths."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not os.path.exists(base_model):
-        return base_model
-    return Path(os.path.abspath(os.path.expanduser(base_model))).name
-
-
-def loadable_name(base_model: str) -> str:
-    """What transformers loads on this machine: a Hub id as it is, the whole path of a folder that is there.
-
-    Of a folder that is not there, the last part of its path.
-    """
-    name, folder = public_name(base_model), Path(os.path.abspath(os.path.expanduser(base_model)))
-    return name if (name == base_model and "/" in name) or not folder.is_dir() else str(folder)
-
-
-def _layers(pairs: Mapping[str, Any]) -> list[int]:
-    """The layer numbers of the modules: the first number in each name."""
-    found = (re.search(r"\.(\d+)\.", module) for module in pairs)
-    return sorted({int(match.group(1)) for match in found if match})
 
 
 def _check_shapes(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: Kind, rank: int) -> None:

@@ -21,12 +21,13 @@ from pipeline.artifacts.adapter.stored_form import as_matrix, places
 from pipeline.artifacts.adapter.write import Adapter, Kind
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, plan_fold
 from pipeline.artifacts.fold.rows import BLOCK_ITEMS, compose, round_to
-from pipeline.artifacts.fold.ties import is_embedding, settled
+from pipeline.artifacts.fold.ties import settled
 from pipeline.artifacts.fold.warnings import doubts
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
 from pipeline.formats.stored_names import Place
+from pipeline.names import is_embedding
 
 # The kinds whose fold is W' = W + s·B·M with B the adapter's own.
 ADDITIVE_KINDS: tuple[Kind, ...] = ("lora", "multiplicative_lora")

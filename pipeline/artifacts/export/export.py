@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pipeline.artifacts.adapter.read import load_pairs
-from pipeline.artifacts.adapter.write import Adapter, Kind, public_name
+from pipeline.artifacts.adapter.write import Adapter, Kind
 from pipeline.artifacts.export.additive import AdditiveForm, additive_form
 from pipeline.artifacts.export.gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export.peft import write_peft
@@ -18,6 +18,7 @@ from pipeline.artifacts.fold.rows import exact_fp32
 from pipeline.console import UserError, gib, progress, say, warn
 from pipeline.files import check_disk_space, check_file_free, check_free, whole_file, whole_folder
 from pipeline.formats.base_model import Base, read_base, say_remarks
+from pipeline.names import public_name
 
 Format = Literal["peft", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -5,7 +5,6 @@ Takes an `AdditiveForm` and the model's config; gives one file with `general.typ
 [D_out, R]. Names come from the gguf package's own table; one tensor is in memory at a time.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline import version
 from pipeline.artifacts.export.additive import AdditiveForm, lora_A, lora_B
 from pipeline.console import UserError
 from pipeline.formats.safetensors import tensor_bytes
+from pipeline.names import layers_of
 
 # transformers' model_type → GGUF's name of the architecture, for families whose conversion to GGUF leaves the matrices
 # that write to the residual stream as they are, and stores each under one name.
@@ -79,7 +79,7 @@ def gguf_names(modules: Sequence[str], biased: Sequence[str], arch: str) -> dict
     that writes to the residual stream.
     """
     table = gguf.get_tensor_name_map(
-        next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), _layers(modules)
+        next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), 1 + max(layers_of(modules), default=0)
     )
     found = {module: table.get_type_and_name(module) for module in modules}
     refused = [module for module, entry in found.items() if entry is None or entry[0] not in OUTPUT_SIDE]
@@ -141,9 +141,3 @@ def write_gguf(
             advance(written.nbytes)
     finally:
         writer.close()
-
-
-def _layers(modules: Sequence[str]) -> int:
-    """One more than the largest layer number of a module: as many layers as the table of names needs."""
-    numbers = [re.search(r"\.(\d+)\.", module) for module in modules]
-    return 1 + max((int(number.group(1)) for number in numbers if number), default=0)

@@ -22,12 +22,11 @@ from pipeline.artifacts.adapter.write import (
     METADATA_KEY,
     PEFT_PREFIX,
     WEIGHTS_FILE,
-    loadable_name,
-    public_name,
     write_json,
 )
 from pipeline.artifacts.export.additive import AdditiveForm, lora_A, lora_B, lora_B_bias
 from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.names import loadable_name, public_name
 
 
 def write_peft(

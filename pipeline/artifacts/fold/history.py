@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.adapter.write import WEIGHTS_FILE, public_name
+from pipeline.artifacts.adapter.write import WEIGHTS_FILE
 from pipeline.foreign import read_object
+from pipeline.names import public_name
 
 REPORT_FILE = "fold_report.json"
 # What a report says of a fold as a whole; the figures of its tensors are not handed on.

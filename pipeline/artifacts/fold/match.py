@@ -6,7 +6,6 @@ of layers that are left out.
 """
 
 import difflib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,7 @@ from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.safetensors import StoredTensor
 from pipeline.formats.stored_names import Place
-from pipeline.names import layer_ranges
+from pipeline.names import layer_of, layer_ranges, layers_of
 
 FOLDABLE = ("BF16", "F16", "F32")
 
@@ -247,7 +246,7 @@ def _within(names: Collection[str], adapter: Adapter, base: Base, layers: str) -
         ranges = layer_ranges(layers)
     except ValueError as error:
         raise UserError(f"--layers '{layers}': {error}.") from None
-    last = max((number for name in base.tensors if (number := layer_of(name)) is not None), default=-1)
+    last = max(layers_of(base.tensors), default=-1)
     if max(high for _, high in ranges) > last:
         raise UserError(
             f"--layers '{layers}': {base.folder} has the layers 0 to {last} (both ends of a range are included)."
@@ -259,12 +258,6 @@ def _within(names: Collection[str], adapter: Adapter, base: Base, layers: str) -
         what = f"its layers are {held[0]} to {held[-1]}" if held else "it adapts no numbered layer"
         raise UserError(f"--layers '{layers}' leaves nothing of {adapter.folder}: {what}.")
     return taken
-
-
-def layer_of(name: str) -> int | None:
-    """The layer a module or tensor belongs to: the first number in its name; None for embeddings, head and norm."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
 
 
 def _shape(tensor: torch.Tensor | StoredTensor) -> str:

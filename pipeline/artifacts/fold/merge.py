@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.artifacts.adapter.read import load_adapter
-from pipeline.artifacts.adapter.write import Kind, natural_order, write_json
+from pipeline.artifacts.adapter.write import Kind, write_json
 from pipeline.artifacts.fold.check import check_result
 from pipeline.artifacts.fold.history import REPORT_FILE
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
@@ -25,6 +25,7 @@ from pipeline.console import UserError, gib, progress, say, warn
 from pipeline.files import check_disk_space, check_free, whole_folder
 from pipeline.formats.base_model import INDEX, files_to_copy, read_base, say_remarks
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
+from pipeline.names import natural_order
 
 
 def merge(

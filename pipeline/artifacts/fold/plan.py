@@ -22,12 +22,13 @@ from pipeline.artifacts.adapter.maps import Added, Replaced, RowFactors, RowMap
 from pipeline.artifacts.adapter.write import Adapter, Kind, Pair
 from pipeline.artifacts.fold.config import logit_factor, new_config
 from pipeline.artifacts.fold.inverse import check_invertible, inverse
-from pipeline.artifacts.fold.match import FOLDABLE, Part, layer_of, match
+from pipeline.artifacts.fold.match import FOLDABLE, Part, match
 from pipeline.artifacts.fold.ties import settled, touches
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.nf4 import read_nf4
 from pipeline.formats.safetensors import FLOATS, StoredTensor, TensorSpec, read_floats
+from pipeline.names import layer_of
 
 OutputDtype = Literal["keep", "bfloat16", "float16", "float32"]
 OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)

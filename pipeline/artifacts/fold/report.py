@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import version
 from pipeline.artifacts.adapter.maps import Added
-from pipeline.artifacts.adapter.write import Pair, public_name
+from pipeline.artifacts.adapter.write import Pair
 from pipeline.artifacts.fold.config import LOGIT_KEYS, logit_factor
 from pipeline.artifacts.fold.history import adapter_digest, earlier_folds
 from pipeline.artifacts.fold.match import Part
@@ -18,6 +18,7 @@ from pipeline.artifacts.fold.plan import FoldPlan
 from pipeline.artifacts.fold.rows import Survival
 from pipeline.console import gib
 from pipeline.formats.fingerprint import fingerprint
+from pipeline.names import public_name
 
 # Below this gain the fold is weaker than the training by more than 5% of the adapter's strength: as if alpha had been
 # lowered by as much, which is the size of step people choose on purpose (--scale 0.9). The noise of rounding is larger

@@ -10,14 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from pipeline.artifacts.adapter.full_reading import EMBEDDINGS, last_name
 from pipeline.artifacts.adapter.stored_form import places
 from pipeline.artifacts.adapter.write import Adapter
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base, config_ties, same_values
 from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
+from pipeline.names import HEAD, HEAD_MODULE, is_embedding
 
-HEAD = "lm_head"
 BLOCK_ITEMS = 2**19
 
 
@@ -28,7 +27,7 @@ def settled(base: Base, adapters: Sequence[Adapter], *, unmerge: bool = False) -
     """
     adapters = [without_copies(base, adapter, unmerge=unmerge) for adapter in adapters]
     embedding = embedding_of(base)
-    stored = f"{HEAD}.weight" in base.tensors
+    stored = HEAD in base.tensors
     if stored and config_ties(base.config) is not False and not _embeddings(base):
         return base, [_of_the_head(base, adapter) for adapter in adapters], False
     if embedding is None or (stored and not config_ties(base.config)):
@@ -40,7 +39,7 @@ def settled(base: Base, adapters: Sequence[Adapter], *, unmerge: bool = False) -
     if all(_does_the_same(adapter) for adapter in adapters):
         if not stored:
             return base, [_without_head(adapter) for adapter in adapters], False
-        return base, adapters, not same_values(base.tensors[f"{HEAD}.weight"], base.tensors[embedding])
+        return base, adapters, not same_values(base.tensors[HEAD], base.tensors[embedding])
     return (base if stored else _with_head(base, embedding)), adapters, True
 
 
@@ -60,15 +59,10 @@ def _embeddings(base: Base) -> list[str]:
     return [name for name in found if len(base.tensors[name].shape) == 2]
 
 
-def is_embedding(module: str) -> bool:
-    """Whether a module is the embedding of the tokens, by its name."""
-    return last_name(module) in EMBEDDINGS
-
-
 def touches(adapter: Adapter) -> bool:
     """Whether an adapter changes head or embedding."""
     modules = {*adapter.modules, *(name.rpartition(".")[0] for name in adapter.full)}
-    return any(module == HEAD or is_embedding(module) for module in modules)
+    return any(module == HEAD_MODULE or is_embedding(module) for module in modules)
 
 
 def without_copies(base: Base, adapter: Adapter, *, unmerge: bool) -> Adapter:
@@ -79,9 +73,9 @@ def without_copies(base: Base, adapter: Adapter, *, unmerge: bool) -> Adapter:
     if not adapter.copied:
         return adapter
     found = places(base, adapter.copied)
-    if f"{HEAD}.weight" in adapter.copied and f"{HEAD}.weight" not in found and (embedding := embedding_of(base)):
+    if HEAD in adapter.copied and HEAD not in found and (embedding := embedding_of(base)):
         found |= places(base, [embedding])
-        found[f"{HEAD}.weight"] = found[embedding]
+        found[HEAD] = found[embedding]
     same = {
         name
         for name in adapter.copied
@@ -97,13 +91,12 @@ def _both(adapter: Adapter) -> Adapter:
 
     PEFT says so of modules_to_save (ensure_weight_tying); what it saves unannounced is loaded into the one tensor.
     """
-    head = f"{HEAD}.weight"
     table = next((name for name in adapter.full if is_embedding(name.removesuffix(".weight"))), None)
-    if table is not None and head not in adapter.full and (adapter.keeps_tie or table in adapter.copied):
-        return replace(adapter, full={**adapter.full, head: adapter.full[table]})
-    if table is None and head in adapter.full and (adapter.keeps_tie or head in adapter.copied):
+    if table is not None and HEAD not in adapter.full and (adapter.keeps_tie or table in adapter.copied):
+        return replace(adapter, full={**adapter.full, HEAD: adapter.full[table]})
+    if table is None and HEAD in adapter.full and (adapter.keeps_tie or HEAD in adapter.copied):
         raise UserError(
-            f"{adapter.folder}: {head} is in the file and the embedding is not, and the two were trained as one. Save the "
+            f"{adapter.folder}: {HEAD} is in the file and the embedding is not, and the two were trained as one. Save the "
             "adapter again with both."
         )
     return adapter
@@ -111,24 +104,24 @@ def _both(adapter: Adapter) -> Adapter:
 
 def _does_the_same(adapter: Adapter) -> bool:
     """Whether the adapter does the same to head and embedding, or nothing to either."""
-    if any(module == HEAD or is_embedding(module) for module in adapter.maps):
+    if any(module == HEAD_MODULE or is_embedding(module) for module in adapter.maps):
         return False
     tables = [module for module in adapter.pairs if is_embedding(module)]
-    one, other = adapter.pairs.get(HEAD), adapter.pairs.get(tables[0]) if tables else None
+    one, other = adapter.pairs.get(HEAD_MODULE), adapter.pairs.get(tables[0]) if tables else None
     if (one is None) != (other is None):
         return False
     if one is not None and other is not None:
         equal = one.scaling == other.scaling and torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
         if not equal:
             return False
-    head = adapter.full.get(f"{HEAD}.weight")
+    head = adapter.full.get(HEAD)
     table = next((t for name, t in adapter.full.items() if is_embedding(name.removesuffix(".weight"))), None)
     return (head is None and table is None) or (head is not None and table is not None and torch.equal(head, table))
 
 
 def _without_head(adapter: Adapter) -> Adapter:
-    pairs = {module: pair for module, pair in adapter.pairs.items() if module != HEAD}
-    return replace(adapter, pairs=pairs, full={n: t for n, t in adapter.full.items() if n != f"{HEAD}.weight"})
+    pairs = {module: pair for module, pair in adapter.pairs.items() if module != HEAD_MODULE}
+    return replace(adapter, pairs=pairs, full={n: t for n, t in adapter.full.items() if n != HEAD})
 
 
 def _of_the_head(base: Base, adapter: Adapter) -> Adapter:
@@ -138,7 +131,7 @@ def _of_the_head(base: Base, adapter: Adapter) -> Adapter:
     adapter = _both(adapter)
     if not _does_the_same(adapter):
         raise UserError(
-            f"{adapter.folder} changes head or embedding, each in its own way, and {base.folder} holds {HEAD}.weight alone "
+            f"{adapter.folder} changes head or embedding, each in its own way, and {base.folder} holds {HEAD} alone "
             "for both. Save the model again with transformers (save_pretrained stores the embedding), and fold into that."
         )
     pairs = {module: pair for module, pair in adapter.pairs.items() if not is_embedding(module)}
@@ -148,7 +141,7 @@ def _of_the_head(base: Base, adapter: Adapter) -> Adapter:
 
 def _with_head(base: Base, embedding: str) -> Base:
     """The base with a tensor for its head, in the embedding's file and read from the embedding's place."""
-    head = replace(base.tensors[embedding], name=f"{HEAD}.weight")
+    head = replace(base.tensors[embedding], name=HEAD)
     file = next(name for name, header in base.headers.items() if embedding in {t.name for t in header.tensors})
     headers = {**base.headers, file: replace(base.headers[file], tensors=(*base.headers[file].tensors, head))}
     index = base.index

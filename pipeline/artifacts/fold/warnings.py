@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.adapter.write import Adapter, public_name
+from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.fold.history import REPORT_FILE, Folded, describe, earlier_folds, is_same, still_in
 from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan
 from pipeline.formats.base_model import Base
 from pipeline.formats.fingerprint import fingerprint
+from pipeline.names import public_name
 
 NEW_EMBEDDINGS = "new_embeddings.safetensors"
 

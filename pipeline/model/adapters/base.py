@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
 from pipeline.model.stage import Stage, tied_head
+from pipeline.names import EMBEDDING_MODULE, HEAD_MODULE, layer_of, within_layer
 
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
 ROUTER = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*|\w*indexer\w*)(\.|$)")
@@ -90,22 +91,14 @@ def routers(model: PreTrainedModel, layers: list[int]) -> list[str]:
     return [name for name in _linear_modules(model, layers) if ROUTER.search(name)]
 
 
-def layers_of(model: PreTrainedModel, targets: list[str]) -> list[int]:
-    """The decoder layers that have one of `targets`, full names."""
-    prefix = f"{model.base_model_prefix}.layers."
-    return sorted({int(name.removeprefix(prefix).split(".")[0]) for name in targets})
-
-
 def describe_targets(model: PreTrainedModel, targets: list[str], layers: list[int]) -> list[str]:
     """Lines: how many of the chosen `layers` have an adapter in each kind of module, and the share of weights in these.
 
     'in 3 of 4 layers: mlp.down_proj; in 1: mlp.shared_expert.down_proj', 'on 12.3 % of the weights of all layers'.
     """
-    prefix = f"{model.base_model_prefix}.layers."
-    layers_with: dict[str, set[str]] = {}
+    layers_with: dict[str, set[int | None]] = {}
     for full in targets:
-        index, _, name = full.removeprefix(prefix).partition(".")
-        layers_with.setdefault(_kind(name), set()).add(index)
+        layers_with.setdefault(_kind(within_layer(full)), set()).add(layer_of(full))
     kinds_in: dict[int, list[str]] = {}
     for name, those in layers_with.items():
         kinds_in.setdefault(len(those), []).append(name)
@@ -246,8 +239,8 @@ def unfreeze(stage: Stage, target_modules: list[str] | None) -> None:
     A tied head and embedding are one weight, wherever they are: naming one of them names both.
     """
     targets = set(target_modules or ())
-    if tied_head(stage.model) and targets & {"embed_tokens", "lm_head"}:
-        targets |= {"embed_tokens", "lm_head"}
+    if tied_head(stage.model) and targets & {EMBEDDING_MODULE, HEAD_MODULE}:
+        targets |= {EMBEDDING_MODULE, HEAD_MODULE}
     for name, parameter in stage.model.named_parameters():
         wanted = target_modules is None or bool(targets & set(name.split(".")))
         parameter.requires_grad_(wanted and parameter.is_floating_point())
@@ -274,8 +267,7 @@ def written(stage: Stage) -> dict[str, Tensor]:
 
 def owned(stage: Stage, targets: list[str]) -> list[str]:
     """Those of `targets` whose layer the stage has."""
-    prefix = f"{stage.model.base_model_prefix}.layers."
-    return [name for name in targets if int(name.removeprefix(prefix).split(".")[0]) in stage.layer_indices]
+    return [name for name in targets if layer_of(name) in stage.layer_indices]
 
 
 def device_of(module: nn.Module) -> torch.device:

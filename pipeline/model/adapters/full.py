@@ -16,6 +16,7 @@ from pipeline.console import UserError
 from pipeline.model.quantized import Foreseen
 from pipeline.model.stage import Stage, tied_head
 from pipeline.model.weights import stored_in_another_form
+from pipeline.names import EMBEDDING_MODULE, layers_of
 
 
 def resolve(model: PreTrainedModel, names: Sequence[str], targets: Collection[str]) -> list[str]:
@@ -62,11 +63,9 @@ def describe(model: PreTrainedModel, names: Sequence[str], parameters: Collectio
 
 def first_layer(model: PreTrainedModel, parameters: Collection[str]) -> int:
     """The first decoder layer through which a gradient runs for the sake of `parameters`; the number of layers if none."""
-    layers, embedding = f"{model.base_model_prefix}.layers.", f"{model.base_model_prefix}.embed_tokens."
-    if any(name.startswith(embedding) for name in parameters):
+    if any(name.startswith(f"{model.base_model_prefix}.{EMBEDDING_MODULE}.") for name in parameters):
         return 0
-    own = [int(name.removeprefix(layers).split(".")[0]) for name in parameters if name.startswith(layers)]
-    return min(own, default=len(model.base_model.layers))
+    return min(layers_of(parameters), default=len(model.base_model.layers))
 
 
 def _matching(model: PreTrainedModel, name: str) -> list[str]:

@@ -8,8 +8,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from pipeline.console import (
     EXIT_DISK_FULL,
     EXIT_OUT_OF_MEMORY,
@@ -21,6 +19,7 @@ from pipeline.console import (
     rank,
     space_message,
 )
+from pipeline.model.unsupported import is_out_of_memory
 from pipeline.training.engine.engine import is_failed_collective
 from pipeline.training.run.stop import Watcher
 
@@ -59,11 +58,3 @@ def out_of_space_explained(folder: Path) -> Iterator[None]:
         if not is_out_of_space(error):
             raise
         raise RankError(f"{space_message(error, folder)} ({str(error).splitlines()[0]})", EXIT_DISK_FULL) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the machine had no more: torch has a type for a GPU's memory only, of pinned and of main memory it
-    says so in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
-    )

@@ -23,7 +23,7 @@ from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import control, lora, rotations
 from pipeline.model.stage import DTYPES, Stage
-from pipeline.publishing.facts import id_in_cache
+from pipeline.names import id_in_cache
 from pipeline.training.optim.inner import add, value
 from pipeline.training.stage import initial_adapter, patterns
 

@@ -24,11 +24,12 @@ from pipeline.data.mixture import mix
 from pipeline.data.reading.sources import find
 from pipeline.data.split import Rows, Streams, split, whole
 from pipeline.files import check_writable
-from pipeline.formats.base_model import HEAD, config_ties, read_base, say_remarks
+from pipeline.formats.base_model import config_ties, read_base, say_remarks
 from pipeline.model import cut_check, partition, unsupported, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
+from pipeline.names import HEAD, layers_of
 from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage import families, initial_full_tensors
@@ -166,7 +167,7 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], 
     families.check_fits(config, shell, targets)
     where = "the output of" if config.adapter_type in families.ON_THE_OUTPUT else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    adapted = adapters.layers_of(shell, targets)
+    adapted = layers_of(targets)
     say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(adapted, n_layers)}")
     for line in adapters.describe_targets(shell, targets, layers):
         say(f"          {line}")

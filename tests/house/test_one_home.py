@@ -1,0 +1,60 @@
+"""The house: what has one home (names of layers, of the head) is written nowhere else. Read from the source."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
+
+# A layer's number cut out of a name: a pattern of digits between dots, or the part after a prefix.
+CUT_OUT = (r"\\\.\(\\d\+\)", r"int\([^\n]*\.split\(\"\.\"\)", r"\.isdecimal\(\)")
+LAYER_NUMBERS = {
+    "pipeline/names.py": "the one parser",
+    "pipeline/artifacts/adapter/directions.py": "defines the names '3', 'layers.3' and 'model.layers.3' of a file of directions",
+    "pipeline/training/engine/engine.py": "DeepSpeed's version",
+}
+HEAD_NAMES = re.compile(r"lm_head(\.weight)?|embed_tokens(\.weight)?")
+OF_HEAD = {"pipeline/names.py": "the one pair of constants"}
+
+
+def path(source: Path) -> str:
+    return source.relative_to(ROOT).as_posix()
+
+
+def texts(source: Path) -> Iterator[str]:
+    """The string constants of a file, parts of f-strings too, without docstrings."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_the_number_of_a_layer_is_parsed_in_one_place(source: Path) -> None:
+    if path(source) not in LAYER_NUMBERS:
+        found = [
+            line for line in source.read_text(encoding="utf-8").splitlines() if any(re.search(p, line) for p in CUT_OUT)
+        ]
+        assert not found, "pipeline.names has layer_of, layers_of, within_layer"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_head_and_embedding_are_named_in_one_place(source: Path) -> None:
+    if path(source) not in OF_HEAD:
+        assert not [text for text in texts(source) if HEAD_NAMES.fullmatch(text.strip("."))], (
+            "pipeline.names has HEAD, EMBEDDING"
+        )
+
+
+def test_the_exceptions_are_there() -> None:
+    assert all((ROOT / file).is_file() for file in (*LAYER_NUMBERS, *OF_HEAD))
