@@ -231,6 +231,7 @@ def test_what_a_transposed_base_does_not_take_is_refused(tmp_path: Path) -> None
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_every_model_with_conv1d_is_known() -> None:
     """Read from transformers' source, so that a new one is noticed."""
     models = Path(transformers.__file__).parent / "models"

@@ -50,6 +50,7 @@ def test_files_of_every_writer(tmp_path: Path, umask: int) -> None:
     assert_modes(folder, umask)
 
 
+@pytest.mark.slow
 def test_files_of_a_run(tmp_path: Path) -> None:
     """With the whole model, whose shards were 0644 whatever it said, TensorBoard's events and what follows a training."""
     save_model(tmp_path / "base")

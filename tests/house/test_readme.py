@@ -30,6 +30,7 @@ SUMMARY_KEYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_make_train_does_the_main_job(tmp_path: Path) -> None:
     """`make train` after its set-up: quickstart.py, in a copy of the tree, so that a user's runs/ stay as they are."""

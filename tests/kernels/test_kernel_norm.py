@@ -246,6 +246,7 @@ def test_gradcheck(kind: Kind, weight_shape: Shape) -> None:
 # Triton without a GPU
 
 
+@pytest.mark.slow
 @once
 def test_triton_kernels_through_the_interpreter() -> None:
     helpers.through_interpreter("tests/kernels/test_kernel_norm.py")

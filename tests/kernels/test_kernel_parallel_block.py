@@ -180,6 +180,7 @@ def test_what_does_not_fit_is_refused() -> None:
 # Triton without a GPU
 
 
+@pytest.mark.slow
 @once
 def test_triton_kernel_through_the_interpreter() -> None:
     through_interpreter("tests/kernels/test_kernel_parallel_block.py")

@@ -216,6 +216,7 @@ def test_unequal_tables_are_transposed_on_every_path(path: PathUnderTest, interl
 # Triton without a GPU
 
 
+@pytest.mark.slow
 @once
 def test_triton_kernels_through_the_interpreter() -> None:
     through_interpreter("tests/kernels/test_kernel_rope.py")

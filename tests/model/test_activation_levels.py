@@ -88,7 +88,9 @@ def expected(folders: dict[str, Path]) -> dict[tuple[str, int], dict[str, Tensor
 
 
 @pytest.mark.parametrize("keeping", KEEPINGS, ids=lambda k: k.level.name + ("-host" if k.on_host else ""))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "cohere" else pytest.mark.slow) for kind in KINDS]
+)
 def test_no_level_changes_a_bit(folders: dict[str, Path], expected: dict, kind: str, keeping: Keeping) -> None:
     for i, case in enumerate(CASES):
         stage = stage_of(folders[kind], **case)

@@ -15,6 +15,8 @@ from pipeline.planning.counts.counting import as_on_a_gpu
 from pipeline.planning.counts.model_cost import model_cost
 from pipeline.planning.quantities import ModelCost, Update
 
+pytestmark = pytest.mark.slow  # 20 s of counting
+
 T, RANK, L = 8192, 64, 40
 D, V = 8192, 256000
 TABLE = {  # bytes per token and layer, GFLOP per token of the whole model
@@ -51,6 +53,7 @@ def gflop(cost: ModelCost, level: Level) -> float:
     return (each + cost.head.work.flops) / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", TABLE, ids=lambda level: level.name)
 def test_each_level_has_the_table_s_bytes_and_flops(cost: ModelCost, level: Level) -> None:
     kept, flops = TABLE[level]

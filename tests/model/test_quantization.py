@@ -274,8 +274,9 @@ print("found", plain, own, peak - before, anonymous() - before, flush=True)
 MIB = 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_loading_never_holds_the_16_bit_model(tmp_path: Path, bits: int) -> None:
     """340 MiB of bf16 weights, of which the largest tensor has 2 MiB.
 

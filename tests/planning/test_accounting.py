@@ -61,6 +61,7 @@ def test_with_the_kernels_a_layer_keeps_the_exact_minimum() -> None:
     assert ours().kept_bytes == minimum * T
 
 
+@pytest.mark.slow
 def test_a_step_without_recomputation_executes_157_gflop_a_token() -> None:
     """Forward through 40 layers, backward through 39 (the first adapted layer's ends at its adapter), the head's two products."""
     forward, backward = ours().forward.flops / T, ours().backward.flops / T

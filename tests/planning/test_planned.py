@@ -71,7 +71,7 @@ FULL = {"full_fine_tune": True, "lora_rank": None, "lora_alpha": None, "target_m
     [
         pytest.param(2, {}, id="everything kept", marks=SLOW),
         pytest.param(2, {"activation_checkpointing": True}, id="recomputed", marks=SLOW),
-        pytest.param(2, {"activation_checkpointing": "auto", "kernels": "all"}, id="auto, kernels"),
+        pytest.param(2, {"activation_checkpointing": "auto", "kernels": "all"}, id="auto, kernels", marks=SLOW),
         pytest.param(2, {"kernels": "all", "lora_weight_dtype": "bfloat16"}, id="kernels", marks=SLOW),
         pytest.param(1, {}, id="one stage", marks=SLOW),
         pytest.param(2, FULL, id="everything trained", marks=SLOW),

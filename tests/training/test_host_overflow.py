@@ -40,6 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_with_too_little_host_memory_says_what_would_do(tmp_path: Path, base: Path) -> None:
     """Four layers keep 2 MiB, and half a MiB is allowed: with the arena's reserve of 1 MiB there is room for three."""
     datasets = [

@@ -174,6 +174,7 @@ def test_what_found_no_place_is_said_with_the_reason(
     assert said == expected
 
 
+@pytest.mark.slow
 def test_check_says_what_the_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Over two stages, of which the first one's layers alone have an adapter."""
     save_model(tmp_path / "base")

@@ -114,6 +114,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key]), key
 
 
+@pytest.mark.slow
 def test_stopped_after_any_step_and_resumed_is_bit_equal(tmp_path: Path, base: Path) -> None:
     toml = config(tmp_path, base)
     plan: list[dict[str, Any]] = [{"config": toml}]

@@ -69,10 +69,9 @@ def gone(pids: list[int], within_s: float) -> bool:
 @pytest.mark.parametrize(
     "whom",
     [
-        *(pytest.param(whom, marks=pytest.mark.slow) for whom in ("one rank", "the group", "launch.py")),
+        *(pytest.param(whom, marks=pytest.mark.slow) for whom in ("one rank", "the group", "launch.py", "save_quit")),
         "the deepspeed command",
         "killed launcher",
-        "save_quit",
     ],
 )
 def test_a_stop_ends_in_a_saved_state_and_no_orphan(tmp_path: Path, base: Path, whom: str) -> None:
@@ -102,6 +101,7 @@ def test_a_stop_ends_in_a_saved_state_and_no_orphan(tmp_path: Path, base: Path, 
         assert (run / f"step{done}/adapter_model.safetensors").exists() and not (run / "save_quit").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run(tmp_path: Path, base: Path) -> None:
     launcher, ranks, _ = started(tmp_path, base)
     os.kill(ranks[1], signal.SIGKILL)
@@ -113,6 +113,7 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path, base: Path) -> None:
     assert "no checkpoint had been written yet" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_the_last_step_saved(tmp_path: Path, base: Path) -> None:
     """It sleeps in the forward pass of step 3; its second thread can still save."""
     toml = write_config(
@@ -129,6 +130,7 @@ def test_a_process_that_hangs_is_named_and_the_last_step_saved(tmp_path: Path, b
     assert (only_run(tmp_path / "runs") / "global_step2/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_paused_goes_on_and_so_does_one_with_a_file_named_save(tmp_path: Path, base: Path) -> None:
     launcher, ranks, run = started(tmp_path, base)
     for _ in range(3):

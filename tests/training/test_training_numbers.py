@@ -139,6 +139,7 @@ def assert_equal(result: Result, trace: unsplit.Trace) -> None:
         assert size(result.weights[name] - weight) <= tolerance < 0.005 * size(weight - result.initial[name]), name
 
 
+@pytest.mark.slow
 def test_lora_is_pefts(
     root: Path, results: dict[str, Result], rows: Callable[[str], tuple[list[unsplit.Rows], dict[str, unsplit.Rows]]]
 ) -> None:
@@ -235,6 +236,7 @@ def diverging(root: Path, name: str, **changes: Any) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_divergence_ends_with_exit_code_4(root: Path) -> None:
     """The second step is not finite: it and its documents are named, the first step's saves stay."""
     config = diverging(root, "diverged")
