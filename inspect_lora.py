@@ -110,8 +110,8 @@ def _tokenizer_and_text(base: Base | None, file: Path | None, limit: int) -> tup
     """The base's tokenizer and the text it cuts, where they are wanted. transformers is imported only then."""
     if base is None:
         return None, None
+    from pipeline.data.tokenizer import load as load_tokenizer
     from pipeline.model.stage import read_model_config
-    from pipeline.training.start.prepare import load_tokenizer
 
     tokenizer = load_tokenizer(str(base.folder))
     if file is None:
