@@ -18,7 +18,7 @@ from pipeline.artifacts.fold.match import pair_kind
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
 from pipeline.files import check_file_free, whole_file
 from pipeline.formats.base_model import Base, read_base, say_remarks
-from pipeline.formats.safetensors import FLOATS
+from pipeline.formats.dtypes import FLOATS
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
 from pipeline.version import ShowVersion
@@ -110,8 +110,8 @@ def _tokenizer_and_text(base: Base | None, file: Path | None, limit: int) -> tup
     """The base's tokenizer and the text it cuts, where they are wanted. transformers is imported only then."""
     if base is None:
         return None, None
+    from pipeline.data.tokenizer import load as load_tokenizer
     from pipeline.model.stage import read_model_config
-    from pipeline.training.start.prepare import load_tokenizer
 
     tokenizer = load_tokenizer(str(base.folder))
     if file is None:

@@ -25,15 +25,16 @@ from pipeline.artifacts.adapter.directions import (
     write_directions,
 )
 from pipeline.artifacts.adapter.write import save_adapter
-from pipeline.artifacts.fold.merge import usable_device
 from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, run_command, say, warn
 from pipeline.data.reading.document_rows import document_rows
+from pipeline.data.tokenizer import load as load_tokenizer
 from pipeline.files import check_file_free, check_free
+from pipeline.formats.device import usable_device
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters.base import describe_layers, resolve_targets
 from pipeline.model.hidden_means import mean_hidden_states
-from pipeline.model.stage import DTYPES, empty_model, read_model_config
+from pipeline.model.stage import empty_model, read_model_config
 from pipeline.names import layer_ranges, layers_of
-from pipeline.training.start.prepare import load_tokenizer
 from pipeline.version import ShowVersion
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).

@@ -153,10 +153,11 @@ def steps_done() -> int:
 def half_of_the_run() -> int:
     """Half of the adapter's steps, from its configuration and the cut text, without training."""
     from pipeline.config.loading import load
+    from pipeline.data import tokenizer
     from pipeline.training.start import prepare
 
     config = load("quickstart.toml")
-    data = prepare.read_data(config, prepare.load_tokenizer(config.model))
+    data = prepare.read_data(config, tokenizer.load(config.model))
     return prepare.micro_batches(config, data).steps_per_epoch(0) * (config.epochs or 1) // 2
 
 
@@ -166,10 +167,11 @@ def merged_loss() -> float:
     from transformers import AutoModelForCausalLM
 
     from pipeline.config.loading import load
+    from pipeline.data import tokenizer
     from pipeline.training.start import prepare
 
     config = load("quickstart.toml")
-    rows = prepare.read_data(config, prepare.load_tokenizer(config.model)).evaluation["held_out"]
+    rows = prepare.read_data(config, tokenizer.load(config.model)).evaluation["held_out"]
     model = AutoModelForCausalLM.from_pretrained(HERE / "merged").eval()
     total = 0.0
     with torch.no_grad():

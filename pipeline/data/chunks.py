@@ -27,7 +27,7 @@ from pipeline.data.reading.encodings import Findings
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.split import SEED, Streams, held_out_count
 from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
-from pipeline.data.tokenize import fingerprint, tokens
+from pipeline.data.tokenizer import fingerprint, tokens
 from pipeline.files import explain_out_of_space, sync
 from pipeline.foreign import printable
 

@@ -15,8 +15,9 @@ import torch
 
 from pipeline.console import UserError, warn
 from pipeline.foreign import printable, read_object
+from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.links import check_links
-from pipeline.formats.safetensors import FLOATS, Header, StoredTensor, read_floats, read_header, read_pieces
+from pipeline.formats.safetensors import Header, StoredTensor, read_floats, read_header, read_pieces
 from pipeline.names import EMBEDDING, HEAD
 
 SINGLE = "model.safetensors"

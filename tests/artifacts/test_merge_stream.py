@@ -18,9 +18,8 @@ from pipeline import files as files_module
 from pipeline.artifacts.fold.check import half_spacing
 from pipeline.console import UserError
 from pipeline.files import check_disk_space, whole_folder
+from pipeline.formats.dtypes import FLOATS, ITEM_BITS
 from pipeline.formats.safetensors import (
-    FLOATS,
-    ITEM_BITS,
     TensorSpec,
     read_floats,
     read_header,

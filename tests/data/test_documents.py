@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from pipeline.console import UserError
-from pipeline.data import tokenize
+from pipeline.data import tokenizer as tokenizers
 from pipeline.data.reading import documents, encodings, sources
 from tests.helpers import data as helpers_data
 from tests.helpers.data import KINDS, WILD, prose, tokenizer, whole
@@ -244,24 +244,24 @@ def test_documents_are_read_one_after_the_other(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(WILD)
 def test_encoding_in_segments_is_encoding_whole(kind: str, text: str) -> None:
-    encode = tokenize.encoder(tokenizer(kind))
+    encode = tokenizers.encoder(tokenizer(kind))
     pieces = [text[i : i + 50] for i in range(0, len(text), 50)]
-    segments = list(tokenize.segments(encode, pieces, segment_chars=200, window_chars=64))
+    segments = list(tokenizers.segments(encode, pieces, segment_chars=200, window_chars=64))
     assert [id for ids in encode(segments) for id in ids] == whole(kind, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_book_is_cut_into_segments_of_bounded_size(kind: str) -> None:
     text = prose(20_000, seed=4)
-    encode = tokenize.encoder(tokenizer(kind))
-    segments = list(tokenize.segments(encode, [text], segment_chars=4000, window_chars=500))
+    encode = tokenizers.encoder(tokenizer(kind))
+    segments = list(tokenizers.segments(encode, [text], segment_chars=4000, window_chars=500))
     assert max(map(len, segments)) <= 4000 + 500  # the last may reach over the window
     assert [id for ids in encode(segments) for id in ids] == whole(kind, text)
 
 
 def test_text_without_a_place_to_cut_is_encoded_whole() -> None:
     text = "ka" * 3000
-    segments = list(tokenize.segments(tokenize.encoder(tokenizer()), [text], segment_chars=200, window_chars=64))
+    segments = list(tokenizers.segments(tokenizers.encoder(tokenizer()), [text], segment_chars=200, window_chars=64))
     assert segments == [text]
 
 
@@ -273,7 +273,7 @@ def test_a_place_where_cutting_changes_tokens_is_passed_over() -> None:
     backend = Tokenizer(models.BPE(vocabulary, [("r", "o"), ("m", "o"), ("ro", " "), ("ro ", "mo")]))
     encode = lambda texts: [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]  # noqa: E731
     text = "ro mo" * 40 + "\n" + "ro mo" * 20
-    segments = list(tokenize.segments(encode, [text], segment_chars=100, window_chars=40))
+    segments = list(tokenizers.segments(encode, [text], segment_chars=100, window_chars=40))
     assert [id for ids in encode(segments) for id in ids] == backend.encode(text).ids
     assert segments == ["ro mo" * 40 + "\n", "ro mo" * 20]
 
@@ -283,12 +283,12 @@ def test_a_place_where_cutting_changes_tokens_is_passed_over() -> None:
 def test_documents_are_tokenised_in_order_whatever_the_batches(texts: list[str], batch_chars: int, batch: int) -> None:
     read = [documents.Document(str(i), lambda text=text: iter([text])) for i, text in enumerate(texts)]  # type: ignore[misc]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "BATCH_CHARS", batch_chars)
-        patch.setattr(tokenize, "BATCH_SEGMENTS", batch)
-        patch.setattr(tokenize.segments, "__defaults__", (200, 64))
+        patch.setattr(tokenizers, "BATCH_CHARS", batch_chars)
+        patch.setattr(tokenizers, "BATCH_SEGMENTS", batch)
+        patch.setattr(tokenizers.segments, "__defaults__", (200, 64))
         found: list[tuple[str, list[int]]] = []
         ended = True
-        for name, ids, last in tokenize.tokens(tokenizer(), read):
+        for name, ids, last in tokenizers.tokens(tokenizer(), read):
             if ended:
                 found.append((name, []))
             found[-1][1].extend(ids.tolist())
@@ -299,13 +299,13 @@ def test_documents_are_tokenised_in_order_whatever_the_batches(texts: list[str],
 
 def test_the_state_left_in_a_tokenizer_changes_neither_tokens_nor_fingerprint() -> None:
     plain, used = tokenizer(), helpers_data.tokenizer.__wrapped__("gpt2")
-    before = tokenize.fingerprint(used)
+    before = tokenizers.fingerprint(used)
     used(["one", "a longer one"], padding="max_length", truncation=True, max_length=4)
     text = prose(100)
-    assert tokenize.fingerprint(used) == before == tokenize.fingerprint(plain)
-    assert tokenize.encoder(used)([text, "a"]) == [whole("gpt2", text), whole("gpt2", "a")]
-    assert len({tokenize.fingerprint(tokenizer(kind)) for kind in KINDS}) == len(KINDS)
-    assert tokenize.fingerprint(tokenizer("gpt2", bos=False)) != before
+    assert tokenizers.fingerprint(used) == before == tokenizers.fingerprint(plain)
+    assert tokenizers.encoder(used)([text, "a"]) == [whole("gpt2", text), whole("gpt2", "a")]
+    assert len({tokenizers.fingerprint(tokenizer(kind)) for kind in KINDS}) == len(KINDS)
+    assert tokenizers.fingerprint(tokenizer("gpt2", bos=False)) != before
 
 
 def test_a_tokenizer_written_in_python_is_encoded_whole_too() -> None:
@@ -315,8 +315,8 @@ def test_a_tokenizer_written_in_python_is_encoded_whole_too() -> None:
     text = prose(300) + "日本 🙂"
     read = [documents.Document("a", lambda: iter([text])), documents.Document("b", lambda: iter([]))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize.segments, "__defaults__", (200, 64))
-        found = [(name, ids.tolist()) for name, ids, _ in tokenize.tokens(used, read)]
+        patch.setattr(tokenizers.segments, "__defaults__", (200, 64))
+        found = [(name, ids.tolist()) for name, ids, _ in tokenizers.tokens(used, read)]
     assert len(found) > 5
     assert [id for _, ids in found for id in ids] == [byte + 3 for byte in text.encode()]  # as its paper defines them
-    assert len(tokenize.fingerprint(used)) == 64
+    assert len(tokenizers.fingerprint(used)) == 64

@@ -23,6 +23,7 @@ HELD = hold_signals()
 from safetensors.torch import save_file  # noqa: E402
 
 from pipeline.config import loading  # noqa: E402
+from pipeline.data import tokenizer  # noqa: E402
 from pipeline.training.checkpoint import commit as checkpoint  # noqa: E402
 from pipeline.training.engine import engine  # noqa: E402
 from pipeline.training.run import assemble, folder, stop  # noqa: E402
@@ -41,7 +42,7 @@ def main() -> None:
         resume = runs[resume] if isinstance(resume, int) else resume
         found = folder.find_checkpoint(Path(config.output_dir), resume or False)
         model = prepare.plan_model(config)
-        data = prepare.read_data(config, prepare.load_tokenizer(config.model))
+        data = prepare.read_data(config, tokenizer.load(config.model))
         run = assemble.trainer(config, model, data, place, watcher, found, ["train.py", "--config", case["config"]])
         arrange(case, run, place)
         codes.append(run.run())

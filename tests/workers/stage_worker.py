@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipeline.config import loading
 from pipeline.console import UserError
+from pipeline.data import tokenizer
 from pipeline.model.memory.host_arena import Ticket
 from pipeline.model.stage import Stage
 from pipeline.training.engine import engine, evaluate, schedule, selftest
@@ -72,7 +73,7 @@ def train(
 ) -> None:
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
     plan = prepare.plan_model(config)
-    data = prepare.read_data(config, prepare.load_tokenizer(config.model))
+    data = prepare.read_data(config, tokenizer.load(config.model))
     run = assemble.trainer(config, plan, data, place, watcher, None, ["train.py", "--config", case["config"]])
     optimizer = run.optimizer
     facts |= {"run_dir": str(run.saver.run_dir), "norms": [], "coefficients": [], "evaluations": {}}

@@ -25,7 +25,8 @@ from pipeline.artifacts.fold.ties import settled
 from pipeline.artifacts.fold.warnings import doubts
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
-from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import StoredTensor, read_floats
 from pipeline.formats.stored_names import Place
 from pipeline.names import is_embedding
 

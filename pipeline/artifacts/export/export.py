@@ -12,12 +12,14 @@ from pipeline.artifacts.adapter.write import Adapter, Kind
 from pipeline.artifacts.export.additive import AdditiveForm, additive_form
 from pipeline.artifacts.export.gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export.peft import write_peft
-from pipeline.artifacts.fold.merge import check_places, usable_device
-from pipeline.artifacts.fold.plan import DTYPE_NAMES, BaseDtype, BaseQuant
+from pipeline.artifacts.fold.merge import check_places
+from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant
 from pipeline.artifacts.fold.rows import exact_fp32
 from pipeline.console import UserError, gib, progress, say, warn
 from pipeline.files import check_disk_space, check_file_free, check_free, whole_file, whole_folder
 from pipeline.formats.base_model import Base, read_base, say_remarks
+from pipeline.formats.device import usable_device
+from pipeline.formats.dtypes import code_of
 from pipeline.names import public_name
 
 Format = Literal["peft", "gguf"]
@@ -52,9 +54,7 @@ def export(
     check_output(output, replace=force)
     adapter, base = load_pairs(adapter_folder), read_base(base_folder)
     say_remarks(base)
-    form = additive_form(
-        base, adapter, kind=kind, dtype=DTYPE_NAMES[dtype], base_quant=base_quant, base_dtype=base_dtype
-    )
+    form = additive_form(base, adapter, kind=kind, dtype=code_of(dtype), base_quant=base_quant, base_dtype=base_dtype)
     arch = architecture(base.config) if format == "gguf" else ""
     names = _gguf_names(form, arch) if format == "gguf" else {}
     for line in plan_lines(base, adapter, form):

@@ -24,6 +24,7 @@ from pipeline.artifacts.fold.warnings import doubts
 from pipeline.console import UserError, gib, progress, say, warn
 from pipeline.files import check_disk_space, check_free, whole_folder
 from pipeline.formats.base_model import INDEX, files_to_copy, read_base, say_remarks
+from pipeline.formats.device import usable_device
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
 from pipeline.names import natural_order
 
@@ -111,16 +112,6 @@ def _one_each(scale: float | Sequence[float], adapters: int) -> list[float]:
         if not math.isfinite(one) or one == 0:
             raise UserError(f"--scale {one:g}: give a finite factor other than 0; 1 is the strength of the training.")
     return scales
-
-
-def usable_device(device: str) -> torch.device:
-    """`device` as torch knows it. Raises UserError where there is no such device on this machine."""
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return found
 
 
 def check_places(base: Path, adapter: Path, output: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.console import UserError
 from pipeline.data.reading import documents
 from pipeline.data.reading.sources import SUFFIXES
-from pipeline.data.tokenize import tokens
+from pipeline.data.tokenizer import tokens
 from pipeline.foreign import printable
 
 

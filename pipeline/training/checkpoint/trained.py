@@ -20,6 +20,7 @@ from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, gib, is
 from pipeline.files import size_of, whole_folder, write_json
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import config_ties, files_to_copy, untie
+from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.safetensors import read_header, write_tensors
 from pipeline.model.stage import Stage, tied_head
 from pipeline.training.checkpoint.manifest import CheckpointError
@@ -87,7 +88,7 @@ def save_model(folder: Path, step: int, place: Place, stage: Stage, base: Path, 
         config.pop("torch_dtype", None)
         if config_ties(config) is not False and not tied_head(stage.model):
             untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
-        config["dtype"] = str(dtype or stage.model.dtype).removeprefix("torch.")
+        config["dtype"] = dtype_name(dtype or stage.model.dtype)
         write_json(temporary / "config.json", config, allow_nan=True)
 
     _together(folder, step, place, write_shard, finish)

@@ -16,12 +16,13 @@ from pipeline.config.loading import to_toml
 from pipeline.config.schema import Config
 from pipeline.console import UserError, gib, said_if_slow, say
 from pipeline.data.batches import MicroBatches, Position
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
-from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
+from pipeline.model.stage import Stage, check_head, logit_transform, tied_head
 from pipeline.objectives import language_modelling
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver

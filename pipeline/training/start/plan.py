@@ -21,10 +21,11 @@ from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, UserError, gib, said_if_slow, say, warn
 from pipeline.data.batches import Position
 from pipeline.files import write_text
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters import base as adapters
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
-from pipeline.model.stage import DTYPES, Stage, logit_transform
+from pipeline.model.stage import Stage, logit_transform
 from pipeline.planning import devices, rates, table
 from pipeline.planning.counts.counting import as_on_a_gpu
 from pipeline.planning.counts.model_cost import model_cost

@@ -11,32 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.schema import Config
 from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import Problems, UserError, gib, said_if_slow, say, warn
 from pipeline.data import chunks
+from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.reading.sources import find
 from pipeline.data.split import Rows, Streams, split, whole
 from pipeline.files import check_writable
-from pipeline.foreign import read_by_library
 from pipeline.formats.base_model import config_ties, read_base, say_remarks
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model import cut_check, partition, unsupported, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
-from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
+from pipeline.model.stage import empty_model, read_model_config, tied_head
 from pipeline.names import HEAD, layers_of
 from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage import families, initial_full_tensors
 from pipeline.training.stage import parts as stage_parts
 from pipeline.training.start import data_fits
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -237,18 +236,9 @@ def cut_into_stages(
     return ranges
 
 
-@said_if_slow("starting: reading the tokenizer")
-def load_tokenizer(folder: str) -> Any:
-    """The model's own tokenizer; UserError if there is none."""
-    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"model = '{folder}': there is no tokenizer in it (none of {', '.join(TOKENIZER_FILES)})")
-    with read_by_library(f"model = '{folder}': cannot read its tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
 def tokenizer_for(plan: ModelPlan, folder: str) -> Any:
-    """`load_tokenizer`, and UserError if its BOS or EOS has no trained row in the model's embedding."""
-    tokenizer = load_tokenizer(folder)
+    """The tokenizer in `folder`; UserError if its BOS or EOS has no trained row in the model's embedding."""
+    tokenizer = tokenizers.load(folder)
     data_fits.check_tokenizer(tokenizer, folder, data_fits.embedding_rows(plan.shell))
     return tokenizer
 

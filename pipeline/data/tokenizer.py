@@ -1,4 +1,4 @@
-"""Takes documents and a tokenizer; gives each document's tokens, exactly those of encoding it whole, in bounded memory.
+"""Loads a model's tokenizer, and encodes documents: exactly as if each were encoded whole, in bounded memory.
 
 A long document is cut where the encoding of the left part followed by that of the right part is the encoding of both
 together. That is checked, not assumed: the text around each cut is encoded whole and in two. The cuts tried are places
@@ -11,12 +11,18 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
+from pipeline.console import UserError, said_if_slow
 from pipeline.data.reading.documents import Document
+from pipeline.foreign import read_by_library
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 SEGMENT_CHARS = 2**17  # encoded at once; about 20 MB while it is
 WINDOW_CHARS = 2**11  # on each side of a cut
@@ -30,6 +36,15 @@ Encode = Callable[[list[str]], list[list[int]]]
 _LINE_START = re.compile(r"(?<!\s)\s{0,3}\n(?=\S)")
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
 _WORD_EDGE = re.compile(r"(?<=[^\W\d_])(?=[^\w\s])|(?<=[^\w\s])(?=[^\W\d_])")
+
+
+@said_if_slow("starting: reading the tokenizer")
+def load(folder: str) -> Any:
+    """The tokenizer in a model's `folder`, by transformers; UserError if there is none or it cannot be read."""
+    if not any((Path(folder) / name).is_file() for name in FILES):
+        raise UserError(f"model = '{folder}': there is no tokenizer in it (none of {', '.join(FILES)})")
+    with read_by_library(f"model = '{folder}': cannot read its tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def tokens(tokenizer: Any, documents: Iterable[Document]) -> Iterator[tuple[str, NDArray[np.int32], bool]]:
