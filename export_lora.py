@@ -9,10 +9,10 @@ is left behind.
 import argparse
 from pathlib import Path
 
-from pipeline.artifacts.adapter.write import KINDS
 from pipeline.artifacts.export.export import FORMATS, export
 from pipeline.artifacts.fold.plan import BASE_QUANTS
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.families import KINDS
 from pipeline.formats.dtypes import DTYPES
 from pipeline.version import ShowVersion
 

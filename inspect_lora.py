@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from pipeline.artifacts.adapter.read import load_pairs
-from pipeline.artifacts.adapter.write import KINDS, Adapter, Kind
+from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.fold.match import pair_kind
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
+from pipeline.families import KINDS, Kind
 from pipeline.files import check_file_free, whole_file
 from pipeline.formats.base_model import Base, read_base, say_remarks
 from pipeline.formats.dtypes import FLOATS

@@ -28,6 +28,7 @@ from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, run_command, say, warn
 from pipeline.data.reading.document_rows import document_rows
 from pipeline.data.tokenizer import load as load_tokenizer
+from pipeline.families import MULTIPLICATIVE
 from pipeline.files import check_file_free, check_free
 from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
@@ -122,7 +123,7 @@ def main() -> int:
     save_adapter(
         asked.output,
         adapter_tensors(bases, modules, asked.kind, asked.factor),
-        kind="multiplicative_lora",
+        kind=MULTIPLICATIVE,
         rank=rank,
         alpha=rank,
         dropout=0.0,

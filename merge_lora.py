@@ -14,10 +14,10 @@ tensor that was trained in full takes the place of what stands then.
 import argparse
 from pathlib import Path
 
-from pipeline.artifacts.adapter.write import KINDS
 from pipeline.artifacts.fold.merge import merge
 from pipeline.artifacts.fold.plan import BASE_QUANTS, OUTPUT_DTYPES
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.families import KINDS
 from pipeline.formats.dtypes import DTYPES
 from pipeline.version import ShowVersion
 

@@ -6,6 +6,7 @@ have no place in HTML are shown as ·. Light or dark as the reader's system has 
 
 from html import escape
 
+from pipeline.families import MULTIPLICATIVE
 from pipeline.inspection.page_plots import figures
 from pipeline.inspection.page_style import STYLE
 from pipeline.inspection.passages import Passage, Text
@@ -54,7 +55,7 @@ def shown(text: str) -> str:
 
 
 def _facts(inspection: Inspection) -> str:
-    kind = "h′ = h + s·B·A·h" if inspection.kind == "multiplicative_lora" else "y′ = y + s·B·A·x"
+    kind = "h′ = h + s·B·A·h" if inspection.kind == MULTIPLICATIVE else "y′ = y + s·B·A·x"
     lines = [f"<b>{inspection.kind}</b>, {kind}, {len(inspection.modules)} modules"]
     if inspection.base_model:
         lines.append(f"trained on {shown(inspection.base_model)}")
@@ -94,7 +95,7 @@ def _meanings(inspection: Inspection) -> str:
         )
     effects = (
         f"<p><b>Eigenvalues</b> λ of s·A·B: each multiplies its direction by 1 + λ.</p><ul>{effects}</ul>"
-        if inspection.kind == "multiplicative_lora"
+        if inspection.kind == MULTIPLICATIVE
         else ""
     )
     return (
@@ -215,7 +216,7 @@ def _eigenvalues(inspection: Inspection, module: Module) -> str:
     values = module.spectrum.eigenvalues_R
     if values is None:
         return ""
-    told = inspection.kind == "multiplicative_lora"
+    told = inspection.kind == MULTIPLICATIVE
     rows = []
     for value in values.tolist():
         more = ""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from html import escape
 
 from pipeline import plots
+from pipeline.families import MULTIPLICATIVE
 from pipeline.inspection.reading import Inspection, Module
 from pipeline.inspection.spectrum import effective_rank, effects
 from pipeline.inspection.tokens import printable
@@ -30,7 +31,7 @@ def figures(inspection: Inspection) -> list[str]:
             "How many directions share a module's work.",
         ),
     ]
-    if inspection.kind == "multiplicative_lora":
+    if inspection.kind == MULTIPLICATIVE:
         drawings += _planes(inspection)
     known = inspection.hand_overs_NN.nan_to_num()
     if bool(known.any()) and len(inspection.modules) <= MOST_MODULES:

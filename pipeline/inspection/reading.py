@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts.adapter.write import Adapter, Kind
+from pipeline.artifacts.adapter.write import Adapter
 from pipeline.console import UserError, progress
+from pipeline.families import Kind
 from pipeline.formats.base_model import Base
 from pipeline.inspection.firing import Firing, fire
 from pipeline.inspection.passages import Passage, Text, largest

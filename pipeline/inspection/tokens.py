@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts.adapter.write import Kind
 from pipeline.console import UserError, progress
+from pipeline.families import MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base, head_of
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import StoredTensor, read_floats
@@ -85,7 +85,7 @@ def sides(kind: Kind, module: str) -> tuple[bool, bool]:
     """
     last = module.rsplit(".", 1)[-1]
     writes = last in WRITERS
-    return (writes if kind == "multiplicative_lora" else last in READERS), writes
+    return (writes if kind == MULTIPLICATIVE else last in READERS), writes
 
 
 def lens(base: Base) -> Lens:

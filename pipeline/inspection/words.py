@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.artifacts.adapter.write import Kind
+from pipeline.families import Kind
 from pipeline.inspection.spectrum import Effect, Spectrum, effects, turn_degrees
 from pipeline.inspection.tokens import Label, TokenScores
 from pipeline.names import layer_of, within_layer

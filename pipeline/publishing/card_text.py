@@ -13,22 +13,12 @@ from typing import Any
 import tomli_w
 
 from pipeline.console import duration, gib
+from pipeline.families import chosen
 from pipeline.foreign import printable
 from pipeline.formats.dtypes import name_of
 from pipeline.names import layers_of
 from pipeline.publishing.facts import Facts, Loss, unrecorded
 
-FAMILIES = {
-    "multiplicative_lora": "a multiplicative LoRA, h' = h + s·B·A·h on a module's output h",
-    "control_adapter": "a control adapter, h' = h + Q·diag(e^S − 1)·Qᵀ·h on a module's output h, saved as h + s·B·A·h",
-    "lora": "a LoRA, W' = W + s·B·A",
-    "moslora": "a MoSLoRA, W' = W + s·B·M·A, saved as the LoRA with B·M",
-    "dora": "a DoRA, W + s·B·A with a trained magnitude for each row",
-    "ia3": "(IA)³, a factor for each output",
-    "oft": "OFT, the inputs rotated in blocks",
-    "boft": "BOFT, the inputs rotated in butterfly blocks",
-    "hra": "HRA, the inputs reflected",
-}
 MOST_ROWS = 12
 LONGEST = 2000  # characters of a text of others
 
@@ -37,7 +27,7 @@ def family(facts: Facts) -> str:
     """The adapter's family in words, or the model itself."""
     if facts.config.get("full_fine_tune"):
         return "the model's own weights"
-    return FAMILIES["dora" if facts.config.get("use_dora") else facts.config["adapter_type"]]
+    return chosen(facts.config["adapter_type"], facts.config).card
 
 
 def trained(facts: Facts) -> str:

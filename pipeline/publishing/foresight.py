@@ -8,16 +8,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifacts.adapter.peft import FAMILIES
-from pipeline.artifacts.adapter.write import KINDS
-from pipeline.artifacts.export.additive import ADDITIVE_KINDS
 from pipeline.artifacts.fold.match import check_names
 from pipeline.config.publishing import OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, warn
+from pipeline.families import MULTIPLICATIVE, SAVED
 from pipeline.formats.base_model import Base, files_to_copy, read_base
 
-FOLDED_KINDS: tuple[str, ...] = (*KINDS, *FAMILIES)
-EXPORTED_KINDS: tuple[str, ...] = ADDITIVE_KINDS
+FOLDED_KINDS: tuple[str, ...] = tuple(SAVED)
+EXPORTED_KINDS: tuple[str, ...] = tuple(name for name, row in SAVED.items() if row.additive)
 
 
 def check(
@@ -47,7 +45,7 @@ def check(
                     f"after_training: 'export:gguf' cannot be done: {', '.join(trained_in_full)} (trainable_modules) are "
                     "trained in full, which a GGUF adapter has no place for. Remove it; 'merge' and 'export:peft' take them."
                 )
-            _check_gguf(model, targets if biased_targets and kind == "multiplicative_lora" else (), targets)
+            _check_gguf(model, targets if biased_targets and kind == MULTIPLICATIVE else (), targets)
         if "merge" in asked:
             _warn_of_space(model, output_dir)
     if "push" in asked:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import version
 from pipeline.artifacts.adapter.read import _matching, load_adapter
-from pipeline.artifacts.adapter.write import Kind, adapter_norms, save_adapter
+from pipeline.artifacts.adapter.write import adapter_norms, save_adapter
 from pipeline.console import UserError
+from pipeline.families import Kind
 from pipeline.names import natural_order, public_name
 from tests.helpers.artifacts import FACTS, down_proj, edit_json, hooked, load_model, logits, make_base, random_tensors
 

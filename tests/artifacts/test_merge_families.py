@@ -237,7 +237,7 @@ def refused(words: str, base: Path, adapters: Path | list[Path], out: Path, **as
 
 def test_what_has_no_inverse_is_refused(llama: Path, tmp_path: Path) -> None:
     by_peft(llama, tmp_path / "dora", "dora")
-    refused("is a DoRA adapter, which gives every row a length", llama, tmp_path / "dora", tmp_path / "o", unmerge=True)
+    refused("is a dora adapter, which gives every row a length", llama, tmp_path / "dora", tmp_path / "o", unmerge=True)
     by_peft(llama, tmp_path / "ia3", "ia3")
     file = tmp_path / "ia3" / "adapter_model.safetensors"
     for value, said in ((0.0, "condition number inf, as its factors are between 0 and"), (1e-7, "condition number 1")):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts.adapter.peft import Family, write_peft_adapter
+from pipeline.artifacts.adapter.peft import write_peft_adapter
 from pipeline.artifacts.adapter.write import save_adapter
 from tests.artifacts.test_merge_process import GROWTH as ONE_FOLD
 from tests.artifacts.test_merge_process import ROOT, adapter_for, big_base
@@ -44,7 +44,7 @@ OFT = {
 }
 
 
-def write(folder: Path, family: Family, tensors: dict[str, torch.Tensor], **settings: object) -> None:
+def write(folder: Path, family: str, tensors: dict[str, torch.Tensor], **settings: object) -> None:
     folder.mkdir()
     write_peft_adapter(folder, tensors, family=family, settings=settings, **FACTS)  # type: ignore[arg-type]
 

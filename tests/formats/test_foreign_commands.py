@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from pipeline import console
 from pipeline.artifacts.adapter.directions import read_directions
 from pipeline.artifacts.adapter.read import load_adapter, load_pairs
-from pipeline.artifacts.adapter.write import KINDS
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading
 from pipeline.console import UserError
+from pipeline.families import KINDS
 from pipeline.inspection import page, reading, terminal
 from pipeline.training.stage import initial_adapter, initial_full_tensors
 from pipeline.training.start import prepare

@@ -14,7 +14,7 @@ of the base for both; merged one after the other it gives what is given here.)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,20 +23,13 @@ from pipeline.artifacts.adapter.maps import ColumnFactors, Reflected, RowFactors
 
 Tensors = Mapping[str, torch.Tensor]
 
-# The type in PEFT, the name of the family in peft_files, and a module's tensors as the file has them.
-TYPES = {
-    "IA3": ("ia3", ("ia3_l",)),
-    "OFT": ("oft", ("oft_R.weight",)),
-    "BOFT": ("boft", ("boft_R", "boft_s")),
-    "HRA": ("hra", ("hra_u",)),
-}
-MOVES_BIAS = ("ia3",)  # IA³'s factors of outputs are factors of the bias too
-SCALABLE = ("dora",)  # families that have a strength s
 
+def maps_of(family: str, tensors: Tensors, config: Mapping[str, Any]) -> tuple[RowMap, ...]:
+    """The maps of one module. `family`: one of MAPS; `tensors`: by their names in its file, without the module's.
 
-def maps_of(peft_type: str, tensors: Tensors, config: Mapping[str, Any]) -> tuple[RowMap, ...]:
-    """The maps of one module of an IA3, OFT, BOFT or HRA adapter. Raises ValueError, saying what is wrong with it."""
-    return {"IA3": _ia3, "OFT": _oft, "BOFT": _boft, "HRA": _hra}[peft_type](tensors, config)
+    Raises ValueError, saying what is wrong with it.
+    """
+    return MAPS[family](tensors, config)
 
 
 def _ia3(tensors: Tensors, _: Mapping[str, Any]) -> tuple[RowMap, ...]:
@@ -89,3 +82,11 @@ def _hra(tensors: Tensors, config: Mapping[str, Any]) -> tuple[RowMap, ...]:
     if config.get("apply_GS"):  # Gram and Schmidt's vectors are those of a QR decomposition, but for their signs
         vectors = torch.linalg.qr(vectors.double()).Q
     return (Reflected(vectors),)
+
+
+MAPS: dict[str, Callable[[Tensors, Mapping[str, Any]], tuple[RowMap, ...]]] = {
+    "ia3": _ia3,
+    "oft": _oft,
+    "boft": _boft,
+    "hra": _hra,
+}

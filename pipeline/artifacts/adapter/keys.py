@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.artifacts.adapter.write import CONFIG_FILE
 from pipeline.console import UserError
+from pipeline.families import SAVED
 from pipeline.foreign import printable
 
 # Keys that change nothing about the tensors of the file once the adapter is trained. (How the base stores its weights is for
@@ -31,36 +32,6 @@ COMMON = {
     "target_modules",
     "task_type",
 }
-HARMLESS: dict[str, set[str]] = {
-    "LORA": {
-        "alpha_pattern",
-        "ensure_weight_tying",
-        "eva_config",
-        "init_lora_weights",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "megatron_core",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "use_dora",
-        "use_rslora",
-    },
-    "IA3": {"feedforward_modules", "init_ia3_weights"},
-    "OFT": {
-        "block_share",
-        "eps",
-        "init_weights",
-        "module_dropout",
-        "num_cayley_neumann_terms",
-        "oft_block_size",
-        "r",
-        "use_cayley_neumann",
-    },
-    "BOFT": {"boft_block_num", "boft_block_size", "boft_dropout", "boft_n_butterfly_factor", "init_weights"},
-    "HRA": {"apply_GS", "init_weights", "r"},
-}
 # Keys that change what the adapter computes, with what they mean. null, false and empty switch off.
 UNFOLDABLE = {
     "trainable_token_indices": "single token embeddings were trained beside the adapter",
@@ -79,8 +50,9 @@ OLDEST_OFT = (0, 18)  # of PEFT: before, the Neumann series was another one, and
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise UserError where the configuration says of a LORA, IA3, OFT, BOFT or HRA adapter what a fold leaves out."""
     peft_type = str(config.get("peft_type"))
+    harmless = {key for family in SAVED.values() if family.peft_type == peft_type for key in family.harmless}
     for key, value in config.items():
-        if not value or key in COMMON or key in HARMLESS[peft_type]:
+        if not value or key in COMMON or key in harmless:
             continue
         shown = f"{printable(key, 80)} = {printable(repr(value), 100)}"
         if key in UNFOLDABLE:

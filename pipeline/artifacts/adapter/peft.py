@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,29 +29,17 @@ from pipeline.artifacts.adapter.write import (
     WEIGHTS_FILE,
     write_json,
 )
+from pipeline.families import FAMILIES
 from pipeline.formats.dtypes import CODES
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import loadable_name, natural_order, public_name
-
-Family = Literal["dora", "ia3", "oft", "boft", "hra"]
-# The family's type in PEFT, and for each tensor of a module what PEFT calls it in the file.
-FAMILIES: dict[Family, tuple[str, dict[str, str]]] = {
-    "dora": (
-        "LORA",
-        {"A": "lora_A.weight", "B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"},
-    ),
-    "ia3": ("IA3", {"ia3_l": "ia3_l"}),
-    "oft": ("OFT", {"oft_R": "oft_R.weight"}),
-    "boft": ("BOFT", {"boft_R": "boft_R", "boft_s": "boft_s"}),
-    "hra": ("HRA", {"hra_u": "hra_u"}),
-}
 
 
 def write_peft_adapter(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     *,
-    family: Family,
+    family: str,
     settings: Mapping[str, Any],
     base_model: str,
     train_logit_scale: float,
@@ -67,7 +55,7 @@ def write_peft_adapter(
     Raises ValueError where a module
     lacks a tensor, has one too many, or one is not finite.
     """
-    peft_type, names = FAMILIES[family]
+    peft_type, names = FAMILIES[family].peft_type, FAMILIES[family].tensors
     modules = sorted({name.rpartition(".")[0] for name in tensors}, key=natural_order)
     if not modules or {f"{module}.{key}" for module in modules for key in names} != set(tensors):
         raise ValueError(f"an adapter of the family {family} has {', '.join(names)} for every module and nothing else")

@@ -14,22 +14,14 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.adapter.family_maps import TYPES, maps_of
+from pipeline.artifacts.adapter.family_maps import MAPS, maps_of
 from pipeline.artifacts.adapter.full_reading import read_full
 from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
 from pipeline.artifacts.adapter.maps import Added, RowMap, RowNorms
 from pipeline.artifacts.adapter.schema import own_facts, read_config
-from pipeline.artifacts.adapter.write import (
-    CONFIG_FILE,
-    KINDS,
-    OWN_TYPE,
-    PEFT_PREFIX,
-    WEIGHTS_FILE,
-    Adapter,
-    Kind,
-    Pair,
-)
+from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, Pair
 from pipeline.console import UserError
+from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Kind
 from pipeline.foreign import has_controls, printable, read_by_library
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
@@ -42,8 +34,10 @@ Grouped = dict[str, dict[str, torch.Tensor]]
 PICKLE = "adapter_model.bin"
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
 OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+# By PEFT's type, the families that are maps and no pair of A and B.
+OF_MAPS = {FAMILIES[name].peft_type: FAMILIES[name] for name in MAPS}
 EXPECTED = {"LORA": "lora_A or lora_B of a module"} | {
-    key: f"{' or '.join(names).replace('.weight', '')} of a module" for key, (_, names) in TYPES.items()
+    key: f"{' or '.join(row.tensors.values()).replace('.weight', '')} of a module" for key, row in OF_MAPS.items()
 }
 
 
@@ -77,20 +71,22 @@ def load_adapter(folder: Path) -> Adapter:
         check_peanut_config(folder, config)
         grouped, rest = _grouped(folder, tensors, ("peanut_A.weight", "peanut_B.weight"))
         pairs = _pairs(folder, grouped, "peanut", config, own)
-    elif peft_type in TYPES:
+    elif peft_type in OF_MAPS:
         check_config(folder, config)
-        grouped, rest = _grouped(folder, tensors, TYPES[peft_type][1])
-        maps = {module: _maps(folder, module, peft_type, found, config) for module, found in grouped.items()}
+        grouped, rest = _grouped(folder, tensors, tuple(OF_MAPS[peft_type].tensors.values()))
+        maps = {
+            module: _maps(folder, module, OF_MAPS[peft_type].name, found, config) for module, found in grouped.items()
+        }
     else:
         raise UserError(
-            f"{folder} is an adapter of type {peft_type!r}. LORA, PEANUT, {', '.join(TYPES)} are what can be folded."
+            f"{folder} is an adapter of type {peft_type!r}. LORA, PEANUT, {', '.join(OF_MAPS)} are what can be folded."
         )
     if not grouped:
         raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
     full, copied = read_full(
         folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module")
     )
-    family = TYPES[str(peft_type)][0] if maps else None
+    family = OF_MAPS[str(peft_type)].name if maps else None
     if config.get("use_dora"):
         family, maps, pairs = "dora", _dora(folder, grouped, pairs), {}
     _check_agreement(folder, own, pairs)
@@ -192,11 +188,9 @@ def _check_numbers(folder: Path, module: str, name: str, tensor: torch.Tensor) -
         raise UserError(f"{folder}: {module}: the adapter holds NaN or infinite values. Its training diverged.")
 
 
-def _maps(
-    folder: Path, module: str, peft_type: str, found: dict[str, torch.Tensor], config: Facts
-) -> tuple[RowMap, ...]:
+def _maps(folder: Path, module: str, family: str, found: dict[str, torch.Tensor], config: Facts) -> tuple[RowMap, ...]:
     try:
-        return maps_of(peft_type, found, config)
+        return maps_of(family, found, config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder}: {module}: {error}.") from None
 
@@ -281,10 +275,10 @@ def _kind(folder: Path, peft_type: str, own: Facts, family: str | None) -> Kind 
             raise UserError(f"{folder}: {CONFIG_FILE} says {family}, the weights' metadata {own.get('kind')!r}.")
         return None
     if own:
-        if own.get("kind") not in KINDS or (own["kind"] == "lora") != (peft_type == "LORA"):
+        if own.get("kind") not in KINDS or (own["kind"] == LORA) != (peft_type == "LORA"):
             raise UserError(f"{folder}: {CONFIG_FILE} says {peft_type}, the weights' metadata {own.get('kind')!r}.")
         return own["kind"]
-    return None if peft_type == "LORA" else "multiplicative_lora"
+    return None if peft_type == "LORA" else MULTIPLICATIVE
 
 
 def _check_agreement(folder: Path, own: Facts, pairs: dict[str, Pair]) -> None:

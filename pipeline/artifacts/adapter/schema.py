@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, FORMAT_VERSION, KINDS, METADATA_KEY, OWN_TYPE
+from pipeline.artifacts.adapter.write import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, OWN_TYPE
 from pipeline.console import UserError
+from pipeline.families import KINDS
 from pipeline.foreign import has_controls, parse_json, printable, read_object
 from pipeline.formats.safetensors import Header
 

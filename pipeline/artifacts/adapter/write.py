@@ -18,20 +18,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.adapter.maps import RowMap
+from pipeline.families import KINDS, LORA, MULTIPLICATIVE, Kind
 from pipeline.files import whole_folder, write_json
 from pipeline.formats.dtypes import CODES
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import layers_of, loadable_name, natural_order, public_name
-
-Kind = Literal["multiplicative_lora", "lora"]
-KINDS: tuple[Kind, ...] = ("multiplicative_lora", "lora")
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -155,7 +153,7 @@ def write_adapter(
         "r": rank,
         "target_modules": list(pairs),
     }
-    if kind == "lora":
+    if kind == LORA:
         config |= {
             "peft_type": "LORA",
             "lora_alpha": alpha,
@@ -170,7 +168,7 @@ def write_adapter(
         peft_type = OWN_TYPE if biased_targets else "PEANUT"
         config |= {"peft_type": peft_type, "depth": 0, "act_fn": "linear", "scaling": scaling, "init_weights": True}
     config |= full_tensors.for_config(full, tied, config["peft_type"])
-    stem = "lora" if kind == "lora" else "peanut"
+    stem = "lora" if kind == LORA else "peanut"
     stored = {
         f"{PEFT_PREFIX}{module}.{stem}_{letter}.weight": tensor
         for module, pair in pairs.items()
@@ -215,7 +213,7 @@ def _check_shapes(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: 
         raise ValueError("an adapter needs a module and a rank of at least 1")
     for module, (A, B) in pairs.items():
         fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == rank
-        if kind == "multiplicative_lora":
+        if kind == MULTIPLICATIVE:
             fits = fits and A.shape[1] == B.shape[0]
         if not fits or not (A.is_floating_point() and B.is_floating_point()):
             raise ValueError(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are no {kind} of rank {rank}")

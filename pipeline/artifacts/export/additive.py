@@ -18,20 +18,18 @@ from functools import partial
 import torch
 
 from pipeline.artifacts.adapter.stored_form import as_matrix, places
-from pipeline.artifacts.adapter.write import Adapter, Kind
+from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, plan_fold
 from pipeline.artifacts.fold.rows import BLOCK_ITEMS, compose, round_to
 from pipeline.artifacts.fold.ties import settled
 from pipeline.artifacts.fold.warnings import doubts
 from pipeline.console import UserError
+from pipeline.families import FAMILIES, KINDS, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import StoredTensor, read_floats
 from pipeline.formats.stored_names import Place
 from pipeline.names import is_embedding
-
-# The kinds whose fold is W' = W + s·B·M with B the adapter's own.
-ADDITIVE_KINDS: tuple[Kind, ...] = ("lora", "multiplicative_lora")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def additive_form(
     base or another shape, or where the adapter's kind has no additive form.
     """
     plan = plan_fold(base, [adapter], scales=[1.0], kind=kind, base_quant=base_quant, base_dtype=base_dtype)
-    found = next((kind for kind in ADDITIVE_KINDS if kind == plan.parts[0].kind), None)
+    found = next((kind for kind in KINDS if kind == plan.parts[0].kind and FAMILIES[kind].additive), None)
     if found is None:
         raise UserError(
             f"{adapter.folder} is a {plan.parts[0].kind} adapter, and no sum W + s·B·A with a small A "
@@ -118,7 +116,7 @@ def additive_form(
         step = PairStep(0, found, pair, pair.scaling)
         quant = base_quant if place.tensor in plan.quantised else None
         change = Change(as_matrix(base, place, module), (step,), quant, base_dtype)
-        bias = _moved_bias(base, place) if found == "multiplicative_lora" and adapter.moves_bias else None
+        bias = _moved_bias(base, place) if found == MULTIPLICATIVE and adapter.moves_bias else None
         constant = None if bias is None else _constant(bias, step, factor)
         targets.append(Target(module, change, step, factor, constant))
     rank = max(target.rank for target in targets)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pipeline.artifacts.adapter.read import load_pairs
-from pipeline.artifacts.adapter.write import Adapter, Kind
+from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.export.additive import AdditiveForm, additive_form
 from pipeline.artifacts.export.gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export.peft import write_peft
@@ -16,6 +16,7 @@ from pipeline.artifacts.fold.merge import check_places
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant
 from pipeline.artifacts.fold.rows import exact_fp32
 from pipeline.console import UserError, gib, progress, say, warn
+from pipeline.families import Kind
 from pipeline.files import check_disk_space, check_file_free, check_free, whole_file, whole_folder
 from pipeline.formats.base_model import Base, read_base, say_remarks
 from pipeline.formats.device import usable_device

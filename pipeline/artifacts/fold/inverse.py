@@ -19,6 +19,7 @@ from pipeline.artifacts.adapter.maps import ColumnFactors, RowFactors
 from pipeline.artifacts.adapter.write import Pair
 from pipeline.artifacts.fold.match import Part
 from pipeline.console import UserError
+from pipeline.families import FAMILIES, MULTIPLICATIVE
 from pipeline.formats.dtypes import unit_roundoff
 
 # The merged weights were rounded, by up to u of their size (u = 2⁻⁸ in bf16). The inverse multiplies that error by up
@@ -71,7 +72,7 @@ def check_invertible(part: Part, dtypes: Mapping[str, str], before: Mapping[str,
             f"weights would come back as up to {lost[worst]:.2g} of their size; more than {MOST_LOST:g} is refused. "
             "Go back to the original base model instead."
         )
-    return conditions if part.adapter.family or part.kind == "multiplicative_lora" else {}
+    return conditions if part.adapter.family or part.kind == MULTIPLICATIVE else {}
 
 
 def _check_kept(part: Part) -> None:
@@ -81,10 +82,10 @@ def _check_kept(part: Part) -> None:
             f"--unmerge: {part.adapter.folder} has {next(iter(part.full))}, which was trained in full and took the place "
             "of the base's: what was there before is not in the adapter. Go back to the original base model instead."
         )
-    if part.kind == "dora":
+    if reason := FAMILIES[part.kind].not_undone:
         raise UserError(
-            f"--unmerge: {part.adapter.folder} is a DoRA adapter, which gives every row a length of its own: the lengths "
-            "the base had are not in the adapter. Go back to the original base model instead."
+            f"--unmerge: {part.adapter.folder} is a {part.kind} adapter, which {reason}. Go back to the original base model "
+            "instead."
         )
 
 
@@ -92,7 +93,7 @@ def _condition(part: Part, module: str) -> float:
     """κ of what the adapter does to the module's weight; 1 for an additive pair."""
     if module in part.adapter.maps:
         return math.prod(one.condition() for one in part.adapter.maps[module])
-    return condition_number(part.pairs[module], part.scaling(module)) if part.kind == "multiplicative_lora" else 1.0
+    return condition_number(part.pairs[module], part.scaling(module)) if part.kind == MULTIPLICATIVE else 1.0
 
 
 def _cause(part: Part, module: str) -> str:

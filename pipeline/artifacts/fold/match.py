@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.artifacts.adapter.family_maps import SCALABLE
 from pipeline.artifacts.adapter.maps import Added, shape_of
 from pipeline.artifacts.adapter.stored_form import as_matrix, in_stored_form, is_transposed, places
-from pipeline.artifacts.adapter.write import Adapter, Kind, Pair
+from pipeline.artifacts.adapter.write import Adapter, Pair
 from pipeline.console import UserError
+from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import FOLDABLE
 from pipeline.formats.safetensors import StoredTensor
@@ -27,7 +27,7 @@ from pipeline.names import layer_of, layer_ranges, layers_of
 class Part:
     """One adapter's part in a fold: what is used of it, by the base's own names, and what --layers leaves out.
 
-    `kind`: one of adapter_files.KINDS or peft_files.FAMILIES. `left_out`: by the names of the running model.
+    `kind`: one of families.SAVED. `left_out`: by the names of the running model.
     `too_wide`: modules whose pair has a higher rank than their weight can have, by the names of the running model.
     """
 
@@ -68,7 +68,7 @@ def match(
     _check_full(base, adapter, found)
     names = [*adapter.modules, *adapter.full]
     taken = set(names if layers is None else _within(names, adapter, base, layers))
-    stored = in_stored_form(base, _only(adapter, taken), found, multiplicative=known == "multiplicative_lora")
+    stored = in_stored_form(base, _only(adapter, taken), found, multiplicative=known == MULTIPLICATIVE)
     left_out = tuple(name for name in names if name not in taken)
     part = Part(stored, known, scale, stored.modules, stored.full, left_out, _too_wide(adapter, weights))
     _check_scale(part)
@@ -100,8 +100,8 @@ def _pair_kind(
     base: Base, adapter: Adapter, weights: dict[str, StoredTensor], *, kind: Kind | None, kind_is_meant: bool
 ) -> Kind:
     possible = possible_kinds(adapter, weights)
-    if "lora" in possible and any(is_transposed(base, module) for module in adapter.modules):
-        possible = {"lora"}  # the founding method's adapters were on no such model
+    if LORA in possible and any(is_transposed(base, module) for module in adapter.modules):
+        possible = {LORA}  # the founding method's adapters were on no such model
     return resolve_kind(adapter, weights, possible, kind if kind_is_meant or len(possible) > 1 else None)
 
 
@@ -135,7 +135,7 @@ def _check_scale(part: Part) -> None:
     """Raise UserError where a strength other than the training's has no meaning."""
     if part.scale == 1.0:
         return
-    if part.adapter.family and part.kind not in SCALABLE and part.modules:
+    if not FAMILIES[part.kind].has_strength and part.modules:
         raise UserError(
             f"--scale {part.scale:g}: {part.adapter.folder} is a {part.kind} adapter: it rotates or multiplies the weight "
             "and has no strength s. Fold it with --scale 1."
@@ -196,13 +196,13 @@ def possible_kinds(adapter: Adapter, weights: dict[str, StoredTensor]) -> set[Ki
     A is R × D_in in an ordinary LoRA and R × D_out in the founding method's, which also calls itself LORA. All modules
     must agree; where every weight is square the shapes cannot tell.
     """
-    possible: set[Kind] = {"lora", "multiplicative_lora"} if adapter.kind is None else {adapter.kind}
+    possible: set[Kind] = {LORA, MULTIPLICATIVE} if adapter.kind is None else {adapter.kind}
     for module, pair in adapter.pairs.items():
         rows, columns = weights[module].shape
         fitting: set[Kind] = set()
         if pair.B.shape[0] == rows:
-            fitting |= {"lora"} if pair.A.shape[1] == columns else set()
-            fitting |= {"multiplicative_lora"} if pair.A.shape[1] == rows else set()
+            fitting |= {LORA} if pair.A.shape[1] == columns else set()
+            fitting |= {MULTIPLICATIVE} if pair.A.shape[1] == rows else set()
         if not possible & fitting:
             raise UserError(_misfit(adapter, weights, module, possible, fitting))
         possible &= fitting

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.artifacts.adapter.read import load_adapter
-from pipeline.artifacts.adapter.write import Kind, write_json
+from pipeline.artifacts.adapter.write import write_json
 from pipeline.artifacts.fold.check import check_result
 from pipeline.artifacts.fold.history import REPORT_FILE
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
@@ -22,6 +22,7 @@ from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines
 from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows
 from pipeline.artifacts.fold.warnings import doubts
 from pipeline.console import UserError, gib, progress, say, warn
+from pipeline.families import Kind
 from pipeline.files import check_disk_space, check_free, whole_folder
 from pipeline.formats.base_model import INDEX, files_to_copy, read_base, say_remarks
 from pipeline.formats.device import usable_device

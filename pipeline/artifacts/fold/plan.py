@@ -17,14 +17,14 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pipeline.artifacts.adapter.family_maps import MOVES_BIAS
 from pipeline.artifacts.adapter.maps import Added, Replaced, RowFactors, RowMap
-from pipeline.artifacts.adapter.write import Adapter, Kind, Pair
+from pipeline.artifacts.adapter.write import Adapter, Pair
 from pipeline.artifacts.fold.config import logit_factor, new_config
 from pipeline.artifacts.fold.inverse import check_invertible, inverse
 from pipeline.artifacts.fold.match import Part, match
 from pipeline.artifacts.fold.ties import settled, touches
 from pipeline.console import UserError
+from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
@@ -194,7 +194,8 @@ def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
             maps = tuple(undone for one in reversed(maps) if (undone := one.undone()) is not None)
         s = next((one.scaling for one in maps if isinstance(one, Added)), None)
         yield f"{module}.weight", RowStep(number, maps, s)
-        on_bias = tuple(one for one in maps if isinstance(one, RowFactors)) if part.kind in MOVES_BIAS else ()
+        moves_bias = bool(FAMILIES[part.kind].bias_rule)
+        on_bias = tuple(one for one in maps if isinstance(one, RowFactors)) if moves_bias else ()
         if bias is not None and on_bias:
             _check_bias(bias, base.tensors[f"{module}.weight"].shape[0])
             yield bias.name, RowStep(number, on_bias)
@@ -202,7 +203,7 @@ def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
     step = _pair_step(part, number, module, unmerge)
     yield f"{module}.weight", step
     if step.pair.bias is not None:
-        if bias is None or step.kind != "lora":
+        if bias is None or step.kind != LORA:
             raise UserError(
                 f"{part.adapter.folder}: lora_B of {module} has a bias, "
                 + (
@@ -214,7 +215,7 @@ def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
         _check_bias(bias, len(step.pair.bias))
         moved = Pair(torch.ones(1, 1), step.pair.bias[:, None], step.pair.scaling, step.pair.origin)
         yield bias.name, replace(step, pair=moved)  # b + s·bias·1, additive
-    if bias is not None and part.kind == "multiplicative_lora" and part.adapter.moves_bias:
+    if bias is not None and part.kind == MULTIPLICATIVE and part.adapter.moves_bias:
         _check_bias(bias, step.pair.B.shape[0])
         yield bias.name, step
 
@@ -228,10 +229,10 @@ def scaled_maps(part: Part, module: str) -> tuple[RowMap, ...]:
 def _pair_step(part: Part, number: int, module: str, unmerge: bool) -> PairStep:
     """What an adapter does to a module's weight, or what undoes it: B̃ for B, or -s for s."""
     pair, scaling = part.pairs[module], part.scaling(module)
-    kind: Kind = "multiplicative_lora" if part.kind == "multiplicative_lora" else "lora"
+    kind: Kind = MULTIPLICATIVE if part.kind == MULTIPLICATIVE else LORA
     if not unmerge:
         return PairStep(number, kind, pair, scaling)
-    if kind == "multiplicative_lora":
+    if kind == MULTIPLICATIVE:
         return PairStep(number, kind, inverse(pair, scaling), scaling)
     return PairStep(number, kind, pair, -scaling)
 

@@ -28,6 +28,7 @@ from pipeline.artifacts.adapter.maps import (
     skew_symmetric,
 )
 from pipeline.artifacts.fold.plan import Change, PairStep, RowStep
+from pipeline.families import MULTIPLICATIVE
 
 UNIT_FP32 = 2.0**-24
 LAMBDA = 8.0
@@ -74,7 +75,7 @@ def _sequence(change: Change, steps: Sequence[PairStep], before: Sequence[RowPat
     for step in steps:
         A, B = step.pair.A.double(), step.scaling * step.pair.B.double()
         M, sums, handed = A, A.abs(), torch.zeros_like(A)
-        if step.kind == "multiplicative_lora":
+        if step.kind == MULTIPLICATIVE:
             M, norms, errors = _projected(change, A, before, terms, piece_items)
             row_norms = torch.linalg.norm(A, dim=1)[:, None]
             sums, handed = row_norms * norms, row_norms * errors

@@ -17,6 +17,7 @@ from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan
 from pipeline.artifacts.fold.rows import Survival
 from pipeline.console import gib
+from pipeline.families import FAMILIES, MULTIPLICATIVE
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.names import public_name
 
@@ -25,24 +26,6 @@ from pipeline.names import public_name
 # in size, but it has no direction and averages out over the thousands of terms of a product; the lost gain does not.
 LEAST_GAIN = 0.95
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-# What each kind does to a weight, and what undoes it. # stands for the adapter's place; ⊙ is by rows (of IA³ by columns too).
-RULES = {
-    "multiplicative_lora": "W + s#·B#·(A#·W)",
-    "lora": "W + s#·B#·A#",
-    "dora": "m#/‖W + s#·B#·A#‖ ⊙ (W + s#·B#·A#)",
-    "ia3": "l# ⊙ W",
-    "oft": "W·R#ᵀ",
-    "boft": "s# ⊙ (W·R#ᵀ)",
-    "hra": "W·Π(I - 2·u#·u#ᵀ)",
-}
-UNDOING = {
-    "multiplicative_lora": "W + s#·B̃#·(A#·W)",
-    "lora": "W - s#·B#·A#",
-    "ia3": "W / l#",
-    "oft": "W·R#⁻ᵀ",
-    "boft": "(W / s#)·R#⁻ᵀ",
-    "hra": "W·Π(I - 2·u#·u#ᵀ) backwards",
-}
 ROWS_SHOWN = 48  # the whole of a 40-layer model with one target; of more, those that lost most
 
 
@@ -101,19 +84,19 @@ def formula(plan: FoldPlan) -> str:
     for place, number in enumerate(reversed(order) if plan.unmerge else order):
         i = str(number + 1).translate(SUBSCRIPTS) if several else ""
         W = f"W{str(place).translate(SUBSCRIPTS)}" if several and place else "W"
-        rule = (UNDOING if plan.unmerge else RULES)[plan.parts[number].kind]
+        family = FAMILIES[plan.parts[number].kind]
+        rule = family.undoing if plan.unmerge else family.rule
         last = place == len(plan.parts) - 1
         left = "W" + chr(39) if last else "W" + str(place + 1).translate(SUBSCRIPTS)
         steps.append(f"{left} = {rule.replace('W', W).replace('#', i)}")
-    inverted = plan.unmerge and any(part.kind == "multiplicative_lora" for part in plan.parts)
+    inverted = plan.unmerge and any(part.kind == MULTIPLICATIVE for part in plan.parts)
     return "; ".join(steps) + " in fp32" + (", B̃ = -B·(I + s·A·B)⁻¹" if inverted else "")
 
 
 def _bias_rules(plan: FoldPlan) -> str:
     """What happens to biases, of the kinds of adapter that move one."""
-    B = "B̃" if plan.unmerge else "B"
-    rules = {"multiplicative_lora": f"b' = b + s·{B}·A·b", "ia3": "b' = b / l" if plan.unmerge else "b' = l·b"}
-    used = [rules[part.kind] for part in plan.parts if part.kind in rules]
+    families = [FAMILIES[part.kind] for part in plan.parts]
+    used = [rule for row in families if (rule := row.bias_undoing if plan.unmerge else row.bias_rule)]
     if any(pair.bias is not None for part in plan.parts for pair in part.pairs.values()):
         used.append(f"b' = b {'-' if plan.unmerge else '+'} s·(the bias of lora_B)")
     return "; ".join(dict.fromkeys(used))

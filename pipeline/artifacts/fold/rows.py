@@ -21,6 +21,7 @@ import torch
 from pipeline.artifacts.adapter.maps import RowChange
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, RowStep, read_rows
 from pipeline.console import UserError
+from pipeline.families import MULTIPLICATIVE
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import StoredTensor
 
@@ -124,7 +125,7 @@ def _projections(
     steps: Sequence[PairStep], blocks: Callable[[], Iterator[torch.Tensor]], device: torch.device
 ) -> dict[int, torch.Tensor]:
     """{step: A·W [R, D_in]} of the multiplicative steps: sums of A[:, block]·W[block, :] over blocks of rows."""
-    As = {n: s.pair.A.to(device, torch.float32) for n, s in enumerate(steps) if s.kind == "multiplicative_lora"}
+    As = {n: s.pair.A.to(device, torch.float32) for n, s in enumerate(steps) if s.kind == MULTIPLICATIVE}
     totals: dict[int, torch.Tensor] = {}
     first = 0
     for block in blocks() if As else ():

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts.adapter.peft import FAMILIES
 from pipeline.artifacts.adapter.read import load_pairs
 from pipeline.artifacts.adapter.schema import own_facts
 from pipeline.artifacts.adapter.write import PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.console import UserError
+from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
 from pipeline.foreign import printable
 from pipeline.formats.safetensors import load_tensors, read_header
 from pipeline.model.adapters import base as adapters
@@ -39,7 +39,7 @@ def read_pairs(
     is a LoRA. UserError naming what the two differ in.
     """
     where, adapter = f"init_adapter = '{folder}'", load_pairs(_existing(folder))
-    kind = "multiplicative_lora" if on_the_output else "lora"
+    kind = MULTIPLICATIVE if on_the_output else LORA
     if adapter.kind not in (None, kind):
         raise UserError(f"{where}: it is a {adapter.kind}, and this run trains a {kind}; set adapter_type")
     _check_modules(where, adapter.pairs, sizes)
@@ -76,7 +76,7 @@ def read_family(folder: str, targets: Collection[str], family: Any, settings: di
     stored = {
         f"{module}.{ours}": f"{PEFT_PREFIX}{module}.{name}"
         for module in modules
-        for ours, name in FAMILIES[family][1].items()
+        for ours, name in FAMILIES[family].tensors.items()
     }
     tensors = load_tensors(header, stored.values())
     return {name: tensors[source] for name, source in stored.items()}
