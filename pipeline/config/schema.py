@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import adapters, options, publishing
+from pipeline.config import rules
 from pipeline.config.tables import (
     Bnb,
     Dataset,
@@ -32,6 +32,7 @@ from pipeline.config.tables import (
     not_built,
     regular_expression,
 )
+from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.names import as_ranges, layer_ranges
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -45,10 +46,12 @@ class Config(Section):
     output_dir: str = Field(description="each run makes a folder named by its UTC start time in here")
 
     adapter_type: Annotated[
-        Literal["multiplicative_lora", "control_adapter", "lora", "moslora", "ia3", "oft", "boft", "hra"],
-        BeforeValidator(adapters.known_family),
+        AdapterType,
+        BeforeValidator(rules.known_family),
     ] = Field(
-        "multiplicative_lora", description="what is trained: 'multiplicative_lora' (h' = h + s·B·A·h on the module's output), 'control_adapter' (h' = h + Q·diag(e^S − 1)·Qᵀ·h, QᵀQ = I), 'lora' (W + s·B·A), 'moslora' (W + s·B·M·A), 'ia3' (a factor for each output), 'oft' and 'boft' (the input rotated in blocks), 'hra' (the input reflected)")  # fmt: skip
+        MULTIPLICATIVE,
+        description="what is trained: " + ", ".join(f"'{name}' ({row.computes})" for name, row in CONFIGURED.items()),
+    )
     full_fine_tune: bool = Field(False, description="train the model's own weights, no adapter")
     lora_rank: PositiveInt | None = Field(
         None, description="rank R of the adapter; required unless full_fine_tune, ia3, oft or boft"
@@ -61,8 +64,8 @@ class Config(Section):
     use_dora: bool = Field(
         False, description="'lora' with a trained magnitude for each output's row of the merged weight (DoRA); slower"
     )
-    init_lora_weights: Annotated[bool | str, AfterValidator(adapters.known_start)] = Field(
-        True, json_schema_extra=adapters.STARTS_SCHEMA, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa', or 'pissa_niter_4', which finds them by 4 subspace iterations, in seconds where the exact ones take minutes) or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
+    init_lora_weights: Annotated[bool | str, AfterValidator(rules.known_start)] = Field(
+        True, json_schema_extra=rules.STARTS_SCHEMA, description="how a 'lora' starts: true (A random, B zero), or from the weight's largest singular vectors ('pissa', or 'pissa_niter_4', which finds them by 4 subspace iterations, in seconds where the exact ones take minutes) or its QR factors ('olora'), which are taken out of the weight and saved as what changed")  # fmt: skip
     oft_block_size: PositiveInt | None = Field(
         None, description="of 'oft': inputs that are rotated among each other; must divide a module's inputs"
     )
@@ -168,13 +171,13 @@ class Config(Section):
         False, description="true: the newest complete checkpoint under output_dir; or the path of a run or a checkpoint"
     )
     load_optimizer_states: bool = Field(True, description="false starts the optimizer afresh on resuming")
-    after_training: list[publishing.Part] = Field(
+    after_training: list[rules.Part] = Field(
         [], description="what follows a run that reached its end, with what was saved at the last step, in this order whatever the list's: 'merge' (merged/ in the run's folder), 'export:peft' (peft/), 'export:gguf' (gguf/), 'card' (README.md in each of them, or in step<N>/ where there is none), 'push' (the first of merged/, peft/, gguf/ and step<N>/ that there is, to hub_model_id)")  # fmt: skip
-    hub_model_id: Annotated[str, AfterValidator(publishing.hub_id)] | None = Field(
+    hub_model_id: Annotated[str, AfterValidator(rules.hub_id)] | None = Field(
         None, description="OWNER/NAME of the repository on the Hub; required by 'push', which needs a token as well"
     )
     hub_private_repo: bool = Field(True, description="the repository is private; one that is public is then refused")
-    hub_base_model: Annotated[str, AfterValidator(publishing.hub_id)] | None = Field(
+    hub_base_model: Annotated[str, AfterValidator(rules.hub_id)] | None = Field(
         None, description="OWNER/NAME of the base model on the Hub, which cards and adapters then name; default: known if model is in a Hub cache")  # fmt: skip
 
     dataset_combination_mode: Literal["concatenate", "interleave"] = Field(
@@ -237,21 +240,22 @@ class Config(Section):
 
     def _conflicts(self) -> Any:
         """What single keys cannot say: one line per broken rule."""
+        values = {key: getattr(self, key) for key in (*rules.FAMILY_KEYS, *rules.OF_ADAPTERS)}
+        loraplus = self.optimizer.loraplus != 1
         if not self.full_fine_tune:
-            values = {key: getattr(self, key) for key in adapters.KEYS}
-            yield from adapters.conflicts(
-                self.adapter_type, self.model_fields_set, values, self.quantization is not None
+            yield from rules.family_conflicts(
+                self.adapter_type,
+                self.model_fields_set,
+                values,
+                quantised=self.quantization is not None,
+                loraplus=loraplus,
             )
         else:
             for key in ("layers_to_transform", "adapter_type", "use_dora"):
                 if key in self.model_fields_set and getattr(self, key):
                     yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
-        yield from options.conflicts(
-            None if self.full_fine_tune else self.adapter_type,
-            {key: getattr(self, key) for key in options.OF_ADAPTERS},
-            starts_from_weight=self.init_lora_weights is not True, loraplus=self.optimizer.loraplus != 1,
-        )  # fmt: skip
-        yield from publishing.conflicts(self.after_training, self.hub_model_id, self.full_fine_tune)
+            yield from rules.full_fine_tune_conflicts(values, loraplus=loraplus)
+        yield from rules.after_training_conflicts(self.after_training, self.hub_model_id, self.full_fine_tune)
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)

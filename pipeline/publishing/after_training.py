@@ -16,7 +16,7 @@ from pipeline import saved_at
 from pipeline.artifacts.adapter.write import CONFIG_FILE
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
-from pipeline.config.publishing import PARTS, Part
+from pipeline.config.rules import PARTS, Part
 from pipeline.console import UserError, say, warn
 
 GGUF_FILE = "adapter.gguf"

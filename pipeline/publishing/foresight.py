@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifacts.fold.match import check_names
-from pipeline.config.publishing import OF_ADAPTERS, Part
+from pipeline.config.rules import PARTS_OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, warn
 from pipeline.families import MULTIPLICATIVE, SAVED
 from pipeline.formats.base_model import Base, files_to_copy, read_base
@@ -35,7 +35,7 @@ def check(
     the modules it is on; `biased_targets`: whether any of them has a bias; `trained_in_full`: modules beside it; `full`: the
     names of the tensors that these are.
     """
-    if kind is not None and any(part in asked for part in OF_ADAPTERS):
+    if kind is not None and any(part in asked for part in PARTS_OF_ADAPTERS):
         _check_kind(asked, kind)
         model = read_base(base, "model")
         _check_names(asked, model, targets, full)
@@ -55,7 +55,7 @@ def check(
 
 
 def _check_kind(asked: Sequence[Part], kind: str) -> None:
-    for part in OF_ADAPTERS:
+    for part in PARTS_OF_ADAPTERS:
         kinds = FOLDED_KINDS if part == "merge" else EXPORTED_KINDS
         if part in asked and kind not in kinds:
             done = "folded" if part == "merge" else "exported"
@@ -67,7 +67,7 @@ def _check_kind(asked: Sequence[Part], kind: str) -> None:
 
 def _check_names(asked: Sequence[Part], model: Base, targets: Sequence[str], full: Sequence[str]) -> None:
     """What is trained has to be a tensor, or rows of one, in the model's folder."""
-    first = next(part for part in OF_ADAPTERS if part in asked)
+    first = next(part for part in PARTS_OF_ADAPTERS if part in asked)
     try:
         check_names(model, targets, full)
     except UserError as error:

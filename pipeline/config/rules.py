@@ -1,0 +1,142 @@
+"""Rules between the keys of a configuration: what a family takes, which options go with it, what may follow a training.
+
+Takes plain values; gives messages, each with its key first. The keys themselves are in pipeline/config/schema.py, what a family
+is in pipeline/families.py. What a fold or an export of a family allows is for these to say (publishing/foresight.py asks
+at the start of a run).
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from pipeline.families import CONFIGURED
+
+# Every key that has a meaning for some families only.
+FAMILY_KEYS = tuple(dict.fromkeys(key for row in CONFIGURED.values() for key in (*row.required, *row.optional)))
+# Options that speak of the product s·B·A of each module, and all that full fine-tuning has no use for.
+OF_PRODUCTS = ("composite_weight_decay", "scale_weight_norms")
+OF_ADAPTERS = (*OF_PRODUCTS, "rank_pattern", "alpha_pattern", "init_adapter", "trainable_modules")
+# What a family lacks that has no use for a key, where that says more than that it has none.
+LACKING = dict.fromkeys(OF_PRODUCTS, "product s·B·A") | dict.fromkeys(
+    ("rank_pattern", "alpha_pattern"), "rank and alpha by module"
+)
+
+REFUSED_TYPES = {
+    "adalora": "AdaLoRA moves rank between all layers by scores that no single stage has",
+    "xlora": "X-LoRA chooses experts by a forward pass of the whole model, which no stage has",
+    "vera": "VeRA shares one pair of random matrices among all layers, whichever stage they are on",
+    "loha": "LoHa's products need the weight itself, and over quantised weights PEFT's compute garbage; use 'lora'",
+    "lokr": "LoKr's products need the weight itself, and over quantised weights PEFT's compute garbage; use 'lora'",
+    "fourierft": "FourierFT is not built; use 'lora'",
+    "peanut": "PEANuT of depth 0 is 'multiplicative_lora'; with hidden layers it is not linear and could not be folded",
+}
+STARTS = r"pissa|pissa_niter_\d{1,3}|olora"
+STARTS_SCHEMA: Any = {"anyOf": [{"const": True}, {"type": "string", "pattern": f"^({STARTS})$"}]}
+
+Part = Literal["merge", "export:peft", "export:gguf", "card", "push"]
+PARTS: tuple[Part, ...] = get_args(Part)  # in the order in which they are done
+PARTS_OF_ADAPTERS: tuple[Part, ...] = ("merge", "export:peft", "export:gguf")
+HUB_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+LONGEST_HUB_ID = 96
+
+
+def known_family(value: Any) -> Any:
+    """`value`, or ValueError with the reason where it is a family that is refused."""
+    if isinstance(value, str) and (reason := REFUSED_TYPES.get(value.lower().replace("-", "").replace("_", ""))):
+        raise ValueError(reason)
+    return value
+
+
+def known_start(value: bool | str) -> bool | str:
+    """A value of init_lora_weights, or ValueError."""
+    if value is not True and not re.fullmatch(STARTS, str(value)):
+        raise ValueError("should be true, 'pissa', 'pissa_niter_4' (or another number of iterations) or 'olora'")
+    return value
+
+
+def hub_id(value: str) -> str:
+    """`value`, or ValueError where the Hub would not take it as a repository's id."""
+    strange = not re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", value) or len(value) > LONGEST_HUB_ID
+    if strange or "--" in value or ".." in value or value.endswith(".git"):
+        raise ValueError("not a repository's id on the Hub, which is OWNER/NAME of letters, digits, '-', '_' and '.'")
+    return value
+
+
+def family_conflicts(
+    family: str, given: Collection[str], values: Mapping[str, Any], *, quantised: bool, loraplus: bool
+) -> Iterator[str]:
+    """What is wrong with the keys of an adapter. `given`: keys that the user wrote; `values`: FAMILY_KEYS, OF_ADAPTERS."""
+    row = CONFIGURED[family]
+    for key in row.required:
+        if values[key] is None:
+            where = "unless full_fine_tune = true" if key.startswith("lora_") else f"with adapter_type = '{family}'"
+            yield f"{key}: required {where}"
+    for key in FAMILY_KEYS:
+        idle = not values[key] or (key == "init_lora_weights" and values[key] is True)
+        if key in given and not idle and key not in (*row.required, *row.optional):
+            yield f"{key}: {_without_meaning(family, key)}"
+    if row.even_rank and (values["lora_rank"] or 0) % 2:
+        yield f"lora_rank: must be even with adapter_type = '{family}', not {values['lora_rank']}: {row.even_rank}"
+    if quantised and row.not_over_quantised:
+        yield f"adapter_type: '{family}': {row.not_over_quantised}"
+    if loraplus and not row.fast:
+        fast = _listed(name for name, other in CONFIGURED.items() if other.fast)
+        yield f"optimizer.loraplus_lr_ratio: adapter_type = '{family}' has no B to learn faster; it is for {fast}"
+    if values["init_lora_weights"] is not True:
+        yield from _start_conflicts(values, quantised)
+
+
+def _start_conflicts(values: Mapping[str, Any], quantised: bool) -> Iterator[str]:
+    """What does not go with a start from the weight (PiSSA, OLoRA), in which s·B·A begins as a part of it."""
+    start = values["init_lora_weights"]
+    if values["use_dora"]:
+        yield f"init_lora_weights: '{start}' with use_dora would not be saved as it was trained; remove one of them"
+    if quantised:
+        yield (
+            f"init_lora_weights: '{start}' initialises from the full-precision weight, so it cannot be used over a 4- or 8-bit "
+            "base"
+        )
+    for key in OF_PRODUCTS:
+        if values[key]:
+            yield f"{key}: with this init_lora_weights s·B·A begins as a part of the weight, and should not be held down"
+    if values["init_adapter"]:
+        yield (
+            "init_adapter: what such a run saves is a plain LoRA of twice the rank; to go on from it leave "
+            "init_lora_weights out, and give twice the lora_rank and the lora_alpha with which s is the same"
+        )
+
+
+def full_fine_tune_conflicts(values: Mapping[str, Any], *, loraplus: bool) -> Iterator[str]:
+    """Keys of an adapter beside full_fine_tune = true. `values`: OF_ADAPTERS."""
+    for key in OF_ADAPTERS:
+        if values[key]:
+            yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
+    if loraplus:
+        yield "optimizer.loraplus_lr_ratio: has no effect with full_fine_tune = true; remove one of the two"
+
+
+def after_training_conflicts(
+    after_training: Sequence[Part], hub_model_id: str | None, full_fine_tune: bool
+) -> Iterator[str]:
+    """What of `after_training` contradicts itself or the run."""
+    for part in PARTS:
+        if after_training.count(part) > 1:
+            yield f"after_training: '{part}' is named more than once"
+    if "push" in after_training and hub_model_id is None:
+        yield "after_training: 'push' needs hub_model_id = 'OWNER/NAME', the repository on the Hub"
+    if full_fine_tune and (idle := [part for part in PARTS_OF_ADAPTERS if part in after_training]):
+        yield f"after_training: {_listed(idle)} with full_fine_tune = true: what is saved is a model already; remove it"
+
+
+def _without_meaning(family: str, key: str) -> str:
+    """Why `key` has no meaning for the family, and for which it has."""
+    if reason := CONFIGURED[family].unneeded.get(key):
+        return f"has no meaning with adapter_type = '{family}'; {reason}"
+    others = _listed(name for name, row in CONFIGURED.items() if key in (*row.required, *row.optional))
+    if key in LACKING:
+        return f"adapter_type = '{family}' has no {LACKING[key]}; it is for {others}"
+    return f"has no meaning with adapter_type = '{family}'; it is for {others}. Remove it"
+
+
+def _listed(names: Collection[str] | Iterator[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
