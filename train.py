@@ -57,13 +57,13 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     from pipeline.training.engine import engine, selftest
     from pipeline.training.run import after_training, assemble, errors, folder, profiler
     from pipeline.training.run.record import RunRecord
-    from pipeline.training.start import prepare
+    from pipeline.training.start import prepare, resolve
 
     engine.check_version()
     resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
-    plan = prepare.plan_model(config, resumes=bool(resume))
-    prepare.check_files(config, plan.shell)
-    after_training.check(config, plan)
+    plan = resolve.resolve(config, resumes=bool(resume))
+    prepare.check_files(config.model, config.output_dir, plan.shell)
+    after_training.check(config, plan.trained)
     data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
     resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))

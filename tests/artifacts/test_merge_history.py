@@ -20,7 +20,7 @@ from pipeline.formats.fingerprint import fingerprint
 from pipeline.names import loadable_name
 from pipeline.publishing.push import public_content
 from pipeline.training.stage import families
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.artifacts import hooked, load_model, logits, make_base, multiplicative, tensors_of
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
@@ -163,7 +163,7 @@ def test_a_rank_above_the_width_is_said(base: Path, tmp_path: Path, capsys) -> N
     save_model(tmp_path / "model")
     for rank, warned in ((33, True), (32, False)):
         asked = small(model=str(tmp_path / "model"), target_modules=["down_proj"], lora_rank=rank)
-        prepare.plan_model(loading.validate(asked, "x.toml"))
+        resolve.resolve(loading.validate(asked, "x.toml"))
         assert ("lora_rank = 33 is above the width of" in capsys.readouterr().err) == warned
 
 
@@ -192,17 +192,17 @@ def test_stock_peft_finds_the_base_of_an_adapter_on_this_machine(tmp_path: Path,
     save_model(tmp_path / "private place" / "base")
     keys = {"target_modules": ["down_proj"], **ADAPTERS[case]}
     config = loading.validate(small(model=str(tmp_path / "private place" / "base"), **keys), "x.toml")
-    plan = prepare.plan_model(config)
+    plan = resolve.resolve(config)
     rank, generator = config.lora_rank or 1, torch.Generator().manual_seed(0)
     tensors = {}
-    for module in plan.targets:
+    for module in plan.trained.targets:
         rows, columns = plan.shell.get_submodule(module).weight.shape
         shapes = {"A": (rank, columns if config.adapter_type == "lora" else rows), "B": (rows, rank)}
         shapes |= {"lora_magnitude_vector": (rows,)} if case == "dora" else {}
         shapes = {"hra_u": (columns, rank)} if case == "hra" else shapes
         tensors |= {f"{module}.{key}": 0.2 + torch.rand(shape, generator=generator) for key, shape in shapes.items()}
     (tmp_path / "adapter").mkdir()
-    families.writer(config, plan.targets, plan.biased_targets)(tmp_path / "adapter", tensors)
+    families.writer(plan.trained.adapter, plan.base, config.train_logit_scale)(tmp_path / "adapter", tensors)
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
     merge(tmp_path / "private place" / "base", tmp_path / "adapter", tmp_path / "out")
     assert (logits(found) - logits(load_model(tmp_path / "out"))).abs().max() < 2e-5

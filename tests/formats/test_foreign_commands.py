@@ -25,7 +25,7 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.inspection import page, reading, terminal
 from pipeline.training.stage import initial_adapter, initial_full_tensors
-from pipeline.training.start import prepare
+from pipeline.training.start import prepare, resolve
 from tests.formats.test_foreign_parsing import packed, parts, spoilt
 from tests.helpers.artifacts import VOCABULARY, bytes_of, down_proj, load_model, make_base, multiplicative
 from tests.helpers.builders import BOOKS, save_tokenizer
@@ -121,8 +121,8 @@ def check(base: Path, adapter: Path, output: Path) -> None:
         datasets=[{"dataset_type": "textfile", "dataset_path": str(BOOKS / "the_salt_ledger.md"), "sequence_len": 64}],
     )
     config = loading.validate(raw, "x.toml")
-    plan = prepare.plan_model(config)
-    prepare.check_files(config, plan.shell)
+    plan = resolve.resolve(config)
+    prepare.check_files(config.model, config.output_dir, plan.shell)
     prepare.tokenizer_for(plan, config.model)
 
 

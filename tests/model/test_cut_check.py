@@ -16,7 +16,7 @@ from pipeline.model import stage as stage_module
 from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import Stage, empty_model
 from pipeline.model.unsupported import named, router_loss
-from pipeline.training.start import prepare
+from pipeline.training.start import prepare, resolve
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.configs import small
 
@@ -128,8 +128,8 @@ def test_a_layer_of_experts_is_never_in_memory() -> None:
 # Adapters
 
 
-def plan(folder: Path, config: Any, **changes: Any) -> prepare.ModelPlan:
-    return prepare.plan_model(saved_config(folder, config, **changes))
+def plan(folder: Path, config: Any, **changes: Any) -> resolve.Resolved:
+    return resolve.resolve(saved_config(folder, config, **changes))
 
 
 def tiny_config(kind: str, layers: int = 4, **changes: Any) -> Any:
@@ -149,7 +149,7 @@ def test_all_linear_leaves_out_what_only_chooses(
     kind: str, left_out: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = plan(tmp_path, tiny_config(kind), adapter_type="lora")
-    within = {name.split(".", 3)[3] for name in made.targets}
+    within = {name.split(".", 3)[3] for name in made.trained.targets}
     assert within and not within & left_out and not any("router" in n or "indexer" in n or n == "gate" for n in within)
     said = capsys.readouterr().out
     assert all(name in said for name in left_out) and ("which only choose" in said) == bool(left_out)
@@ -209,7 +209,7 @@ def test_layers_and_weights_without_an_adapter_are_told(tmp_path: Path, capsys: 
     """Of six layers, three are mixtures, whose experts no name reaches; layer 0 is not chosen."""
     config = tiny_config("qwen2_moe", layers=6, mlp_only_layers=[0, 2, 4])
     made = plan(tmp_path, config, target_modules=["down_proj"], layers_to_transform="1:5", pipeline_stages=1)
-    assert [name.removeprefix("model.layers.") for name in made.targets] == [
+    assert [name.removeprefix("model.layers.") for name in made.trained.targets] == [
         "1.mlp.shared_expert.down_proj",
         "2.mlp.down_proj",
         "3.mlp.shared_expert.down_proj",
@@ -227,7 +227,9 @@ def test_layers_and_weights_without_an_adapter_are_told(tmp_path: Path, capsys: 
 def test_layers_that_have_no_such_module_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(tmp_path, tiny_config("mimo_v2_flash"), target_modules=["down_proj"], pipeline_stages=1)
     said = capsys.readouterr().out
-    assert {name.split(".")[2] for name in made.targets} == {"0"}, "the others are mixtures without a shared expert"
+    assert {name.split(".")[2] for name in made.trained.targets} == {"0"}, (
+        "the others are mixtures without a shared expert"
+    )
     assert "down_proj, layers 0 (1 of 4)" in said and "in 1 of 4 layers: mlp.down_proj" in said
 
 
@@ -269,13 +271,13 @@ def test_a_mixture_that_cannot_be_quantised_is_refused_before_a_weight_is_read(t
         small(model=str(tmp_path), quantization={"bnb": {"load_in_4bit": True}}, output_dir=str(tmp_path / "out")),
         "x.toml",
     )
-    made = prepare.plan_model(config)
+    made = resolve.resolve(config)
     with pytest.raises(UserError, match=r"quantization: .*'glm4_moe' in another form than it runs"):
-        prepare.check_files(config, made.shell)
+        prepare.check_files(config.model, config.output_dir, made.shell)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_check_still_takes_a_model_with_weights(tmp_path: Path, stages: int) -> None:
     save_model(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     config = loading.validate(small(model=str(tmp_path), pipeline_stages=stages, adapter_type="lora"), "x.toml")
-    prepare.check_files(config.model_copy(update={"output_dir": str(tmp_path)}), prepare.plan_model(config).shell)
+    prepare.check_files(config.model, str(tmp_path), resolve.resolve(config).shell)

@@ -25,7 +25,7 @@ from pipeline.model.memory.levels import Level
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from pipeline.training.stage import families
 from pipeline.training.start import plan as planned
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.artifacts import tensors_of
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
@@ -82,10 +82,10 @@ def config_of(folder: Path, family: str, **changes: Any) -> Config:
 
 def stages_of(folder: Path, config: Config, cuts: list[int]) -> list[Stage]:
     """Stages with the configured adapter, as they start."""
-    plan = prepare.plan_model(config)
+    plan = resolve.resolve(config)
     stages = [build(folder, first, end) for first, end in pairwise(cuts)]
     for stage in stages:
-        families.inject(stage, config, plan.targets)
+        families.inject(stage, plan.trained.adapter)
     return stages
 
 
@@ -104,10 +104,10 @@ def move(stages: list[Stage]) -> list[Stage]:
 
 
 def save(config: Config, stages: list[Stage], output: Path) -> Path:
-    plan = prepare.plan_model(config)
+    plan = resolve.resolve(config)
     output.mkdir()
     tensors = {name: t for stage in stages for name, t in adapters.written(stage).items()}
-    families.writer(config, plan.targets, plan.biased_targets)(output, tensors)
+    families.writer(plan.trained.adapter, plan.base, config.train_logit_scale)(output, tensors)
     return output
 
 
@@ -213,10 +213,10 @@ def test_fold_is_pefts_merge_and_the_live_model(folder: Path, tmp_path: Path, fa
 @ALL
 def test_counted_on_meta_it_has_the_same_parameters(folder: Path, family: str) -> None:
     config = config_of(folder, family)
-    plan = prepare.plan_model(config)
+    plan = resolve.resolve(config)
     shell = empty_model(read_model_config(str(folder)), torch.float32, None)
     stage = Stage(shell.requires_grad_(False), 0, 4)
-    families.inject(stage, config, plan.targets)
+    families.inject(stage, plan.trained.adapter)
     counted = {name: p.shape for name, p in adapters.trainable(stage).items()}
     assert counted == {name: p.shape for name, p in trained(stages_of(folder, config, [0, 4])).items()}
 
@@ -226,7 +226,8 @@ def test_counted_on_meta_it_has_the_same_parameters(folder: Path, family: str) -
 )
 def test_the_planner_counts_it(folder: Path, family: str) -> None:
     config = config_of(folder, family)
-    cost = planned.costs(config, prepare.plan_model(config).targets, [Level.INPUT, Level.EVERYTHING], False)(64)
+    plan = resolve.resolve(config)
+    cost = planned.costs(config, plan.base, plan.trained, [Level.INPUT, Level.EVERYTHING], False)(64)
     assert len(cost.layers) == 4
 
 
@@ -240,7 +241,7 @@ def test_starts_from_the_weight_are_pefts(folder: Path, start: str, rslora: bool
     """
     config = config_of(folder, "lora", init_lora_weights=start, use_rslora=rslora)
     stages = stages_of(folder, config, [0, 4])
-    targets = prepare.plan_model(config).targets
+    targets = resolve.resolve(config).trained.targets
     peft = get_peft_model(
         base_model(folder),
         LoraConfig(
@@ -280,7 +281,7 @@ def test_few_iterations_come_near_the_best_approximation() -> None:
 def test_adapter_has_its_own_dtype_over_a_16_bit_base(folder: Path, family: str, dtype: str) -> None:
     config = config_of(folder, family, lora_weight_dtype=dtype)
     stage = build(folder, 0, 4, torch.bfloat16).train()
-    families.inject(stage, config, prepare.plan_model(config).targets)
+    families.inject(stage, resolve.resolve(config).trained.adapter)
     plain = hidden([build(folder, 0, 4, torch.bfloat16)], token_ids())
     output = hidden([stage], token_ids())
     assert output.dtype == torch.bfloat16
@@ -340,7 +341,7 @@ def test_shapes_that_do_not_fit_are_refused_before_weights_are_read(
     folder: Path, family: str, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        prepare.plan_model(config_of(folder, family, **changes))
+        resolve.resolve(config_of(folder, family, **changes))
 
 
 def test_families_refuse_what_they_would_not_save(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import Stage
 from pipeline.training.stage import families
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.configs import problems, small
 from tests.helpers.quantization import NF4, build, save_model
 from tests.training.test_quantized_training import dequantised, gradients
@@ -46,13 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stages_of(folder: Path, config: Config, scheme: Any, cuts: list[int], plain: bool) -> list[Stage]:
     """Stages with the configured adapter, its parameters moved off their start; `plain`: over dequantised weights."""
-    targets = prepare.plan_model(config).targets
+    targets = resolve.resolve(config).trained.targets
     stages = [build(folder, scheme, first, end) for first, end in pairwise(cuts)]
     for stage in stages:
         if plain:
             dequantised(stage)
             stage.model.is_loaded_in_4bit = stage.model.is_loaded_in_8bit = False  # type: ignore[assignment]
-        families.inject(stage, config, targets)
+        families.inject(stage, resolve.adapter_of(config, targets))
         stage.train()
         for name, parameter in adapters.trainable(stage).items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -87,10 +87,12 @@ def test_what_is_saved_says_over_which_weights_it_was_trained(folder: Path, tmp_
     bnb = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["o_proj"]}
     raw = {"model": str(folder), "layers_to_transform": "0:2", **FAMILIES[family]}
     config = loading.validate(small(**raw, quantization={"bnb": bnb}), "x.toml")
-    plan = prepare.plan_model(config)
+    plan = resolve.resolve(config)
     stage = build(folder, NF4, 0, 4)
-    families.inject(stage, config, plan.targets)
-    families.writer(config, plan.targets, plan.biased_targets, plan.tied)(tmp_path, adapters.written(stage))
+    families.inject(stage, plan.trained.adapter)
+    families.writer(plan.trained.adapter, plan.base, config.train_logit_scale, plan.trained.tied)(
+        tmp_path, adapters.written(stage)
+    )
     says = {"bits": 4, "quant_type": "nf4", "double_quant": True, "skip": ["o_proj"], "dtype": "bfloat16"}
     assert load_adapter(tmp_path).trained_over == says
 

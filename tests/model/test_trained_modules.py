@@ -24,7 +24,7 @@ from pipeline.model.stage import Stage, empty_model, tied_head
 from pipeline.objectives.language_modelling import token_losses
 from pipeline.training.optim.inner import bytes_per_parameter
 from pipeline.training.start import plan as planned
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers import unsplit
 from tests.helpers.builders import VOCABULARY, model_config, save_model
 from tests.helpers.configs import problems, small
@@ -194,15 +194,15 @@ def test_keys_that_contradict_it() -> None:
     assert "trainable_modules" in line
 
 
-def plan(folder: Path, **changes: Any) -> tuple[Any, prepare.ModelPlan]:
+def plan(folder: Path, **changes: Any) -> tuple[Any, resolve.Resolved]:
     settings = {"model": str(folder), "layers_to_transform": "2:3", "model_weight_dtype": "float32", **changes}
     config = loading.validate(small(**settings), "x.toml")
-    return config, prepare.plan_model(config)
+    return config, resolve.resolve(config)
 
 
 def test_a_run_says_what_is_trained_in_full(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, made = plan(folders["tied"], trainable_modules=NAMES)
-    assert made.targets == targets_of((2, 3)) and len(made.in_full) == 2 + 4 + 4 + 1
+    assert made.trained.targets == targets_of((2, 3)) and len(made.trained.in_full) == 2 + 4 + 4 + 1
     count = VOCABULARY * 32 + 9 * 32
     said = "embed_tokens (head and embedding are one), 4 × input_layernorm, 4 × post_attention_layernorm, norm"
     assert f"and in full, in float32: {said}: {count:,} parameters" in capsys.readouterr().out
@@ -287,8 +287,8 @@ def test_the_planner_counts_what_is_trained_in_full(folders: dict[str, Path]) ->
     keys = {"optimizer": {"type": "adamw_kahan", "lr": 1e-5}, "model_weight_dtype": "bfloat16"}
     config, made = plan(folders["tied"], trainable_modules=NAMES, **keys)
     plain, bare = plan(folders["tied"], **keys)
-    with_full = planned.costs(config, made.targets, [Level.EVERYTHING], False)(64)
-    without = planned.costs(plain, bare.targets, [Level.EVERYTHING], False)(64)
+    with_full = planned.costs(config, made.base, made.trained, [Level.EVERYTHING], False)(64)
+    without = planned.costs(plain, bare.base, bare.trained, [Level.EVERYTHING], False)(64)
     each = bytes_per_parameter("adamw_kahan", 2)
     assert with_full.embedding_trained_bytes == VOCABULARY * 32 * each and with_full.embedding_bytes == 0
     for ours, theirs in zip(with_full.layers, without.layers, strict=True):

@@ -26,7 +26,7 @@ from pipeline.publishing import foresight
 from pipeline.publishing.after_training import by_hand, follow
 from pipeline.training.run import after_training
 from pipeline.training.stage import families
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.artifacts.test_merge_process import adapter_for, big_base
 from tests.helpers.artifacts import files_of, hooked, load_model, logits, make_base, tensors_of
 from tests.helpers.builders import environment, launch, metrics, only_run, save_model, train, write_config
@@ -132,7 +132,7 @@ def test_the_trainer_asks_before_it_begins(tmp_path: Path) -> None:
     def before(**keys: Any) -> None:
         raw = small(model=str(tmp_path / "base"), output_dir=str(tmp_path), target_modules=["down_proj"], **keys)
         config = loading.validate(raw, "x.toml")
-        after_training.check(config, prepare.plan_model(config))
+        after_training.check(config, resolve.resolve(config).trained)
 
     every = ["merge", "export:peft", "export:gguf", "card"]
     before(after_training=every)
@@ -153,7 +153,7 @@ def test_an_adapter_names_its_base_as_the_hub_does(tmp_path: Path) -> None:
         "hub_base_model": "org/a-base",
     }
     config = loading.validate(small(**keys), "x.toml")
-    write = families.writer(config, TARGETS[:1], False)
+    write = families.writer(resolve.adapter_of(config, TARGETS[:1]), resolve.base_of(config))
     write(tmp_path, {f"{TARGETS[0]}.A": torch.ones(4, 32), f"{TARGETS[0]}.B": torch.ones(32, 4)})
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/a-base"
 

@@ -13,7 +13,7 @@ from pipeline.console import UserError
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.training.stage import families, initial_adapter
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
 from tests.helpers.stages import chain, hidden, token_ids
@@ -53,7 +53,7 @@ def config_of(base: Path, **changes: Any) -> Any:
 def stages_with(base: Path, config: Any, cuts: list[int]) -> list[Any]:
     stages = chain(base, cuts)
     for stage in stages:
-        families.inject(stage, config, TARGETS)
+        families.inject(stage, resolve.adapter_of(config, TARGETS))
         stage.eval()
     return stages
 
@@ -74,7 +74,7 @@ def save(folder: Path, stages: list[Any], config: Any) -> None:
     for stage in stages:
         tensors |= adapters.written(stage)
     folder.mkdir()
-    families.writer(config, TARGETS, biased_targets=False)(folder, tensors)
+    families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(folder, tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,7 +87,7 @@ def test_goes_on_as_the_function_that_was_saved(base: Path, tmp_path: Path, fami
     save(tmp_path / "saved", trained, config)
     again = config_of(base, seed=7, init_adapter=str(tmp_path / "saved"), **GOES_ON_AS[family])
     begun = stages_with(base, again, [0, 1, 3, 4])
-    tensors = families.saved(again, TARGETS, biased_targets=False)
+    tensors = families.saved(resolve.adapter_of(again, TARGETS), again.init_adapter)
     for stage in begun:
         initial_adapter.put(stage, tensors)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_what_differs_is_named(base: Path, saved: Mapping[str, Path], case: str)
     family, changes, said = REFUSALS[case]
     config = config_of(base, init_adapter=str(saved[family]), **changes)
     with pytest.raises(UserError) as caught:
-        families.saved(config, TARGETS, biased_targets=False)
+        families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
     assert said in str(caught.value) and str(saved[family]) in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -156,29 +156,29 @@ def test_what_differs_is_named(base: Path, saved: Mapping[str, Path], case: str)
 def test_modules_are_the_same(base: Path, saved: Mapping[str, Path], family: str) -> None:
     config = config_of(base, init_adapter=str(saved[family]), **FAMILIES[family])
     with pytest.raises(UserError, match=r"has nothing for model\.layers\.2\.mlp\.down_proj, which this run trains"):
-        families.saved(config, [*TARGETS, "model.layers.2.mlp.down_proj"], biased_targets=False)
+        families.saved(resolve.adapter_of(config, [*TARGETS, "model.layers.2.mlp.down_proj"]), config.init_adapter)
     with pytest.raises(UserError, match=r"has model\.layers\.1\.mlp\.down_proj and 1 more, which this run does not"):
-        families.saved(config, TARGETS[:1], biased_targets=False)
+        families.saved(resolve.adapter_of(config, TARGETS[:1]), config.init_adapter)
 
 
 def test_no_folder(base: Path, tmp_path: Path) -> None:
     config = config_of(base, init_adapter=str(tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):
-        families.saved(config, TARGETS, biased_targets=False)
+        families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
 
 
 def test_it_is_not_looked_at_when_resuming(base: Path, tmp_path: Path) -> None:
     """Also where the command line says so and the configuration does not."""
     config = config_of(base, init_adapter=str(tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):
-        prepare.plan_model(config)
-    assert prepare.plan_model(config, resumes=True).targets
+        resolve.resolve(config)
+    assert resolve.resolve(config, resumes=True).trained.targets
 
 
 def test_another_models_shapes_change_nothing(base: Path, saved: Mapping[str, Path]) -> None:
     config = config_of(base, init_adapter=str(saved["multiplicative_lora"]))
     (stage,) = stages_with(base, config, [0, 4])
-    tensors = families.saved(config, TARGETS, biased_targets=False)
+    tensors = families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
     tensors[f"{TARGETS[2]}.B"] = torch.ones(48, 4)
     before = {name: p.detach().clone() for name, p in adapters.trainable(stage).items()}
     with pytest.raises(UserError, match=r"is \[48, 4\], and the model's module asks for \[32, 4\]"):
@@ -196,6 +196,6 @@ def test_peanut_of_others_leaves_biases_alone(base: Path, saved: Mapping[str, Pa
     (theirs / "adapter_config.json").write_bytes((ours / "adapter_config.json").read_bytes())
     save_file(load_file(ours / "adapter_model.safetensors"), theirs / "adapter_model.safetensors", {"format": "pt"})
     config = config_of(base, init_adapter=str(theirs))
-    assert families.saved(config, TARGETS, biased_targets=False)
+    assert families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
     with pytest.raises(UserError, match="without their biases"):
-        families.saved(config, TARGETS, biased_targets=True)
+        families.saved(resolve.adapter_of(config, TARGETS, biased_targets=True), config.init_adapter)

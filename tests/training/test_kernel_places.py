@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pipeline.config import loading
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage, empty_model
+from pipeline.training.stage.spec import Trained
 from pipeline.training.start import check as look
-from pipeline.training.start import kernel_places
+from pipeline.training.start import kernel_places, resolve
 from tests.helpers.builders import model_config, save_model, train, write_config
 
 ALL = frozenset(fusion.KERNELS)
@@ -168,7 +169,8 @@ def test_what_found_no_place_is_said_with_the_reason(
     shell = empty_model(model_config(kind, **changes), torch.float32, None)
     layers = range(4) if "layers_to_transform" in keys else range(3)
     part = {"o_proj": "self_attn.o_proj"}.get(keys.get("target_modules", [""])[0], "mlp.down_proj")
-    kernel_places.foresee(config, [f"{shell.base_model_prefix}.layers.{i}.{part}" for i in layers])
+    adapter = resolve.adapter_of(config, [f"{shell.base_model_prefix}.layers.{i}.{part}" for i in layers])
+    kernel_places.foresee(config.kernels, resolve.base_of(config), Trained(adapter))
     lines = capsys.readouterr().out.splitlines()
     said = dict(line.removeprefix("kernels:  no place for ").split(": ", 1) for line in lines if "no place" in line)
     assert said == expected

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.loading import load
 from pipeline.console import UserError
 from pipeline.training.run import folder as run_folder
-from pipeline.training.start import launch, prepare
+from pipeline.training.start import launch, prepare, resolve
 from tests.helpers.builders import save_model, write_config
 
 
@@ -21,18 +21,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan(tmp_path: Path, base: Path, **changes: Any) -> prepare.ModelPlan:
+def plan(tmp_path: Path, base: Path, **changes: Any) -> resolve.Resolved:
     settings = {"model": str(base), "output_dir": str(tmp_path / "out"), **changes}
     config = load(str(write_config(tmp_path / "c.toml", **settings)))
-    made = prepare.plan_model(config)
-    prepare.check_files(config, made.shell)
+    made = resolve.resolve(config)
+    prepare.check_files(config.model, config.output_dir, made.shell)
     prepare.tokenizer_for(made, config.model)
     return made
 
 
 def test_a_plan_says_what_is_trained_where(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(tmp_path, base)
-    assert made.targets == [f"model.layers.{i}.mlp.down_proj" for i in range(3)] and made.ranges[0][0] == 0
+    assert made.trained.targets == [f"model.layers.{i}.mlp.down_proj" for i in range(3)] and made.ranges[0][0] == 0
     said = capsys.readouterr().out
     assert "multiplicative_lora on the output of down_proj, layers 0 to 2 (3 of 4: all but the last)" in said
 
@@ -95,7 +95,7 @@ def test_full_fine_tuning_of_modules_that_are_not_there(tmp_path: Path, base: Pa
     changes = {"full_fine_tune": True, "lora_rank": None, "lora_alpha": None, "layers_to_transform": None}
     with pytest.raises(UserError, match="no parameter has nope in its name"):
         plan(tmp_path, base, target_modules=["nope"], **changes)
-    assert plan(tmp_path, base, target_modules=["norm"], **changes).targets == []
+    assert plan(tmp_path, base, target_modules=["norm"], **changes).trained.targets == []
 
 
 def test_the_number_of_processes_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:

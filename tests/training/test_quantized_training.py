@@ -4,6 +4,7 @@ The oracle of the gradients is the same model with its weights dequantised to pl
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import Stage, empty_model, read_model_config
+from pipeline.training.stage.spec import Trained
 from pipeline.training.start import plan as planned
+from pipeline.training.start import resolve
 from tests.helpers import builders
 from tests.helpers.quantization import NF4, adapt, build, chain, save_model, stored, theirs
 from tests.helpers.stages import hidden, token_ids
@@ -204,9 +207,10 @@ def test_the_plan_counts_quantised_weights_and_the_products_of_plain_ones(
     """
     folder = save_model(tmp_path / "base", "llama")
     config = loading.load(str(written(tmp_path, keys)))
+    base = resolve.base_of(config)
     plain, quantised = (
-        planned.costs(config.model_copy(update=change), [], [Level.EVERYTHING], False)(64)
-        for change in ({"quantization": None}, {})
+        planned.costs(config, replace(base, scheme=scheme), Trained(None, []), [Level.EVERYTHING], False)(64)
+        for scheme in (None, base.scheme)
     )
     stage = build(folder, NF4._replace(bits=4 if "load_in_4bit" in keys else 8), 0, 4)
     shell = empty_model(read_model_config(str(folder)), torch.float32, None)

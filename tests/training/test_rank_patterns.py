@@ -14,7 +14,7 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model.adapters import base as adapters
 from pipeline.training.stage import families, initial_adapter, patterns
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.builders import save_model
 from tests.helpers.configs import problems, small
 from tests.helpers.stages import chain, hidden, token_ids
@@ -57,7 +57,7 @@ def trained(base: Path, config: Any, cuts: list[int]) -> list[Any]:
     """Stages with adapters of known values, as if trained."""
     stages = chain(base, cuts)
     for stage in stages:
-        families.inject(stage, config, TARGETS)
+        families.inject(stage, resolve.adapter_of(config, TARGETS))
         with torch.no_grad():
             for name, parameter in adapters.trainable(stage).items():
                 g = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -122,7 +122,7 @@ def test_stock_peft_runs_what_is_saved(base: Path, tmp_path: Path, family: str) 
     for stage in stages:
         tensors |= adapters.written(stage)
     (tmp_path / "saved").mkdir()
-    families.writer(config, TARGETS, biased_targets=False)(tmp_path / "saved", tensors)
+    families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(tmp_path / "saved", tensors)
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     plain = whole.model(token_ids())[0]
     peft = PeftModel.from_pretrained(whole, str(tmp_path / "saved")).eval()
@@ -137,19 +137,21 @@ def test_goes_on_from_what_is_saved(base: Path, tmp_path: Path, family: str) -> 
     config = config_of(base, family)
     stages = trained(base, config, [0, 4])
     (tmp_path / "saved").mkdir()
-    families.writer(config, TARGETS, biased_targets=False)(tmp_path / "saved", adapters.written(stages[0]))
+    families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(
+        tmp_path / "saved", adapters.written(stages[0])
+    )
     again = config_of(base, family, init_adapter=str(tmp_path / "saved"), seed=7)
     begun = chain(base, [0, 2, 4])
     for stage in begun:
-        families.inject(stage, again, TARGETS)
-        initial_adapter.put(stage, families.saved(again, TARGETS, biased_targets=False))
+        families.inject(stage, resolve.adapter_of(again, TARGETS))
+        initial_adapter.put(stage, families.saved(resolve.adapter_of(again, TARGETS), again.init_adapter))
         stage.eval()
     with torch.no_grad():
         # B went through two factors, each rounded.
         torch.testing.assert_close(hidden(begun, token_ids()), hidden(stages, token_ids()), rtol=0, atol=1e-5)
     other = config_of(base, family, init_adapter=str(tmp_path / "saved"), rank_pattern={**RANKS, "o_proj": 2})
     with pytest.raises(UserError, match=r"makes use of more than rank 2"):
-        families.saved(other, TARGETS, biased_targets=False)
+        families.saved(resolve.adapter_of(other, TARGETS), other.init_adapter)
 
 
 @pytest.mark.parametrize("family", ["lora", "rslora"])
@@ -176,8 +178,8 @@ def test_goes_on_from_what_peft_saves(base: Path, tmp_path: Path, family: str) -
     config = config_of(base, family, init_adapter=str(tmp_path / "saved"))
     begun = chain(base, [0, 2, 4])
     for stage in begun:
-        families.inject(stage, config, TARGETS)
-        initial_adapter.put(stage, families.saved(config, TARGETS, biased_targets=False))
+        families.inject(stage, resolve.adapter_of(config, TARGETS))
+        initial_adapter.put(stage, families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter))
         stage.eval()
     theirs = {
         name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".A"): p.detach()
@@ -199,14 +201,14 @@ def test_goes_on_from_what_peft_saves(base: Path, tmp_path: Path, family: str) -
     ):
         other = config_of(base, family, init_adapter=str(tmp_path / "saved"), **changes)
         with pytest.raises(UserError, match=said):
-            families.saved(other, TARGETS, biased_targets=False)
+            families.saved(resolve.adapter_of(other, TARGETS), other.init_adapter)
 
 
 @pytest.mark.parametrize("family", ["multiplicative_lora", "lora", "rslora"])
 def test_norms_are_those_of_each_modules_own_scaling(base: Path, family: str) -> None:
     config = config_of(base, family)
     stages = trained(base, config, [0, 4])
-    own, found = parameters(stages), families.norms(stages[0], config)
+    own, found = parameters(stages), families.norms(stages[0], resolve.adapter_of(config, TARGETS))
     assert found.keys() == set(TARGETS)
     for module, (rank, alpha) in expected_sizes().items():
         s = alpha / (rank**0.5 if family == "rslora" else rank)
@@ -218,7 +220,7 @@ def test_norms_are_those_of_each_modules_own_scaling(base: Path, family: str) ->
 def test_a_start_from_the_weight_has_no_more_than_its_rank(base: Path) -> None:
     config = config_of(base, "pissa", rank_pattern={"layers.3.mlp.down_proj": 33}, alpha_pattern={})
     with pytest.raises(UserError, match=r"rank_pattern = 33: model\.layers\.3\.mlp\.down_proj has a weight of rank 32"):
-        prepare.plan_model(config)
+        resolve.resolve(config)
 
 
 def test_patterns_that_match_nothing_or_mean_nothing(base: Path) -> None:

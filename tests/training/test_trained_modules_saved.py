@@ -30,7 +30,7 @@ from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.commit import CheckpointError
 from pipeline.training.engine.engine import Place
 from pipeline.training.stage import families, initial_adapter, initial_full_tensors
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
 from tests.helpers.stages import build, hidden, token_ids
@@ -66,7 +66,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: root / kind for kind in KINDS}
 
 
-def planned(folder: Path, **changes: Any) -> tuple[Any, prepare.ModelPlan]:
+def planned(folder: Path, **changes: Any) -> tuple[Any, resolve.Resolved]:
     raw = {
         "model": str(folder),
         "model_weight_dtype": "float32",
@@ -74,32 +74,32 @@ def planned(folder: Path, **changes: Any) -> tuple[Any, prepare.ModelPlan]:
         "trainable_modules": NAMES,
     }
     config = loading.validate(small(**{**raw, **changes}), "x.toml")
-    return config, prepare.plan_model(config)
+    return config, resolve.resolve(config)
 
 
-def stages_of(folder: Path, config: Any, plan: prepare.ModelPlan, cuts: list[int]) -> list[Stage]:
+def stages_of(folder: Path, config: Any, plan: resolve.Resolved, cuts: list[int]) -> list[Stage]:
     stages = [build(folder, first, end) for first, end in pairwise(cuts)]
     for stage in stages:
-        families.inject(stage, config, plan.targets)
-        trained_modules.unfreeze(stage, plan.in_full)
+        families.inject(stage, plan.trained.adapter)
+        trained_modules.unfreeze(stage, plan.trained.in_full)
     return stages
 
 
 @torch.no_grad()
-def move(stages: list[Stage], plan: prepare.ModelPlan) -> list[Stage]:
+def move(stages: list[Stage], plan: resolve.Resolved) -> list[Stage]:
     """As after training; both ends of a tied weight alike."""
     for stage in stages:
         for name, parameter in adapters.trainable(stage).items():
-            g = torch.Generator().manual_seed(zlib.crc32(plan.tied.get(name, name).encode()))
+            g = torch.Generator().manual_seed(zlib.crc32(plan.trained.tied.get(name, name).encode()))
             if not name.endswith(".Q"):
                 parameter += 0.05 * torch.randn(parameter.shape, generator=g)
     return stages
 
 
-def save(output: Path, config: Any, plan: prepare.ModelPlan, stages: list[Stage]) -> Path:
+def save(output: Path, config: Any, plan: resolve.Resolved, stages: list[Stage]) -> Path:
     output.mkdir()
     tensors = {name: t for stage in stages for name, t in adapters.written(stage).items()}
-    families.writer(config, plan.targets, plan.biased_targets, plan.tied)(output, tensors)
+    families.writer(plan.trained.adapter, plan.base, config.train_logit_scale, plan.trained.tied)(output, tensors)
     return output
 
 
@@ -156,7 +156,7 @@ def test_the_files_say_what_is_in_them(folders: dict[str, Path], tmp_path: Path,
         assert own.get("tied", {}) == ({"lm_head.weight": "model.embed_tokens.weight"} if copies else {})
         for name in (f"{module}.weight" for module in modules | copies):
             assert torch.equal(file.get_tensor(f"base_model.model.{name}"), trained[name].detach())
-        in_full = {key for key in file.keys() if key.removeprefix("base_model.model.") in plan.in_full}  # noqa: SIM118
+        in_full = {key for key in file.keys() if key.removeprefix("base_model.model.") in plan.trained.in_full}  # noqa: SIM118
         assert len(in_full) == len(modules | copies)
 
 
@@ -165,7 +165,7 @@ def test_an_adapter_without_them_is_as_it_was(folders: dict[str, Path], tmp_path
     stages = stages_of(folders["tied"], config, plan, [0, 4])
     adapter = save(tmp_path / "adapter", config, plan, stages)
     assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] is None
-    assert not plan.in_full and all(name.endswith((".A", ".B")) for name in adapters.trainable(stages[0]))
+    assert not plan.trained.in_full and all(name.endswith((".A", ".B")) for name in adapters.trainable(stages[0]))
 
 
 def test_numbers_that_are_none_are_not_written() -> None:
@@ -226,7 +226,7 @@ def test_a_run_begins_with_it(folders: dict[str, Path], tmp_path: Path, family: 
     adapter = save(tmp_path / "adapter", config, plan, stages)
     again, plan = planned(folders[kind], **FAMILIES[family], seed=7, init_adapter=str(adapter))
     begun = stages_of(folders[kind], again, plan, [0, 2, 3, 4])
-    tensors = prepare.initial_tensors(again, plan.targets, plan.biased_targets, plan.in_full, plan.tied)
+    tensors = resolve.initial_adapter_of(plan.trained, again.init_adapter)
     for stage in begun:
         initial_adapter.put(stage, tensors)
     assert torch.equal(logits(begun), logits(stages))
@@ -243,7 +243,7 @@ def test_a_run_begins_with_an_adapter_that_peft_saved(
         LoraConfig(
             r=4,
             lora_alpha=6,
-            target_modules=plan.targets,
+            target_modules=plan.trained.targets,
             modules_to_save=["embed_tokens", "model.norm"],
             ensure_weight_tying=ties,
         ),
@@ -255,15 +255,13 @@ def test_a_run_begins_with_an_adapter_that_peft_saved(
                 parameter += 0.05 * torch.randn(parameter.shape, generator=g)
     peft.save_pretrained(tmp_path / "theirs")
     begun = stages_of(folders[kind], config, plan, [0, 2, 4])
-    tensors = initial_full_tensors.read(str(tmp_path / "theirs"), plan.in_full, plan.tied)
-    assert tensors.keys() == set(plan.in_full)
+    tensors = initial_full_tensors.read(str(tmp_path / "theirs"), plan.trained.in_full, plan.trained.tied)
+    assert tensors.keys() == set(plan.trained.in_full)
     again, plan = planned(
         folders[kind], **LORA, trainable_modules=["embed_tokens", "norm"], init_adapter=str(tmp_path / "theirs")
     )
     for stage in begun:
-        initial_adapter.put(
-            stage, prepare.initial_tensors(again, plan.targets, plan.biased_targets, plan.in_full, plan.tied)
-        )
+        initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, again.init_adapter))
     if kind == "untied" or ties:  # else PEFT has left the head as it was
         torch.testing.assert_close(logits(begun), theirs(peft), rtol=0, atol=TOLERANCE)
 

@@ -10,20 +10,21 @@ from pipeline.config.schema import Config
 from pipeline.publishing import foresight
 from pipeline.training.run.stop import Watcher
 from pipeline.training.stage import families
-from pipeline.training.start.prepare import ModelPlan
+from pipeline.training.stage.spec import Trained
 
 
-def check(config: Config, plan: ModelPlan) -> None:
+def check(config: Config, trained: Trained) -> None:
     """UserError where a part of after_training could not be done at the end of this run."""
+    adapter = trained.adapter
     foresight.check(
         config.after_training,
         base=Path(config.model),
         output_dir=Path(config.output_dir),
-        kind=None if config.full_fine_tune else families.saved_kind(config),
-        targets=plan.targets,
-        biased_targets=plan.biased_targets,
+        kind=families.saved_kind(adapter) if adapter else None,
+        targets=trained.targets,
+        biased_targets=bool(adapter and adapter.biased_targets),
         trained_in_full=config.trainable_modules,
-        full=[name for name in plan.in_full if name not in plan.tied],
+        full=[name for name in trained.in_full if name not in trained.tied],
     )
 
 

@@ -39,13 +39,13 @@ from pipeline.training.run.peers import UNHURRIED
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Cadence, Trainer
 from pipeline.training.stage import families, initial_adapter, parts
-from pipeline.training.start import kernel_places, prepare
+from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 
 
 def trainer(
     config: Config,
-    plan: prepare.ModelPlan,
+    plan: resolve.Resolved,
     data: prepare.Data,
     place: engine.Place,
     watcher: Watcher,
@@ -58,7 +58,7 @@ def trainer(
     """
     followed = planned.for_run(config, plan, place)
     torch.manual_seed(config.seed + place.rank)
-    parts.import_quantisation(config)
+    parts.import_quantisation(plan.base.scheme)
     with engine.agreement(place):
         arena = planned.arena(followed, place.stage, place.device)
     with watcher.phase(UNHURRIED):
@@ -87,8 +87,7 @@ def trainer(
         put_back(*resumed, config, stage, optimizer, place, batches, trained)
     elif config.init_adapter:
         with engine.agreement(place):
-            initial = prepare.initial_tensors(config, plan.targets, plan.biased_targets, plan.in_full, plan.tied)
-            initial_adapter.put(stage, initial)
+            initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, config.init_adapter))
     run_dir = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
     went: dict[str, Any] = (
         resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
@@ -109,7 +108,7 @@ def trainer(
         evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
         row_losses=partial(language_modelling.row_losses, head=head, transform=transform),
         learning_rate=schedule(config, batches.steps_per_epoch(0)),
-        adapter_norms=None if config.full_fine_tune else partial(families.norms, stage, config),
+        adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),
         state=state,
         saver=saver,
@@ -126,21 +125,21 @@ def trainer(
 
 
 def build_stage(
-    config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place, arena: HostArena | None
+    config: Config, plan: resolve.Resolved, followed: planned.Followed, place: engine.Place, arena: HostArena | None
 ) -> Stage:
     """Our part of the model with its weights, adapters, kernels and activation memory."""
     first, end = followed.ranges[place.stage]
     if followed.ranges != plan.ranges:  # chosen by 'auto'
-        prepare.check_tiny(config, plan.targets, followed.ranges)
+        resolve.check_tiny(plan, followed.ranges)
     stage = Stage(plan.shell, first, end)
     with engine.agreement(place), unsupported.named(plan.shell.config.model_type, "putting its stage together"):
         check_room(stage, place)
-        parts.put_quantised(stage, config)
-        weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
+        parts.put_quantised(stage, plan.base.scheme)
+        weights.load(stage, plan.base.folder, plan.base.dtype, place.device)
         stage.to(place.device)  # RoPE tables and other buffers
         if stage.is_last:
             check_head(stage)
-        parts.put_trained(stage, config, plan.targets, plan.in_full)
+        parts.put_trained(stage, plan.trained)
     with said_if_slow("starting: looking where the kernels fit"):
         kernel_places.put(stage, config.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
@@ -258,16 +257,17 @@ def schedule(config: Config, steps_in_epoch: int) -> Callable[[int, int], float]
 
 
 def artifact_writer(
-    config: Config, stage: Stage, place: engine.Place, plan: prepare.ModelPlan
+    config: Config, stage: Stage, place: engine.Place, plan: resolve.Resolved
 ) -> Callable[[Path, int], None]:
     """What writes the adapter, or the model, as it is at a step, into a folder."""
     dtype = DTYPES[config.save_dtype] if config.save_dtype else None
-    if config.full_fine_tune:
-        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(config.model), dtype)
-    write = families.writer(config, plan.targets, plan.biased_targets, plan.tied)
+    base, tied = plan.base, plan.trained.tied
+    if plan.trained.adapter is None:
+        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(base.folder), dtype)
+    write = families.writer(plan.trained.adapter, base, config.train_logit_scale, tied)
 
     def save(folder: Path, step: int) -> None:
-        tensors = {name: t for name, t in adapters.written(stage).items() if name not in plan.tied}
+        tensors = {name: t for name, t in adapters.written(stage).items() if name not in tied}
         saving.save_adapter(folder, step, place, tensors, dtype, write)
 
     return save

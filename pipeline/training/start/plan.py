@@ -38,8 +38,9 @@ from pipeline.training.metrics import added_memory
 from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.inner import bytes_per_parameter, update_bytes_per_parameter
 from pipeline.training.stage import parts
+from pipeline.training.stage.spec import BaseModel, Trained
 from pipeline.training.start import prepare
-from pipeline.training.start.prepare import ModelPlan
+from pipeline.training.start.resolve import Resolved, resolve
 
 GIB = 1 << 30
 HOST_SHARE = 0.8  # of what is free, what a plan may take: the system and the data need some
@@ -66,9 +67,11 @@ def host_bytes(config: Config) -> int:
     return 1 << 62 if unlimited else int(config.host_memory_gib * GIB)
 
 
-def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
+def costs(
+    config: Config, base: BaseModel, trained: Trained, levels: Iterable[Level], on_gpu: bool
+) -> Callable[[int], ModelCost]:
     """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
-    stage = parts.whole_on_meta(config, targets)
+    stage = parts.whole_on_meta(base, trained)
     parts.put_kernels(stage, config.kernels)
     rows, _ = _rows(config)
     own_types = optimizer_types(config, stage)
@@ -102,16 +105,16 @@ def optimizer_types(config: Config, stage: Stage) -> dict[nn.Parameter, str]:
 
 def show(config: Config, described: str | None) -> int:
     """`--plan`: for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
-    plan = prepare.plan_model(config)
+    plan = resolve(config)
     say(in_full(config, plan, described, _total_steps(config, plan)))
     return EXIT_DONE
 
 
 @said_if_slow("planning: counting on fake tensors")
-def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps: int | None) -> str:
+def in_full(config: Config, plan: Resolved, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
     there = _described(described, config.pipeline_stages) if described else _devices_here(config, plan)
-    cost_of = costs(config, plan.targets, Level, there.on_gpu)
+    cost_of = costs(config, plan.base, plan.trained, Level, there.on_gpu)
     shape, keeping, budget = shape_of(config, len(there.usable)), keeping_of(config), host_bytes(config)
     given = (config.layers_per_stage or keeping) and shape.stages == config.pipeline_stages
     model = cost_of(shape.tokens)
@@ -142,7 +145,7 @@ def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps:
     )
 
 
-def _total_steps(config: Config, plan: ModelPlan) -> int | None:
+def _total_steps(config: Config, plan: Resolved) -> int | None:
     """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
     try:
         data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
@@ -170,12 +173,12 @@ class Followed(NamedTuple):
 
 
 @said_if_slow("starting: planning what each layer keeps")
-def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
+def for_run(config: Config, plan: Resolved, place: Place) -> Followed:
     """What this run does, the same on every process. UserError if 'auto' finds nothing that fits."""
     usable: list[Any] = [None] * place.world
     dist.all_gather_object(usable, (place.stage, _usable_here(place)))
     memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
-    solved = partial(_solved, config, plan.ranges, plan.targets, _products(plan), place, memory)
+    solved = partial(_solved, config, plan.ranges, plan.base, plan.trained, _products(plan), place, memory)
     keeping = keeping_of(config)
     if keeping is None:
         found = _on_all(solved)
@@ -220,7 +223,8 @@ def _on_all(solved: Callable[[], Plan]) -> Plan:
 def _solved(
     config: Config,
     ranges: list[tuple[int, int]],
-    targets: list[str],
+    base: BaseModel,
+    trained: Trained,
     products: list[tuple[int, int]],
     place: Place,
     memory: list[int],
@@ -228,7 +232,7 @@ def _solved(
     shape, keeping = shape_of(config, place.stages), keeping_of(config)
     rate = _measured(config, products, place.device)
     levels = [*Level] if keeping is None else [keeping.level]
-    model = costs(config, targets, levels, place.device.type == "cuda")(shape.tokens)
+    model = costs(config, base, trained, levels, place.device.type == "cuda")(shape.tokens)
     given = ranges if config.layers_per_stage or keeping is not None else None
     found = solve(model, memory, rate, shape, host_bytes(config) // place.replicas, ranges=given, keeping=keeping)
     if keeping is None:
@@ -305,7 +309,7 @@ def _rows(config: Config) -> tuple[int, int]:
     return rows, tokens
 
 
-def _products(plan: ModelPlan) -> list[tuple[int, int]]:
+def _products(plan: Resolved) -> list[tuple[int, int]]:
     """(in, out) of the products of one layer."""
     layer: Any = plan.shell.base_model.layers[0]
     return sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
@@ -340,7 +344,7 @@ def _described(text: str, stages: int) -> _There:
     return _There(usable, names, devices.published_rates(named), ASSUMED_HOST_BYTES, True)
 
 
-def _devices_here(config: Config, plan: ModelPlan) -> _There:
+def _devices_here(config: Config, plan: Resolved) -> _There:
     n, host = config.pipeline_stages, int(psutil.virtual_memory().available * HOST_SHARE)
     if not torch.cuda.is_available():
         rate = _measured(config, _products(plan), torch.device("cpu"))
