@@ -16,7 +16,7 @@ from pipeline.artifacts.adapter.read import load_pairs
 from pipeline.artifacts.adapter.write import KINDS, Adapter, Kind
 from pipeline.artifacts.fold.match import pair_kind
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
-from pipeline.files import check_file_free, whole_file
+from pipeline.files import atomic_file, check_file_free
 from pipeline.formats.base_model import Base, read_base, say_remarks
 from pipeline.formats.dtypes import FLOATS
 from pipeline.inspection import page, reading, terminal
@@ -69,7 +69,7 @@ def main() -> int:
     )
     say(terminal.describe(inspection, width=shutil.get_terminal_size((terminal.WIDTH, 24)).columns))
     if asked.html:
-        with whole_file(asked.html, replace=asked.force) as temporary:
+        with atomic_file(asked.html, replace=asked.force) as temporary:
             temporary.write_text(page.page(inspection), encoding="utf-8")
         say(f"\npage: {asked.html}")
     return EXIT_DONE

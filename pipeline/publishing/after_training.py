@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import saved_at
+from pipeline.artifacts import saved_at
 from pipeline.artifacts.adapter.write import CONFIG_FILE
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge

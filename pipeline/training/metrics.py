@@ -7,7 +7,6 @@ events. Only the first process writes. A resumed run goes on in the same files, 
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import duration, gib, rank, say
-from pipeline.files import write_text
+from pipeline.files import sync_stream, write_text
 
 
 class Metrics:
@@ -48,7 +47,7 @@ class Metrics:
     def sync(self) -> None:
         """Put everything on disk, as a checkpoint is about to say that it is there."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            sync_stream(self._file)
             self._events.flush()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from pipeline.artifacts.fold.merge import check_places
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant
 from pipeline.artifacts.fold.rows import exact_fp32
 from pipeline.console import UserError, gib, progress, say, warn
-from pipeline.files import check_disk_space, check_file_free, check_free, whole_file, whole_folder
+from pipeline.files import atomic_file, atomic_folder, check_disk_space, check_file_free, check_free
 from pipeline.formats.base_model import Base, read_base, say_remarks
 from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import code_of
@@ -72,7 +72,7 @@ def export(
     base_model = public_name(adapter.base_model or str(base_folder))
     with exact_fp32(), progress("exporting", form.n_bytes) as advance:
         if format == "peft":
-            with whole_folder(output, replace=force) as folder:
+            with atomic_folder(output, replace=force) as folder:
                 write_peft(
                     folder,
                     form,
@@ -83,7 +83,7 @@ def export(
                     train_logit_scale=adapter.train_logit_scale,
                 )
         else:
-            with whole_file(output, replace=force) as file:
+            with atomic_file(output, replace=force) as file:
                 write_gguf(file, form, arch=arch, names=names, base_model=base_model, device=where, advance=advance)
     say(f"written: {output.resolve()}")
 

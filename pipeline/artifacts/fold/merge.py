@@ -22,7 +22,7 @@ from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines
 from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows
 from pipeline.artifacts.fold.warnings import doubts
 from pipeline.console import UserError, gib, progress, say, warn
-from pipeline.files import check_disk_space, check_free, whole_folder
+from pipeline.files import atomic_folder, check_disk_space, check_free
 from pipeline.formats.base_model import INDEX, files_to_copy, read_base, say_remarks
 from pipeline.formats.device import usable_device
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
@@ -89,7 +89,7 @@ def merge(
         check_disk_space(output.resolve().parent, needed)
         say("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
         return []
-    with whole_folder(output, replace=force) as unfinished:
+    with atomic_folder(output, replace=force) as unfinished:
         check_disk_space(unfinished, needed)
         figures, deviation = _write(plan, copied, unfinished, where)
         write_json(unfinished / REPORT_FILE, report_json(plan, figures))
