@@ -206,7 +206,7 @@ def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
 GROWTH = """
 import contextlib, io, re, sys
 from pathlib import Path
-from pipeline.artifacts.export import export
+from pipeline.artifacts.export.export import export
 folder = Path(sys.argv[1])
 
 def peak():  # in bytes; getrusage would give the peak of the process that started this one where that was higher
