@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import Config
 from pipeline.config.tables import Dataset, EvalDataset
-from pipeline.console import say, warn
+from pipeline.console import log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import MicroBatches, Position
@@ -21,7 +21,7 @@ from pipeline.data.evaluation import EvaluationBatches
 from pipeline.data.mixture import mix
 from pipeline.data.split import Rows, Streams, split, whole
 from pipeline.files import check_writable
-from pipeline.formats.base_model import config_ties, read_base, say_remarks
+from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.model import unsupported, weights
 from pipeline.model.stage import tied_head
 from pipeline.names import HEAD
@@ -44,7 +44,7 @@ def check_files(model: str, output_dir: str, shell: PreTrainedModel) -> None:
     base = read_base(Path(model), "model")
     with unsupported.named(shell.config.model_type, "finding its weights in the folder's files"):
         weights.check_complete(shell, base)
-    say_remarks(base)
+    warn_of_remarks(base)
     if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
         warn(
             f"{model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
@@ -77,7 +77,7 @@ def read_data(config: Config, tokenizer: Any, plan: Resolved | None = None) -> D
             dataset, name, tokenizer, cache, plan, eval_size=dataset.eval_size, eval_split=dataset.eval_split
         )
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
-        say(f"data:     {rows}")
+        log(f"data:     {rows}")
         train.append(rows.train)
         if rows.eval is not None:
             evaluation[name] = rows.eval
@@ -102,7 +102,7 @@ def _chunks(
         **held_out,
     )
     for report in streams.reports:
-        say(f"data:     {report}")
+        log(f"data:     {report}")
         if plan is not None:
             data_fits.check_ids(report, tokenizer, data_fits.embedding_rows(plan.shell))
     return streams
@@ -150,7 +150,7 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     info = batches.info(Position())
     per_step = batches.micro_batches_per_step
     steps = batches.steps_per_epoch(0)
-    say(
+    log(
         f"a step:   {per_step} micro-batches ({config.gradient_accumulation_steps} accumulated × {replicas} replica(s)) "
         f"= {len(info.rows)} chunks = {info.tokens:,} tokens"
     )
@@ -162,6 +162,6 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
             f"warmup_steps: {warmup} steps of warmup in a run of {total:.0f}: the learning rate never reaches "
             f"optimizer.lr = {config.optimizer.lr:g}; give fewer"
         )
-    say(
+    log(
         f"the run:  {epochs}{limit}; warmup {config.warmup_steps:g}, then {config.lr_scheduler} at lr {config.optimizer.lr:g}"
     )

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.schema import Config
 from pipeline.config.tables import Dataset, EvalDataset
-from pipeline.console import Problems, UserError, gib, said_if_slow, say, warn
+from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
@@ -52,17 +52,17 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     return resolved
 
 
-@said_if_slow("starting: looking at the model, without its weights")
+@log_if_slow("starting: looking at the model, without its weights")
 def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> Resolved:
     base = base_of(config)
     shell = empty_model(model_config, base.dtype, base.attn_implementation)
     check_apart(config, shell)
     if base.scheme and (quantised := quantized.foresee(shell, base.scheme)):
-        say(f"base:     {len(quantised)} linear layers in {base.scheme}")
+        log(f"base:     {len(quantised)} linear layers in {base.scheme}")
     trained = trained_of(config, base, shell)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_adapter_of(trained, config.init_adapter)
-        say(f"          begins with the weights of {config.init_adapter}")
+        log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), base, trained)
     return Resolved(base, shell, trained, cut_into_stages(config, shell, trained))
 
@@ -93,32 +93,32 @@ def trained_of(config: Config, base: BaseModel, shell: PreTrainedModel) -> Train
     in_full = trained_modules.resolve(shell, config.trainable_modules, adapter.targets)
     if in_full:
         described = trained_modules.describe(shell, config.trainable_modules, in_full)
-        say(f"          and in full, in {dtype_name(base.dtype)}: {described}")
+        log(f"          and in full, in {dtype_name(base.dtype)}: {described}")
     return Trained(adapter, in_full=in_full, tied=tied)
 
 
 def check_apart(config: Config, shell: PreTrainedModel) -> None:
     """UserError with all mistakes at once that have nothing to do with each other: layers, modules, stages, paths."""
-    problems, n_layers = Problems(), len(shell.base_model.layers)
+    errors, n_layers = CollectedErrors(), len(shell.base_model.layers)
     layers = list(range(n_layers))
-    with problems.found():
+    with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
     if not config.full_fine_tune:
         names = config.target_modules or families.default_targets(config.adapter_type)
-        with problems.found():
+        with errors.collect():
             layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
-        with problems.found():
+        with errors.collect():
             adapters.resolve_targets(shell, names, layers)
-        with problems.found():
+        with errors.collect():
             trained_modules.resolve(shell, config.trainable_modules, [])
-    with problems.found():
+    with errors.collect():
         partition.check_possible(config.layers_per_stage, config.pipeline_stages, n_layers)
     # Looking for files warns of what it finds, and it is done again when they are read.
     datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
-    for dataset in datasets if problems.errors else ():
-        with problems.found():
+    for dataset in datasets if errors.errors else ():
+        with errors.collect():
             find(dataset.dataset_type, dataset.dataset_path)
-    problems.settle()
+    errors.raise_all()
 
 
 def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
@@ -142,7 +142,7 @@ def own_weights(targets: list[str] | str | None, shell: PreTrainedModel) -> list
             f"target_modules: no parameter has {', '.join(unknown)} in its name; there are {', '.join(sorted(there))}"
         )
     which = "" if targets is None else f", those of {', '.join(targets)}"
-    say(f"training: the model's own weights{which}")
+    log(f"training: the model's own weights{which}")
     return targets
 
 
@@ -157,12 +157,12 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> AdapterSpec:
     families.check_fits(adapter, shell)
     where = "the output of" if adapter.family in families.ON_THE_OUTPUT else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    say(f"training: {adapter.family} on {where} {modules}, {adapters.describe_layers(layers_of(targets), n_layers)}")
+    log(f"training: {adapter.family} on {where} {modules}, {adapters.describe_layers(layers_of(targets), n_layers)}")
     for line in adapters.describe_targets(shell, targets, layers):
-        say(f"          {line}")
+        log(f"          {line}")
     if names == "all-linear" and (left_out := adapters.routers(shell, layers)):
-        say(f"          without {', '.join(left_out)}, which only choose")
-    say(f"          {families.describe(adapter)}")
+        log(f"          without {', '.join(left_out)}, which only choose")
+    log(f"          {families.describe(adapter)}")
     return adapter
 
 
@@ -223,18 +223,18 @@ def cut_into_stages(config: Config, shell: PreTrainedModel, trained: Trained) ->
         active_share_of_experts=_active_share(shell.config),
     )
     if config.activation_checkpointing == "auto" and not config.layers_per_stage:
-        say("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
+        log("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
         return partition.split(cost, config.pipeline_stages)
     if config.layers_per_stage:
         ranges = partition.explicit(config.layers_per_stage, len(cost.layers))
-        say("stages:   as layers_per_stage says")
+        log("stages:   as layers_per_stage says")
     else:
         ranges = partition.split(cost, config.pipeline_stages)
-        say("stages:   balanced by floating-point operations, the head's included")
+        log("stages:   balanced by floating-point operations, the head's included")
     shares, sizes = partition.shares(cost, ranges), partition.stage_bytes(cost, ranges)
     for stage, ((first, end), share, size) in enumerate(zip(ranges, shares, sizes, strict=True)):
         extra = (" + embedding" if stage == 0 else "") + (" + head" if stage == len(ranges) - 1 else "")
-        say(
+        log(
             f"  stage {stage}: layers {first} to {end - 1} ({end - first}){extra}, "
             f"{gib(size)} of weights, {share:.0%} of the work"
         )
