@@ -213,8 +213,8 @@ def test_a_quantised_weight_is_refused_and_an_embedding_beside_it_is_not(folders
     with pytest.raises(UserError, match=r"'o_proj' names .*o_proj, whose weight is quantised"):
         plan(folders["tied"], trainable_modules=["o_proj"], **four)
     kept = {"quantization": {"bnb": {"load_in_4bit": True, "llm_int8_skip_modules": ["o_proj"]}}}
-    assert len(plan(folders["tied"], trainable_modules=["o_proj"], **kept)[1].in_full) == 4
-    assert len(plan(folders["tied"], trainable_modules=NAMES, **four)[1].in_full) == 11
+    assert len(plan(folders["tied"], trainable_modules=["o_proj"], **kept)[1].trained.in_full) == 4
+    assert len(plan(folders["tied"], trainable_modules=NAMES, **four)[1].trained.in_full) == 11
 
 
 # Gradients
