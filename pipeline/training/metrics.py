@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.console import duration, gib, rank, say
+from pipeline.console import duration, gib, log, rank
 from pipeline.files import sync_stream, write_text
 
 
@@ -107,7 +107,7 @@ class Clock:
     def line(self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float, memory: int) -> None:
         """Say one line about `step`."""
         left = self._spent / self._steps * (self._total - step)
-        say(
+        log(
             f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.3g}  {tokens_per_s:,.0f} tokens/s  "
             f"{gib(memory)}  {duration(self._spent)} elapsed, {duration(left)} left"
         )

@@ -1,4 +1,4 @@
-"""The house: what has one home is written nowhere else: layers' numbers, the head's name, dtypes, the disk. Read from the source."""
+"""The house: what has one home is written nowhere else: numbers of layers, the head, dtypes, the disk. Read from the source."""
 
 import ast
 import re

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pipeline.console import say, warn
+from pipeline.console import log, warn
 from pipeline.files import rename
 
 FOLDER = "profile"
@@ -53,4 +53,4 @@ class StepProfiler:
         except (OSError, RuntimeError) as error:
             warn(f"{self.file}: cannot be written: {error}; the run goes on")
             return
-        say(f"profile:  {self._steps} steps in {self.file.parent}")
+        log(f"profile:  {self._steps} steps in {self.file.parent}")
