@@ -82,7 +82,8 @@ def test_reads_back_what_was_written(tmp_path: Path, kind: Kind, dtype: torch.dt
     assert list(adapter.pairs) == [f"model.layers.{i}.mlp.down_proj" for i in range(12)]
     for module, pair in adapter.pairs.items():
         assert pair.scaling == 1.5
-        assert pair.A.dtype == dtype and torch.equal(pair.A, tensors[f"{module}.A"])
+        assert pair.A.dtype == dtype
+        assert torch.equal(pair.A, tensors[f"{module}.A"])
         assert torch.equal(pair.B, tensors[f"{module}.B"])
     assert b"secret" not in b"".join(path.read_bytes() for path in (tmp_path / "a").iterdir())
 
@@ -101,11 +102,14 @@ def test_the_files_are_what_the_design_says(tmp_path: Path) -> None:
         own = json.loads(stored.metadata()["mulora_pipe"])
         names = set(stored.offset_keys())
     assert names == {f"base_model.model.{m}.peanut_{x}.weight" for m in down_proj() for x in "AB"}
-    assert own["step"] == 100 and own["layers"] == [0, 1, 2] and own["kind"] == "multiplicative_lora"
+    assert own["step"] == 100
+    assert own["layers"] == [0, 1, 2]
+    assert own["kind"] == "multiplicative_lora"
     assert (own["rank"], own["alpha"], own["scaling"], own["train_logit_scale"]) == (4, 6.0, 1.5, 1.0)
     assert own["version"] == version.full()
     mode = (tmp_path / "a" / "adapter_model.safetensors").stat().st_mode
-    assert stat.S_IMODE(mode) & stat.S_IRUSR and not stat.S_IMODE(mode) & stat.S_IWOTH
+    assert stat.S_IMODE(mode) & stat.S_IRUSR
+    assert not stat.S_IMODE(mode) & stat.S_IWOTH
 
 
 def test_a_folder_with_something_in_it_is_kept_unless_replaced(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_files_of_every_form_read_the_same(tmp_path: Path, form: str) -> None:
 def test_directions_for_all_layers_in_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     for tensor in (torch.randn(D).to(dtype), torch.randn(1, 2, D).to(dtype)):
         found = read_directions(stored(tmp_path, {"v": tensor}), [0, 3], LAYERS, D)
-        assert found.keys() == {0, 3} and all(torch.equal(rows, tensor.reshape(-1, D)) for rows in found.values())
+        assert found.keys() == {0, 3}
+        assert all(torch.equal(rows, tensor.reshape(-1, D)) for rows in found.values())
 
 
 def test_units_in_fp64_at_any_length() -> None:

@@ -20,8 +20,8 @@ from pipeline import files as files_module
 from pipeline.console import UserError, run_command
 from pipeline.files import atomic_file
 from tests.helpers.artifacts import edit_json, files_of, make_base, multiplicative, random_tensors
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("peft", "gguf")
 
 
@@ -63,7 +63,8 @@ def refuses(
     """The command ends with `code` and a message that matches `words`, and every file is as it was."""
     before = files_of(work)
     found, message = run(format, *flags, output=output)
-    assert found == code and re.search(words, message), message
+    assert found == code, message
+    assert re.search(words, message), message
     assert files_of(work) == before
 
 
@@ -71,11 +72,13 @@ def refuses(
 def test_a_dry_run_says_everything_and_writes_nothing(work: Path, run: Callable, format: str) -> None:
     before = files_of(work)
     code, text = run(format, "--dry-run")
-    assert code == 0 and files_of(work) == before
+    assert code == 0
+    assert files_of(work) == before
     for words in ("A' = A·W", "rank 4, s = 6 / 4 = 1.5", "3 of 30 tensors", "dry run: nothing was written"):
         assert words in text, text
     assert ("architecture llama" in text) == (format == "gguf")
-    assert run(format)[0] == 0 and (work / "out").exists()
+    assert run(format)[0] == 0
+    assert (work / "out").exists()
 
 
 def test_an_adapter_of_another_base_is_exported_with_a_warning(work: Path, run: Callable) -> None:
@@ -83,7 +86,8 @@ def test_an_adapter_of_another_base_is_exported_with_a_warning(work: Path, run: 
     shutil.rmtree(work / "adapter")
     multiplicative(work / "adapter", base_model="owner/other")
     code, text = run("peft")
-    assert code == 0 and "was trained on owner/other" in text
+    assert code == 0
+    assert "was trained on owner/other" in text
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -25,7 +25,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(words: str, base: Path, adapters: Path | list[Path], out: Path, **asked: Any) -> None:
     with pytest.raises(UserError, match=words) as caught:
         merge(base, adapters, out, **asked)
-    assert caught.value.exit_code == 2 and not out.exists()
+    assert caught.value.exit_code == 2
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,8 @@ def test_a_fold_that_computes_something_else_is_found(llama: Path, tmp_path: Pat
     monkeypatch.setattr(of, "on", lambda *_: fault)
     with pytest.raises(UserError, match="deviates from the fold in fp64 by") as caught:
         merge(llama, tmp_path / "adapter", tmp_path / "out")
-    assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
 
 
 def test_programs_for_pairs_refuse_the_others_in_one_sentence(llama: Path, tmp_path: Path) -> None:

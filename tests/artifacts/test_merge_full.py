@@ -62,7 +62,8 @@ def ours(folder: Path, full: dict[str, torch.Tensor], **facts: Any) -> dict[str,
 def refused(words: str, base: Path, adapters: Path | list[Path], out: Path, **asked: Any) -> None:
     with pytest.raises(UserError, match=words) as caught:
         merge(base, adapters, out, **asked)
-    assert caught.value.exit_code == 2 and not out.exists()
+    assert caught.value.exit_code == 2
+    assert not out.exists()
 
 
 BESIDE = {
@@ -97,7 +98,8 @@ def test_what_peft_trained_in_full_takes_the_bases_place(llama: Path, tmp_path: 
     for figure in figures:
         if figure.name in replaced:
             moved = replaced[figure.name].double() - before[figure.name].double()
-            assert figure.gain == pytest.approx(1.0) and figure.error == 0
+            assert figure.gain == pytest.approx(1.0)
+            assert figure.error == 0
             # Biases of fp32 less each other: 2⁻²⁴ of them, which are ten times what they moved by.
             assert figure.size == pytest.approx(float(moved.norm() / before[figure.name].double().norm()), rel=1e-5)
 
@@ -189,7 +191,8 @@ def test_an_embedding_trained_beside_a_head_of_its_own_unties_the_base(tied: Pat
     merge(tied, tmp_path / "adapter", tmp_path / "out")
     assert "tie_word_embeddings = false in the result" in capsys.readouterr().out
     found = tensors_of(tmp_path / "out")
-    assert torch.equal(found[EMBEDDING], full[EMBEDDING]) and torch.equal(found[HEAD], tensors_of(tied)[EMBEDDING])
+    assert torch.equal(found[EMBEDDING], full[EMBEDDING])
+    assert torch.equal(found[HEAD], tensors_of(tied)[EMBEDDING])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 

@@ -76,7 +76,8 @@ def test_memory_is_below_that_of_two_tensors_of_a_gibibyte(bases: Path, tmp_path
     assert done.returncode == 0, done.stderr
     whole = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
     written = sum(file.stat().st_size for file in (tmp_path / "out_large").glob("*.safetensors"))
-    assert whole > 2**30 and (written == whole or "adapters" not in CASES[case])
+    assert whole > 2**30
+    assert written == whole or "adapters" not in CASES[case]
     shutil.rmtree(tmp_path / "out_large")
     print(f"{case}: {int(done.stdout) / 2**20:.0f} MiB more")
     assert int(done.stdout) < 2 * 2 * ROWS * COLUMNS, f"{int(done.stdout) / 2**20:.0f} MiB more"

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.artifacts.fold.merge import merge
 from tests.helpers.artifacts import FACTS, bytes_of, files_of, random_tensors
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 def big_base(folder: Path, layers: int, rows: int, columns: int, files: int) -> Path:
@@ -150,7 +149,9 @@ def test_the_command_needs_neither_deepspeed_nor_transformers(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert bytes_of(tmp_path / "out").keys() == bytes_of(base).keys()
     again = subprocess.run(command(*names), cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 2 and again.stderr.startswith("error: ") and "Traceback" not in again.stderr
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert "Traceback" not in again.stderr
 
 
 GROWTH = """

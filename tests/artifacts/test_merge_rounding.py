@@ -69,7 +69,8 @@ def test_figures_of_what_survived_against_fp64(tmp_path: Path, capsys: pytest.Ca
         assert figure.size == pytest.approx(np.linalg.norm(change) / np.linalg.norm(W), rel=1e-5)
     text = capsys.readouterr()
     assert min(figure.gain for figure in figures) < 0.95
-    assert "--dtype float16 or --dtype float32" in text.err and f"{100 * min(f.gain for f in figures):.0f}%" in text.err
+    assert "--dtype float16 or --dtype float32" in text.err
+    assert f"{100 * min(f.gain for f in figures):.0f}%" in text.err
     assert all(f"{figure.gain:7.4f}" in text.out for figure in figures)
     stored = json.loads((tmp_path / "out" / "fold_report.json").read_text())
     assert stored["version"] == version.full()
@@ -93,7 +94,8 @@ def test_figures_against_the_measured_table(size, bf16_gain, bf16_error, bf16_un
     assert in_bf16.gain == pytest.approx(bf16_gain, abs=0.02)
     assert in_bf16.error == pytest.approx(bf16_error, abs=0.02)
     assert in_bf16.unchanged == pytest.approx(bf16_unchanged, abs=0.02)
-    assert in_fp16.gain == pytest.approx(1.0, abs=0.01) and in_fp16.error == pytest.approx(fp16_error, abs=0.02)
+    assert in_fp16.gain == pytest.approx(1.0, abs=0.01)
+    assert in_fp16.error == pytest.approx(fp16_error, abs=0.02)
 
 
 def test_float16_or_float32_output_keeps_what_bfloat16_loses(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -103,9 +105,8 @@ def test_float16_or_float32_output_keeps_what_bfloat16_loses(tmp_path: Path, cap
         dtype: [figure.gain for figure in merge(base, tmp_path / "adapter", tmp_path / dtype, dtype=dtype)]
         for dtype in OUTPUT_DTYPES[2:]
     }
-    assert all(abs(gain - 1) < 0.01 for gain in gains["float16"]) and all(
-        abs(gain - 1) < 1e-4 for gain in gains["float32"]
-    )
+    assert all(abs(gain - 1) < 0.01 for gain in gains["float16"])
+    assert all(abs(gain - 1) < 1e-4 for gain in gains["float32"])
     assert not capsys.readouterr().err.count("warning")
 
 

@@ -146,7 +146,8 @@ def test_a_composition_in_the_wrong_order_is_found(llama: Path, tmp_path: Path, 
     monkeypatch.setattr(fold_rows, "compose", lambda steps, blocks, device: real(steps[::-1], blocks, device))
     with pytest.raises(UserError, match="deviates from the fold in fp64") as refused:
         merge(llama, [tmp_path / "0", tmp_path / "1"], tmp_path / "out")
-    assert refused.value.exit_code == 3 and not (tmp_path / "out").exists()
+    assert refused.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
 
 
 def test_figures_and_report_of_each_adapter(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -174,7 +175,8 @@ def test_figures_and_report_of_each_adapter(llama: Path, tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert "W₁ = W + s₁·B₁·(A₁·W); W' = W₁ + s₂·B₂·(A₂·W₁) in fp32, rounded once at the end" in said
     assert "left out by --layers: 1 modules, model.layers.2.mlp.down_proj" in said
-    assert "6 / 4 × 0.5 (--scale) = 0.75" in said and "adapter 2 1: 4 tensors, alone" in said
+    assert "6 / 4 × 0.5 (--scale) = 0.75" in said
+    assert "adapter 2 1: 4 tensors, alone" in said
 
 
 def test_layers_restrict_every_adapter(llama: Path, tmp_path: Path) -> None:
@@ -214,7 +216,9 @@ def test_the_command_takes_several_and_says_how_they_compose(llama: Path, tmp_pa
         adapter(tmp_path / f"{n}", down_proj(), "multiplicative_lora", seed=n)
     both = [str(tmp_path / "0"), str(tmp_path / "1")]
     code, said, _ = command(llama, "--lora", *both, "--scale", "0.5", "2", "--layers", "1:2")
-    assert code == 0 and "× 0.5 (--scale)" in said and "× 2 (--scale)" in said
+    assert code == 0
+    assert "× 0.5 (--scale)" in said
+    assert "× 2 (--scale)" in said
     merge(llama, [tmp_path / "0", tmp_path / "1"], tmp_path / "same", scale=[0.5, 2.0], layers="1:2")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "same")
     assert "(I + s3·B3·A3)·(I + s2·B2·A2)·(I + s1·B1·A1)·W" in " ".join(
@@ -238,7 +242,9 @@ def test_requests_that_cannot_be_carried_out(llama: Path, tmp_path: Path, comman
     adapter(tmp_path / "0", down_proj(), "multiplicative_lora", seed=0)
     adapter(tmp_path / "1", dict(list(down_proj().items())[1:]), "multiplicative_lora", seed=1)
     code, _, error = command(llama, "--lora", str(tmp_path / "0"), str(tmp_path / "1"), *flags)
-    assert code == 2 and not (tmp_path / "out").exists() and "Traceback" not in error
+    assert code == 2
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in error
     assert re.search(words, error), error
 
 
@@ -248,7 +254,9 @@ def test_one_adapter_that_does_not_fit_stops_them_all(llama: Path, tmp_path: Pat
     adapter(tmp_path / "1", {**down_proj(1), "model.layers.7.mlp.down_proj": (32, 48)}, "lora", seed=1)
     for flags in ([], ["--layers", "0"]):
         code, _, error = command(llama, "--lora", str(tmp_path / "0"), str(tmp_path / "1"), *flags)
-        assert code == 2 and "model.layers.7.mlp.down_proj" in error and not (tmp_path / "out").exists()
+        assert code == 2
+        assert "model.layers.7.mlp.down_proj" in error
+        assert not (tmp_path / "out").exists()
 
 
 def test_kind_decides_for_the_adapter_that_leaves_it_open(llama: Path, tmp_path: Path, command) -> None:
@@ -260,9 +268,12 @@ def test_kind_decides_for_the_adapter_that_leaves_it_open(llama: Path, tmp_path:
     save_file(named, tmp_path / "square" / "adapter_model.safetensors")
     both = ["--lora", str(tmp_path / "ours"), str(tmp_path / "square")]
     code, _, error = command(llama, *both)
-    assert code == 2 and "--kind lora or --kind multiplicative_lora" in error
+    assert code == 2
+    assert "--kind lora or --kind multiplicative_lora" in error
     code, said, _ = command(llama, *both, "--kind", "lora")
-    assert code == 0 and "ours: multiplicative_lora" in said and "square: lora" in said
+    assert code == 0
+    assert "ours: multiplicative_lora" in said
+    assert "square: lora" in said
 
 
 @pytest.mark.parametrize(

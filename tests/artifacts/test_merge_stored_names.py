@@ -108,7 +108,8 @@ def test_weights_stored_under_other_names_are_folded(tmp_path: Path, model_type:
     live = adapted(base, tmp_path / "adapter", target_modules=targets, **patterns)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     found, stored = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "base")
-    assert found.keys() == stored.keys() and found[name] != stored[name]
+    assert found.keys() == stored.keys()
+    assert found[name] != stored[name]
     assert close(logits(load_model(tmp_path / "out")), live)
     assert (live - before).abs().max() > 1e-2
     merge(tmp_path / "out", tmp_path / "adapter", tmp_path / "back", unmerge=True)
@@ -136,7 +137,8 @@ def test_the_text_half_of_a_model_of_text_and_pictures(tmp_path: Path, model_typ
     targets = ["o_proj", "out_proj", "in_proj_qkv"]
     live = adapted(load_model(tmp_path / "base"), tmp_path / "adapter", target_modules=targets)
     modules = load_adapter(tmp_path / "adapter").modules
-    assert modules and not any(f"{module}.weight" in tensors_of(tmp_path / "base") for module in modules)
+    assert modules
+    assert not any(f"{module}.weight" in tensors_of(tmp_path / "base") for module in modules)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert bytes_of(tmp_path / "out").keys() == bytes_of(tmp_path / "base").keys()
     assert close(logits(load_model(tmp_path / "out")), live)
@@ -157,7 +159,8 @@ def test_multiplicative_pairs_of_weights_that_lie_in_one_tensor(tmp_path: Path) 
     for module, rows in ((q, slice(0, 64)), (v, slice(96, 128))):
         wanted[rows] = fold64(W[rows], pairs[f"{module}.A"], pairs[f"{module}.B"], 1.5, multiplicative=True)
     found = tensors_of(tmp_path / "out")[stored].double().numpy()
-    assert abs(found - wanted).max() < 5e-6 and abs(wanted - W).max() > 1e-2
+    assert abs(found - wanted).max() < 5e-6
+    assert abs(wanted - W).max() > 1e-2
     export(tmp_path / "base", tmp_path / "adapter", tmp_path / "peft", format="peft")
     A = tensors_of(tmp_path / "peft")[f"base_model.model.{v}.lora_A.weight"].double()
     assert (A - pairs[f"{v}.A"].double() @ torch.from_numpy(W[96:128])).abs().max() < 5e-6
@@ -242,7 +245,8 @@ def test_every_model_with_conv1d_is_known() -> None:
                 case ast.Assign(targets=[ast.Attribute(attr=name)], value=ast.Call(func=ast.Name(id="Conv1D"))):
                     users.add(file.parent.name)
                     names.add(name)
-    assert users == {"gpt2", "openai", "imagegpt", "decision_transformer", "clvp"} and names == set(CONV1D_MODULES)
+    assert users == {"gpt2", "openai", "imagegpt", "decision_transformer", "clvp"}
+    assert names == set(CONV1D_MODULES)
     assert set(CONV1D_TYPES) == {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 
 

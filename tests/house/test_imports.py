@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 120
 

@@ -76,9 +76,11 @@ def test_gradients_are_the_same(
     output, right = gradients(stage_with_adapters(folders[kind], first, end, False, dropout), x)
     ours, found = gradients(stage_with_adapters(folders[kind], first, end, mode, dropout), x)
     assert torch.equal(ours, output)
-    assert found.keys() == right.keys() and len(right) == 2 * (end - first) + (first > 0)
+    assert found.keys() == right.keys()
+    assert len(right) == 2 * (end - first) + (first > 0)
     for name, gradient in right.items():
-        assert gradient.any() and torch.equal(found[name], gradient), name
+        assert gradient.any(), name
+        assert torch.equal(found[name], gradient), name
 
 
 def test_dropout_is_no_sham(folders: dict) -> None:
@@ -107,10 +109,12 @@ def test_only_the_layers_inputs_are_kept(folders: dict, mode: bool | str, monkey
     x = torch.randn(2, 24, 32).requires_grad_()
     output = stage((x, POSITIONS))
     gc.collect()
-    assert len(inside) == 3 and all(ref() is None for ref in inside), "what attention returned is gone"
+    assert len(inside) == 3, "what attention returned is gone"
+    assert all(ref() is None for ref in inside), "what attention returned is gone"
     if mode == "unsloth":
         assert copies == [x.shape] * 3
-        assert inputs[1]() is None and inputs[2]() is None, "the device's own copies are gone"
+        assert inputs[1]() is None, "the device's own copies are gone"
+        assert inputs[2]() is None, "the device's own copies are gone"
     else:
         assert not copies
     output.sum().backward()
@@ -125,7 +129,8 @@ def test_evaluation_runs_each_layer_once_and_keeps_nothing(folders: dict, mode: 
         layer.mlp.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad():
         output = stage((token_ids(), POSITIONS))
-    assert not output.requires_grad and len(runs) == 4
+    assert not output.requires_grad
+    assert len(runs) == 4
 
 
 def test_false_leaves_the_layers_alone(folders: dict) -> None:

@@ -108,7 +108,8 @@ def test_over_a_4_bit_layer() -> None:
     base.load_state_dict(linear().state_dict())
     base = base.to(CPU).requires_grad_(False).train()
     W = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-    assert base.weight.dtype == torch.uint8 and W.shape == (D_OUT, D_IN)
+    assert base.weight.dtype == torch.uint8
+    assert W.shape == (D_OUT, D_IN)
     module, (x, g) = adapter(base), inputs()
     assert_close(run(module, x, g), by_hand(x, W, base.bias, module.A, module.B, g), FP32)
 
@@ -122,7 +123,8 @@ def test_16_bit_base_with_fp32_adapter_rounds_once() -> None:
     # Half a unit in the last place of bf16 (2⁻⁸ of the value), and the fp32 sums before it.
     assert ((output.double() - exact).abs() <= exact.abs() * 2**-8 + FP32 * exact.abs().max()).all()
     output.float().sum().backward()
-    assert module.A.grad.dtype == torch.float32 and module.B.grad.dtype == torch.float32  # type: ignore[union-attr]
+    assert module.A.grad.dtype == torch.float32
+    assert module.B.grad.dtype == torch.float32
 
 
 def test_fp32_base_with_16_bit_adapter_leaves_the_base_output_in_fp32() -> None:

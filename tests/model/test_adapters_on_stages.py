@@ -79,7 +79,8 @@ def test_start_is_kaiming_uniform_and_zero_and_follows_the_seed(folder: Path, ki
     assert not any(p.any() for name, p in trained.items() if name.endswith(".B"))
     for p in a.values():
         bound = p.shape[1] ** -0.5  # √(6 / ((1 + a²)·fan_in)) with a = √5
-        assert p.abs().max() <= bound and p.abs().max() > 0.9 * bound
+        assert p.abs().max() <= bound
+        assert p.abs().max() > 0.9 * bound
         # The standard deviation of U(±bound) is bound/√3; its estimate from n values is off by a share of 0.45/√n.
         assert abs(float(p.std()) * 3**0.5 / bound - 1) < 5 * 0.45 / p.numel() ** 0.5
     values = {tuple(p.flatten().tolist()) for p in a.values()}

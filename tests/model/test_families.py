@@ -127,7 +127,8 @@ def test_a_start_changes_nothing_and_does_not_depend_on_the_cut(folder: Path, fa
     config = config_of(folder, family)
     one, two = stages_of(folder, config, [0, 4]), stages_of(folder, config, [0, 1, 4])
     first, second = trained(one), trained(two)
-    assert first.keys() == second.keys() and first
+    assert first.keys() == second.keys()
+    assert first
     assert all(torch.equal(first[name], second[name]) for name in first)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -323,7 +324,8 @@ def test_adapter_has_its_own_dtype_over_a_16_bit_base(folder: Path, family: str,
 def test_what_would_compute_something_else_is_refused(changes: dict[str, Any], key: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         loading.validate(small(**changes), "x.toml")
-    assert key in str(caught.value) and said in str(caught.value)
+    assert key in str(caught.value)
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(

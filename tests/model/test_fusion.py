@@ -69,7 +69,8 @@ def test_all_kernels_compute_what_none_do(tmp_path: Path, kind: str) -> None:
     fused, taken = stage_of(tmp_path, ALL)
     assert dict(taken) == EXPECTED[kind]
     expected, found = gradients(plain), gradients(fused)
-    assert expected.keys() == found.keys() and len(found) == 7
+    assert expected.keys() == found.keys()
+    assert len(found) == 7
     for name, tensor in expected.items():
         # fp32: a backward through four layers rounds some hundred times; errors of 2⁻²⁴ add up as their root.
         assert (found[name] - tensor).norm() <= 20 * 2**-24 * tensor.norm(), name
@@ -94,12 +95,14 @@ def test_a_stage_without_weights_takes_the_same(tmp_path: Path, kind: str, dtype
     (real, found), (empty, planned) = (
         stage_of(tmp_path, ALL, dtype=dtype, loaded=with_it) for with_it in (True, False)
     )
-    assert all(p.is_meta for p in empty.parameters()) and dict(planned) == dict(found) == EXPECTED[kind]
+    assert all(p.is_meta for p in empty.parameters())
+    assert dict(planned) == dict(found) == EXPECTED[kind]
     forwards = [
         {name: description(m.forward) for name, m in stage.named_modules() if "forward" in vars(m)}
         for stage in (real, empty)
     ]
-    assert forwards[0] == forwards[1] and len(forwards[0]) == sum(found.values())
+    assert forwards[0] == forwards[1]
+    assert len(forwards[0]) == sum(found.values())
 
 
 def description(forward: Any) -> tuple[Any, ...]:

@@ -37,7 +37,8 @@ def test_free_ranges(capacity: int, steps: list[int]) -> None:
                 runs = "".join("." if owner is None else "x" for owner in owners).split("x")
                 assert max(map(len, runs)) < granules, "there was room"
                 continue
-            assert start % ALIGNMENT == 0 and start + n <= capacity
+            assert start % ALIGNMENT == 0
+            assert start + n <= capacity
             mine = slice(start // ALIGNMENT, start // ALIGNMENT + granules)
             assert owners[mine] == [None] * granules, "nobody else holds it"
             owners[mine] = [step] * granules
@@ -51,7 +52,8 @@ def test_free_ranges(capacity: int, steps: list[int]) -> None:
     for start, size in held:
         free.give_back(start, size)
     whole = capacity // ALIGNMENT * ALIGNMENT
-    assert free.ranges == ([(0, whole)] if whole else []) and free.taken == 0
+    assert free.ranges == ([(0, whole)] if whole else [])
+    assert free.taken == 0
 
 
 # Any order
@@ -71,7 +73,8 @@ def test_any_order_gives_back_what_was_kept(seed: int, capacity: int) -> None:
 
     def check(tensor: Tensor, drawn: Drawn) -> None:
         right = drawn.form.view(drawn.memory)
-        assert same_form(tensor, drawn, right) and torch.equal(tensor, right)
+        assert same_form(tensor, drawn, right)
+        assert torch.equal(tensor, right)
 
     for _ in train_at_random(random.Random(seed), arena, keep, check, steps=120):
         assert arena.bytes_in_use <= arena.peak_bytes <= capacity
@@ -90,7 +93,8 @@ def test_full_arena_keeps_tensors_on_the_device_and_counts_them(device: torch.de
     arena = HostArena(2 * ALIGNMENT, device)
     ticket, tensors = arena.ticket(), [torch.randn(128, device=device) for _ in range(3)]  # 512 bytes each
     handles = [ticket.put(t) for t in tensors]
-    assert arena.overflowed_bytes == 512 and arena.bytes_in_use == arena.peak_bytes == 1024
+    assert arena.overflowed_bytes == 512
+    assert arena.bytes_in_use == arena.peak_bytes == 1024
     back = [ticket.get(h) for h in handles]
     assert all(torch.equal(b, t) for b, t in zip(back, tensors, strict=True))
     assert [b.data_ptr() == t.data_ptr() for b, t in zip(back, tensors, strict=True)] == [False, False, True]
@@ -108,7 +112,8 @@ def test_a_dropped_ticket_gives_its_slots_back_alone() -> None:
     second.put(torch.ones(256))
     del first
     assert arena.bytes_in_use == 1024, "a later ticket does not hold an earlier one"
-    assert torch.equal(second.get(0), torch.ones(256)) and arena.bytes_in_use == 0
+    assert torch.equal(second.get(0), torch.ones(256))
+    assert arena.bytes_in_use == 0
 
 
 def test_what_a_ticket_refuses() -> None:
@@ -134,7 +139,9 @@ def test_parameters_and_graphs_are_not_kept() -> None:
     ticket = arena.ticket()
     made = torch.ones(3, requires_grad=True) * 2
     back = ticket.get(ticket.put(made))
-    assert not back.requires_grad and back.grad_fn is None and torch.equal(back, made)
+    assert not back.requires_grad
+    assert back.grad_fn is None
+    assert torch.equal(back, made)
 
 
 # A GPU
@@ -185,7 +192,8 @@ def test_any_order_with_late_streams(
     monkeypatch.setattr(arena._copies, "copy", late_copy)
     for _ in train_at_random(rng, arena, keep, check, steps=200):
         pass
-    assert wrong and not torch.stack(wrong).any()
+    assert wrong
+    assert not torch.stack(wrong).any()
     assert arena.bytes_in_use == 0
 
 
@@ -193,7 +201,8 @@ def test_any_order_with_late_streams(
 def test_the_buffer_is_pinned_while_the_arena_lives() -> None:
     arena = HostArena((1 << 20) + 512, torch.device("cuda"))
     buffer = arena._buffer
-    assert buffer.is_pinned() and buffer.nbytes == (1 << 20) + 512
+    assert buffer.is_pinned()
+    assert buffer.nbytes == (1 << 20) + 512
     del arena
     assert not buffer.is_pinned()
 

@@ -55,8 +55,10 @@ def test_any_order_of_streams_gives_the_right_values(seed: int, capacity: int) -
         arena.advance()
         machine.run()
     assert not wrong
-    assert not machine.current.queue and not machine.side.queue, "no stream waits for ever"
-    assert arena.bytes_in_use == 0 and machine.live_bytes == 0, "neither host nor device memory is kept"
+    assert not machine.current.queue, "no stream waits for ever"
+    assert not machine.side.queue, "no stream waits for ever"
+    assert arena.bytes_in_use == 0, "neither host nor device memory is kept"
+    assert machine.live_bytes == 0, "neither host nor device memory is kept"
 
 
 def layer_of(n_tensors: int, n_elements: int) -> list[Drawn]:
@@ -92,7 +94,8 @@ def test_two_tickets_are_on_the_device_however_far_the_cpu_is_ahead() -> None:
             del tensors
         assert machine.peak_live_bytes == 2 * TICKET_BYTES, "this layer's, and the next one's on their way"
         machine.run()
-    assert machine.live_bytes == arena.bytes_in_use == 0 and arena.peak_bytes == LAYERS * TICKET_BYTES
+    assert machine.live_bytes == arena.bytes_in_use == 0
+    assert arena.peak_bytes == LAYERS * TICKET_BYTES
 
 
 def test_copies_overlap_with_the_layers_work() -> None:
@@ -104,14 +107,17 @@ def test_copies_overlap_with_the_layers_work() -> None:
         machine.run(at_most=1, only=machine.current)
         machine.kernel(lambda: None)  # the rest of the layer
         machine.run(only=machine.side)
-        assert machine.side.last.done and machine.current.queue, "copied out before the layer has ended"
+        assert machine.side.last.done, "copied out before the layer has ended"
+        assert machine.current.queue, "copied out before the layer has ended"
         last = arena.ticket(ticket)
         keep_on(machine, last, layer_of(1, ELEMENTS)[0])
         machine.run()
         last.get(0)
         machine.run()
         machine.kernel(lambda: None)  # this layer's backward
-        assert machine.side.last.done and ticket._end is machine.side.last and not machine.current.last.done
+        assert machine.side.last.done
+        assert ticket._end is machine.side.last
+        assert not machine.current.last.done
         before = len(machine.side.queue)
         ticket.get(0)
         assert len(machine.side.queue) == before, "nothing is left to copy at the next ticket's first get"

@@ -289,8 +289,10 @@ def test_a_parallel_block_hands_everything_on_to_attention() -> None:
     assert fusion.put_into(layer, ALL)["parallel_block"] == 1
     y = layer(x, attention_mask=mask, position_embeddings=tables, cu_seq_lens_q=7)
     torch.testing.assert_close(y, expected)
-    assert received.pop("hidden_states").shape == x.shape and asked.pop("hidden_states") is not None
-    assert received == asked and received["cu_seq_lens_q"] == 7
+    assert received.pop("hidden_states").shape == x.shape
+    assert asked.pop("hidden_states") is not None
+    assert received == asked
+    assert received["cu_seq_lens_q"] == 7
 
 
 def test_a_forward_that_has_been_replaced_is_left_alone() -> None:
@@ -344,4 +346,5 @@ def test_decisions_are_the_same_on_fake_tensors() -> None:
 
 def test_a_module_of_another_structure_raises_nothing() -> None:
     strange: Any = SimpleNamespace(gate_proj=None, up_proj=None, down_proj=None, act_fn=None)
-    assert not probe.computes_the_same(strange, lambda mlp: silu) and not probe.is_parallel_block(nn.Linear(2, 2))
+    assert not probe.computes_the_same(strange, lambda mlp: silu)
+    assert not probe.is_parallel_block(nn.Linear(2, 2))

@@ -134,7 +134,8 @@ def test_names_are_whole_parts_and_in_every_layer() -> None:
         "model.norm.weight",
     ]
     assert resolve(model, ["self_attn"], [])[:2] == [f"model.layers.0.self_attn.{m}_proj.weight" for m in "qk"]
-    assert resolve(model, ["lm_head"], []) == ["lm_head.weight"] and resolve(model, [], []) == []
+    assert resolve(model, ["lm_head"], []) == ["lm_head.weight"]
+    assert resolve(model, [], []) == []
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
@@ -148,9 +149,9 @@ def test_naming_one_of_a_tied_pair_names_both(name: str) -> None:
 def test_the_first_layer_with_a_gradient() -> None:
     model = shell("llama")
     of = lambda *names: trained_modules.first_layer(model, trained_modules.resolve(model, names, []))  # noqa: E731
-    assert (
-        of("embed_tokens", "norm") == 0 and of("layers.2.input_layernorm") == 2 and of("norm", "lm_head") == 4 == of()
-    )
+    assert of("embed_tokens", "norm") == 0
+    assert of("layers.2.input_layernorm") == 2
+    assert of("norm", "lm_head") == 4 == of()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,8 @@ def test_what_cannot_be_trained_in_full_is_refused(kind: str, name: str, said: s
     targets = targets_of() if kind == "llama" else []
     with pytest.raises(UserError) as caught:
         trained_modules.resolve(shell(kind), ["norm", name], targets)
-    assert said in str(caught.value) and str(caught.value).startswith("trainable_modules: ")
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("trainable_modules: ")
 
 
 def test_of_a_mixture_what_is_stored_as_it_runs_is_trained() -> None:
@@ -202,7 +204,8 @@ def plan(folder: Path, **changes: Any) -> tuple[Any, prepare.ModelPlan]:
 
 def test_a_run_says_what_is_trained_in_full(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, made = plan(folders["tied"], trainable_modules=NAMES)
-    assert made.targets == targets_of((2, 3)) and len(made.in_full) == 2 + 4 + 4 + 1
+    assert made.targets == targets_of((2, 3))
+    assert len(made.in_full) == 2 + 4 + 4 + 1
     count = VOCABULARY * 32 + 9 * 32
     said = "embed_tokens (head and embedding are one), 4 × input_layernorm, 4 × post_attention_layernorm, norm"
     assert f"and in full, in float32: {said}: {count:,} parameters" in capsys.readouterr().out
@@ -230,7 +233,8 @@ def test_gradients_are_those_of_the_whole_model_on_any_number_of_stages(
     trained = trainable(one[0])
     adapter = {n: p.detach().clone() for n, p in trained.items() if n.endswith((".A", ".B"))}
     in_full = trained.keys() - adapter.keys()
-    assert len(in_full) == {"embed_tokens": 10, "lm_head": 6}[names[0]] and len(adapter) == 4
+    assert len(in_full) == {"embed_tokens": 10, "lm_head": 6}[names[0]]
+    assert len(adapter) == 4
     expected = of_the_whole_model(folders[kind], adapter, set(in_full), ids)
     for cuts in CUTS:
         assert_close(gradients(stages_with(folders[kind], cuts, names), ids), expected)
@@ -262,7 +266,9 @@ def test_our_kernels_give_the_same_gradients(folders: dict[str, Path], kind: str
         (fusion.apply(stage, frozenset(fusion.KERNELS)) for stage in stages),
         start=type(fusion.apply(stages[0], frozenset()))(),
     )
-    assert taken["norm"] == 9 and taken["multiplicative"] == 2 and taken["swiglu"] == 2
+    assert taken["norm"] == 9
+    assert taken["multiplicative"] == 2
+    assert taken["swiglu"] == 2
     assert_close(gradients(stages, ids), expected)
 
 
@@ -276,7 +282,8 @@ def test_recomputation_changes_no_bit(folders: dict[str, Path], level: Level, na
     for stage in stages:
         activation.apply(stage, dict.fromkeys(stage.layers, Keeping(level)), gradients_enter=not stage.is_first)
     found = gradients(stages, ids)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # What the planner counts
@@ -290,7 +297,8 @@ def test_the_planner_counts_what_is_trained_in_full(folders: dict[str, Path]) ->
     with_full = planned.costs(config, made.targets, [Level.EVERYTHING], False)(64)
     without = planned.costs(plain, bare.targets, [Level.EVERYTHING], False)(64)
     each = bytes_per_parameter("adamw_kahan", 2)
-    assert with_full.embedding_trained_bytes == VOCABULARY * 32 * each and with_full.embedding_bytes == 0
+    assert with_full.embedding_trained_bytes == VOCABULARY * 32 * each
+    assert with_full.embedding_bytes == 0
     for ours, theirs in zip(with_full.layers, without.layers, strict=True):
         assert ours.trained_bytes - theirs.trained_bytes == 2 * 32 * each
         assert theirs.weight_bytes - ours.weight_bytes == 2 * 32 * 2

@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.kernels import norm, rope, swiglu
 from pipeline.planning.counts.counting import Counter, Counts, as_on_a_gpu, measure, received
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(params=["real", "fake"], autouse=True)
@@ -215,7 +214,8 @@ def test_outside_it_counts_what_the_cpu_does() -> None:
     assert here.forward.kernels > on_a_gpu.forward.kernels == 1
     assert here.forward.elementwise_bytes > on_a_gpu.forward.elementwise_bytes
     assert here.forward_peak_bytes > on_a_gpu.forward_peak_bytes
-    assert norm.pytorch_forward.__name__ == "pytorch_forward" and not hasattr(norm.pytorch_forward, "__wrapped__")
+    assert norm.pytorch_forward.__name__ == "pytorch_forward"
+    assert not hasattr(norm.pytorch_forward, "__wrapped__")
 
 
 def test_a_kernel_s_products_and_what_it_changes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

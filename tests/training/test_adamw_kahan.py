@@ -41,7 +41,8 @@ def assert_as_fp64_says(
 ) -> None:
     """weight + compensation within the drift, and the bf16 weight the nearest one to that."""
     allowed = drift(exact, steps) + rounding_of_changes
-    assert weight.dtype == BF16 and compensation.dtype == torch.float32
+    assert weight.dtype == BF16
+    assert compensation.dtype == torch.float32
     assert ((weight.double() + compensation.double() - exact).abs() <= allowed).all()
     assert ((weight.double() - exact).abs() <= half_ulp(exact) + allowed).all()
 
@@ -239,7 +240,8 @@ def test_state_is_lean_and_steps_without_gradient_are_none() -> None:
         "kahan": torch.float32,
     }
     assert optimizer.state[full]["kahan"].dtype == torch.float32  # 1 − lr·wd rounds in fp32 too
-    assert idle not in optimizer.state and torch.equal(idle, before)
+    assert idle not in optimizer.state
+    assert torch.equal(idle, before)
 
 
 def test_gradients_are_left_as_they_are() -> None:
@@ -257,4 +259,5 @@ def test_groups_have_their_own_rate() -> None:
     optimizer.step()
     moved = [float((start(dtype=torch.float32) - p.detach()).mean()) for p in (fast, slow)]
     # The first update of Adam is lr·g/(|g| + eps); fp32 weights up to 2 round it to 2⁻²⁴.
-    assert abs(moved[0] - 1e-2) < 1e-7 and abs(moved[1] - 5e-6) < 1e-7
+    assert abs(moved[0] - 1e-2) < 1e-7
+    assert abs(moved[1] - 5e-6) < 1e-7

@@ -130,7 +130,8 @@ def test_one_process_s_failure_fails_all_and_leaves_the_older_checkpoint(
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(errors) == 2 and EXIT_DISK_FULL in {error.exit_code for error in errors}
+    assert len(errors) == 2
+    assert EXIT_DISK_FULL in {error.exit_code for error in errors}
     assert checkpoint.find(tmp_path, newest_run=False)[1]["step"] == 2
 
 

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.training.start import plan as planned
-from tests.helpers.builders import BOOKS, only_run, save_model, train, write_config
+from tests.helpers.builders import BOOKS, only_run, train, write_config
 
 ROWS, TOKENS, HIDDEN = 16, 256, 32
 LAYER = ROWS * TOKENS * HIDDEN * 4  # bytes of the input of a layer, which is what 'unsloth' keeps
@@ -31,13 +31,6 @@ def test_the_most_that_stayed_on_the_device_at_once() -> None:
 @pytest.mark.parametrize(("value", "said"), [(1.0, "1"), (12.341, "12.4"), (0.0020004, "0.00201"), (99.96, "100")])
 def test_what_to_set_is_rounded_up(value: float, said: str) -> None:
     assert planned._rounded_up(value) == said
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_model(folder)
-    return folder
 
 
 @pytest.mark.slow
@@ -67,7 +60,8 @@ def test_a_run_with_too_little_host_memory_says_what_would_do(tmp_path: Path, ba
     enough = planned._rounded_up(4 * LAYER / 2**30)
     warnings = [line for line in said.splitlines() if line.startswith("warning: host memory")]
     assert len(warnings) == 2  # after the first step, and at the end
-    assert "1 MiB of what layers keep" in warnings[0] and f"set host_memory_gib = {enough}" in warnings[0]
+    assert "1 MiB of what layers keep" in warnings[0]
+    assert f"set host_memory_gib = {enough}" in warnings[0]
     plan = json.loads((only_run(tmp_path / "runs") / "plan.json").read_text())
     assert [stage["host_overflowed_bytes"] for stage in plan["stages"]] == [4 * LAYER]
     assert "host memory" not in train(1, "--config", str(toml), "--set", f"host_memory_gib={enough}")

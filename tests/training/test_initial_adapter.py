@@ -148,7 +148,8 @@ def test_what_differs_is_named(base: Path, saved: Mapping[str, Path], case: str)
     config = config_of(base, init_adapter=str(saved[family]), **changes)
     with pytest.raises(UserError) as caught:
         families.saved(config, TARGETS, biased_targets=False)
-    assert said in str(caught.value) and str(saved[family]) in str(caught.value)
+    assert said in str(caught.value)
+    assert str(saved[family]) in str(caught.value)
     assert caught.value.exit_code == 2
 
 

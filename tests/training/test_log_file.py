@@ -103,7 +103,8 @@ def test_a_progress_bar_leaves_one_line(tmp_path: Path, log_file: LogFile) -> No
     with console.progress("reading", 1000) as advance:
         for _ in range(1000):
             advance(1)
-    assert re.fullmatch(r"reading: [\d.]+ s", lines(tmp_path)[0][2]) and len(lines(tmp_path)) == 1
+    assert re.fullmatch(r"reading: [\d.]+ s", lines(tmp_path)[0][2])
+    assert len(lines(tmp_path)) == 1
 
 
 def test_names_of_others_begin_no_line(tmp_path: Path, log_file: LogFile) -> None:
@@ -140,7 +141,8 @@ def test_half_a_line_is_ended_before_the_next(
     monkeypatch.undo()
     console.log("there is room again")
     torn, whole = (tmp_path / FILE).read_text().splitlines()
-    assert len(torn) == 9 and LINE.fullmatch(whole)
+    assert len(torn) == 9
+    assert LINE.fullmatch(whole)
 
 
 def test_a_run_that_shows_warnings_only_and_goes_on(tmp_path: Path) -> None:
@@ -160,7 +162,8 @@ def test_a_run_that_shows_warnings_only_and_goes_on(tmp_path: Path) -> None:
         assert any(text.startswith(begins) for text in texts), begins
     details = [text for level, rank, text in first if (level, rank) == ("debug", "0")]
     assert details[0] == f"version:  {version.NAME} {version.full()}"
-    assert "train.py" in details[1] and details[1].endswith("--log_level warning --profile 1")
+    assert "train.py" in details[1]
+    assert details[1].endswith("--log_level warning --profile 1")
     assert {path.name for path in (run / "profile").iterdir()} == {"rank-0.json.gz", "rank-1.json.gz"}
     output = train(2, "--config", str(config), "--set", "max_steps=3", "--resume_from_checkpoint")
     assert "step 3/3 " in output

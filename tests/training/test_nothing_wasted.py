@@ -21,11 +21,12 @@ from pipeline.model.adapters import base as adapters
 from pipeline.model.fusion import apply as fusion
 from pipeline.training.engine import evaluate, prefetch
 from tests.helpers import builders, stage_runs, unsplit
+from tests.helpers.paths import WORKERS
 from tests.helpers.stage_runs import Case, Result
 from tests.helpers.stages import build
 from tests.helpers.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
 
-WORKER = Path(__file__).resolve().parents[1] / "workers" / "traffic_worker.py"
+WORKER = WORKERS / "traffic_worker.py"
 STEPS, MICRO_BATCHES, EVALUATION_ROWS, EVALUATED_AFTER = 3, 3, 4, 1
 TOKENS, WIDTH, ALPHA, RANK, LR, EPS = 64, 32, 8, 4, 1e-2, 1e-3
 HIDDEN, POSITIONS, HEADER = ("float32", (1, TOKENS, WIDTH)), ("int64", (1, TOKENS)), ("int32", (256,))
@@ -240,7 +241,8 @@ def test_prefetch_is_one_ahead_and_changes_nothing() -> None:
     assert read == []
     for index, ((ids, positions, lengths), (labels, scale)) in enumerate(given):
         assert read == list(range(min(index + 2, 4)))
-        assert {t.dtype for t in (ids, positions, lengths, labels)} == {torch.int64} and scale.dtype == torch.float32
+        assert {t.dtype for t in (ids, positions, lengths, labels)} == {torch.int64}
+        assert scale.dtype == torch.float32
         for found, expected in zip(
             (ids, positions, lengths, labels, scale), (index, index + 20, 8, index + 10, index / 2), strict=True
         ):

@@ -123,7 +123,8 @@ def test_no_clipping_at_zero() -> None:
     optimizer, inner = recorded(own, clip=0.0)
     micro_batch(own, [torch.full((4,), 1e6)])
     optimizer.step()
-    assert optimizer.clip_coefficient == 1.0 and inner.seen[0].tolist() == [1e6] * 4
+    assert optimizer.clip_coefficient == 1.0
+    assert inner.seen[0].tolist() == [1e6] * 4
     assert optimizer.grad_norm == pytest.approx(2e6)
 
 
@@ -136,7 +137,9 @@ def test_steps_do_not_leak_into_each_other() -> None:
         assert inner.seen[0].tolist() == [size] * 4
         assert own["p0"].grad is None
     optimizer.step()
-    assert optimizer.grad_norm == 0.0 and inner.seen[0].tolist() == [0.0] * 4 and optimizer.completed_steps == 3
+    assert optimizer.grad_norm == 0.0
+    assert inner.seen[0].tolist() == [0.0] * 4
+    assert optimizer.completed_steps == 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -164,7 +167,9 @@ def test_stage_without_parameters_steps(kind: str) -> None:
     optimizer = PipelineOptimizer({}, make_inner(kind, [{"params": []}], **VALUES), 1.0)
     optimizer.set_lr(1e-3)
     optimizer.step()
-    assert optimizer.grad_norm == 0.0 and optimizer.clip_coefficient == 1.0 and optimizer.completed_steps == 1
+    assert optimizer.grad_norm == 0.0
+    assert optimizer.clip_coefficient == 1.0
+    assert optimizer.completed_steps == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

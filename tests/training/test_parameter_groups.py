@@ -95,13 +95,15 @@ def test_each_parameter_is_in_one_group_with_its_decay() -> None:
     expected = {
         (id(p), LAMBDA if is_fast(name, p) else 1.0, 0.0 if name in undecayed else 0.1) for name, p in own.items()
     }
-    assert len(found) == len(own) and set(found) == expected
+    assert len(found) == len(own)
+    assert set(found) == expected
 
 
 def test_one_group_without_loraplus_and_on_a_stage_that_trains_nothing() -> None:
     own = parameters(FAST)
     (group,) = build(own, fast_ratio=1.0, weight_decay=0.1)
-    assert group["params"] == list(own.values()) and group["lr_factor"] == 1.0
+    assert group["params"] == list(own.values())
+    assert group["lr_factor"] == 1.0
     (nothing,) = build({}, fast_ratio=LAMBDA, weight_decay=0.1)
     assert nothing["params"] == []
 
@@ -161,7 +163,8 @@ def test_groups_learn_as_optimizers_of_their_own(kind: str, other: str) -> None:
         own = kind if name == "first" else other
         inner = make_inner(own, [{"params": list(alone.values())}], **values[name])  # type: ignore[arg-type]
         run(alone, PipelineOptimizer(alone, inner, 0.0), values[name]["lr"])  # type: ignore[arg-type]
-        assert torch.equal(alone[name], together[name]) and not torch.equal(alone[name], start[name])
+        assert torch.equal(alone[name], together[name])
+        assert not torch.equal(alone[name], start[name])
 
 
 def test_pattern_that_names_nothing() -> None:
@@ -181,7 +184,9 @@ def test_optimizers_of_several_types_are_seen_as_one() -> None:
     assert sorted(group["lr"] for group in optimizer.param_groups) == [1e-3, 2e-3]
     (first.sum() + second.sum()).backward()
     optimizer.step()
-    assert "kahan" in inner.state[first] and "exp_avg" in inner.state[second] and len(inner.state) == 2
+    assert "kahan" in inner.state[first]
+    assert "exp_avg" in inner.state[second]
+    assert len(inner.state) == 2
     before = {p: value(inner, p) for p in (first, second)}
     for p in (first, second):
         add(inner, p, torch.full_like(p, 2.0**-13, dtype=torch.float32))  # far below half a unit in the last place

@@ -17,8 +17,9 @@ import pytest
 
 from pipeline.training.run import peers
 from pipeline.training.run.peers import Peers, exit_of
+from tests.helpers.paths import WORKERS
 
-WORKER = Path(__file__).resolve().parents[1] / "workers" / "peer_worker.py"
+WORKER = WORKERS / "peer_worker.py"
 
 
 @pytest.fixture
@@ -76,9 +77,12 @@ def test_a_pause_is_no_stop_and_a_stop_signal_saves(run: Run, number: signal.Sig
         time.sleep(0.4)
         run.processes[0].send_signal(signal.SIGCONT)
         time.sleep(0.2)
-    assert run.processes[0].poll() is None and not run.saved() and not (run.folder / ".stop").exists()
+    assert run.processes[0].poll() is None
+    assert not run.saved()
+    assert not (run.folder / ".stop").exists()
     run.processes[0].send_signal(number)
-    assert run.ended(0)[0] == 75 and run.saved() == ["saved0"]
+    assert run.ended(0)[0] == 75
+    assert run.saved() == ["saved0"]
     assert not (run.folder / "peers").exists(), "the file that the processes share has no name once they have met"
 
 
@@ -86,10 +90,14 @@ def test_who_hangs_is_told_from_who_waits_and_all_save(run: Run) -> None:
     run.start("wait", "hang")
     (run.folder / "go").touch()
     code, output = run.ended(0)
-    assert code == 6 and "rank 1 hangs:\n  rank 1 (process " in output and "): step " in output
-    assert "the others wait:\n  rank 0 (process " in output and "waiting for activations" in output
+    assert code == 6
+    assert "rank 1 hangs:\n  rank 1 (process " in output
+    assert "): step " in output
+    assert "the others wait:\n  rank 0 (process " in output
+    assert "waiting for activations" in output
     code, output = run.ended(1)
-    assert code == 6 and "rank 1 stands at peer_worker.py:" in output
+    assert code == 6
+    assert "rank 1 stands at peer_worker.py:" in output
     assert run.saved() == ["saved0", "saved1"]
     assert (run.folder / ".stop").read_text() == "6"
 
@@ -100,7 +108,9 @@ def test_a_process_that_is_stopped_is_named_and_nobody_waits_for_its_part(run: R
     (run.folder / "go").touch()
     run.processes[1].send_signal(signal.SIGSTOP)
     code, output = run.ended(0)
-    assert code == 6 and "rank 1 hangs:\n" in output and "stopped by a signal " in output
+    assert code == 6
+    assert "rank 1 hangs:\n" in output
+    assert "stopped by a signal " in output
     assert "rank 1's part of the last step cannot be saved; the newest checkpoint is that of step 4" in output
     assert not run.saved()
 
@@ -111,7 +121,8 @@ def test_a_pause_of_the_whole_run_is_nobody_s_hang(run: Run) -> None:
         for process in run.processes:
             process.send_signal(number)
         time.sleep(3 if number == signal.SIGSTOP else 1)  # the timeout is 2 s
-    assert all(process.poll() is None for process in run.processes) and not (run.folder / ".stop").exists()
+    assert all(process.poll() is None for process in run.processes)
+    assert not (run.folder / ".stop").exists()
 
 
 def test_a_process_that_died_is_named_with_its_signal(run: Run) -> None:
@@ -183,10 +194,13 @@ class TestPatience:
             second.doing("the backward pass")
             second.sign(10.0)  # got on
             second.sign(99.0)
-            assert first.hang() is None and second.hang() is None
+            assert first.hang() is None
+            assert second.hang() is None
             second.sign(2.0)
             found = first.hang()
-            assert found and found.speaker == 0 and not found.silent
+            assert found
+            assert found.speaker == 0
+            assert not found.silent
             assert f"rank 1 hangs:\n  rank 1 (process {os.getpid()}): step 2, the backward pass\n" in found.text
             first.doing("the forward pass")
             first.sign(0.0)

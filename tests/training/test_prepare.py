@@ -11,14 +11,7 @@ from pipeline.config.loading import load
 from pipeline.console import UserError
 from pipeline.training.run import folder as run_folder
 from pipeline.training.start import launch, prepare
-from tests.helpers.builders import save_model, write_config
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_model(folder)
-    return folder
+from tests.helpers.builders import write_config
 
 
 def plan(tmp_path: Path, base: Path, **changes: Any) -> prepare.ModelPlan:
@@ -32,7 +25,8 @@ def plan(tmp_path: Path, base: Path, **changes: Any) -> prepare.ModelPlan:
 
 def test_a_plan_says_what_is_trained_where(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(tmp_path, base)
-    assert made.targets == [f"model.layers.{i}.mlp.down_proj" for i in range(3)] and made.ranges[0][0] == 0
+    assert made.targets == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert made.ranges[0][0] == 0
     said = capsys.readouterr().out
     assert "multiplicative_lora on the output of down_proj, layers 0 to 2 (3 of 4: all but the last)" in said
 

@@ -138,7 +138,8 @@ def test_no_level_changes_a_bit(folders: dict[str, Path], scheme: Any, family: s
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), keeping
     if scheme.bits == 4:  # 28 products forward; the more is kept, the fewer run again
         counts = [again[level] for level in Level]
-        assert again[Level.EVERYTHING] == 28 and counts == sorted(counts, reverse=True)
+        assert again[Level.EVERYTHING] == 28
+        assert counts == sorted(counts, reverse=True)
         assert again[Level.INPUT] > again[Level.ATTENTION] > again[Level.PROJECTIONS]
 
 
@@ -221,7 +222,8 @@ def test_the_plan_counts_quantised_weights_and_the_products_of_plain_ones(
         assert 64 * (forward.elementwise_bytes - before.elementwise_bytes) == pytest.approx(moved)
         extra = 64 * (quantised.layers[index].working_bytes - plain.layers[index].working_bytes)
         assert extra == pytest.approx(4 * 64 * 128), "fp32, of the largest weight"
-    assert quantised.embedding_bytes == plain.embedding_bytes and quantised.head.weight_bytes == plain.head.weight_bytes
+    assert quantised.embedding_bytes == plain.embedding_bytes
+    assert quantised.head.weight_bytes == plain.head.weight_bytes
 
 
 # Runs
@@ -259,6 +261,8 @@ def test_two_stages_train_save_and_resume_on_one(tmp_path: Path) -> None:
     assert "resumed:  after step 2" in said
     again, two = outcome(run)
     # fp32 sums in another order; Adam's steps of 1e-2 on rounding noise of 1e-7 are far below this.
-    assert len(first) == 4 and again[-2:] == pytest.approx(first[-2:], rel=1e-4)
-    assert one.keys() == two.keys() and all(tensor.abs().max() > 0 for tensor in one.values())
+    assert len(first) == 4
+    assert again[-2:] == pytest.approx(first[-2:], rel=1e-4)
+    assert one.keys() == two.keys()
+    assert all(tensor.abs().max() > 0 for tensor in one.values())
     assert all((one[name] - two[name]).norm() <= 1e-2 * one[name].norm() for name in one)

@@ -12,16 +12,9 @@ from safetensors.torch import load_file
 
 from pipeline.console import UserError
 from pipeline.training.run.folder import check_continues
-from tests.helpers.builders import BOOKS, ROOT, environment, metrics, save_model, write_config
+from tests.helpers.builders import BOOKS, ROOT, environment, metrics, write_config
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_model(folder)
-    return folder
 
 
 def config(folder: Path, base: Path, **changes: Any) -> str:
@@ -111,7 +104,8 @@ def test_a_start_that_no_checkpoint_holds_has_to_be_the_same(start: str, keys: d
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for key, tensor in one.items():
-        assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key]), key
+        assert tensor.dtype == other[key].dtype, key
+        assert torch.equal(tensor, other[key]), key
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ def test_two_stages_train_from_a_plain_shell(tmp_path: Path) -> None:
         start_new_session=True,
     )
     output = finish(launcher, expect=0, timeout=240)
-    assert "done: 1 steps" in output and "Traceback" not in output
+    assert "done: 1 steps" in output
+    assert "Traceback" not in output
     assert not [path.name for path in SHARED_MEMORY.glob("*") if port in path.name]
     assert not list(home.iterdir())

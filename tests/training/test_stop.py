@@ -14,14 +14,8 @@ import torch
 from pipeline.console import RankError
 from pipeline.training.run import errors
 from pipeline.training.run.stop import Watcher
-from tests.helpers.builders import finish, metrics, only_run, save_model, start, write_config
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_model(folder)
-    return folder
+from tests.helpers.builders import finish, metrics, only_run, start, write_config
+from tests.helpers.paths import WORKERS
 
 
 def test_out_of_memory_while_loading_is_said_as_such() -> None:
@@ -98,7 +92,8 @@ def test_a_stop_ends_in_a_saved_state_and_no_orphan(tmp_path: Path, base: Path, 
     assert (run / f"global_step{done}/manifest.json").exists()
     assert not list(run.glob(".staging-*"))
     if whom == "save_quit":
-        assert (run / f"step{done}/adapter_model.safetensors").exists() and not (run / "save_quit").exists()
+        assert (run / f"step{done}/adapter_model.safetensors").exists()
+        assert not (run / "save_quit").exists()
 
 
 @pytest.mark.slow
@@ -110,7 +105,8 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path, base: Path) -> None:
     assert launcher.returncode != 0
     assert f"error: rank 0: lost rank 1 (process {ranks[1]}): step " in output
     assert "killed by SIGKILL, as the system does when memory runs out" in output or "it is gone" in output
-    assert "no checkpoint had been written yet" in output and "Traceback" not in output
+    assert "no checkpoint had been written yet" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
@@ -119,7 +115,7 @@ def test_a_process_that_hangs_is_named_and_the_last_step_saved(tmp_path: Path, b
     toml = write_config(
         tmp_path / "c.toml", model=str(base), output_dir=str(tmp_path / "runs"), hang_timeout_minutes=0.05
     )
-    faulty = Path(__file__).resolve().parents[1] / "workers" / "faulty_train.py"
+    faulty = WORKERS / "faulty_train.py"
     output = finish(start(2, "--config", str(toml), script=faulty, FAULT="step-hang:3"), expect=6, timeout=240)
     assert re.search(
         r"error: no progress for \d+\.\d s\. rank 1 hangs:\n  rank 1 \(process \d+\): step 3, the forward", output
@@ -142,7 +138,9 @@ def test_a_run_that_was_paused_goes_on_and_so_does_one_with_a_file_named_save(tm
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not (list(run.glob("global_step*")) and list(run.glob("step*"))):
         time.sleep(0.1)
-    assert list(run.glob("global_step*")) and list(run.glob("step*")) and launcher.poll() is None
+    assert list(run.glob("global_step*"))
+    assert list(run.glob("step*"))
+    assert launcher.poll() is None
     os.kill(ranks[0], signal.SIGQUIT)
     launcher.communicate(timeout=60)
     assert launcher.returncode == 75

@@ -72,7 +72,8 @@ def test_trains_to_the_same_numbers_stops_and_resumes(tmp_path: Path) -> None:
     run = only_run(tmp_path / "long")
     done = max(line["step"] for line in metrics(run))
     assert f"stopped after step {done}; resume with" in output
-    assert (run / f"global_step{done}/manifest.json").exists() and not list(run.glob(".staging-*"))
+    assert (run / f"global_step{done}/manifest.json").exists()
+    assert not list(run.glob(".staging-*"))
 
     total = done + 3
     more = f"max_steps={total}"

@@ -179,7 +179,8 @@ def test_run_begins_with_the_saved_adapter(results: dict[str, Result]) -> None:
     initial = results["continued"].initial
     assert initial.keys() == earlier().keys()
     for name, tensor in earlier().items():
-        assert initial[name].dtype == torch.float32 and torch.equal(initial[name], tensor.float())
+        assert initial[name].dtype == torch.float32
+        assert torch.equal(initial[name], tensor.float())
     assert all(not torch.equal(results["continued"].weights[name], initial[name]) for name in initial)
 
 
