@@ -27,7 +27,7 @@ from pipeline.publishing.after_training import by_hand, follow
 from pipeline.training.run import after_training
 from pipeline.training.stage import families
 from pipeline.training.start import prepare
-from tests.artifacts.test_merge_process import adapter_for, big_base
+from tests.artifacts.fold.test_merge_process import adapter_for, big_base
 from tests.helpers.artifacts import files_of, hooked, load_model, logits, make_base, tensors_of
 from tests.helpers.builders import environment, launch, metrics, only_run, save_model, train, write_config
 from tests.helpers.configs import problems, small

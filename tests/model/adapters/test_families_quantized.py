@@ -22,7 +22,7 @@ from pipeline.training.stage import families
 from pipeline.training.start import prepare
 from tests.helpers.configs import problems, small
 from tests.helpers.quantization import NF4, build, save_model
-from tests.training.test_quantized_training import dequantised, gradients
+from tests.training.run.test_quantized_training import dequantised, gradients
 
 LORA = {"adapter_type": "lora", "lora_rank": 4, "lora_alpha": 6.0}
 NO_RANK = {"lora_rank": None, "lora_alpha": None}

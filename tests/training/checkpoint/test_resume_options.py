@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import builders, unsplit
-from tests.training.test_resume import final_state, numbers, run_plan
+from tests.training.checkpoint.test_resume import final_state, numbers, run_plan
 
 PEAK, CONSTANT, EPS, DECAY, RANK, ALPHA, CLIP = 1e-2, 3e-3, 1e-3, 0.1, 4, 8, 1.0
 STOPPED_AT, STEPS, WARMUP = 2, 5, 4

@@ -21,8 +21,8 @@ from pipeline.model.stage import empty_model, read_model_config
 from tests.helpers import builders, quantization, stage_runs, unsplit
 from tests.helpers.stage_runs import STEPS, Case, Result
 from tests.helpers.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
-from tests.training.test_quantized_training import dequantised, gradients
-from tests.training.test_resume import assert_equal, final_state, numbers, run_plan
+from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers, run_plan
+from tests.training.run.test_quantized_training import dequantised, gradients
 
 LR, EPS, RANK, ALPHA, CLIP, DECAY = 2e-3, 1e-3, 4, 8, 0.1, 0.1
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -17,7 +17,7 @@ from pipeline.artifacts.adapter.write import save_adapter
 from tests.helpers import builders, stage_runs, unsplit
 from tests.helpers.stage_runs import STEPS, Case, Result
 from tests.helpers.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
-from tests.training.test_resume import assert_equal, final_state, numbers, run_plan
+from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers, run_plan
 
 pytestmark = pytest.mark.slow  # minutes: real processes for every case
 

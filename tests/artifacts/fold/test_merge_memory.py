@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.artifacts.test_merge_process import ROOT, adapter_for, big_base
+from tests.artifacts.fold.test_merge_process import ROOT, adapter_for, big_base
 
 ROWS, COLUMNS, LAYERS = 4096, 8192, 8  # two bf16 tensors of 64 MiB a layer
 CASES: dict[str, dict[str, Any]] = {

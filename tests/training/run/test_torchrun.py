@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.helpers.builders import ROOT, environment, finish, metrics, only_run, save_model, train, write_config
-from tests.training.test_resume import assert_equal, final_state, numbers
-from tests.training.test_stop import gone
+from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers
+from tests.training.run.test_stop import gone
 
 
 def torchrun(*arguments: str) -> subprocess.Popen[str]:

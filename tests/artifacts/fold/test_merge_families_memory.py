@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts.adapter.peft import Family, write_peft_adapter
 from pipeline.artifacts.adapter.write import save_adapter
-from tests.artifacts.test_merge_process import GROWTH as ONE_FOLD
-from tests.artifacts.test_merge_process import ROOT, adapter_for, big_base
+from tests.artifacts.fold.test_merge_process import GROWTH as ONE_FOLD
+from tests.artifacts.fold.test_merge_process import ROOT, adapter_for, big_base
 from tests.helpers.artifacts import FACTS as LORA
 from tests.helpers.artifacts import random_tensors
 
