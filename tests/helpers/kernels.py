@@ -94,7 +94,7 @@ def n_bytes(tensors: list[Tensor], apart_from: tuple[Tensor, ...] = ()) -> int:
 
 def without_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of kernels/`name`.py, imported as on a machine where Triton is not installed."""
-    for module in [m for m in sys.modules if m == "triton" or m.startswith("triton.")]:
+    for module in [m for m in sys.modules if m in ("triton", "pipeline.kernels.dispatch") or m.startswith("triton.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "triton", None)  # `import triton` raises ImportError
     spec = importlib.util.spec_from_file_location(f"{name}_without_triton", ROOT / "kernels" / f"{name}.py")

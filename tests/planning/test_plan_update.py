@@ -72,6 +72,7 @@ def test_each_part_of_a_model_has_its_update_and_its_gradients_one_after_another
         tokens=2,
         levels=[Level.EVERYTHING],
         transform=LogitTransform(),
+        on_gpu=False,
         training=lambda p: (16 * p.numel(), Update(2 * p.numel(), 12 * p.numel())),
     )
     layer, words = 4 * 64 * 64 + 3 * 64 * 128 + 64, 100 * 64

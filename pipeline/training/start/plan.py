@@ -4,7 +4,6 @@ Takes the config and the model's structure; gives a `Plan`, which `--plan` shows
 compared with. Costs are counted on fake tensors by the code that trains, on `meta`: no weights, no GPU.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -27,7 +26,6 @@ from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.planning import devices, rates, table
-from pipeline.planning.counts.counting import as_on_a_gpu
 from pipeline.planning.counts.model_cost import model_cost
 from pipeline.planning.nearest import nearest
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, Update
@@ -80,15 +78,15 @@ def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: b
 
     @cache
     def count(tokens: int) -> ModelCost:
-        with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
-            return model_cost(
-                stage,
-                rows=rows,
-                tokens=tokens // rows,
-                levels=levels,
-                training=training,
-                transform=logit_transform(stage.model.config),
-            )
+        return model_cost(
+            stage,
+            rows=rows,
+            tokens=tokens // rows,
+            levels=levels,
+            training=training,
+            transform=logit_transform(stage.model.config),
+            on_gpu=on_gpu,
+        )
 
     return count
 

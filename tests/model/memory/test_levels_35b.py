@@ -11,7 +11,6 @@ from pipeline.model.adapters.base import inject_multiplicative
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory.levels import Level
 from pipeline.model.stage import Stage, empty_model
-from pipeline.planning.counts.counting import as_on_a_gpu
 from pipeline.planning.counts.model_cost import model_cost
 from pipeline.planning.quantities import ModelCost, Update
 
@@ -35,15 +34,15 @@ def cost() -> ModelCost:
     targets = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     inject_multiplicative(stage, targets, RANK, RANK, 0.0, torch.bfloat16, seed=0)
     fusion.apply(stage, frozenset(fusion.KERNELS))
-    with as_on_a_gpu():
-        return model_cost(
-            stage,
-            rows=1,
-            tokens=T,
-            levels=Level,
-            training=lambda p: (16 * p.numel(), Update()),
-            transform=LogitTransform(before=0.0625),
-        )
+    return model_cost(
+        stage,
+        rows=1,
+        tokens=T,
+        levels=Level,
+        training=lambda p: (16 * p.numel(), Update()),
+        transform=LogitTransform(before=0.0625),
+        on_gpu=True,
+    )
 
 
 def gflop(cost: ModelCost, level: Level) -> float:
