@@ -26,7 +26,8 @@ def points(text: str) -> dict[int, str]:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_each_list_is_short_and_numbered(section: str) -> None:
     numbers = list(points(sections()[section]))
-    assert numbers == list(range(1, len(numbers) + 1)) and 3 <= len(numbers) <= MOST_POINTS
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 3 <= len(numbers) <= MOST_POINTS
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -43,6 +44,9 @@ def test_nothing_else_in_it_is_gone() -> None:
 
 
 def test_what_is_gone_is_noticed() -> None:
-    assert missing("`pipeline/no_such_room/x.py`") and missing("`make nothing`") and missing("`python no/such/file.py`")
-    assert missing("`no_such_name` in `pipeline/console.py`") and missing("`complain`, of no file")
+    assert missing("`pipeline/no_such_room/x.py`")
+    assert missing("`make nothing`")
+    assert missing("`python no/such/file.py`")
+    assert missing("`no_such_name` in `pipeline/console.py`")
+    assert missing("`complain`, of no file")
     assert not missing("`complain` in `pipeline/console.py`, `pipeline/<room>/<name>.py`, `make lint`, `git init`")
