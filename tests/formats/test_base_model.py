@@ -146,7 +146,9 @@ def test_what_is_trained_of_a_tied_head(tmp_path: Path, change: Change, one: boo
     assert set(found) == ({EMBEDDING, HEAD} if one else {EMBEDDING})
     head = head_of(read_base(tmp_path))
     assert head.tied == one
-    assert head.head and head.embedding and (head.head == head.embedding) == (change is head_alone)
+    assert head.head
+    assert head.embedding
+    assert (head.head == head.embedding) == (change is head_alone)
 
 
 FOLDED = [

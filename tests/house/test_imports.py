@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 120
 
@@ -157,3 +158,15 @@ def test_functions_are_short_enough_to_see(source: Path) -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=path)
 def test_every_file_says_what_it_is(source: Path) -> None:
     assert ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+
+
+MOST_FILES = 12
+FOLDERS = sorted({source.parent for source in SOURCES})
+STILL_LARGER = {"pipeline/artifacts/fold": 13}  # what they hold may only shrink
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=path)
+def test_a_folder_is_seen_at_once(folder: Path) -> None:
+    """A folder with more files than that holds several rooms."""
+    files = sorted(file.name for file in folder.glob("*.py"))
+    assert len(files) <= STILL_LARGER.get(path(folder), MOST_FILES), files

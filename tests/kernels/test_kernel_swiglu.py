@@ -224,7 +224,8 @@ def test_kernels_compile_without_spilling(
 def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = without_triton("swiglu", monkeypatch)
     gate, up, _ = make((3, 31), torch.float32)
-    assert module.triton is None and not module.takes_triton(gate)
+    assert module.triton is None
+    assert not module.takes_triton(gate)
     torch.testing.assert_close(module.swiglu(gate, up), swiglu(gate, up), rtol=0, atol=0)
     assert_fake_tensors_avoid_triton(kernel)
 
@@ -240,7 +241,8 @@ def test_saves_gate_and_up(path: PathUnderTest, activation: str, dtype: torch.dt
     halves = torch.cat((gate, up), -1).requires_grad_().chunk(2, -1)
     for g, u in ((gate.requires_grad_(), up.requires_grad_()), halves):
         kept = kept_for_backward(lambda g=g, u=u: GatedProduct.apply(g, u, activation, path.use_triton))
-        assert n_bytes(kept, apart_from=(g, u)) == 0 and len(kept) == 2
+        assert n_bytes(kept, apart_from=(g, u)) == 0
+        assert len(kept) == 2
 
 
 @once

@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.kernels import dispatch, norm, rope, swiglu
 from pipeline.planning.counts.counting import Counter, Counts, measure, received
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(params=["real", "fake"], autouse=True)
