@@ -100,7 +100,7 @@ def section(case: Case) -> str:
                 **case.keys,
             }
         )
-        text = planned.in_full(config, resolve.resolve(config), case.devices, None)
+        text = planned.full_report(resolve.resolve(config), case.devices, None)
     keys = ", ".join(f"`{key} = {value!r}`" for key, value in case.keys.items())
     block = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
     return f"## {case.title}\n\n{keys}\n\n{block}\n"

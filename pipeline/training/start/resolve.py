@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.schema import Config
-from pipeline.config.tables import Dataset, EvalDataset
+from pipeline.config.tables import Dataset, EvalDataset, Optimizer
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
@@ -29,6 +30,40 @@ from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_o
 
 
 @dataclass(frozen=True)
+class Updates:
+    """How parameters are updated: by what, with which gradient, at which rate.
+
+    `product_decay`, `largest_norm`: of s·B·A (optim/regularisation.py). `warmup`: steps, below 1 a fraction of an epoch.
+    `constant_lr`: the rate throughout, whatever else is said.
+    """
+
+    optimizer: Optimizer
+    clip: float
+    product_decay: float | None
+    largest_norm: float | None
+    lr_shape: str
+    warmup: float
+    constant_lr: float | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is laid out: stages, micro-batches of `rows` of at most `tokens`, what layers keep for backward.
+
+    `layers`: of each stage, where the user says so. `checkpointing`: activation_checkpointing. `host_gib`: host_memory_gib.
+    """
+
+    stages: int
+    layers: list[int] | None
+    rows: int
+    tokens: int
+    accumulation: int
+    checkpointing: bool | str
+    host_gib: float
+    kernels: str | list[Any]
+
+
+@dataclass(frozen=True)
 class Resolved:
     """A run in plain values. `shell`: the model without weights; `ranges`: each stage's layers, [first, end)."""
 
@@ -36,6 +71,8 @@ class Resolved:
     shell: PreTrainedModel
     trained: Trained
     ranges: list[tuple[int, int]]
+    updates: Updates
+    layout: Layout
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -64,7 +101,33 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), base, trained)
-    return Resolved(base, shell, trained, cut_into_stages(config, shell, trained))
+    layout = layout_of(config)
+    updates = Updates(
+        config.optimizer,
+        clip=config.gradient_clipping,
+        product_decay=config.composite_weight_decay,
+        largest_norm=config.scale_weight_norms,
+        lr_shape=config.lr_scheduler,
+        warmup=config.warmup_steps,
+        constant_lr=config.force_constant_lr,
+    )
+    return Resolved(base, shell, trained, cut_into_stages(layout, shell, trained), updates, layout)
+
+
+def layout_of(config: Config) -> Layout:
+    """Rows and tokens are those of the largest micro-batch that there can be."""
+    tokens = max(d.sequence_len for d in config.datasets)
+    rows = max(1, config.batch_size_tokens // tokens) if config.batch_size_tokens else config.micro_batch_size_per_gpu
+    return Layout(
+        config.pipeline_stages,
+        config.layers_per_stage,
+        rows,
+        tokens,
+        config.gradient_accumulation_steps,
+        config.activation_checkpointing,
+        config.host_memory_gib,
+        config.kernels,
+    )
 
 
 def base_of(config: Config) -> BaseModel:
@@ -207,7 +270,7 @@ def initial_adapter_of(trained: Trained, folder: str) -> dict[str, Tensor]:
     return families.saved(trained.adapter, folder) | initial_full_tensors.read(folder, trained.in_full, trained.tied)
 
 
-def cut_into_stages(config: Config, shell: PreTrainedModel, trained: Trained) -> list[tuple[int, int]]:
+def cut_into_stages(layout: Layout, shell: PreTrainedModel, trained: Trained) -> list[tuple[int, int]]:
     """Each stage's range of layers; says it with the stage's weights and share of the work."""
     first_trained = None
     if trained.adapter:
@@ -217,19 +280,19 @@ def cut_into_stages(config: Config, shell: PreTrainedModel, trained: Trained) ->
         shell.get_output_embeddings(),
         first_adapted=first_trained,
         in_full=[shell.get_parameter(name) for name in trained.in_full],
-        recompute=bool(config.activation_checkpointing),
-        sequence_len=max(d.sequence_len for d in config.datasets),
+        recompute=bool(layout.checkpointing),
+        sequence_len=layout.tokens,
         key_width=_key_width(shell.config),
         active_share_of_experts=_active_share(shell.config),
     )
-    if config.activation_checkpointing == "auto" and not config.layers_per_stage:
+    if layout.checkpointing == "auto" and not layout.layers:
         log("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
-        return partition.split(cost, config.pipeline_stages)
-    if config.layers_per_stage:
-        ranges = partition.explicit(config.layers_per_stage, len(cost.layers))
+        return partition.split(cost, layout.stages)
+    if layout.layers:
+        ranges = partition.explicit(layout.layers, len(cost.layers))
         log("stages:   as layers_per_stage says")
     else:
-        ranges = partition.split(cost, config.pipeline_stages)
+        ranges = partition.split(cost, layout.stages)
         log("stages:   balanced by floating-point operations, the head's included")
     shares, sizes = partition.shares(cost, ranges), partition.stage_bytes(cost, ranges)
     for stage, ((first, end), share, size) in enumerate(zip(ranges, shares, sizes, strict=True)):

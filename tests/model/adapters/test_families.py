@@ -228,7 +228,7 @@ def test_counted_on_meta_it_has_the_same_parameters(folder: Path, family: str) -
 def test_the_planner_counts_it(folder: Path, family: str) -> None:
     config = config_of(folder, family)
     plan = resolve.resolve(config)
-    cost = planned.costs(config, plan.base, plan.trained, [Level.INPUT, Level.EVERYTHING], False)(64)
+    cost = planned.costs(plan, [Level.INPUT, Level.EVERYTHING], False)(64)
     assert len(cost.layers) == 4
 
 

@@ -208,9 +208,12 @@ def test_the_plan_counts_quantised_weights_and_the_products_of_plain_ones(
     """
     folder = save_model(tmp_path / "base", "llama")
     config = loading.load(str(written(tmp_path, keys)))
-    base = resolve.base_of(config)
+    made = resolve.resolve(config)
+    base = made.base
     plain, quantised = (
-        planned.costs(config, replace(base, scheme=scheme), Trained(None, []), [Level.EVERYTHING], False)(64)
+        planned.costs(
+            replace(made, base=replace(base, scheme=scheme), trained=Trained(None, [])), [Level.EVERYTHING], False
+        )(64)
         for scheme in (None, base.scheme)
     )
     stage = build(folder, NF4._replace(bits=4 if "load_in_4bit" in keys else 8), 0, 4)
