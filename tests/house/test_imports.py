@@ -11,6 +11,7 @@ from tests.helpers.paths import ROOT
 
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 120
+MAX_CONFIG_TAKERS = 17  # functions outside pipeline/config/
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
@@ -134,6 +135,22 @@ def test_nothing_below_training_sees_the_config_object(source: Path) -> None:
         or (isinstance(n, ast.ImportFrom) and n.module == "pipeline" and any(a.name == "config" for a in n.names))
     ]
     assert not whole_module, "import the function, not the module"
+
+
+def test_the_config_ends_at_the_door() -> None:
+    """Few functions take it (train.py, start/resolve.py and what puts a run together), and nobody makes up another one."""
+    takers = []
+    for source in SOURCES:
+        if path(source).startswith("pipeline/config/"):
+            continue
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if any(a.annotation is not None and ast.unparse(a.annotation) == "Config" for a in arguments):
+                    takers.append(f"{path(source)}: {node.name}")
+            made_up = isinstance(node, ast.Attribute) and node.attr == "model_copy"
+            assert not made_up, f"{path(source)}: only what was read is a Config"
+    assert 0 < len(takers) <= MAX_CONFIG_TAKERS, takers
 
 
 def test_folders_that_shadow_packages_hold_no_package() -> None:

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 from pipeline.names import id_in_cache
 from pipeline.publishing import card_text
-from pipeline.publishing.after_training import Finished, follow
+from pipeline.publishing.after_training import FinishedRun, follow
 from pipeline.publishing.card import write_card
 from pipeline.publishing.facts import Loss, read_facts, unrecorded
 from pipeline.publishing.loss_curve import loss_curve, thinned
@@ -28,7 +28,7 @@ EVALUATED = [line for line in METRICS if "eval/held_out/loss" in line]
 TRAINED = {line["step"]: line["train/loss"] for line in METRICS if "train/loss" in line}
 
 
-def carded(run: Finished) -> ModelCard:
+def carded(run: FinishedRun) -> ModelCard:
     """The card of the folder that is published, written and loaded again."""
     write_card(run.made[0], read_facts(run.run_dir, run.step), repository=run.repository)
     return ModelCard.load(run.made[0] / "README.md")

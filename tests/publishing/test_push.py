@@ -38,8 +38,8 @@ def test_by_the_environment_alone_in_a_process_of_its_own(tmp_path: Path) -> Non
     """As a user has it: HF_ENDPOINT and HF_TOKEN; the merged model arrives byte for byte, and nothing else of the run."""
     run = make_run(tmp_path, ["push", "card", "merge"])
     program = (
-        "from pathlib import Path; from pipeline.publishing.after_training import Finished, follow\n"
-        f"follow(Finished(Path({str(run.run_dir)!r}), {STEP}, Path({str(run.base)!r}), 'again', {run.asked!r},"
+        "from pathlib import Path; from pipeline.publishing.after_training import FinishedRun, follow\n"
+        f"follow(FinishedRun(Path({str(run.run_dir)!r}), {STEP}, Path({str(run.base)!r}), 'again', {run.asked!r},"
         f" {run.repository!r}, True))"
     )
     with serving() as hub:

@@ -15,7 +15,7 @@ def look(config: Config, preview_chunks: int | None) -> int:
     plan = resolve.resolve(config)
     kernel_places.foresee(config.kernels, plan.base, plan.trained)
     prepare.check_files(config.model, config.output_dir, plan.shell)
-    after_training.check(config, plan.trained)
+    after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer, plan))
     prepare.evaluation_batches(config, data)
