@@ -21,5 +21,5 @@
     inspection                       what an adapter does, in numbers, tokens and passages
 
 Imports point one way: training → planning → objectives, model, data → config, console; `artifacts` needs neither DeepSpeed nor
-transformers. The config ends at training.start.resolve: what follows receives plain values.
+transformers. Past training.start.resolve only training.run.assemble.trainer sees the config: all else receives plain values.
 """
