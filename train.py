@@ -18,7 +18,7 @@ from pathlib import Path  # noqa: E402
 
 from pipeline.config import loading  # noqa: E402
 from pipeline.config.schema import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, TERMINAL, debug, rank, run_command, said_if_slow  # noqa: E402
+from pipeline.console import EXIT_DONE, TERMINAL, debug, log_if_slow, rank, run_command  # noqa: E402
 from pipeline.log_file import LogFile  # noqa: E402
 from pipeline.training.start import launch  # noqa: E402
 from pipeline.training.start.arguments import parse  # noqa: E402
@@ -38,15 +38,15 @@ def main() -> int:
     config = loading.load(arguments.config, arguments.deepspeed_config, arguments.set)
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     if arguments.plan:
-        with said_if_slow(IMPORTING):
+        with log_if_slow(IMPORTING):
             from pipeline.training.start import plan as planned
         return planned.show(config, arguments.devices)
     if arguments.check or arguments.preview is not None:
-        with said_if_slow(IMPORTING):
+        with log_if_slow(IMPORTING):
             from pipeline.training.start.check import look
         return look(config, arguments.preview)
     launch.check_processes(config.pipeline_stages)
-    with said_if_slow(IMPORTING):
+    with log_if_slow(IMPORTING):
         from pipeline.training.run import assemble, errors  # noqa: F401 (the first imports all that takes long)
     with errors.out_of_space_explained(Path(config.output_dir)):
         return train(config, arguments, watcher, log_file)
@@ -57,21 +57,21 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     from pipeline.training.engine import engine, selftest
     from pipeline.training.run import after_training, assemble, errors, folder, profiler
     from pipeline.training.run.record import RunRecord
-    from pipeline.training.start import prepare
+    from pipeline.training.start import prepare, resolve
 
     engine.check_version()
     resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
-    plan = prepare.plan_model(config, resumes=bool(resume))
-    prepare.check_files(config, plan.shell)
-    after_training.check(config, plan)
-    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
+    plan = resolve.resolve(config, resumes=bool(resume))
+    prepare.check_files(config.model, config.output_dir, plan.shell)
+    after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
+    data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
     resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
     try:
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
         watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
-        batches = prepare.micro_batches(config, data, place.replica, place.replicas)
-        prepare.describe_steps(config, batches, place.replicas)
+        batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
@@ -84,10 +84,19 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             record.end(run.step)
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
-            done = run.saver.run_dir, run.step, run.resume_line
+            run_dir, step, resume_line = run.saver.run_dir, run.step, run.resume_line
             engine.let_go(run.engine)
             del run, plan  # and with them the stage's weights
-            after_training.follow(config, *done, watcher)
+            after_training.follow(
+                config.after_training,
+                watcher,
+                run_dir=run_dir,
+                step=step,
+                base=Path(config.model),
+                resume_line=resume_line,
+                repository=config.hub_model_id,
+                private=config.hub_private_repo,
+            )
         return code
     finally:
         if rank() == 0:

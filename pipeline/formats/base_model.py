@@ -120,7 +120,7 @@ def has_weights(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
-def say_remarks(base: Base) -> None:
+def warn_of_remarks(base: Base) -> None:
     """Warn of what lies beside the weights that were taken and is not read."""
     for remark in base.remarks:
         warn(remark)

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.console import UserError
+from pipeline.files import sync_stream
 from pipeline.foreign import has_controls, parse_json, printable, read_by_library
 from pipeline.formats.dtypes import CODES, FLOATS, ITEM_BITS, TORCH_DTYPES
 
@@ -229,8 +230,7 @@ def write_safetensors(
             if written != spec.n_bytes:
                 raise ValueError(f"{spec.name!r}: {written} bytes were given for {spec.n_bytes}")
             digests[spec.name] = digest.hexdigest()
-        stream.flush()
-        os.fsync(stream.fileno())
+        sync_stream(stream)
     return digests
 
 

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-from pipeline import saved_at
+from pipeline.artifacts import saved_at
 from pipeline.artifacts.adapter.write import CONFIG_FILE
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config.rules import PARTS, Part
-from pipeline.console import UserError, say, warn
+from pipeline.console import UserError, log, warn
 
 GGUF_FILE = "adapter.gguf"
 FOLDERS: dict[Part, str] = {"merge": "merged", "export:peft": "peft", "export:gguf": "gguf"}  # in the run's folder
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that reached its end. `resume_line`: the command that, of a run that is done, does this again.
 
     What is published is what was saved at the last step; a best_loss/ beside it is left as it is.
@@ -49,14 +49,14 @@ class Finished:
         return [self.run_dir / name for part, name in FOLDERS.items() if part in self.asked] or [self.saved]
 
 
-def follow(run: Finished) -> None:
+def follow(run: FinishedRun) -> None:
     """Do all that is asked for. Raises UserError, with what is left to do, where a part fails."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     parts = [part for part in PARTS if part in run.asked]
     for number, part in enumerate(parts):
-        say(f"\nafter training, {number + 1} of {len(parts)}: {part}")
+        log(f"\nafter training, {number + 1} of {len(parts)}: {part}")
         try:
             _do(part, run)
             if part in FOLDERS:
@@ -68,14 +68,14 @@ def follow(run: Finished) -> None:
             raise
 
 
-def left_to_do(run: Finished, parts: Sequence[Part]) -> str:
+def left_to_do(run: FinishedRun, parts: Sequence[Part]) -> str:
     """What a user can do about `parts`, which are not done."""
     lines = [f"The training is done, and safe in {run.saved}. Not done: {', '.join(parts)}. By hand:"]
     lines += [f"  {line}" for part in parts if (line := by_hand(part, run))]
     return "\n".join([*lines, "or all that follows the training once more:", f"  {run.resume_line}"])
 
 
-def by_hand(part: Part, run: Finished) -> str | None:
+def by_hand(part: Part, run: FinishedRun) -> str | None:
     """The command line of a part, which replaces what an earlier attempt left; the card has none."""
     read = ["--input", str(run.base), "--lora", str(run.saved), "--output"]
     match part:
@@ -96,7 +96,7 @@ def by_hand(part: Part, run: Finished) -> str | None:
     return None
 
 
-def _do(part: Part, run: Finished) -> None:
+def _do(part: Part, run: FinishedRun) -> None:
     match part:
         case "merge":
             merge(run.base, run.saved, run.run_dir / "merged", force=True)
@@ -110,17 +110,17 @@ def _do(part: Part, run: Finished) -> None:
             _push(run)
 
 
-def _write_cards(run: Finished) -> None:
+def _write_cards(run: FinishedRun) -> None:
     from pipeline.publishing.card import CARD, write_card
     from pipeline.publishing.facts import read_facts
 
     facts = read_facts(run.run_dir, run.step)
     for folder in run.made:
         write_card(folder, facts, repository=run.repository)
-        say(f"written: {folder / CARD}")
+        log(f"written: {folder / CARD}")
 
 
-def _push(run: Finished) -> None:
+def _push(run: FinishedRun) -> None:
     from pipeline.publishing.card import FILES
     from pipeline.publishing.push import files_of, upload
 
@@ -129,8 +129,8 @@ def _push(run: Finished) -> None:
     files = [file for file in files_of(folder) if "card" in run.asked or file not in FILES]
     every = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     if kept := [file for file in every if file not in files and file != saved_at.FILE]:
-        say(f"not uploaded: {', '.join(kept)}")
-    say(f"uploading {len(files)} files of {folder} to {run.repository}")
+        log(f"not uploaded: {', '.join(kept)}")
+    log(f"uploading {len(files)} files of {folder} to {run.repository}")
     message = f"{run.run_dir.name}, step {run.step}"
     address = upload(folder, files, repository=run.repository or "", private=run.private, message=message)
-    say(f"uploaded: {address}")
+    log(f"uploaded: {address}")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import loading
-from pipeline.console import Problems, UserError
-from pipeline.training.start import prepare
+from pipeline.console import CollectedErrors, UserError
+from pipeline.training.start import resolve
 from tests.helpers.builders import model_config
 from tests.helpers.configs import small
 
@@ -25,7 +25,7 @@ def refused(tmp_path: Path, **changes: Any) -> str:
     given = {"model": str(tmp_path / "base"), "output_dir": str(tmp_path / "out"), **changes}
     config = loading.validate(small(**given), "x.toml")
     with pytest.raises(UserError) as caught:
-        prepare.plan_model(config)
+        resolve.resolve(config)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -51,10 +51,10 @@ def test_all_of_them(tmp_path: Path) -> None:
 
 
 def test_a_single_one_is_said_as_it_is() -> None:
-    problems = Problems()
-    with problems.found():
+    errors = CollectedErrors()
+    with errors.collect():
         raise UserError("x: wrong", 28)
     with pytest.raises(UserError, match=r"^x: wrong$") as caught:
-        problems.settle()
+        errors.raise_all()
     assert caught.value.exit_code == 28
-    Problems().settle()
+    CollectedErrors().raise_all()

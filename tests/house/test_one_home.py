@@ -1,4 +1,4 @@
-"""The house: what has one home (numbers of layers, names of the head, dtypes) is written nowhere else. Read from the source."""
+"""The house: what has one home is written nowhere else: numbers of layers, the head, dtypes, the disk. Read from the source."""
 
 import ast
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
 
 # A layer's number cut out of a name: a pattern of digits between dots, or the part after a prefix.
@@ -71,6 +72,17 @@ def test_there_is_one_table_of_dtypes(source: Path) -> None:
         assert not [names for names in keys if any(DTYPE.fullmatch(name) for name in names)], (
             "use pipeline.formats.dtypes"
         )
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_there_is_one_writer(source: Path) -> None:
+    """What is put on the disk, or gets its name, goes through pipeline/files.py."""
+    names = {"os.fsync", "os.rename", "os.replace"}
+    nodes = [
+        node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
+    ]
+    if path(source) != "pipeline/files.py":
+        assert not [n for n in nodes if ast.unparse(n) in names or n.attr == "rename"], "use pipeline.files"
 
 
 def test_the_exceptions_are_there() -> None:

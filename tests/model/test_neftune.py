@@ -145,7 +145,8 @@ def test_gradients_with_and_without_recomputation(folder: Path, dropout: float) 
         return {name: p.grad for name, p in trained.items()}  # type: ignore[misc]
 
     kept, recomputed = gradients(False), gradients(True)
-    assert kept.keys() == recomputed.keys() and all(bool(g.any()) for g in kept.values())
+    assert kept.keys() == recomputed.keys()
+    assert all(bool(g.any()) for g in kept.values())
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
@@ -165,4 +166,5 @@ def test_a_micro_batch_knows_its_rows_lengths() -> None:
     labels = torch.arange(12).reshape(3, 4)
     labels[1, 2:], labels[2] = -100, -100
     batch = MicroBatch(labels, labels, labels, 1.0, ((0, 0), (0, 1), None))
-    assert batch.lengths.tolist() == [4, 2, 0] and batch.lengths.dtype == torch.int64
+    assert batch.lengths.tolist() == [4, 2, 0]
+    assert batch.lengths.dtype == torch.int64

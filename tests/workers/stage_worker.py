@@ -37,7 +37,7 @@ from pipeline.training.metrics import Clock
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run import assemble
 from pipeline.training.run.stop import Watcher
-from pipeline.training.start import prepare
+from pipeline.training.start import prepare, resolve
 
 
 def main() -> None:
@@ -72,8 +72,8 @@ def train(
     tensors: dict[str, Tensor],
 ) -> None:
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
-    plan = prepare.plan_model(config)
-    data = prepare.read_data(config, tokenizer.load(config.model))
+    plan = resolve.resolve(config)
+    data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
     run = assemble.trainer(config, plan, data, place, watcher, None, ["train.py", "--config", case["config"]])
     optimizer = run.optimizer
     facts |= {"run_dir": str(run.saver.run_dir), "norms": [], "coefficients": [], "evaluations": {}}

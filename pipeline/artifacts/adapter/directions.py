@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import UserError
-from pipeline.files import whole_file
+from pipeline.files import atomic_file
 from pipeline.foreign import printable, read_by_library
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import load_tensors, read_header, write_tensors
@@ -101,7 +101,7 @@ def write_directions(file: Path, directions: Mapping[int, Tensor], *, replace: b
 
     Raises UserError where `file` exists (unless `replace`) or the disk is full (exit code 28).
     """
-    with whole_file(file, replace=replace) as temporary:
+    with atomic_file(file, replace=replace) as temporary:
         write_tensors(temporary, {f"layers.{index}": directions[index] for index in sorted(directions)}, replace=True)
 
 

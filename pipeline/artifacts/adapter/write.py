@@ -26,7 +26,7 @@ from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.adapter.maps import RowMap
 from pipeline.families import KINDS, LORA, MULTIPLICATIVE, Kind
-from pipeline.files import whole_folder, write_json
+from pipeline.files import atomic_folder, write_json
 from pipeline.formats.dtypes import CODES
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import layers_of, loadable_name, natural_order, public_name
@@ -90,7 +90,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], *, replace: 
 
     Raises UserError where `folder` has something in it (unless `replace`) or the disk is full (exit code 28).
     """
-    with whole_folder(folder, replace=replace) as temporary:
+    with atomic_folder(folder, replace=replace) as temporary:
         write_adapter(temporary, tensors, **arguments)
 
 

@@ -21,7 +21,7 @@ from pipeline.names import public_name
 NEW_EMBEDDINGS = "new_embeddings.safetensors"
 
 
-def doubts(plan: FoldPlan) -> list[str]:
+def warnings_of(plan: FoldPlan) -> list[str]:
     """The warnings. `fold_report.json` in the input's folder tells what earlier folds made it from."""
     earlier = earlier_folds(plan.base.folder)
     now = fingerprint(plan.base) if any(part.adapter.base_fingerprint for part in plan.parts) else ""

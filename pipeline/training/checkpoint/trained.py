@@ -15,9 +15,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline import saved_at
+from pipeline.artifacts import saved_at
 from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
-from pipeline.files import size_of, whole_folder, write_json
+from pipeline.files import atomic_folder, size_of, write_json
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import config_ties, files_to_copy, untie
 from pipeline.formats.dtypes import dtype_name
@@ -101,7 +101,7 @@ def _together(folder: Path, step: int, place: Place, each: Write, first: Write) 
 
     def open_folder() -> None:
         if place.rank == 0:
-            told[0] = str(output.enter_context(whole_folder(folder, replace=True)))
+            told[0] = str(output.enter_context(atomic_folder(folder, replace=True)))
 
     def finish() -> None:
         if place.rank == 0:

@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTop
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline.console import UserError, said_if_slow
+from pipeline.console import UserError, log_if_slow
 from pipeline.training.engine import schedule as schedule_cuts
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.start import launch
@@ -75,7 +75,7 @@ def launched_by() -> str:
     return f"{launcher.pid}-{int(launcher.create_time() * 1000)}"
 
 
-@said_if_slow("starting: waiting for the other processes")
+@log_if_slow("starting: waiting for the other processes")
 def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -239,7 +239,7 @@ def without_shared_memory_extension() -> Iterator[None]:
 
     It serves all-reduces of tensor-parallel inference, which nothing here does; it asks for a compiler and ninja, waits
     for ever on the lock of a build that was killed, and leaves 66 MiB a process in /dev/shm (0.19.8, `build_shm_op`).
-    `tests/training/test_start.py` fails when DeepSpeed starts it elsewhere, or not at all.
+    `tests/training/start/test_start.py` fails when DeepSpeed starts it elsewhere, or not at all.
     """
     backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, `deepspeed.comm.torch` is torch
     build = backend.build_shm_op
@@ -254,7 +254,7 @@ def _broadcast_only_trained(module: nn.Module) -> None:
     """DeepSpeed broadcasts every parameter over the replicas when it starts, the frozen base too (70 GB for 35B).
 
     It skips parameters with this attribute (0.19.8, `_broadcast_model`); replicas read the same files anyway.
-    `tests/training/test_engine.py` fails when the attribute is no longer looked at.
+    `tests/training/engine/test_engine.py` fails when the attribute is no longer looked at.
     """
     for parameter in module.parameters():
         if not parameter.requires_grad:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.console import UserError, said_if_slow, say
+from pipeline.console import UserError, log, log_if_slow
 from pipeline.files import explain_out_of_space, write_text
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.checkpoint import retention
 from pipeline.training.engine.engine import Place
-from pipeline.training.optim.parameter_groups import Special, values_of
+from pipeline.training.optim.parameter_groups import ParamGroupOverride, values_of
 from pipeline.training.run.stop import STOP_FILE
 from pipeline.training.start import launch
 
@@ -37,7 +37,7 @@ OF_A_START = (
 RESUME = "--resume_from_checkpoint"
 
 
-@said_if_slow("starting: verifying the checkpoint")
+@log_if_slow("starting: verifying the checkpoint")
 def find_checkpoint(output_dir: Path, resume: bool | str) -> Resumed | None:
     """What `resume_from_checkpoint` means: None, or a verified checkpoint and its manifest. CheckpointError if there is none."""
     if not resume:
@@ -99,7 +99,7 @@ def _check_same_start(saved: dict[str, Any], config: dict[str, Any]) -> None:
 
 def _type_of(name: str, optimizer: dict[str, Any]) -> str:
     """Of the optimizer that updates the parameter."""
-    specials = [Special(g["names"], {"type": g.get("type")}) for g in optimizer.get("groups", [])]
+    specials = [ParamGroupOverride(g["names"], {"type": g.get("type")}) for g in optimizer.get("groups", [])]
     return values_of(name, specials).get("type") or optimizer["type"]
 
 
@@ -127,7 +127,7 @@ def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_tom
     dist.broadcast_object_list(told)
     if told[1] is not None:
         raise UserError(*told[1])
-    say(f"run:      {told[0]}")
+    log(f"run:      {told[0]}")
     return Path(told[0])
 
 
@@ -140,7 +140,7 @@ def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) ->
     (run_dir / STOP_FILE).unlink(missing_ok=True)
     retention.clear_rubbish(run_dir)
     if resumed and (abandoned := retention.abandon_after(run_dir, resumed[1]["step"])):
-        say(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
+        log(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
     write_text(run_dir / "config.toml", config_toml)
     return str(run_dir)
 
