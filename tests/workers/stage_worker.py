@@ -73,7 +73,7 @@ def train(
 ) -> None:
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
     plan = resolve.resolve(config)
-    data = prepare.read_data(config, tokenizer.load(config.model))
+    data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
     run = assemble.trainer(config, plan, data, place, watcher, None, ["train.py", "--config", case["config"]])
     optimizer = run.optimizer
     facts |= {"run_dir": str(run.saver.run_dir), "norms": [], "coefficients": [], "evaluations": {}}
