@@ -309,7 +309,7 @@ def an_adapter(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a path upwards": (
         placed("../x.safetensors"),
-        r"places 'model.embed_tokens.weight' in '\.\./x.safetensors'.*no file",
+        r"places 'model.embed_tokens.weight' in '\.\./x.safetensors'.*not the name of a file",
     ),
     "an absolute path": (placed("/etc/passwd"), "'/etc/passwd', which is not the name of a file in this folder"),
     "a folder below": (
