@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head, without the logits of all tokens.
 
 Takes the normed hidden state [N, D], the head's weight [V, D] and labels [N]; gives the negative log-likelihood of each
-token [N]. `linear_statistics` gives log-probability, entropy and the most probable tokens by the same blocks.
+token [N].
 
 A block of tokens at a time: a product makes its logits [n, V] in the weight's dtype, the block's kernel takes the loss
 from them and overwrites them with their gradient (cross_entropy_block.py), a second product makes the hidden state's.
@@ -20,13 +20,13 @@ block, and a product to be added to the sum, no larger than the block.
 The idea of chunking the head and of a gradient in the forward pass: Liger-Kernel's fused linear cross-entropy (BSD-2)
 and Apple's cut-cross-entropy (Wijmans et al. 2024, arXiv:2411.09009).
 
-Letters: N tokens, n tokens of a block, D hidden, V vocabulary, k most probable tokens.
+Letters: N tokens, n tokens of a block, D hidden, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from pipeline.kernels.cross_entropy_block import IGNORED, LogitTransform, loss, parts, statistics, wide
+from pipeline.kernels.cross_entropy_block import IGNORED, LogitTransform, loss, parts, wide
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -34,9 +34,7 @@ from torch.nn.functional import linear
 __all__ = [
     "IGNORED",
     "LogitTransform",
-    "Statistics",
     "linear_cross_entropy",
-    "linear_statistics",
     "reference",
     "tokens_per_block",
 ]
@@ -44,15 +42,6 @@ __all__ = [
 BLOCK_TOKENS, BLOCK_BYTES = 1024, 512 * 2**20
 # The least that is added to a weight's gradient at a time, in elements: more would save no memory worth its launches.
 PRODUCT_ELEMENTS = 2**22
-
-
-class Statistics(NamedTuple):
-    """What the head says at each token, in nats. A label of −100 has log-probability 0; the rest needs no label."""
-
-    log_probability_N: Tensor
-    entropy_N: Tensor
-    top_log_probabilities_Nk: Tensor  # descending
-    top_indices_Nk: Tensor  # int64
 
 
 def reference(
@@ -91,42 +80,6 @@ def linear_cross_entropy(
         nll_N = (_TrainableHead if head_is_trained else _FrozenHead).apply(*inputs)
     # The weights reach the gradient as part of what backward multiplies it by: no less one pass, and never in fp16.
     return nll_N if weights_N is None else nll_N * weights_N.detach().to(nll_N.dtype)
-
-
-@torch.no_grad()
-def linear_statistics(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    labels_N: Tensor,
-    transform: LogitTransform = LogitTransform(),
-    top_k: int = 0,
-    block_tokens: int | None = None,
-) -> Statistics:
-    """Log-probability of the label, entropy, and the `top_k` most probable tokens, in one product; no gradient.
-
-    Dtypes and block_tokens as for `linear_cross_entropy`. Raises ValueError where something does not fit, or for a
-    top_k outside 0 … V.
-    """
-    block = _checked_block(hidden_ND, weight_VD, labels_N, None, block_tokens)
-    if not 0 <= top_k <= len(weight_VD):
-        raise ValueError(f"linear_statistics: top_k {top_k} is not in 0 … {len(weight_VD)}, the vocabulary")
-    n, options = len(hidden_ND), {"dtype": wide(hidden_ND), "device": hidden_ND.device}
-    found = Statistics(
-        torch.empty(n, **options),
-        torch.empty(n, **options),
-        torch.empty(n, top_k, **options),
-        torch.empty(n, top_k, dtype=torch.int64, device=hidden_ND.device),
-    )
-    for part in parts(n, block):
-        raw = linear(hidden_ND[part], weight_VD, bias_V)
-        # The transform is monotone, so the most probable tokens are found among the raw logits.
-        values, found.top_indices_Nk[part] = raw.topk(top_k, largest=transform.before * transform.after > 0)
-        found.log_probability_N[part], found.entropy_N[part], log_total = statistics(raw, labels_N[part], transform)
-        del raw  # before the next block is made
-        values = transform.apply(values)
-        found.top_log_probabilities_Nk[part] = values - values[:, :1] - log_total.unsqueeze(1)
-    return found
 
 
 def tokens_per_block(vocabulary: int, dtype: torch.dtype) -> int:

@@ -2,13 +2,13 @@
 
 Takes the block as the first product made it, raw logits [n, V] in the weight's dtype, and labels [n]; gives the negative
 log-likelihood of each token and overwrites the block with its own gradient, from which the second product makes the
-hidden state's. Or gives, of the same block, log-probability and entropy. Everything between load and store is fp32 (fp64
-for fp64, which only tests have), and no fp32 copy of the block is made.
+hidden state's. Everything between load and store is fp32 (fp64 for fp64, which only tests have), and no fp32 copy of the
+block is made.
 
 With z the transformed logits, m = max z and S = Σ exp(z − m): nll = log S − (z_label − m), d nll / d z = exp(z − m)/S −
-one-hot, entropy = −Σ p·log p with log p = (z − m) − log S. Price in memory traffic: a row is read twice and written once.
+one-hot. Price in memory traffic: a row is read twice and written once.
 Triton: a program takes a row in tiles; its lanes keep maximum and sum each for itself, so that the first pass waits for
-nothing; the second computes gradient or entropy. PyTorch: a few rows at a time in fp32 and in place, so that a block
+nothing; the second computes the gradient. PyTorch: a few rows at a time in fp32 and in place, so that a block
 costs four times 8 MiB at most beside itself.
 
 Source of maximum and sum in one pass: Milakov & Gimelshein 2018 (arXiv:1805.02867), algorithm 3; of the gradient in
@@ -83,11 +83,6 @@ def loss(
     return LOSS(takes_triton(logits_nV), logits_nV, labels_n, transform, scale_n, wants_gradient)
 
 
-def statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the label (0 where ignored), entropy and log S, each [n] in fp32, of a block, which is used up."""
-    return STATISTICS(takes_triton(logits_nV), logits_nV, labels_n, transform)
-
-
 # PyTorch: the reference, and the path of the CPU
 
 
@@ -111,21 +106,6 @@ def pytorch_loss(
                 value.mul_(slope)
             raw.copy_(value.masked_fill_(ignored.unsqueeze(1), 0))
     return nll
-
-
-def pytorch_statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `statistics`. A label that is not a token raises what PyTorch's gather raises."""
-    found = torch.empty(3, len(logits_nV), dtype=wide(logits_nV), device=logits_nV.device)
-    for part in parts(len(logits_nV), max(1, ROWS_ELEMENTS // logits_nV.shape[1])):
-        ignored = labels_n[part] == IGNORED
-        value, _ = _shifted(logits_nV[part], transform)
-        log_total = value.exp().sum(1, keepdim=True).log_()
-        value.sub_(log_total)
-        target = labels_n[part].masked_fill(ignored, 0).unsqueeze(1)
-        found[0, part] = value.gather(1, target).squeeze(1).masked_fill_(ignored, 0)
-        found[1, part] = torch.special.entr(value.exp_()).sum(1)
-        found[2, part] = log_total.squeeze(1)
-    return found[0], found[1], found[2]
 
 
 def _shifted(raw: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
@@ -215,32 +195,9 @@ if triton is not None:
                 error = tl.where(counted, error, 0.0)
                 tl.store(row + column, error.to(logits.dtype.element_ty), mask=column < V)
 
-    @triton.jit
-    def _statistics_kernel(
-        logits, labels, found, N, V, before, cap, after, CAPPED: tl.constexpr, BLOCK: tl.constexpr
-    ) -> None:
-        """A program a row; found is [3, N]."""
-        n = tl.program_id(0)
-        row = logits + n.to(tl.int64) * V
-        label = tl.load(labels + n)
-        m, total = _largest_and_total(row, V, before, cap, after, CAPPED, BLOCK)
-        log_total = tl.log(total)
-        at_label = _at_label(row, label, V, before, cap, after, CAPPED) - m - log_total
-        entropy = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            raw = tl.load(row + column, mask=column < V, other=0.0).to(tl.float32)
-            z, _ = _transformed(raw, before, cap, after, CAPPED)
-            log_p = z - m - log_total
-            p = tl.exp(log_p)
-            entropy -= tl.where((column < V) & (p > 0.0), p * log_p, 0.0)
-        tl.store(found + n, tl.where(label != _IGNORED, at_label, 0.0))
-        tl.store(found + N + n, tl.sum(entropy, axis=0))
-        tl.store(found + 2 * N + n, log_total)
-
 
 def _tiles(logits_nV: Tensor, transform: LogitTransform) -> tuple[tuple, dict]:
-    """Arguments of both kernels that come from the transform and V."""
+    """Arguments of the kernel that come from the transform and V."""
     before, cap, after = transform
     v = logits_nV.shape[1]
     block = min(TILE, triton.next_power_of_2(v))
@@ -270,16 +227,4 @@ def triton_loss(
     return nll
 
 
-def triton_statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `statistics`, in one kernel, which leaves the block as it is. NaN for a label that is not a token."""
-    found = torch.empty(3, len(logits_nV), dtype=torch.float32, device=logits_nV.device)
-    if len(logits_nV):
-        arguments, constants = _tiles(logits_nV, transform)
-        with torch.cuda.device_of(logits_nV):
-            _statistics_kernel[(len(logits_nV),)](
-                logits_nV, labels_n.contiguous(), found, len(logits_nV), *arguments, **constants
-            )
-    return found[0], found[1], found[2]
-
-
-LOSS, STATISTICS = Kernel(pytorch_loss, triton_loss), Kernel(pytorch_statistics, triton_statistics)
+LOSS = Kernel(pytorch_loss, triton_loss)

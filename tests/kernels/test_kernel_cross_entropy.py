@@ -1,4 +1,4 @@
-"""The head's kernel: a block of logits against fp64 on every path, weights, statistics.
+"""The head's kernel: a block of logits against fp64 on every path, weights.
 
 tests/kernels/test_cross_entropy.py has the head as a whole on the CPU's path; here Triton runs too, through its interpreter.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from pipeline.kernels.cross_entropy import IGNORED, LogitTransform, linear_cross_entropy, linear_statistics
+from pipeline.kernels.cross_entropy import IGNORED, LogitTransform, linear_cross_entropy
 from torch import Tensor
 
 from pipeline.kernels import cross_entropy_block as kernel
@@ -118,10 +118,6 @@ def test_triton_is_the_reference(path: PathUnderTest, n: int, v: int, transform:
         rounded = 0.0 if dtype == torch.float32 else 2 * rounding(dtype)
         slope, size = max(1.0, abs(transform.before * transform.after)), scale.abs().unsqueeze(1)
         assert ((ours - theirs).abs() <= 6 * margin * slope * size + rounded * theirs.abs()).all()
-        both = [f(raw.clone(), labels, transform) for f in (kernel.triton_statistics, kernel.pytorch_statistics)]
-        for a, b in zip(*both, strict=True):
-            # Entropy is a mean of log-probabilities, themselves off by the margin, under weights relatively off by it.
-            assert float((a - b).abs().max()) <= 4 * margin * (1 + float(torch.tensor(float(v)).log()))
 
 
 def test_a_wrong_label_does_not_pass_unseen(path: PathUnderTest) -> None:
@@ -163,12 +159,6 @@ def head(n: int, v: int, dtype: torch.dtype, device: str = "cpu", d: int = 24) -
     labels[1::4], token_weights[2::5] = IGNORED, 0.0
     made = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g) * 0.6, torch.randn(v, generator=g)
     return Case(*(t.to(device, dtype) for t in made), labels.to(device), token_weights.to(device))
-
-
-def exact_log_probabilities(case: Case, transform: LogitTransform) -> Tensor:
-    """[N, V] in fp64."""
-    z = case.hidden.cpu().double() @ case.weight.cpu().double().T + case.bias.cpu().double()
-    return torch.log_softmax(exact_logits(z, transform), 1)
 
 
 def gradients(case: Case, transform: LogitTransform, train: int, function: Callable[..., Tensor]) -> list[Tensor]:
@@ -222,7 +212,6 @@ def test_no_token_and_none_that_counts(path: PathUnderTest, n: int, train: int) 
         found = gradients(case, CAPPED, train, ours)
         assert found[0].shape == (n,)
         assert not any(t.any() for t in found)
-        assert linear_statistics(*case[:4], CAPPED, 2).top_indices_Nk.shape == (n, 2)
 
 
 def test_weights_get_no_gradient_and_may_be_of_any_dtype(path: PathUnderTest) -> None:
@@ -249,45 +238,6 @@ def test_gradcheck(transform: LogitTransform, frozen: bool) -> None:
     assert torch.autograd.gradcheck(lambda h, w, b: weighted(h, w, b, case.labels, transform, 2), inputs)
 
 
-# Statistics
-
-
-@every_transform
-@every_dtype
-def test_statistics_against_fp64(path: PathUnderTest, dtype: torch.dtype, transform: LogitTransform) -> None:
-    """Log-probability, entropy and top-k by torch.distributions in fp64 from the same logits, in blocks of 5."""
-    case = head(13, 199, dtype, path.device)
-    found = linear_statistics(*case[:4], transform, 5, 5)
-    raw = torch.cat([torch.nn.functional.linear(h, *case[1:3]) for h in case.hidden.split(5)]).cpu()
-    right = torch.distributions.Categorical(logits=exact_logits(raw, transform))
-    counted, margin = case.labels.cpu() != IGNORED, logit_error(raw, transform)
-    at_label = right.log_prob(case.labels.cpu().clamp_min(0)) * counted
-    assert float((found.log_probability_N.cpu() - at_label).abs().max()) <= 2 * margin
-    assert float((found.entropy_N.cpu() - right.entropy()).abs().max()) <= 2 * margin * float(right.logits.abs().max())
-    values, indices = found.top_log_probabilities_Nk.cpu(), found.top_indices_Nk.cpu()
-    assert float((values - right.logits.topk(5)[0]).abs().max()) <= 2 * margin
-    # Of equal logits (there are in bf16) any may come first: each index has its value, and none comes twice.
-    assert float((right.logits.gather(1, indices) - values).abs().max()) <= 2 * margin
-    assert all(len(set(row)) == 5 for row in indices.tolist())
-    # And the loss is the log-probability's negative.
-    nll = linear_cross_entropy(*case[:4], transform, 5)
-    assert float((nll + found.log_probability_N).abs().max()) <= 2 * margin
-
-
-@pytest.mark.parametrize("top_k", [0, 1, 31])
-def test_top_k_from_none_to_all(path: PathUnderTest, top_k: int) -> None:
-    case = head(5, 31, torch.float32, path.device)
-    case.hidden.requires_grad_()
-    found = linear_statistics(*case[:4], LogitTransform(before=-1.0), top_k)
-    assert found.top_log_probabilities_Nk.shape == found.top_indices_Nk.shape == (5, top_k)
-    assert not any(t.requires_grad for t in found)
-    right = exact_log_probabilities(case, LogitTransform(before=-1.0)).topk(top_k)
-    if top_k:
-        assert (found.top_indices_Nk.cpu() == right.indices).all()
-        # A product of 24 terms in fp32, then as above.
-        assert float((found.top_log_probabilities_Nk.cpu() - right.values).abs().max()) < 32 * 2**-24 * 30
-
-
 @once
 def test_what_does_not_fit_is_refused() -> None:
     case = head(5, 31, torch.float32)
@@ -300,9 +250,6 @@ def test_what_does_not_fit_is_refused() -> None:
         linear_cross_entropy(hidden, weight, bias, labels, weights_N=token_weights[:1])
     with pytest.raises(ValueError, match="at least 1"):
         linear_cross_entropy(hidden, weight, bias, labels, block_tokens=0)
-    for top_k in (-1, 32):
-        with pytest.raises(ValueError, match="top_k"):
-            linear_statistics(hidden, weight, bias, labels, top_k=top_k)
 
 
 # Triton without a GPU
@@ -318,8 +265,8 @@ def test_triton_kernels_through_the_interpreter() -> None:
 def test_kernels_compile_without_spilling(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    fp32 = dict.fromkeys(("scale", "nll", "found"), "*fp32") | dict.fromkeys(("before", "cap", "after"), "fp32")
-    types = {"logits": "*bf16", "labels": "*i64", "V": "i32", "N": "i32", **fp32}
+    fp32 = dict.fromkeys(("scale", "nll"), "*fp32") | dict.fromkeys(("before", "cap", "after"), "fp32")
+    types = {"logits": "*bf16", "labels": "*i64", "V": "i32", **fp32}
     _, tiles = kernel._tiles(torch.empty(1024, 256_000, device="meta"), CAPPED)
     warps = tiles.pop("num_warps")
     tiles |= {"SCALED": True, "GRADIENT": True}
