@@ -10,11 +10,9 @@ import argparse
 from pathlib import Path
 
 from pipeline.artifacts.export.export import FORMATS, export
-from pipeline.artifacts.fold.plan import BASE_QUANTS
+from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
-from pipeline.families import KINDS
 from pipeline.formats.dtypes import DTYPES
-from pipeline.version import ShowVersion
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "The result appears whole or not at all.",
         epilog="example: python export_lora.py --input models/base --lora runs/x/step100 --output x.gguf --format gguf",
     )
-    command.add_argument("--input", type=Path, required=True, metavar="BASE", help="folder of the base model")
+    arguments.add_base(command)
     command.add_argument("--lora", type=Path, required=True, metavar="ADAPTER", help="folder of the adapter")
     command.add_argument(
         "--output", type=Path, required=True, metavar="OUT", help="folder (peft) or file (gguf) to write to"
@@ -36,24 +34,17 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="dtype of the result (default float32: the exported A is a product with the weights, and 16 bit round it)",
     )
-    command.add_argument(
-        "--base-quant",
-        choices=BASE_QUANTS,
-        help="for serving beside a base in 4 bits: A' = A·W of its linear weights rounded to 4 bits and back, as a QLoRA "
+    arguments.add_base_quant(
+        command,
+        why="for serving beside a base in 4 bits: A' = A·W of its linear weights rounded to 4 bits and back, as a QLoRA "
         "run saw them (nf4-double: with bnb_4bit_use_double_quant). Default: of the original weights",
+        dtype="with --base-quant: the dtype in which weights are rounded to 4 bits (default: as they are stored)",
     )
-    command.add_argument(
-        "--base-dtype",
-        choices=tuple(DTYPES),
-        help="with --base-quant: the dtype in which weights are rounded to 4 bits (default: as they are stored)",
-    )
-    command.add_argument("--device", default="cpu", help="where to multiply: cpu, cuda, cuda:1 (default cpu)")
-    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
-    command.add_argument("--force", action="store_true", help="replace an existing output once the new one is whole")
-    command.add_argument(
-        "--kind", choices=KINDS, help="what a LORA adapter on square weights is, where its shapes cannot tell"
-    )
-    command.add_argument("--version", action=ShowVersion)
+    arguments.add_device(command, "where to multiply")
+    arguments.add_dry_run(command)
+    arguments.add_force(command, "replace an existing output once the new one is whole")
+    arguments.add_kind(command)
+    arguments.add_version(command)
     return command
 
 

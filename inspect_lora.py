@@ -15,14 +15,14 @@ import torch
 from pipeline.artifacts.adapter.read import load_pairs
 from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.fold.match import pair_kind
+from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, log, run_command
-from pipeline.families import KINDS, Kind
+from pipeline.families import Kind
 from pipeline.files import atomic_file, check_file_free
 from pipeline.formats.base_model import Base, read_base, warn_of_remarks
 from pipeline.formats.dtypes import FLOATS
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
-from pipeline.version import ShowVersion
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,12 +41,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--tokens", type=int, default=8192, metavar="T", help="tokens of the text to read (default 8192)"
     )
-    command.add_argument("--device", default="cpu", help="where the base runs for --text: cpu, cuda (default cpu)")
-    command.add_argument("--force", action="store_true", help="replace the page if it exists")
-    command.add_argument(
-        "--kind", choices=KINDS, help="what a LORA adapter on square weights is, where its shapes cannot tell"
-    )
-    command.add_argument("--version", action=ShowVersion)
+    arguments.add_device(command, "where the base runs for --text")
+    arguments.add_force(command, "replace the page if it exists")
+    arguments.add_kind(command)
+    arguments.add_version(command)
     return command
 
 

@@ -25,6 +25,7 @@ from pipeline.artifacts.adapter.directions import (
     write_directions,
 )
 from pipeline.artifacts.adapter.write import save_adapter
+from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, log, run_command, warn
 from pipeline.data.reading.document_rows import document_rows
 from pipeline.data.tokenizer import load as load_tokenizer
@@ -36,7 +37,6 @@ from pipeline.model.adapters.base import describe_layers, resolve_targets
 from pipeline.model.hidden_means import mean_hidden_states
 from pipeline.model.stage import empty_model, read_model_config
 from pipeline.names import layer_ranges, layers_of
-from pipeline.version import ShowVersion
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).
 NORMS_AFTER_WRITING = {"post_feedforward_layernorm", "post_mlp_layernorm"}
@@ -82,9 +82,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="modules that write to the residual stream (default: down_proj o_proj)",
     )
-    command.add_argument(
-        "--force", action="store_true", help="replace what stands at the outputs once the new ones are whole"
-    )
+    arguments.add_force(command, "replace what stands at the outputs once the new ones are whole")
     texts = command.add_argument_group("with --from-texts")
     texts.add_argument("--save-directions", type=Path, metavar="FILE", help="keep the differences as .safetensors")
     texts.add_argument("--sequence-len", type=int, default=512, metavar="T", help="tokens in a row (default 512)")
@@ -95,9 +93,9 @@ def parser() -> argparse.ArgumentParser:
         help="mean over all tokens but BOS, or over each document's last token (default mean)",
     )
     texts.add_argument("--layers-at-once", type=int, default=1, metavar="N", help="layers in memory (default 1)")
-    texts.add_argument("--device", default="cpu", help="where to run the model: cpu, cuda, cuda:1 (default cpu)")
+    arguments.add_device(texts, "where to run the model")
     texts.add_argument("--dtype", choices=DTYPES, help="dtype to run the model in (default: the base's own)")
-    command.add_argument("--version", action=ShowVersion)
+    arguments.add_version(command)
     return command
 
 

@@ -15,11 +15,9 @@ import argparse
 from pathlib import Path
 
 from pipeline.artifacts.fold.merge import merge
-from pipeline.artifacts.fold.plan import BASE_QUANTS, OUTPUT_DTYPES
+from pipeline.artifacts.fold.plan import OUTPUT_DTYPES
+from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
-from pipeline.families import KINDS
-from pipeline.formats.dtypes import DTYPES
-from pipeline.version import ShowVersion
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         description="Fold adapters into their base model. The result appears whole or not at all.",
         epilog="example: python merge_lora.py --input models/base --lora runs/x/step100 --output models/merged",
     )
-    command.add_argument("--input", type=Path, required=True, metavar="BASE", help="folder of the base model")
+    arguments.add_base(command)
     command.add_argument(
         "--lora",
         type=Path,
@@ -61,17 +59,12 @@ def parser() -> argparse.ArgumentParser:
         help="take the adapters out of a model they were folded into, in the order of --lora: the exact inverses, last "
         "one first. Refused where an adapter erases a direction, or nearly so, and for DoRA and tensors trained in full",
     )
-    command.add_argument(
-        "--base-quant",
-        choices=BASE_QUANTS,
-        help="fold into the base as a QLoRA run saw it: the linear weights of its layers rounded to 4 bits and back "
+    arguments.add_base_quant(
+        command,
+        why="fold into the base as a QLoRA run saw it: the linear weights of its layers rounded to 4 bits and back "
         "(nf4-double: with bnb_4bit_use_double_quant), all of them: for a run without llm_int8_skip_modules. Default: into "
         "the original weights",
-    )
-    command.add_argument(
-        "--base-dtype",
-        choices=tuple(DTYPES),
-        help="with --base-quant, the run's model_weight_dtype, to which it rounded the weights before it rounded them to 4 "
+        dtype="with --base-quant, the run's model_weight_dtype, to which it rounded the weights before it rounded them to 4 "
         "bits (default: as they are stored in the base)",
     )
     command.add_argument(
@@ -80,18 +73,16 @@ def parser() -> argparse.ArgumentParser:
         default="keep",
         help="dtype of every floating-point tensor of the result (default: as in the base)",
     )
-    command.add_argument("--device", default="cpu", help="where to multiply: cpu, cuda, cuda:1 (default cpu)")
-    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
-    command.add_argument("--force", action="store_true", help="replace a non-empty output once the new model is whole")
-    command.add_argument(
-        "--kind", choices=KINDS, help="what LORA adapters on square weights are, where their shapes cannot tell"
-    )
+    arguments.add_device(command, "where to multiply")
+    arguments.add_dry_run(command)
+    arguments.add_force(command, "replace a non-empty output once the new model is whole")
+    arguments.add_kind(command)
     command.add_argument(
         "--keep-logit-scale",
         action="store_true",
         help="write the training's train_logit_scale into the model's config (default: drop it)",
     )
-    command.add_argument("--version", action=ShowVersion)
+    arguments.add_version(command)
     return command
 
 

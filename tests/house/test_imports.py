@@ -25,6 +25,9 @@ FORBIDDEN = {
     "pipeline/formats/": ("transformers", "deepspeed", "peft", "datasets"),
     "merge_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
     "export_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
+    "inspect_lora.py": ("pipeline.training", "deepspeed"),
+    "make_adapter.py": ("pipeline.training", "deepspeed"),
+    "pipeline/commands/": ("transformers", "deepspeed", "peft", "datasets"),
     "pipeline/config/": ("transformers", "torch"),
     "pipeline/console.py": ("transformers", "torch", "pipeline"),
     "pipeline/families.py": ("transformers", "torch"),
@@ -56,8 +59,9 @@ ONLY_OURS = {
     "pipeline/files.py": GROUND,
     "pipeline/foreign.py": GROUND,
     "pipeline/patterns.py": GROUND,
-    "merge_lora.py": ("pipeline.artifacts", "pipeline.formats", *GROUND),
-    "export_lora.py": ("pipeline.artifacts", "pipeline.formats", *GROUND),
+    "pipeline/commands/": ("pipeline.artifacts", "pipeline.formats", *GROUND),
+    "merge_lora.py": ("pipeline.artifacts", "pipeline.formats", "pipeline.commands", *GROUND),
+    "export_lora.py": ("pipeline.artifacts", "pipeline.formats", "pipeline.commands", *GROUND),
     "kernels/": ("pipeline.kernels",),
 }
 

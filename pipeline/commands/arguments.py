@@ -1,0 +1,52 @@
+"""Options that several commands have, each with one name, one default and one meaning.
+
+Takes an argparse parser, or a group of one, and what the option does in this command; adds the option to it.
+"""
+
+import argparse
+from pathlib import Path
+
+from pipeline.artifacts.fold.plan import BASE_QUANTS
+from pipeline.families import KINDS
+from pipeline.formats.dtypes import DTYPES
+from pipeline.version import ShowVersion
+
+Options = argparse._ActionsContainer
+
+
+def add_base(command: Options) -> None:
+    """--input, required."""
+    command.add_argument("--input", type=Path, required=True, metavar="BASE", help="folder of the base model")
+
+
+def add_base_quant(command: Options, *, why: str, dtype: str) -> None:
+    """--base-quant and --base-dtype: the base as it was in 4 bits. `why` and `dtype` are their help."""
+    command.add_argument("--base-quant", choices=BASE_QUANTS, help=why)
+    command.add_argument("--base-dtype", choices=tuple(DTYPES), help=dtype)
+
+
+def add_kind(command: Options) -> None:
+    """--kind, where an adapter's files leave it open."""
+    command.add_argument(
+        "--kind", choices=KINDS, help="what LORA adapters on square weights are, where their shapes cannot tell"
+    )
+
+
+def add_device(command: Options, where: str) -> None:
+    """--device; `where` begins its help."""
+    command.add_argument("--device", default="cpu", help=f"{where}: cpu, cuda, cuda:1 (default cpu)")
+
+
+def add_dry_run(command: Options) -> None:
+    """--dry-run."""
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+
+
+def add_force(command: Options, replace: str) -> None:
+    """--force; `replace` is its help."""
+    command.add_argument("--force", action="store_true", help=replace)
+
+
+def add_version(command: Options) -> None:
+    """--version."""
+    command.add_argument("--version", action=ShowVersion)
