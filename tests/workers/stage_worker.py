@@ -88,7 +88,7 @@ def train(
         for done in range(case["steps"] + 1):
             if done in case["evaluate_at"]:
                 facts["evaluations"][done] = {
-                    name: evaluate.evaluate(run.engine, run.row_losses, batches, name)
+                    name: evaluate.evaluate(run.engine, run.objective, batches, name)["loss"]
                     for name, batches in run.evaluations.items()
                 }
             if done == case["steps"]:

@@ -22,7 +22,7 @@ from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
 from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
-from pipeline.objectives import language_modelling
+from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import RunState, restore
@@ -65,14 +65,12 @@ def trainer(
     optimizer = build_optimizer(config, stage, place)
     families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
-    transform = logit_transform(stage.model.config)
-    head: Any = stage.head if stage.is_last else None  # only the last stage computes a loss
+    head = stage.head if stage.is_last else None  # only the last stage computes a loss
+    objective = LanguageModelling(head, logit_transform(stage.model.config), config.train_logit_scale)
     pipeline_engine = engine.build(
         stage,
         place,
-        partial(
-            language_modelling.training_loss, head=head, transform=transform._replace(after=config.train_logit_scale)
-        ),
+        objective,
         optimizer,
         config.gradient_accumulation_steps,
         dynamic_shape=batches.fixed_shape is None,
@@ -106,7 +104,7 @@ def trainer(
         optimizer=optimizer,
         batches=batches,
         evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
-        row_losses=partial(language_modelling.row_losses, head=head, transform=transform),
+        objective=objective,
         learning_rate=schedule(config, batches.steps_per_epoch(0)),
         adapter_norms=None if config.full_fine_tune else partial(families.norms, stage, config),
         cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),

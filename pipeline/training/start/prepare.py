@@ -18,11 +18,10 @@ from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import Problems, UserError, gib, said_if_slow, say, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
-from pipeline.data.batches import MicroBatches, Position
-from pipeline.data.evaluation import EvaluationBatches
-from pipeline.data.mixture import mix
+from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.reading.sources import find
-from pipeline.data.split import Rows, Streams, split, whole
+from pipeline.data.selection import Selection, Streams, mix, split, whole
+from pipeline.data.store import ChunkStore
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, say_remarks
 from pipeline.model import cut_check, partition, unsupported, weights
@@ -57,8 +56,8 @@ class ModelPlan:
 class Data:
     """Rows for training, by dataset, and for evaluation, by name."""
 
-    train: list[Rows]
-    evaluation: dict[str, Rows]
+    train: list[Selection]
+    evaluation: dict[str, Selection]
 
 
 def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
@@ -272,7 +271,7 @@ def read_data(config: Config, tokenizer: Any, plan: ModelPlan | None = None) -> 
 
 def _chunks(
     dataset: Dataset | EvalDataset, name: str, tokenizer: Any, cache: Path, plan: ModelPlan | None, **held_out: Any
-) -> Streams:
+) -> Streams[ChunkStore]:
     """A dataset's chunks, whose ids the model has; says what became of the text. `held_out`: as for `chunks.build`."""
     streams = chunks.build(
         name=name,
@@ -284,10 +283,10 @@ def _chunks(
         join_lines=dataset.join_lines,
         **held_out,
     )
-    for report in streams.reports:
-        say(f"data:     {report}")
+    for store in streams.stores:
+        say(f"data:     {store.report}")
         if plan is not None:
-            data_fits.check_ids(report, tokenizer, data_fits.embedding_rows(plan.shell))
+            data_fits.check_ids(store.report, tokenizer, data_fits.embedding_rows(plan.shell))
     return streams
 
 
@@ -335,7 +334,7 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     steps = batches.steps_per_epoch(0)
     say(
         f"a step:   {per_step} micro-batches ({config.gradient_accumulation_steps} accumulated × {replicas} replica(s)) "
-        f"= {len(info.rows)} chunks = {info.tokens:,} tokens"
+        f"= {len(info.rows)} rows = {info.tokens:,} tokens"
     )
     epochs = f"{config.epochs} epoch(s) of {steps} steps" if config.epochs else "max_steps"
     limit = f", at most {config.max_steps} steps" if config.max_steps else ""
