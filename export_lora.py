@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pipeline.artifacts.adapter.write import KINDS
 from pipeline.artifacts.export.export import FORMATS, export
-from pipeline.artifacts.fold.plan import BASE_QUANTS, DTYPE_NAMES
+from pipeline.artifacts.fold.plan import BASE_QUANTS
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.formats.dtypes import DTYPES
 from pipeline.version import ShowVersion
 
 
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=FORMATS, required=True, help="peft: PEFT and vLLM; gguf: llama.cpp")
     command.add_argument(
         "--dtype",
-        choices=tuple(DTYPE_NAMES),
+        choices=tuple(DTYPES),
         default="float32",
         help="dtype of the result (default float32: the exported A is a product with the weights, and 16 bit round it)",
     )
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--base-dtype",
-        choices=tuple(DTYPE_NAMES),
+        choices=tuple(DTYPES),
         help="with --base-quant: the dtype in which weights are rounded to 4 bits (default: as they are stored)",
     )
     command.add_argument("--device", default="cpu", help="where to multiply: cpu, cuda, cuda:1 (default cpu)")

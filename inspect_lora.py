@@ -15,10 +15,10 @@ import torch
 from pipeline.artifacts.adapter.read import load_pairs
 from pipeline.artifacts.adapter.write import KINDS, Adapter, Kind
 from pipeline.artifacts.fold.match import pair_kind
-from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, run_command, say
-from pipeline.files import check_file_free, whole_file
-from pipeline.formats.base_model import Base, read_base, say_remarks
-from pipeline.formats.safetensors import FLOATS
+from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, log, run_command
+from pipeline.files import atomic_file, check_file_free
+from pipeline.formats.base_model import Base, read_base, warn_of_remarks
+from pipeline.formats.dtypes import FLOATS
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
 from pipeline.version import ShowVersion
@@ -67,11 +67,11 @@ def main() -> int:
         device=torch.device(asked.device),
         dtype=_dtype(base) if base else torch.float32,
     )
-    say(terminal.describe(inspection, width=shutil.get_terminal_size((terminal.WIDTH, 24)).columns))
+    log(terminal.describe(inspection, width=shutil.get_terminal_size((terminal.WIDTH, 24)).columns))
     if asked.html:
-        with whole_file(asked.html, replace=asked.force) as temporary:
+        with atomic_file(asked.html, replace=asked.force) as temporary:
             temporary.write_text(page.page(inspection), encoding="utf-8")
-        say(f"\npage: {asked.html}")
+        log(f"\npage: {asked.html}")
     return EXIT_DONE
 
 
@@ -102,7 +102,7 @@ def _base_and_kind(adapter: Adapter, folder: Path | None, asked: Kind | None) ->
     if folder is None:
         return None, reading.kind_without_base(adapter, asked)
     base = read_base(folder)
-    say_remarks(base)
+    warn_of_remarks(base)
     return base, pair_kind(base, adapter, kind=asked, kind_is_meant=True)
 
 

@@ -25,14 +25,15 @@ from pipeline.artifacts.adapter.directions import (
     write_directions,
 )
 from pipeline.artifacts.adapter.write import save_adapter
-from pipeline.artifacts.fold.merge import usable_device
-from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, run_command, say, warn
+from pipeline.console import EXIT_DONE, UserError, gib, leave_on_sigterm, log, run_command, warn
 from pipeline.data.reading.document_rows import document_rows
 from pipeline.data.tokenizer import load as load_tokenizer
 from pipeline.files import check_file_free, check_free
+from pipeline.formats.device import usable_device
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters.base import describe_layers, resolve_targets
 from pipeline.model.hidden_means import mean_hidden_states
-from pipeline.model.stage import DTYPES, empty_model, read_model_config
+from pipeline.model.stage import empty_model, read_model_config
 from pipeline.names import layer_ranges, layers_of
 from pipeline.version import ShowVersion
 
@@ -131,11 +132,11 @@ def main() -> int:
         facts={"made_from": _origin(asked)},
         replace=asked.force,
     )
-    say(
+    log(
         f"{asked.kind}, factor {asked.factor:g} ({STRENGTHS[asked.kind] * asked.factor:g} of each direction taken off), "
         f"rank {rank}: {describe_layers(layers, n_layers)}, {len(modules)} modules → {asked.output}"
     )
-    say(f"fold it:  python merge_lora.py --input {asked.input} --lora {asked.output} --output MERGED")
+    log(f"fold it:  python merge_lora.py --input {asked.input} --lora {asked.output} --output MERGED")
     return EXIT_DONE
 
 
@@ -213,9 +214,9 @@ def _from_texts(asked: argparse.Namespace, layers: list[int]) -> dict[int, Tenso
     ]
     dtype = DTYPES[asked.dtype] if asked.dtype else config.dtype or torch.float32
     for path, rows in zip(asked.from_texts, sets, strict=True):
-        say(f"{path}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
+        log(f"{path}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
     in_memory = sum(len(row) for rows in sets for row in rows) * config.hidden_size * dtype.itemsize
-    say(f"hidden states between layers: {gib(in_memory)} in the CPU's memory")
+    log(f"hidden states between layers: {gib(in_memory)} in the CPU's memory")
     skipped = 0 if tokenizer.bos_token_id is None else 1
     mean_A, mean_B = mean_hidden_states(
         asked.input,
@@ -238,12 +239,12 @@ def _say_differences(
     mean_A: Mapping[int, Tensor], mean_B: Mapping[int, Tensor], differences: Mapping[int, Tensor]
 ) -> None:
     """A line for each layer: how large the difference is beside the means, and how it turns from layer to layer."""
-    say("after layer   ‖A − B‖   of the means' norm   cosine with the layer before")
+    log("after layer   ‖A − B‖   of the means' norm   cosine with the layer before")
     before = None
     for index, difference in differences.items():
         norm, size = float(difference.norm()), float(mean_A[index].norm() + mean_B[index].norm()) / 2
         turn = "" if before is None else f"{float(torch.cosine_similarity(difference, before, dim=0)):.3f}"
-        say(f"{index:>11}   {norm:>7.3g}   {norm / size if size else math.nan:>18.2%}   {turn:>28}")
+        log(f"{index:>11}   {norm:>7.3g}   {norm / size if size else math.nan:>18.2%}   {turn:>28}")
         before = difference
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from pipeline.artifacts.adapter.write import KINDS
 from pipeline.artifacts.fold.merge import merge
-from pipeline.artifacts.fold.plan import BASE_QUANTS, DTYPE_NAMES, OUTPUT_DTYPES
+from pipeline.artifacts.fold.plan import BASE_QUANTS, OUTPUT_DTYPES
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.formats.dtypes import DTYPES
 from pipeline.version import ShowVersion
 
 
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--base-dtype",
-        choices=tuple(DTYPE_NAMES),
+        choices=tuple(DTYPES),
         help="with --base-quant, the run's model_weight_dtype, to which it rounded the weights before it rounded them to 4 "
         "bits (default: as they are stored in the base)",
     )

@@ -18,7 +18,7 @@ from pathlib import Path  # noqa: E402
 
 from pipeline.config import loading  # noqa: E402
 from pipeline.config.schema import Config  # noqa: E402
-from pipeline.console import EXIT_DONE, TERMINAL, debug, rank, run_command, said_if_slow  # noqa: E402
+from pipeline.console import EXIT_DONE, TERMINAL, debug, log_if_slow, rank, run_command  # noqa: E402
 from pipeline.log_file import LogFile  # noqa: E402
 from pipeline.training.start import launch  # noqa: E402
 from pipeline.training.start.arguments import parse  # noqa: E402
@@ -38,15 +38,15 @@ def main() -> int:
     config = loading.load(arguments.config, arguments.deepspeed_config, arguments.set)
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     if arguments.plan:
-        with said_if_slow(IMPORTING):
+        with log_if_slow(IMPORTING):
             from pipeline.training.start import plan as planned
         return planned.show(config, arguments.devices)
     if arguments.check or arguments.preview is not None:
-        with said_if_slow(IMPORTING):
+        with log_if_slow(IMPORTING):
             from pipeline.training.start.check import look
         return look(config, arguments.preview)
     launch.check_processes(config.pipeline_stages)
-    with said_if_slow(IMPORTING):
+    with log_if_slow(IMPORTING):
         from pipeline.training.run import assemble, errors  # noqa: F401 (the first imports all that takes long)
     with errors.out_of_space_explained(Path(config.output_dir)):
         return train(config, arguments, watcher, log_file)

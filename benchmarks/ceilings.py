@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks.shapes import Ceilings, Shape
-from pipeline.model.stage import DTYPES
+from pipeline.formats.dtypes import DTYPES
 
 ROUNDS = 5
 COPIED_BYTES = 2**30

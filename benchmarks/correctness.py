@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape
+from pipeline.formats.dtypes import DTYPES
 from pipeline.kernels import cross_entropy, multiplicative, norm, rope, swiglu
-from pipeline.model.stage import DTYPES
 
 Function = Callable[..., Any]
 TOKENS = 1024  # enough for several blocks of every kernel, little enough for fp64

@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks import record
 from pipeline.config import loading
 from pipeline.config.schema import Config
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model import weights
 from pipeline.model.adapters import base as adapters
-from pipeline.model.stage import DTYPES, Stage, empty_model, logit_transform, read_model_config
+from pipeline.model.stage import Stage, empty_model, logit_transform, read_model_config
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer

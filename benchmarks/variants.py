@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from benchmarks.shapes import Shape, kept_bytes
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters import base as adapters
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
-from pipeline.model.stage import DTYPES, Stage, logit_transform
+from pipeline.model.stage import Stage, logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 
 SEED = 0

@@ -52,22 +52,22 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-class Problems:
-    """Mistakes that have nothing to do with each other, reported at once: each block runs `with problems.found():`."""
+class CollectedErrors:
+    """Mistakes that have nothing to do with each other, reported at once: each block runs `with errors.collect():`."""
 
     def __init__(self) -> None:
         self.errors: list[UserError] = []
 
     @contextmanager
-    def found(self) -> Iterator[None]:
-        """A block whose UserError waits for `settle`."""
+    def collect(self) -> Iterator[None]:
+        """A block whose UserError waits for `raise_all`."""
         try:
             yield
         except UserError as error:
             self.errors.append(error)
 
-    def settle(self) -> None:
-        """Raise what was found: one UserError as it is, several as one with a line for each."""
+    def raise_all(self) -> None:
+        """Raise what was collected: one UserError as it is, several as one with a line for each."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -125,7 +125,7 @@ def debug(text: str) -> None:
         LOGGER.debug(text, extra={"shown": True})
 
 
-def say(text: str = "") -> None:
+def log(text: str = "") -> None:
     """Print `text` on the first rank only."""
     if rank() == 0:
         LOGGER.info(text, extra={"shown": True})
@@ -175,9 +175,9 @@ LOGGER.addHandler(TERMINAL)
 
 
 @contextmanager
-def said_if_slow(what: str) -> Iterator[None]:
+def log_if_slow(what: str) -> Iterator[None]:
     """Say `what` is being done as soon as it has taken two seconds. Also a decorator. Not around a progress bar."""
-    timer = threading.Timer(SLOW_S, say, [f"{what} …"])
+    timer = threading.Timer(SLOW_S, log, [f"{what} …"])
     timer.daemon = True
     timer.start()
     try:

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, rank, space_message
 
@@ -31,7 +31,7 @@ ROOM_TO_BEGIN = 64 * 1024  # bytes: configuration, rendezvous and first lines of
 
 
 @contextmanager
-def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `output`; when the block ends, sync it to disk and give it the name `output`.
 
     With `replace`, what stands at `output` stays until the new folder is complete, and is deleted then. If the block
@@ -58,7 +58,7 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield the temporary name, where an empty file is; when the block ends, sync it and give it the name `output`.
 
     With `replace`, what stands at `output` stays until then. If the block raises, only the temporary file is removed.
@@ -75,8 +75,7 @@ def whole_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
             check_file_free(output, replace=replace)  # again: another process may have ended in between
             yield temporary
             sync(temporary)
-            os.rename(temporary, output)
-            sync(output.parent)
+            rename(temporary, output)
         except BaseException as error:
             written = size_of(temporary)
             temporary.unlink(missing_ok=True)
@@ -111,8 +110,7 @@ def check_writable(folder: Path, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(room))
-            file.flush()
-            os.fsync(file.fileno())
+            sync_stream(file)
     except OSError as error:
         if is_out_of_space(error):
             why = space_message(error, folder, f"at least {gib(room)}")
@@ -159,8 +157,7 @@ def write_text(file: Path, text: str) -> None:
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         os.rename(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -224,7 +221,7 @@ def _clear_leftovers(output: Path) -> None:
 
 
 def clear_leftovers_in(folder: Path) -> None:
-    """Do for all outputs of `whole_folder` in `folder` what the next one of that name would: clear, or put back."""
+    """Do for all outputs of `atomic_folder` in `folder` what the next one of that name would: clear, or put back."""
     beside = re.compile(r"\.(.+)\.(?:lock|(?:partial|replaced)-\w+)")
     for name in sorted({match[1] for path in folder.iterdir() if (match := beside.fullmatch(path.name))}):
         with suppress(UserError), _lock(folder / name):  # another process may be writing to it right now
@@ -241,8 +238,7 @@ def _put_in_place(temporary: Path, output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         replaced = output.parent / f".{output.name}.replaced-{secrets.token_hex(4)}"
         os.rename(output, replaced)
-    os.rename(temporary, output)  # over an empty folder this is allowed, and atomic
-    sync(output.parent)
+    rename(temporary, output)  # over an empty folder this is allowed, and atomic
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -270,3 +266,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_stream(stream: IO[Any]) -> None:
+    """Put all that was written to an open file on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def rename(path: Path, target: Path) -> None:
+    """Rename a file or a folder, on the disk too when this returns. A file that is at `target` is replaced."""
+    os.rename(path, target)
+    sync(target.parent)

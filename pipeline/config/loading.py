@@ -20,7 +20,7 @@ from pipeline.config import peers, toml
 from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.schema import Config
 from pipeline.config.tables import Bnb, Dataset, EvalDataset, Optimizer, ParameterGroup, Quantization, Section
-from pipeline.config.warnings import doubts
+from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError, warn
 from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value
 
@@ -60,7 +60,7 @@ def load(path: str, deepspeed_json: str | None = None, overrides: list[str] | No
     for override in overrides or []:
         _apply_override(raw, override)
     config = validate(raw, str(source), problems)
-    for line in doubts(config):
+    for line in warnings_of(config):
         warn(line)
     return config
 

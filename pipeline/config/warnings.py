@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pipeline.config.schema import Config
 
 
-def doubts(config: Config) -> Iterator[str]:
+def warnings_of(config: Config) -> Iterator[str]:
     """One line each: the key, what follows from it, the line to write instead."""
     given = config.model_fields_set
     if "adapter_type" not in given and not config.full_fine_tune:

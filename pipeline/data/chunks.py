@@ -7,7 +7,6 @@ wait; a store appears under its name when it is whole, or not at all.
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -28,7 +27,7 @@ from pipeline.data.reading.sources import Source, find
 from pipeline.data.selection import SEED, Streams, held_out_count
 from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
 from pipeline.data.tokenizer import fingerprint, tokens
-from pipeline.files import explain_out_of_space, sync
+from pipeline.files import explain_out_of_space, rename
 from pipeline.foreign import printable
 
 FORMAT = 2  # goes into the key: raise it when the same input would give other chunks
@@ -138,8 +137,7 @@ def _write(
                 number += last
         for writer in writers:
             writer.close(findings)
-        os.rename(staging, path)
-        sync(path.parent)
+        rename(staging, path)
 
 
 def _draw_documents(name: str, sources: list[Source], held_out: float | int) -> NDArray[np.bool_]:

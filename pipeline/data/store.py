@@ -10,7 +10,6 @@ stream) and `report.json`. The chunks stay on disk: a run holds no more of them 
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.console import UserError
 from pipeline.data.reading.encodings import Findings
 from pipeline.data.row_store import DocumentSpan
-from pipeline.files import write_json
+from pipeline.files import sync_stream, write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
 BATCH_DOCUMENTS = 2**16
@@ -280,8 +279,7 @@ class _ArrowFile:
 
     def close(self) -> None:
         self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_stream(self._file)
         self._file.close()
 
     def let_go(self) -> None:

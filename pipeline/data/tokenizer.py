@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from pipeline.console import UserError, said_if_slow
+from pipeline.console import UserError, log_if_slow
 from pipeline.data.reading.documents import Document
 from pipeline.foreign import read_by_library
 
@@ -38,7 +38,7 @@ _SPACE = re.compile(r"(?<=\S) (?=\S)")
 _WORD_EDGE = re.compile(r"(?<=[^\W\d_])(?=[^\w\s])|(?<=[^\w\s])(?=[^\W\d_])")
 
 
-@said_if_slow("starting: reading the tokenizer")
+@log_if_slow("starting: reading the tokenizer")
 def load(folder: str) -> Any:
     """The tokenizer in a model's `folder`, by transformers; UserError if there is none or it cannot be read."""
     if not any((Path(folder) / name).is_file() for name in FILES):

@@ -15,8 +15,9 @@ import torch
 
 from pipeline.console import UserError, warn
 from pipeline.foreign import printable, read_object
+from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.links import check_links
-from pipeline.formats.safetensors import FLOATS, Header, StoredTensor, read_floats, read_header, read_pieces
+from pipeline.formats.safetensors import Header, StoredTensor, read_floats, read_header, read_pieces
 from pipeline.names import EMBEDDING, HEAD
 
 SINGLE = "model.safetensors"
@@ -119,7 +120,7 @@ def has_weights(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
-def say_remarks(base: Base) -> None:
+def warn_of_remarks(base: Base) -> None:
     """Warn of what lies beside the weights that were taken and is not read."""
     for remark in base.remarks:
         warn(remark)

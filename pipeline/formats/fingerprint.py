@@ -12,7 +12,8 @@ import re
 import torch
 
 from pipeline.formats.base_model import Base
-from pipeline.formats.safetensors import FLOATS, StoredTensor, pick_rows
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import StoredTensor, pick_rows
 from pipeline.names import HEAD
 
 DIGITS = 32  # of the digest in hexadecimal: 128 bits

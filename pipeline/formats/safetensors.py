@@ -19,52 +19,9 @@ import torch
 from safetensors import safe_open
 
 from pipeline.console import UserError
+from pipeline.files import sync_stream
 from pipeline.foreign import has_controls, parse_json, printable, read_by_library
-
-ITEM_BITS = {
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-}
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-TORCH_DTYPES = FLOATS | {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+from pipeline.formats.dtypes import CODES, FLOATS, ITEM_BITS, TORCH_DTYPES
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
 MOST_DIMENSIONS, LARGEST = 64, 2**63 - 1  # of torch's tensors; of a size or a place
@@ -273,8 +230,7 @@ def write_safetensors(
             if written != spec.n_bytes:
                 raise ValueError(f"{spec.name!r}: {written} bytes were given for {spec.n_bytes}")
             digests[spec.name] = digest.hexdigest()
-        stream.flush()
-        os.fsync(stream.fileno())
+        sync_stream(stream)
     return digests
 
 
@@ -285,7 +241,7 @@ def write_tensors(
 
     safetensors' own `save_file` gives the mode 0600, leaves a temporary file when it is killed, and does not fsync.
     """
-    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs = [TensorSpec(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     write_safetensors(file, specs, lambda name: [tensor_bytes(tensors[name])], metadata, replace=replace)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from pipeline.artifacts.adapter.write import Kind
 from pipeline.console import UserError, progress
 from pipeline.formats.base_model import Base, head_of
-from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import StoredTensor, read_floats
 from pipeline.names import EMBEDDING, HEAD
 
 BLOCK_ITEMS = 2**24  # 64 MiB in fp32

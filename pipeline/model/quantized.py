@@ -14,6 +14,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from pipeline import patterns
 from pipeline.console import UserError
+from pipeline.formats.dtypes import dtype_name
 
 BLOCK = 64  # weights that share a scale in 4 bits (QLoRA, Dettmers et al. 2023, §3)
 SCALES_BLOCK = 256  # scales that share one, where they are quantised as well ("double quantisation")
@@ -36,7 +37,7 @@ class Scheme(NamedTuple):
         if self.bits == 8:
             return "8-bit (LLM.int8())"
         double = ", its scales quantised too" if self.double_quant else ""
-        return f"4-bit {self.quant_type}{double}, computing in {str(self.compute_dtype).removeprefix('torch.')}"
+        return f"4-bit {self.quant_type}{double}, computing in {dtype_name(self.compute_dtype)}"
 
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Of a weight [rows, columns]: codes, scales and tables as bitsandbytes stores them."""

@@ -28,9 +28,6 @@ from pipeline.kernels.cross_entropy import LogitTransform
 from pipeline.model.unsupported import reason
 from pipeline.names import EMBEDDING_MODULE, HEAD
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
 LARGE = 1 << 24  # elements of a tensor that is a weight and no table: 64 MiB in fp32
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.console import UserError, progress, said_if_slow
+from pipeline.console import UserError, log_if_slow, progress
 from pipeline.foreign import printable
 from pipeline.formats.base_model import Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
@@ -200,7 +200,7 @@ class _Slice:
         return _read_finite(self.stored)
 
 
-@said_if_slow("starting: reading and converting weights")
+@log_if_slow("starting: reading and converting weights")
 def _load_converted(stage: Stage, base: Base, device: torch.device, missing: list[str]) -> None:
     """Checkpoints stored under other names or shapes than the model's (experts one by one): transformers' own conversion.
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from pipeline import saved_at
+from pipeline.artifacts import saved_at
 from pipeline.artifacts.adapter.write import CONFIG_FILE
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config.publishing import PARTS, Part
-from pipeline.console import UserError, say, warn
+from pipeline.console import UserError, log, warn
 
 GGUF_FILE = "adapter.gguf"
 FOLDERS: dict[Part, str] = {"merge": "merged", "export:peft": "peft", "export:gguf": "gguf"}  # in the run's folder
@@ -56,7 +56,7 @@ def follow(run: Finished) -> None:
         torch.cuda.empty_cache()
     parts = [part for part in PARTS if part in run.asked]
     for number, part in enumerate(parts):
-        say(f"\nafter training, {number + 1} of {len(parts)}: {part}")
+        log(f"\nafter training, {number + 1} of {len(parts)}: {part}")
         try:
             _do(part, run)
             if part in FOLDERS:
@@ -117,7 +117,7 @@ def _write_cards(run: Finished) -> None:
     facts = read_facts(run.run_dir, run.step)
     for folder in run.made:
         write_card(folder, facts, repository=run.repository)
-        say(f"written: {folder / CARD}")
+        log(f"written: {folder / CARD}")
 
 
 def _push(run: Finished) -> None:
@@ -129,8 +129,8 @@ def _push(run: Finished) -> None:
     files = [file for file in files_of(folder) if "card" in run.asked or file not in FILES]
     every = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     if kept := [file for file in every if file not in files and file != saved_at.FILE]:
-        say(f"not uploaded: {', '.join(kept)}")
-    say(f"uploading {len(files)} files of {folder} to {run.repository}")
+        log(f"not uploaded: {', '.join(kept)}")
+    log(f"uploading {len(files)} files of {folder} to {run.repository}")
     message = f"{run.run_dir.name}, step {run.step}"
     address = upload(folder, files, repository=run.repository or "", private=run.private, message=message)
-    say(f"uploaded: {address}")
+    log(f"uploaded: {address}")

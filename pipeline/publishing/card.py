@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
-from pipeline.files import whole_file
+from pipeline.files import atomic_file
 from pipeline.foreign import printable, read_front_matter, read_object
 from pipeline.publishing import card_text
 from pipeline.publishing.facts import Facts
@@ -32,9 +32,9 @@ TITLES = {
 
 def write_card(folder: Path, facts: Facts, *, repository: str | None) -> None:
     """Write the card of what lies in `folder`. `repository`: its OWNER/NAME on the Hub, if it is to have one."""
-    with whole_file(folder / CURVE, replace=True) as file:
+    with atomic_file(folder / CURVE, replace=True) as file:
         file.write_text(loss_curve(facts.training, facts.evaluation), encoding="utf-8")
-    with whole_file(folder / CARD, replace=True) as file:
+    with atomic_file(folder / CARD, replace=True) as file:
         file.write_text(str(card(folder, facts, repository=repository)), encoding="utf-8")
 
 

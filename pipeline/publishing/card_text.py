@@ -14,6 +14,7 @@ import tomli_w
 
 from pipeline.console import duration, gib
 from pipeline.foreign import printable
+from pipeline.formats.dtypes import name_of
 from pipeline.names import layers_of
 from pipeline.publishing.facts import Facts, Loss, unrecorded
 
@@ -28,7 +29,6 @@ FAMILIES = {
     "boft": "BOFT, the inputs rotated in butterfly blocks",
     "hra": "HRA, the inputs reflected",
 }
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MOST_ROWS = 12
 LONGEST = 2000  # characters of a text of others
 
@@ -57,7 +57,7 @@ def trained(facts: Facts) -> str:
             lines.append(f"- blocks of {size} inputs")
     if facts.values[0]:
         count, dtypes = facts.values
-        lines.append(f"- the adapter's file: {count:,} numbers, {', '.join(DTYPES.get(d, d) for d in dtypes)}")
+        lines.append(f"- the adapter's file: {count:,} numbers, {', '.join(name_of(d) for d in dtypes)}")
     if bnb := config.get("quantization", {}).get("bnb", {}):
         bits = f"4 bits ({bnb['bnb_4bit_quant_type']})" if bnb.get("load_in_4bit") else "8 bits"
         lines.append(f"- the base's linear layers were held in {bits} in training; a fold is into the original weights")

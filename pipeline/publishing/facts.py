@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.console import UserError
 from pipeline.foreign import parse_json, parse_toml, read_object
+from pipeline.formats.dtypes import ITEM_BITS
 from pipeline.formats.safetensors import read_header
 from pipeline.names import id_in_cache, public_name
 
@@ -113,8 +114,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _values(file: Path) -> tuple[int, tuple[str, ...]]:
     """How many numbers a safetensors file holds, and their dtypes."""
     tensors = read_header(file).tensors
-    sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-    return sum(t.n_bytes // sizes.get(t.dtype, 1) for t in tensors), tuple(sorted({t.dtype for t in tensors}))
+    return sum(8 * t.n_bytes // ITEM_BITS[t.dtype] for t in tensors), tuple(sorted({t.dtype for t in tensors}))
 
 
 def _losses(lines: list[dict[str, Any]], tag: str) -> list[Loss]:

@@ -7,7 +7,6 @@ events. Only the first process writes. A resumed run goes on in the same files, 
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.console import duration, gib, rank, say
-from pipeline.files import write_text
+from pipeline.console import duration, gib, log, rank
+from pipeline.files import sync_stream, write_text
 
 
 class Metrics:
@@ -48,7 +47,7 @@ class Metrics:
     def sync(self) -> None:
         """Put everything on disk, as a checkpoint is about to say that it is there."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            sync_stream(self._file)
             self._events.flush()
 
     def close(self) -> None:
@@ -108,7 +107,7 @@ class Clock:
     def line(self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float, memory: int) -> None:
         """Say one line about `step`."""
         left = self._spent / self._steps * (self._total - step)
-        say(
+        log(
             f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.3g}  {tokens_per_s:,.0f} tokens/s  "
             f"{gib(memory)}  {duration(self._spent)} elapsed, {duration(left)} left"
         )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import export_lora
 from pipeline import files as files_module
 from pipeline.console import UserError, run_command
-from pipeline.files import whole_file
+from pipeline.files import atomic_file
 from tests.helpers.artifacts import edit_json, files_of, make_base, multiplicative, random_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,24 +167,24 @@ def test_a_full_disk_is_exit_code_28_and_leaves_nothing(work: Path, run: Callabl
 def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out"
     for text, replace in (("new", False), ("newer", True)):
-        with whole_file(output, replace=replace) as file:
+        with atomic_file(output, replace=replace) as file:
             file.write_text(text)
             assert not output.exists() or output.read_text() == "new"
         assert files_of(tmp_path) == {"deep/out": text.encode()}
-    with pytest.raises(UserError, match=r"exists.*--force"), whole_file(output):
+    with pytest.raises(UserError, match=r"exists.*--force"), atomic_file(output):
         pass
-    with pytest.raises(RuntimeError), whole_file(output, replace=True) as file:
+    with pytest.raises(RuntimeError), atomic_file(output, replace=True) as file:
         file.write_text("half")
         raise RuntimeError
     (tmp_path / "deep" / ".out.partial").write_text("a longer text that a killed process left")
     assert output.read_text() == "newer"
-    with whole_file(output, replace=True) as file:
+    with atomic_file(output, replace=True) as file:
         assert file.read_bytes() == b""
     assert files_of(tmp_path) == {"deep/out": b""}
 
 
 def _hold(output: Path, entered: Callable, leave: Callable) -> None:
-    with whole_file(output) as file:
+    with atomic_file(output) as file:
         file.write_text("theirs")
         entered.set()  # type: ignore[attr-defined]
         leave.wait(30)  # type: ignore[attr-defined]
@@ -196,7 +196,7 @@ def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
     other = context.Process(target=_hold, args=(tmp_path / "out", entered, leave))
     other.start()
     assert entered.wait(30)
-    with pytest.raises(UserError, match="another process is writing"), whole_file(tmp_path / "out"):
+    with pytest.raises(UserError, match="another process is writing"), atomic_file(tmp_path / "out"):
         pass
     leave.set()
     other.join(30)
@@ -206,7 +206,7 @@ def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
 GROWTH = """
 import contextlib, io, re, sys
 from pathlib import Path
-from pipeline.artifacts.export import export
+from pipeline.artifacts.export.export import export
 folder = Path(sys.argv[1])
 
 def peak():  # in bytes; getrusage would give the peak of the process that started this one where that was higher

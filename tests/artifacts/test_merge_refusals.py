@@ -340,5 +340,5 @@ def test_a_fold_that_computes_something_else_is_found(work: Path, fold: Callable
 def test_an_output_where_nothing_can_be_written(work: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "below" / "out"
-    with pytest.raises(UserError, match="cannot write to"), files_module.whole_folder(output):
+    with pytest.raises(UserError, match="cannot write to"), files_module.atomic_folder(output):
         pass

@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from pipeline import files as files_module
 from pipeline.artifacts.fold.check import half_spacing
 from pipeline.console import UserError
-from pipeline.files import check_disk_space, whole_folder
+from pipeline.files import atomic_folder, check_disk_space
+from pipeline.formats.dtypes import FLOATS, ITEM_BITS
 from pipeline.formats.safetensors import (
-    FLOATS,
-    ITEM_BITS,
     TensorSpec,
     read_floats,
     read_header,
@@ -117,20 +116,20 @@ def test_half_spacing_is_the_distance_to_the_neighbour(value: float, exponent: i
 
 def test_a_folder_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out"
-    with whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         (folder / "file").write_text("new")
         assert not output.exists()
     assert files_of(tmp_path) == {"deep/out/file": b"new"}
-    with pytest.raises(RuntimeError), whole_folder(output, replace=True) as folder:
+    with pytest.raises(RuntimeError), atomic_folder(output, replace=True) as folder:
         (folder / "file").write_text("newer")
         raise RuntimeError
     assert files_of(tmp_path) == {"deep/out/file": b"new"}
-    with whole_folder(output, replace=True) as folder:
+    with atomic_folder(output, replace=True) as folder:
         (folder / "other").write_text("newest")
         assert files_of(output) == {"file": b"new"}
     assert files_of(tmp_path) == {"deep/out/other": b"newest"}
     (tmp_path / "empty").mkdir()
-    with whole_folder(tmp_path / "empty") as folder:
+    with atomic_folder(tmp_path / "empty") as folder:
         (folder / "file").write_text("new")
     assert files_of(tmp_path / "empty") == {"file": b"new"}
 
@@ -138,9 +137,9 @@ def test_a_folder_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> Non
 def test_a_file_or_a_full_folder_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for replace in (False, True):
-        with pytest.raises(UserError, match="is a file"), whole_folder(tmp_path / "file", replace=replace):
+        with pytest.raises(UserError, match="is a file"), atomic_folder(tmp_path / "file", replace=replace):
             pass
-    with pytest.raises(UserError, match=r"not empty.*--force"), whole_folder(tmp_path):
+    with pytest.raises(UserError, match=r"not empty.*--force"), atomic_folder(tmp_path):
         pass
 
 
@@ -151,18 +150,18 @@ def test_leftovers_of_killed_processes_are_cleared_and_an_old_folder_comes_back(
     (tmp_path / ".out.replaced-11111111").mkdir()  # killed between the two renames of a replacement
     (tmp_path / ".out.replaced-11111111" / "old").write_text("old")
     (tmp_path / ".outer.partial-00000000").mkdir()  # another output's
-    with pytest.raises(UserError, match="not empty"), whole_folder(tmp_path / "out"):
+    with pytest.raises(UserError, match="not empty"), atomic_folder(tmp_path / "out"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == [".outer.partial-00000000", "out"]
     assert files_of(tmp_path / "out") == {"old": b"old"}
     (tmp_path / ".out.replaced-22222222").mkdir()  # killed before the old folder was deleted
-    with whole_folder(tmp_path / "out", replace=True) as folder:
+    with atomic_folder(tmp_path / "out", replace=True) as folder:
         (folder / "new").write_text("new")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".outer.partial-00000000", "out"]
 
 
 def _hold(output: Path, entered: Callable, leave: Callable) -> None:
-    with whole_folder(output):
+    with atomic_folder(output):
         entered.set()  # type: ignore[attr-defined]
         leave.wait(30)  # type: ignore[attr-defined]
 
@@ -173,7 +172,7 @@ def test_two_processes_do_not_write_to_one_output(tmp_path: Path) -> None:
     other = context.Process(target=_hold, args=(tmp_path / "out", entered, leave))
     other.start()
     assert entered.wait(30)
-    with pytest.raises(UserError, match="another process is writing"), whole_folder(tmp_path / "out"):
+    with pytest.raises(UserError, match="another process is writing"), atomic_folder(tmp_path / "out"):
         pass
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1  # the other's folder is left alone
     leave.set()
@@ -189,7 +188,7 @@ def test_a_full_disk_is_exit_code_28_and_leaves_nothing(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", full)
     with (
         pytest.raises(UserError, match=r"cannot write .*out: .* needed") as refused,
-        whole_folder(tmp_path / "out") as folder,
+        atomic_folder(tmp_path / "out") as folder,
     ):
         write_safetensors(folder / "x", [TensorSpec("a", "U8", (1,))], lambda _: [b"1"])
     assert refused.value.exit_code == 28

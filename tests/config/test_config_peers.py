@@ -13,7 +13,7 @@ import tomli_w
 from pipeline.config import loading, peers
 from pipeline.config.schema import Config
 from pipeline.config.tables import Dataset, Optimizer
-from pipeline.config.warnings import doubts
+from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError
 from pipeline.names import as_ranges, layer_ranges
 from tests.helpers.configs import problems, small
@@ -204,7 +204,7 @@ def test_what_was_probably_not_meant_is_a_warning(
 def test_the_resolved_configuration_raises_no_doubt() -> None:
     config = loading.validate(small(batch_size_tokens=64), "x")
     written = tomli.loads(loading.to_toml(config))
-    assert list(doubts(loading.validate(written, "y"))) == []
+    assert list(warnings_of(loading.validate(written, "y"))) == []
 
 
 def test_layers_as_text_read_back() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import loading
-from pipeline.console import Problems, UserError
+from pipeline.console import CollectedErrors, UserError
 from pipeline.training.start import prepare
 from tests.helpers.builders import model_config
 from tests.helpers.configs import small
@@ -51,10 +51,10 @@ def test_all_of_them(tmp_path: Path) -> None:
 
 
 def test_a_single_one_is_said_as_it_is() -> None:
-    problems = Problems()
-    with problems.found():
+    errors = CollectedErrors()
+    with errors.collect():
         raise UserError("x: wrong", 28)
     with pytest.raises(UserError, match=r"^x: wrong$") as caught:
-        problems.settle()
+        errors.raise_all()
     assert caught.value.exit_code == 28
-    Problems().settle()
+    CollectedErrors().raise_all()

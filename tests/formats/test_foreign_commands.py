@@ -520,7 +520,7 @@ def test_nothing_of_others_steers_the_terminal(
 
 
 def test_the_console_shows_controls_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
-    console.say(f"a{HOSTILE}\n\tb \ud800 \r")
+    console.log(f"a{HOSTILE}\n\tb \ud800 \r")
     console.warn("\x9b31m")
     shown = capsys.readouterr()
     assert shown.out == "ax\\x1b[2J\\x07\\x1b]0;owned\\x07\\u202egnp\n\tb \\ud800 \\r\n"

@@ -199,7 +199,7 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("main", "code"),
     [
-        ("say('x')", 28),
+        ("log('x')", 28),
         ("open('/dev/full', 'w').write('x' * 9999)", 28),
         ("(_ for _ in ()).throw(UserError('x'))", 2),
         ("(_ for _ in ()).throw(RankError('x', 5))", 5),
@@ -214,4 +214,4 @@ def test_a_command_whose_own_output_is_on_a_full_disk_keeps_its_exit_code(main: 
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full, timeout=60)
     assert done.returncode == code
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert said.returncode == (0 if main == "say('x')" else code) and "Traceback" not in said.stderr
+    assert said.returncode == (0 if main == "log('x')" else code) and "Traceback" not in said.stderr

@@ -51,8 +51,8 @@ ONLY_OURS = {
     "pipeline/files.py": GROUND,
     "pipeline/foreign.py": GROUND,
     "pipeline/patterns.py": GROUND,
-    "merge_lora.py": ("pipeline.artifacts", *GROUND),
-    "export_lora.py": ("pipeline.artifacts", *GROUND),
+    "merge_lora.py": ("pipeline.artifacts", "pipeline.formats", *GROUND),
+    "export_lora.py": ("pipeline.artifacts", "pipeline.formats", *GROUND),
     "kernels/": ("pipeline.kernels",),
 }
 

@@ -1,4 +1,4 @@
-"""The house: what has one home (names of layers, of the head) is written nowhere else. Read from the source."""
+"""The house: what has one home is written nowhere else: numbers of layers, the head, dtypes, the disk. Read from the source."""
 
 import ast
 import re
@@ -19,6 +19,13 @@ LAYER_NUMBERS = {
 }
 HEAD_NAMES = re.compile(r"lm_head(\.weight)?|embed_tokens(\.weight)?")
 OF_HEAD = {"pipeline/names.py": "the one pair of constants"}
+
+DTYPE = re.compile(r"(torch\.)?(bfloat16|float16|float32|BF16|F16|F32)")
+DTYPE_TABLES = {
+    "pipeline/formats/dtypes.py": "the one table",
+    "pipeline/artifacts/export/gguf.py": "GGUF's types, and numpy's",
+    "pipeline/config/peers.py": "what other trainers' options are called here",
+}
 
 
 def path(source: Path) -> str:
@@ -56,5 +63,26 @@ def test_head_and_embedding_are_named_in_one_place(source: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_there_is_one_table_of_dtypes(source: Path) -> None:
+    tables = [node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Dict)]
+    keys = [[ast.unparse(key).strip("'") for key in table.keys if key is not None] for table in tables]
+    if path(source) not in DTYPE_TABLES:
+        assert not [names for names in keys if any(DTYPE.fullmatch(name) for name in names)], (
+            "use pipeline.formats.dtypes"
+        )
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=path)
+def test_there_is_one_writer(source: Path) -> None:
+    """What is put on the disk, or gets its name, goes through pipeline/files.py."""
+    names = {"os.fsync", "os.rename", "os.replace"}
+    nodes = [
+        node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
+    ]
+    if path(source) != "pipeline/files.py":
+        assert not [n for n in nodes if ast.unparse(n) in names or n.attr == "rename"], "use pipeline.files"
+
+
 def test_the_exceptions_are_there() -> None:
-    assert all((ROOT / file).is_file() for file in (*LAYER_NUMBERS, *OF_HEAD))
+    assert all((ROOT / file).is_file() for file in (*LAYER_NUMBERS, *OF_HEAD, *DTYPE_TABLES))

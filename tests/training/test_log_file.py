@@ -30,7 +30,7 @@ def lines(folder: Path) -> list[tuple[str, str, str]]:
 
 
 def test_what_was_said_before_there_is_a_folder_comes_first(tmp_path: Path, log_file: LogFile) -> None:
-    console.say("two\n\nlines")
+    console.log("two\n\nlines")
     console.debug("a detail")
     log_file.open(tmp_path)
     console.warn("beware")
@@ -48,9 +48,9 @@ def test_other_ranks_write_their_warnings_and_errors(
     tmp_path: Path, log_file: LogFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log_file.open(tmp_path)
-    console.say("first")
+    console.log("first")
     monkeypatch.setenv("RANK", "3")
-    console.say("not said")
+    console.log("not said")
     console.warn("beware")
     assert lines(tmp_path) == [("info", "0", "first"), ("warning", "3", "beware")]
     assert capsys.readouterr() == ("first\n", "")
@@ -58,13 +58,13 @@ def test_other_ranks_write_their_warnings_and_errors(
 
 def test_a_resumed_run_appends(tmp_path: Path, log_file: LogFile) -> None:
     log_file.open(tmp_path)
-    console.say("before")
+    console.log("before")
     log_file.close()
     again = LogFile()
     again.open(tmp_path)
-    console.say("after")
+    console.log("after")
     again.close()
-    console.say("when it is over")
+    console.log("when it is over")
     assert [text for *_, text in lines(tmp_path)] == ["before", "after"]
 
 
@@ -82,7 +82,7 @@ def test_the_terminal_shows_from_a_level_on_and_the_file_has_all(
 ) -> None:
     log_file.open(tmp_path)
     console.TERMINAL.show_from(level)
-    for write, text in ((console.debug, "d"), (console.say, "i"), (console.warn, "w"), (console.complain, "e")):
+    for write, text in ((console.debug, "d"), (console.log, "i"), (console.warn, "w"), (console.complain, "e")):
         write(text)
     assert capsys.readouterr() == (out, err)
     assert [level for level, *_ in lines(tmp_path)] == ["debug", "info", "warning", "error"]
@@ -108,14 +108,14 @@ def test_a_progress_bar_leaves_one_line(tmp_path: Path, log_file: LogFile) -> No
 
 def test_names_of_others_begin_no_line(tmp_path: Path, log_file: LogFile) -> None:
     log_file.open(tmp_path)
-    console.say("a\r\x1b[2J\u2028b\ud800")
+    console.log("a\r\x1b[2J\u2028b\ud800")
     assert [line[2] for line in lines(tmp_path)] == [r"a\r\x1b[2J\u2028b\ud800"]
 
 
 def test_a_full_disk_ends_no_run(tmp_path: Path, log_file: LogFile, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / FILE).symlink_to("/dev/full")
     log_file.open(tmp_path)
-    console.say("it goes on")
+    console.log("it goes on")
     assert capsys.readouterr() == ("it goes on\n", "")
 
 
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_written_is_a_warning(
 ) -> None:
     (tmp_path / FILE).mkdir()
     log_file.open(tmp_path)
-    console.say("it goes on")
+    console.log("it goes on")
     shown = capsys.readouterr()
     assert shown.out == "it goes on\n"
     assert re.fullmatch(r"warning: .*/log.txt: cannot write there: .*; the run goes on without it\n", shown.err)
@@ -136,9 +136,9 @@ def test_half_a_line_is_ended_before_the_next(
     log_file.open(tmp_path)
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:9]))
-    console.say("there was room for a part of it")
+    console.log("there was room for a part of it")
     monkeypatch.undo()
-    console.say("there is room again")
+    console.log("there is room again")
     torn, whole = (tmp_path / FILE).read_text().splitlines()
     assert len(torn) == 9 and LINE.fullmatch(whole)
 

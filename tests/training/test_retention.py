@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import saved_at
-from pipeline.files import whole_folder
+from pipeline.artifacts import saved_at
+from pipeline.files import atomic_folder
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.checkpoint import retention
 from pipeline.training.checkpoint.manifest import CheckpointError, verify
@@ -101,7 +101,7 @@ def test_a_kill_at_every_change_of_a_replaced_adapter_leaves_one(tmp_path: Path)
     """`best_loss` is replaced; what stood there comes back when the run does."""
 
     def improve(run: Path, step: int) -> None:
-        with whole_folder(run / "best_loss", replace=True) as folder:
+        with atomic_folder(run / "best_loss", replace=True) as folder:
             saved_at.mark(folder, step)
 
     for n in range(1, MOST):

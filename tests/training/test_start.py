@@ -46,9 +46,9 @@ def test_what_takes_long_is_said_and_what_does_not_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "SLOW_S", 0.1)
-    with console.said_if_slow("a trifle"):
+    with console.log_if_slow("a trifle"):
         pass
-    with console.said_if_slow("the work"):
+    with console.log_if_slow("the work"):
         deadline = time.monotonic() + 30
         said = ""
         while not said and time.monotonic() < deadline:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline import saved_at
+from pipeline.artifacts import saved_at
 from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from pipeline.console import UserError
-from pipeline.files import whole_file
+from pipeline.files import atomic_file
 from pipeline.foreign import printable, read_by_library
-from pipeline.formats.safetensors import FLOAT_NAMES, load_tensors, read_header, write_tensors
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import load_tensors, read_header, write_tensors
 
 Method = Literal["abliteration", "householder"]
 STRENGTHS: dict[Method, float] = {"abliteration": 1.0, "householder": 2.0}  # times f: how much of V·h is taken off
@@ -100,7 +101,7 @@ def write_directions(file: Path, directions: Mapping[int, Tensor], *, replace: b
 
     Raises UserError where `file` exists (unless `replace`) or the disk is full (exit code 28).
     """
-    with whole_file(file, replace=replace) as temporary:
+    with atomic_file(file, replace=replace) as temporary:
         write_tensors(temporary, {f"layers.{index}": directions[index] for index in sorted(directions)}, replace=True)
 
 
@@ -116,7 +117,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{file} holds no tensors")
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOAT_NAMES:
+        if tensor.dtype not in FLOATS.values():
             raise UserError(f"{file}: {name!r} is {tensor.dtype}; directions are float64, float32, float16 or bfloat16")
     return tensors
 

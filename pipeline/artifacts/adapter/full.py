@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.formats.safetensors import FLOAT_NAMES
+from pipeline.formats.dtypes import FLOATS
 
 ROWS_AT_A_TIME = 4096
 
@@ -37,7 +37,7 @@ def holds_numbers(tensor: torch.Tensor) -> bool:
 
     It is looked at in pieces, as an embedding has gigabytes.
     """
-    return tensor.dtype in FLOAT_NAMES and all(
+    return tensor.dtype in FLOATS.values() and all(
         bool(part.isfinite().all()) for part in torch.atleast_1d(tensor).split(ROWS_AT_A_TIME)
     )
 

@@ -29,7 +29,8 @@ from pipeline.artifacts.adapter.write import (
     WEIGHTS_FILE,
     write_json,
 )
-from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.formats.dtypes import CODES
+from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import loadable_name, natural_order, public_name
 
 Family = Literal["dora", "ia3", "oft", "boft", "hra"]
@@ -101,7 +102,7 @@ def write_peft_adapter(
         for key, theirs in names.items()
     }
     stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
-    specs = [TensorSpec(name, FLOAT_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
+    specs = [TensorSpec(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
     metadata = {"format": "pt", METADATA_KEY: json.dumps(own)}
     write_safetensors(folder / WEIGHTS_FILE, specs, lambda name: [tensor_bytes(stored[name])], metadata)
     write_json(folder / CONFIG_FILE, config)

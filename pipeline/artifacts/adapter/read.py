@@ -31,7 +31,8 @@ from pipeline.artifacts.adapter.write import (
 )
 from pipeline.console import UserError
 from pipeline.foreign import has_controls, printable, read_by_library
-from pipeline.formats.safetensors import FLOAT_NAMES, LONGEST_NAME, load_tensors, read_header
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
 from pipeline.names import natural_order
 from pipeline.patterns import matches
 
@@ -183,7 +184,7 @@ def _grouped(folder: Path, tensors: dict[str, torch.Tensor], ends: tuple[str, ..
 
 
 def _check_numbers(folder: Path, module: str, name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in FLOAT_NAMES:
+    if tensor.dtype not in FLOATS.values():
         raise UserError(
             f"{folder}: {module}: the adapter's {name} is {tensor.dtype}, not floating point of 16 bits or more."
         )

@@ -25,8 +25,9 @@ import torch
 from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.adapter.maps import RowMap
-from pipeline.files import whole_folder, write_json
-from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.files import atomic_folder, write_json
+from pipeline.formats.dtypes import CODES
+from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import layers_of, loadable_name, natural_order, public_name
 
 Kind = Literal["multiplicative_lora", "lora"]
@@ -91,7 +92,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], *, replace: 
 
     Raises UserError where `folder` has something in it (unless `replace`) or the disk is full (exit code 28).
     """
-    with whole_folder(folder, replace=replace) as temporary:
+    with atomic_folder(folder, replace=replace) as temporary:
         write_adapter(temporary, tensors, **arguments)
 
 
@@ -176,7 +177,7 @@ def write_adapter(
         for letter, tensor in zip("AB", pair, strict=True)
     }
     stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
-    specs = [TensorSpec(name, FLOAT_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
+    specs = [TensorSpec(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
     metadata = {"format": "pt", METADATA_KEY: json.dumps(own)}
     write_safetensors(folder / WEIGHTS_FILE, specs, lambda name: [tensor_bytes(stored[name])], metadata)
     write_json(folder / CONFIG_FILE, config)

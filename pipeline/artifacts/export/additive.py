@@ -22,10 +22,11 @@ from pipeline.artifacts.adapter.write import Adapter, Kind
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, plan_fold
 from pipeline.artifacts.fold.rows import BLOCK_ITEMS, compose, round_to
 from pipeline.artifacts.fold.ties import settled
-from pipeline.artifacts.fold.warnings import doubts
+from pipeline.artifacts.fold.warnings import warnings_of
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
-from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import StoredTensor, read_floats
 from pipeline.formats.stored_names import Place
 from pipeline.names import is_embedding
 
@@ -59,7 +60,7 @@ class Target:
 class AdditiveForm:
     """An adapter in its additive form: A' [R, D_in], B' [D_out, R] of every target, with one R and one s for all.
 
-    `dtype` is the safetensors dtype they are written in; `doubts` are warnings for the user. `full`: what was trained in
+    `dtype` is the safetensors dtype they are written in; `warnings` are for the user. `full`: what was trained in
     full beside the adapter, by its name in the model, in its own dtype; `tied`: names that are copies of one of them.
     """
 
@@ -68,7 +69,7 @@ class AdditiveForm:
     rank: int
     scaling: float
     dtype: str
-    doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
     full: dict[str, torch.Tensor]
     tied: dict[str, str]
 
@@ -121,7 +122,7 @@ def additive_form(
         constant = None if bias is None else _constant(bias, step, factor)
         targets.append(Target(module, change, step, factor, constant))
     rank = max(target.rank for target in targets)
-    return AdditiveForm(found, tuple(targets), rank, scaling, dtype, tuple(doubts(plan)), full, tied)
+    return AdditiveForm(found, tuple(targets), rank, scaling, dtype, tuple(warnings_of(plan)), full, tied)
 
 
 def _full(adapter: Adapter, alone: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -12,12 +12,14 @@ from pipeline.artifacts.adapter.write import Adapter, Kind
 from pipeline.artifacts.export.additive import AdditiveForm, additive_form
 from pipeline.artifacts.export.gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export.peft import write_peft
-from pipeline.artifacts.fold.merge import check_places, usable_device
-from pipeline.artifacts.fold.plan import DTYPE_NAMES, BaseDtype, BaseQuant
+from pipeline.artifacts.fold.merge import check_places
+from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant
 from pipeline.artifacts.fold.rows import exact_fp32
-from pipeline.console import UserError, gib, progress, say, warn
-from pipeline.files import check_disk_space, check_file_free, check_free, whole_file, whole_folder
-from pipeline.formats.base_model import Base, read_base, say_remarks
+from pipeline.console import UserError, gib, log, progress, warn
+from pipeline.files import atomic_file, atomic_folder, check_disk_space, check_file_free, check_free
+from pipeline.formats.base_model import Base, read_base, warn_of_remarks
+from pipeline.formats.device import usable_device
+from pipeline.formats.dtypes import code_of
 from pipeline.names import public_name
 
 Format = Literal["peft", "gguf"]
@@ -51,28 +53,26 @@ def export(
     check_output = check_free if format == "peft" else check_file_free
     check_output(output, replace=force)
     adapter, base = load_pairs(adapter_folder), read_base(base_folder)
-    say_remarks(base)
-    form = additive_form(
-        base, adapter, kind=kind, dtype=DTYPE_NAMES[dtype], base_quant=base_quant, base_dtype=base_dtype
-    )
+    warn_of_remarks(base)
+    form = additive_form(base, adapter, kind=kind, dtype=code_of(dtype), base_quant=base_quant, base_dtype=base_dtype)
     arch = architecture(base.config) if format == "gguf" else ""
     names = _gguf_names(form, arch) if format == "gguf" else {}
     for line in plan_lines(base, adapter, form):
-        say(line)
+        log(line)
     if base_quant and form.kind != "lora":
-        say(f"base     W is rounded to {base_quant} and back first: serve the result beside the base in 4 bits")
+        log(f"base     W is rounded to {base_quant} and back first: serve the result beside the base in 4 bits")
     kept = f"a GGUF adapter of architecture {arch}" if format == "gguf" else "a PEFT adapter of type LORA"
-    say(f"output   {output.resolve()}: {kept}, {dtype}, {gib(form.n_bytes)}")
-    for line in form.doubts:
+    log(f"output   {output.resolve()}: {kept}, {dtype}, {gib(form.n_bytes)}")
+    for line in form.warnings:
         warn(line)
     check_disk_space(output.resolve().parent, form.n_bytes)
     if dry_run:
-        say("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
+        log("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
         return
     base_model = public_name(adapter.base_model or str(base_folder))
     with exact_fp32(), progress("exporting", form.n_bytes) as advance:
         if format == "peft":
-            with whole_folder(output, replace=force) as folder:
+            with atomic_folder(output, replace=force) as folder:
                 write_peft(
                     folder,
                     form,
@@ -83,9 +83,9 @@ def export(
                     train_logit_scale=adapter.train_logit_scale,
                 )
         else:
-            with whole_file(output, replace=force) as file:
+            with atomic_file(output, replace=force) as file:
                 write_gguf(file, form, arch=arch, names=names, base_model=base_model, device=where, advance=advance)
-    say(f"written: {output.resolve()}")
+    log(f"written: {output.resolve()}")
 
 
 def _gguf_names(form: AdditiveForm, arch: str) -> dict[str, str]:

@@ -25,7 +25,8 @@ from pipeline.artifacts.adapter.write import (
     write_json,
 )
 from pipeline.artifacts.export.additive import AdditiveForm, lora_A, lora_B, lora_B_bias
-from pipeline.formats.safetensors import FLOAT_NAMES, TensorSpec, tensor_bytes, write_safetensors
+from pipeline.formats.dtypes import CODES
+from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import loadable_name, public_name
 
 
@@ -59,7 +60,7 @@ def write_peft(
             specs.append(TensorSpec(stored, form.dtype, shape))
             makers[stored] = make
     for name, tensor in full_tensors.named(form.full, form.tied).items():
-        specs.append(TensorSpec(f"{PEFT_PREFIX}{name}", FLOAT_NAMES[tensor.dtype], tuple(tensor.shape)))
+        specs.append(TensorSpec(f"{PEFT_PREFIX}{name}", CODES[tensor.dtype], tuple(tensor.shape)))
         makers[f"{PEFT_PREFIX}{name}"] = tensor.contiguous
 
     def pieces(name: str) -> Iterable[memoryview]:

@@ -16,7 +16,8 @@ from pipeline.artifacts.fold.plan import Change, FoldPlan
 from pipeline.artifacts.fold.reference import recomputed
 from pipeline.artifacts.fold.rows import BLOCK_ITEMS
 from pipeline.console import EXIT_CHECKPOINT, UserError
-from pipeline.formats.safetensors import FLOATS, StoredTensor, forget_cached, pick_rows, read_header, read_pieces
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import StoredTensor, forget_cached, pick_rows, read_header, read_pieces
 
 ROWS = 16  # of each changed tensor: the first, the last, and others drawn evenly
 

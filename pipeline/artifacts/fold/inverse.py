@@ -19,11 +19,11 @@ from pipeline.artifacts.adapter.maps import ColumnFactors, RowFactors
 from pipeline.artifacts.adapter.write import Pair
 from pipeline.artifacts.fold.match import Part
 from pipeline.console import UserError
+from pipeline.formats.dtypes import unit_roundoff
 
 # The merged weights were rounded, by up to u of their size (u = 2⁻⁸ in bf16). The inverse multiplies that error by up
 # to the condition number κ in the worst direction. Above κ·u = 1/16 the way back is refused: bf16 16, fp16 128.
 MOST_LOST = 1 / 16
-UNIT_ROUNDOFF = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 
 
 def inverse(pair: Pair, scaling: float) -> Pair:
@@ -58,7 +58,7 @@ def check_invertible(part: Part, dtypes: Mapping[str, str], before: Mapping[str,
     """
     _check_kept(part)
     conditions = {module: _condition(part, module) for module in part.modules}
-    lost = {m: conditions[m] * before.get(m, 1.0) * UNIT_ROUNDOFF[dtypes[m]] for m in part.modules}
+    lost = {m: conditions[m] * before.get(m, 1.0) * unit_roundoff(dtypes[m]) for m in part.modules}
     refused = [module for module in part.modules if lost[module] > MOST_LOST]
     if refused:
         worst = max(refused, key=lost.__getitem__)

@@ -17,11 +17,10 @@ from pipeline.artifacts.adapter.stored_form import as_matrix, in_stored_form, is
 from pipeline.artifacts.adapter.write import Adapter, Kind, Pair
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
+from pipeline.formats.dtypes import FOLDABLE
 from pipeline.formats.safetensors import StoredTensor
 from pipeline.formats.stored_names import Place
 from pipeline.names import layer_of, layer_ranges, layers_of
-
-FOLDABLE = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from pipeline.artifacts.fold.history import REPORT_FILE
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
 from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines, warnings
 from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows
-from pipeline.artifacts.fold.warnings import doubts
-from pipeline.console import UserError, gib, progress, say, warn
-from pipeline.files import check_disk_space, check_free, whole_folder
-from pipeline.formats.base_model import INDEX, files_to_copy, read_base, say_remarks
+from pipeline.artifacts.fold.warnings import warnings_of
+from pipeline.console import UserError, gib, log, progress, warn
+from pipeline.files import atomic_folder, check_disk_space, check_free
+from pipeline.formats.base_model import INDEX, files_to_copy, read_base, warn_of_remarks
+from pipeline.formats.device import usable_device
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
 from pipeline.names import natural_order
 
@@ -64,7 +65,7 @@ def merge(
     check_free(output, replace=force)
     adapters = [load_adapter(folder) for folder in folders]
     base = read_base(base_folder)
-    say_remarks(base)
+    warn_of_remarks(base)
     plan = plan_fold(
         base,
         adapters,
@@ -80,24 +81,24 @@ def merge(
     copied = files_to_copy(base_folder)
     needed = plan.weight_bytes + sum((base_folder / file).stat().st_size for file in copied)
     for line in plan_lines(plan, keep_logit_scale=keep_logit_scale):
-        say(line)
-    say(f"output   {output.resolve()}: {gib(needed)} in all, {len(copied)} other files copied")
-    for line in doubts(plan):
+        log(line)
+    log(f"output   {output.resolve()}: {gib(needed)} in all, {len(copied)} other files copied")
+    for line in warnings_of(plan):
         warn(line)
     if dry_run:
         check_disk_space(output.resolve().parent, needed)
-        say("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
+        log("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
         return []
-    with whole_folder(output, replace=force) as unfinished:
+    with atomic_folder(output, replace=force) as unfinished:
         check_disk_space(unfinished, needed)
         figures, deviation = _write(plan, copied, unfinished, where)
         write_json(unfinished / REPORT_FILE, report_json(plan, figures))
     dtypes = {spec.name: spec.dtype for specs in plan.files.values() for spec in specs}
     for line in result_lines(plan, figures, deviation):
-        say(line)
+        log(line)
     for line in warnings(figures, dtypes):
         warn(line)
-    say(f"written: {output.resolve()}")
+    log(f"written: {output.resolve()}")
     return figures
 
 
@@ -111,16 +112,6 @@ def _one_each(scale: float | Sequence[float], adapters: int) -> list[float]:
         if not math.isfinite(one) or one == 0:
             raise UserError(f"--scale {one:g}: give a finite factor other than 0; 1 is the strength of the training.")
     return scales
-
-
-def usable_device(device: str) -> torch.device:
-    """`device` as torch knows it. Raises UserError where there is no such device on this machine."""
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()  # the meta device has no values
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return found
 
 
 def check_places(base: Path, adapter: Path, output: Path) -> None:

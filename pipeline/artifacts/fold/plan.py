@@ -22,17 +22,17 @@ from pipeline.artifacts.adapter.maps import Added, Replaced, RowFactors, RowMap
 from pipeline.artifacts.adapter.write import Adapter, Kind, Pair
 from pipeline.artifacts.fold.config import logit_factor, new_config
 from pipeline.artifacts.fold.inverse import check_invertible, inverse
-from pipeline.artifacts.fold.match import FOLDABLE, Part, match
+from pipeline.artifacts.fold.match import Part, match
 from pipeline.artifacts.fold.ties import settled, touches
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
+from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
-from pipeline.formats.safetensors import FLOATS, StoredTensor, TensorSpec, read_floats
+from pipeline.formats.safetensors import StoredTensor, TensorSpec, read_floats
 from pipeline.names import layer_of
 
 OutputDtype = Literal["keep", "bfloat16", "float16", "float32"]
 OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 BaseQuant = Literal["nf4", "nf4-double"]
 BASE_QUANTS: tuple[BaseQuant, ...] = get_args(BaseQuant)
 BaseDtype = Literal["bfloat16", "float16", "float32"]
@@ -265,13 +265,13 @@ def read_rows(
     """A stored float tensor as [rows, columns] blocks: as it is, or after 4 bits and back (from `base_dtype`, in that)."""
     if base_quant is None:
         return read_floats(tensor, columns, piece_items)
-    held = FLOATS[DTYPE_NAMES[base_dtype]] if base_dtype else None
+    held = DTYPES[base_dtype] if base_dtype else None
     return read_nf4(tensor, columns, piece_items, double_quant=base_quant == "nf4-double", held=held)
 
 
 def output_dtype(stored: str, dtype: OutputDtype) -> str:
     """The safetensors dtype a tensor of dtype `stored` has after the fold."""
-    return stored if dtype == "keep" or stored not in FLOATS else DTYPE_NAMES[dtype]
+    return stored if dtype == "keep" or stored not in FLOATS else code_of(dtype)
 
 
 def _check_bias(bias: StoredTensor, length: int) -> None:

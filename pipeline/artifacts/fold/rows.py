@@ -21,7 +21,8 @@ import torch
 from pipeline.artifacts.adapter.maps import RowChange
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, RowStep, read_rows
 from pipeline.console import UserError
-from pipeline.formats.safetensors import FLOATS, StoredTensor
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import StoredTensor
 
 BLOCK_ITEMS = 2**19  # values of a block. 2 MiB in fp32: about ten such arrays are alive at a time
 

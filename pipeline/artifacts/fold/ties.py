@@ -14,7 +14,8 @@ from pipeline.artifacts.adapter.stored_form import places
 from pipeline.artifacts.adapter.write import Adapter
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base, config_ties, same_values
-from pipeline.formats.safetensors import FLOATS, StoredTensor, read_floats
+from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.safetensors import StoredTensor, read_floats
 from pipeline.names import HEAD, HEAD_MODULE, is_embedding
 
 BLOCK_ITEMS = 2**19

@@ -14,13 +14,14 @@ from pipeline.artifacts.fold.history import REPORT_FILE, Folded, describe, earli
 from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan
 from pipeline.formats.base_model import Base
+from pipeline.formats.dtypes import name_of
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.names import public_name
 
 NEW_EMBEDDINGS = "new_embeddings.safetensors"
 
 
-def doubts(plan: FoldPlan) -> list[str]:
+def warnings_of(plan: FoldPlan) -> list[str]:
     """The warnings. `fold_report.json` in the input's folder tells what earlier folds made it from."""
     earlier = earlier_folds(plan.base.folder)
     now = fingerprint(plan.base) if any(part.adapter.base_fingerprint for part in plan.parts) else ""
@@ -82,8 +83,7 @@ def _left_beside(adapter: Adapter) -> str | None:
 
 def _other_bits(plan: FoldPlan) -> list[str]:
     """With --base-quant: adapters that say that they were trained over other weights than these will be."""
-    stored = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-    now = {plan.base_dtype or stored[plan.base.tensors[name].dtype] for name in plan.quantised}
+    now = {plan.base_dtype or name_of(plan.base.tensors[name].dtype) for name in plan.quantised}
     found = []
     for part in plan.parts:
         if (over := part.adapter.trained_over) is None or plan.base_quant is None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, gib, is_out_of_space, space_message, warn
-from pipeline.files import sync
+from pipeline.files import rename
 from pipeline.formats.safetensors import write_tensors
 from pipeline.training.checkpoint import manifest as manifests
 from pipeline.training.checkpoint import retention
@@ -108,8 +108,7 @@ def _commit(staging: Path, final: Path, world: int, step: int) -> None:
             raise CheckpointError(f"{staging / name} is not the shard of step {step} that its process has written")
     manifests.write(staging / MANIFEST, {"format": FORMAT, "step": step, "files": files, **sidecars[0]["facts"]})
     replaced = retention.put_away(final) if final.exists() else None
-    staging.rename(final)
-    sync(final.parent)
+    rename(staging, final)
     if replaced is not None:
         retention.delete(replaced)
     for earlier in [other for other in _stagings(staging) if _staged_step(other) < step]:

@@ -11,9 +11,9 @@ import shutil
 import time
 from pathlib import Path
 
-from pipeline import saved_at
+from pipeline.artifacts import saved_at
 from pipeline.console import warn
-from pipeline.files import clear_leftovers_in, sync
+from pipeline.files import clear_leftovers_in, rename, sync
 from pipeline.training.checkpoint.manifest import MANIFEST, CheckpointError, step_in_name, verify
 
 CHECKPOINT = "global_step"
@@ -55,7 +55,7 @@ def remove(folder: Path) -> None:
 def put_away(folder: Path) -> Path:
     """Take the name from a folder that is about to be replaced or deleted; gives its new one."""
     trash = folder.with_name(f"{TRASH}{folder.name}-{secrets.token_hex(4)}")
-    folder.rename(trash)
+    rename(folder, trash)
     return trash
 
 
@@ -77,7 +77,7 @@ def clear_rubbish(run_dir: Path) -> None:
             verify(path)
         except CheckpointError:  # half deleted by an earlier version, or damaged: not worth a name
             continue
-        path.rename(run_dir / f"{CHECKPOINT}{step}")
+        rename(path, run_dir / f"{CHECKPOINT}{step}")
     for path in [*run_dir.glob(".staging-*-*"), *run_dir.glob(f"{TRASH}*step*")]:
         delete(path)
     clear_leftovers_in(run_dir)
@@ -95,5 +95,5 @@ def abandon_after(run_dir: Path, step: int) -> list[str]:
         if made is not None and made > step and path not in named and not path.name.startswith(("abandoned-", ".")):
             later.append((made, path))
     for _, path in (later := sorted(later, reverse=True)):
-        path.rename(path.with_name(f"abandoned-{path.name}-{time.time_ns()}"))
+        rename(path, path.with_name(f"abandoned-{path.name}-{time.time_ns()}"))
     return [path.name for _, path in later]

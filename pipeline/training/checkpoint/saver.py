@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.console import say
+from pipeline.console import log
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.checkpoint import retention
 from pipeline.training.checkpoint.state import RunState
@@ -67,7 +67,7 @@ class Saver:
         self.checkpoint()
         self.last_checkpoint = time.monotonic()
         self._prune("global_step")
-        say(f"step {self._state.completed_step}  checkpoint saved in {self.last_checkpoint - began:.1f} s")
+        log(f"step {self._state.completed_step}  checkpoint saved in {self.last_checkpoint - began:.1f} s")
 
     def trained(self, name: str) -> None:
         """What is trained, as it is now, under `name` in the run's folder."""

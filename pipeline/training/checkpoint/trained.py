@@ -15,11 +15,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline import saved_at
+from pipeline.artifacts import saved_at
 from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
-from pipeline.files import size_of, whole_folder, write_json
+from pipeline.files import atomic_folder, size_of, write_json
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import config_ties, files_to_copy, untie
+from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.safetensors import read_header, write_tensors
 from pipeline.model.stage import Stage, tied_head
 from pipeline.training.checkpoint.manifest import CheckpointError
@@ -87,7 +88,7 @@ def save_model(folder: Path, step: int, place: Place, stage: Stage, base: Path, 
         config.pop("torch_dtype", None)
         if config_ties(config) is not False and not tied_head(stage.model):
             untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
-        config["dtype"] = str(dtype or stage.model.dtype).removeprefix("torch.")
+        config["dtype"] = dtype_name(dtype or stage.model.dtype)
         write_json(temporary / "config.json", config, allow_nan=True)
 
     _together(folder, step, place, write_shard, finish)
@@ -100,7 +101,7 @@ def _together(folder: Path, step: int, place: Place, each: Write, first: Write) 
 
     def open_folder() -> None:
         if place.rank == 0:
-            told[0] = str(output.enter_context(whole_folder(folder, replace=True)))
+            told[0] = str(output.enter_context(atomic_folder(folder, replace=True)))
 
     def finish() -> None:
         if place.rank == 0:

@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTop
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline.console import UserError, said_if_slow
+from pipeline.console import UserError, log_if_slow
 from pipeline.objectives.objective import Objective
 from pipeline.training.engine import schedule as schedule_cuts
 from pipeline.training.engine import wires
@@ -77,7 +77,7 @@ def launched_by() -> str:
     return f"{launcher.pid}-{int(launcher.create_time() * 1000)}"
 
 
-@said_if_slow("starting: waiting for the other processes")
+@log_if_slow("starting: waiting for the other processes")
 def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
     """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
     world = int(os.environ.get("WORLD_SIZE", "1"))

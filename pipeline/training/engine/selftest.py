@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.console import UserError, said_if_slow
+from pipeline.console import UserError, log_if_slow
 from pipeline.objectives.objective import Tensors
 from pipeline.training.engine import engine as engines
 from pipeline.training.engine import schedule
@@ -47,7 +47,7 @@ class _Sum:
         return {}
 
 
-@said_if_slow("starting: seeing what DeepSpeed trains of a toy")
+@log_if_slow("starting: seeing what DeepSpeed trains of a toy")
 def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
     """Raises UserError naming what is off. About a second. Every stage trains, and then the last one alone."""
     toy = _Toy().to(place.device)

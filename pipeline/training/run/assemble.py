@@ -14,14 +14,15 @@ import torch.distributed as dist
 
 from pipeline.config.loading import to_toml
 from pipeline.config.schema import Config
-from pipeline.console import UserError, gib, said_if_slow, say
+from pipeline.console import UserError, gib, log, log_if_slow
 from pipeline.data.batches import MicroBatches, Position
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
-from pipeline.model.stage import DTYPES, Stage, check_head, logit_transform, tied_head
+from pipeline.model.stage import Stage, check_head, logit_transform, tied_head
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
@@ -138,7 +139,7 @@ def build_stage(
         if stage.is_last:
             check_head(stage)
         parts.put_trained(stage, config, plan.targets, plan.in_full)
-    with said_if_slow("starting: looking where the kernels fit"):
+    with log_if_slow("starting: looking where the kernels fit"):
         kernel_places.put(stage, config.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
@@ -173,7 +174,7 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
         raise UserError(f"nothing to train: target_modules = {config.target_modules} matches no parameter")
     o = config.optimizer
     faster = f"; B learns at {o.loraplus:g} times the rate (LoRA+)" if o.loraplus != 1 else ""
-    say(f"trained:  {total:,} parameters{faster}")
+    log(f"trained:  {total:,} parameters{faster}")
     held_down = config.composite_weight_decay or config.scale_weight_norms
     factors = regularisation.factors_of(stage) if held_down else {}
     undecayed = {f"{module}.{letter}" for module in factors for letter in "AB"} if config.composite_weight_decay else ()
@@ -207,7 +208,7 @@ def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: en
         optimizer.tie(frozenset(own), group, counts=stage.is_first)
 
 
-@said_if_slow("starting: reading the checkpoint")
+@log_if_slow("starting: reading the checkpoint")
 def put_back(
     folder: Path,
     manifest: dict[str, Any],
@@ -220,7 +221,7 @@ def put_back(
 ) -> None:
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration."""
     if lines := run_folder.differences(manifest["config"], config.model_dump(mode="json")):
-        say("changed since the checkpoint:\n" + "\n".join(lines))
+        log("changed since the checkpoint:\n" + "\n".join(lines))
     aliases = tied_head(stage.model)
     same_layout = manifest["layout"] == [place.stages, place.replicas]
     with engine.agreement(place):
@@ -242,7 +243,7 @@ def put_back(
         )
     if not same_layout:
         torch.manual_seed(config.seed + place.rank + 1000003 * manifest["step"])
-    say(f"resumed:  after step {manifest['step']}, from {folder}")
+    log(f"resumed:  after step {manifest['step']}, from {folder}")
 
 
 def schedule(config: Config, steps_in_epoch: int) -> Callable[[int, int], float]:
@@ -292,4 +293,4 @@ def say_memory(place: engine.Place) -> None:
     peaks: list[int] = [0] * place.world
     dist.all_gather_object(peaks, peak_memory())
     shown = ", ".join(f"rank {rank} {gib(peak)}" for rank, peak in enumerate(peaks))
-    say(f"memory:   {shown} at most while loading")
+    log(f"memory:   {shown} at most while loading")

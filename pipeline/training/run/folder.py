@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.console import UserError, said_if_slow, say
+from pipeline.console import UserError, log, log_if_slow
 from pipeline.files import explain_out_of_space, write_text
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.checkpoint import retention
@@ -37,7 +37,7 @@ OF_A_START = (
 RESUME = "--resume_from_checkpoint"
 
 
-@said_if_slow("starting: verifying the checkpoint")
+@log_if_slow("starting: verifying the checkpoint")
 def find_checkpoint(output_dir: Path, resume: bool | str) -> Resumed | None:
     """What `resume_from_checkpoint` means: None, or a verified checkpoint and its manifest. CheckpointError if there is none."""
     if not resume:
@@ -127,7 +127,7 @@ def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_tom
     dist.broadcast_object_list(told)
     if told[1] is not None:
         raise UserError(*told[1])
-    say(f"run:      {told[0]}")
+    log(f"run:      {told[0]}")
     return Path(told[0])
 
 
@@ -140,7 +140,7 @@ def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) ->
     (run_dir / STOP_FILE).unlink(missing_ok=True)
     retention.clear_rubbish(run_dir)
     if resumed and (abandoned := retention.abandon_after(run_dir, resumed[1]["step"])):
-        say(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
+        log(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
     write_text(run_dir / "config.toml", config_toml)
     return str(run_dir)
 

@@ -4,7 +4,6 @@ Takes the run's folder; each process writes `profile/rank-<rank>.json.gz` into i
 changes; the steps that are traced are slower.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pipeline.console import say, warn
+from pipeline.console import log, warn
+from pipeline.files import rename
 
 FOLDER = "profile"
 STEPS_BEFORE = 1  # in the first step of a process much is set up
@@ -49,8 +49,8 @@ class StepProfiler:
         try:
             self.file.parent.mkdir(exist_ok=True)
             self._profile.export_chrome_trace(str(temporary))
-            os.replace(temporary, self.file)
+            rename(temporary, self.file)
         except (OSError, RuntimeError) as error:
             warn(f"{self.file}: cannot be written: {error}; the run goes on")
             return
-        say(f"profile:  {self._steps} steps in {self.file.parent}")
+        log(f"profile:  {self._steps} steps in {self.file.parent}")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from pipeline.console import EXIT_DONE, EXIT_STOPPED, say
+from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position, StepInfo
 from pipeline.objectives.objective import Objective
 from pipeline.training.checkpoint.saver import Saver
@@ -204,14 +204,14 @@ class Trainer:
         return EXIT_STOPPED
 
     def _say_stopped(self, step: int) -> None:
-        say(f"stopped after step {step}; resume with\n  {self.resume_line}")
+        log(f"stopped after step {step}; resume with\n  {self.resume_line}")
 
     def _finish(self) -> None:
         self._save_trained()
         self._checkpoint()
         self.watcher.detach()
         self.metrics.close()
-        say(f"done: {self.step} steps; what was trained is in {self.saver.run_dir / f'step{self.step}'}")
+        log(f"done: {self.step} steps; what was trained is in {self.saver.run_dir / f'step{self.step}'}")
 
     def _evaluate(self, may_be_best: bool) -> None:
         """All sets; the mean of their losses decides what is best so far."""
@@ -224,7 +224,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise NonFiniteError(f"step {self.step}: the loss of {name} is {loss}. Nothing of this step was saved.")
             results |= {f"eval/{name}/loss": loss, f"eval/{name}/perplexity": evaluate.perplexity(loss)}
-            say(f"step {self.step}  evaluation of {name}: loss {loss:.4f}, perplexity {evaluate.perplexity(loss):.2f}")
+            log(f"step {self.step}  evaluation of {name}: loss {loss:.4f}, perplexity {evaluate.perplexity(loss):.2f}")
         self.metrics.log(self.step, results)
         mean = sum(loss for tag, loss in results.items() if tag.endswith("/loss")) / len(self.evaluations)
         if self.best_loss is None or mean < self.best_loss:

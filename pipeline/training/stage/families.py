@@ -19,10 +19,11 @@ from pipeline.artifacts.adapter.write import NOTHING, adapter_norms, write_adapt
 from pipeline.config.schema import Config
 from pipeline.console import UserError, warn
 from pipeline.formats.base_model import read_base
+from pipeline.formats.dtypes import DTYPES
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import control, lora, rotations
-from pipeline.model.stage import DTYPES, Stage
+from pipeline.model.stage import Stage
 from pipeline.names import id_in_cache
 from pipeline.training.optim.inner import add, value
 from pipeline.training.stage import initial_adapter, patterns

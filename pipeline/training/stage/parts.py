@@ -10,11 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import Config
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model import quantized
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.fusion import apply as fusion
-from pipeline.model.stage import DTYPES, Stage, empty_model, read_model_config
+from pipeline.model.stage import Stage, empty_model, read_model_config
 from pipeline.training.stage import families
 
 

@@ -4,7 +4,7 @@ Takes the config; gives lines on the console, or one UserError.
 """
 
 from pipeline.config.schema import Config
-from pipeline.console import EXIT_DONE, say
+from pipeline.console import EXIT_DONE, log
 from pipeline.data.preview import preview
 from pipeline.training.run import after_training
 from pipeline.training.start import kernel_places, prepare
@@ -21,5 +21,5 @@ def look(config: Config, preview_chunks: int | None) -> int:
     prepare.evaluation_batches(config, data)
     prepare.describe_steps(config, batches, replicas=1)
     if preview_chunks is not None:
-        say("\n" + "\n".join(preview(batches, tokenizer, preview_chunks)))
+        log("\n" + "\n".join(preview(batches, tokenizer, preview_chunks)))
     return EXIT_DONE

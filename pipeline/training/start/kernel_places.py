@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.config.schema import Config
-from pipeline.console import say
+from pipeline.console import log
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
 from pipeline.training.engine.engine import Place
@@ -53,8 +53,8 @@ def missing(wanted: str | list[Any], taken: Counter[str]) -> list[str]:
 def say_places(wanted: str | list[Any], taken: Counter[str], reasons: list[dict[str, Counter[str]]]) -> None:
     """`reasons`: of each stage, by kernel."""
     if taken:
-        say("kernels:  " + ", ".join(f"{name} in {n} modules" for name, n in taken.items()))
+        log("kernels:  " + ", ".join(f"{name} in {n} modules" for name, n in taken.items()))
     for name in missing(wanted, taken):
         why = sum((of_stage.get(name, Counter()) for of_stage in reasons), Counter[str]())
         said = "; ".join(f"{reason} ({n} of them)" for reason, n in why.most_common()) or NOWHERE[name]
-        say(f"kernels:  no place for {name}: {said}")
+        log(f"kernels:  no place for {name}: {said}")

@@ -18,13 +18,14 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.config.schema import Config
-from pipeline.console import EXIT_DONE, UserError, gib, said_if_slow, say, warn
+from pipeline.console import EXIT_DONE, UserError, gib, log, log_if_slow, warn
 from pipeline.data.batches import Position
 from pipeline.files import write_text
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters import base as adapters
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
-from pipeline.model.stage import DTYPES, Stage, logit_transform
+from pipeline.model.stage import Stage, logit_transform
 from pipeline.planning import devices, rates, table
 from pipeline.planning.counts.counting import as_on_a_gpu
 from pipeline.planning.counts.model_cost import model_cost
@@ -102,11 +103,11 @@ def optimizer_types(config: Config, stage: Stage) -> dict[nn.Parameter, str]:
 def show(config: Config, described: str | None) -> int:
     """`--plan`: for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
     plan = prepare.plan_model(config)
-    say(in_full(config, plan, described, _total_steps(config, plan)))
+    log(in_full(config, plan, described, _total_steps(config, plan)))
     return EXIT_DONE
 
 
-@said_if_slow("planning: counting on fake tensors")
+@log_if_slow("planning: counting on fake tensors")
 def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
     there = _described(described, config.pipeline_stages) if described else _devices_here(config, plan)
@@ -147,7 +148,7 @@ def _total_steps(config: Config, plan: ModelPlan) -> int | None:
         data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
         batches = prepare.micro_batches(config, data)
     except UserError as error:
-        say(f"data:     the run's length is not known: {error}")
+        log(f"data:     the run's length is not known: {error}")
         return config.max_steps
     if config.epochs is None:
         return config.max_steps
@@ -168,7 +169,7 @@ class Followed(NamedTuple):
     plan: Callable[[], Plan]
 
 
-@said_if_slow("starting: planning what each layer keeps")
+@log_if_slow("starting: planning what each layer keeps")
 def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
     """What this run does, the same on every process. UserError if 'auto' finds nothing that fits."""
     usable: list[Any] = [None] * place.world
@@ -232,7 +233,7 @@ def _solved(
     found = solve(model, memory, rate, shape, host_bytes(config) // place.replicas, ranges=given, keeping=keeping)
     if keeping is None:
         names = [gib(m) for m in memory]
-        say(table.describe(found, model, shape, rate, device_names=names, total_steps=None, replicas=place.replicas))
+        log(table.describe(found, model, shape, rate, device_names=names, total_steps=None, replicas=place.replicas))
         if not found.fits:
             raise UserError(
                 "activation_checkpointing = 'auto': nothing fits this machine's memory (the table above comes nearest); "
@@ -274,7 +275,7 @@ def _rounded_up(value: float) -> str:
     return f"{math.ceil(value / step) * step:.3g}"
 
 
-@said_if_slow("done:     counting what was planned")
+@log_if_slow("done:     counting what was planned")
 def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostArena | None, step_s: float) -> None:
     """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
     overflowed = say_overflow(followed, place, arena)
@@ -286,7 +287,7 @@ def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostAren
     try:
         plan = followed.plan()
     except Exception as error:  # the run is done and saved: what cannot be foreseen for this model must not fail it
-        say(f"no plan to compare with: {error}")
+        log(f"no plan to compare with: {error}")
         return
     stages = [
         {**s._asdict(), "planned_bytes": s.total_bytes, "measured_bytes": m, "host_overflowed_bytes": over}
@@ -294,7 +295,7 @@ def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostAren
     ]
     facts = {**plan._asdict(), "stages": stages, "measured_step_s": step_s}
     write_text(run_dir / "plan.json", json.dumps(facts, indent=1) + "\n")
-    say(table.compare(plan, measured, step_s))
+    log(table.compare(plan, measured, step_s))
 
 
 def _rows(config: Config) -> tuple[int, int]:

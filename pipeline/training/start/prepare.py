@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.schema import Config
 from pipeline.config.tables import Dataset, EvalDataset
-from pipeline.console import Problems, UserError, gib, said_if_slow, say, warn
+from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
@@ -23,11 +23,12 @@ from pipeline.data.reading.sources import find
 from pipeline.data.selection import Selection, Streams, mix, split, whole
 from pipeline.data.store import ChunkStore
 from pipeline.files import check_writable
-from pipeline.formats.base_model import config_ties, read_base, say_remarks
+from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
+from pipeline.formats.dtypes import DTYPES
 from pipeline.model import cut_check, partition, unsupported, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
-from pipeline.model.stage import DTYPES, empty_model, read_model_config, tied_head
+from pipeline.model.stage import empty_model, read_model_config, tied_head
 from pipeline.names import HEAD, layers_of
 from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.lr_schedule import warmup_steps
@@ -74,12 +75,12 @@ def plan_model(config: Config, *, resumes: bool = False) -> ModelPlan:
     return plan
 
 
-@said_if_slow("starting: looking at the model, without its weights")
+@log_if_slow("starting: looking at the model, without its weights")
 def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> ModelPlan:
     shell = empty_model(model_config, DTYPES[config.model_weight_dtype], config.attn_implementation)
     check_apart(config, shell)
     if quantised := stage_parts.foresee_quantised(shell, config):
-        say(f"base:     {len(quantised)} linear layers in {stage_parts.quantisation(config)}")
+        log(f"base:     {len(quantised)} linear layers in {stage_parts.quantisation(config)}")
     if config.full_fine_tune:
         targets, in_full, first_trained = list[str](), list[str](), None
         check_full_fine_tune(config, shell)
@@ -91,7 +92,7 @@ def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> Mode
     tied = tied_head(shell)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_tensors(config, targets, biased, in_full, tied)
-        say(f"          begins with the weights of {config.init_adapter}")
+        log(f"          begins with the weights of {config.init_adapter}")
     check_groups(config, targets, tied)
     ranges = cut_into_stages(config, shell, first_trained, in_full)
     return ModelPlan(shell, targets, biased, in_full, tied, ranges)
@@ -99,25 +100,25 @@ def _plan(config: Config, model_config: PretrainedConfig, resumes: bool) -> Mode
 
 def check_apart(config: Config, shell: PreTrainedModel) -> None:
     """UserError with all mistakes at once that have nothing to do with each other: layers, modules, stages, paths."""
-    problems, n_layers = Problems(), len(shell.base_model.layers)
+    errors, n_layers = CollectedErrors(), len(shell.base_model.layers)
     layers = list(range(n_layers))
-    with problems.found():
+    with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
     if not config.full_fine_tune:
-        with problems.found():
+        with errors.collect():
             layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
-        with problems.found():
+        with errors.collect():
             adapters.resolve_targets(shell, config.target_modules or families.default_targets(config), layers)
-        with problems.found():
+        with errors.collect():
             trained_modules.resolve(shell, config.trainable_modules, [])
-    with problems.found():
+    with errors.collect():
         partition.check_possible(config.layers_per_stage, config.pipeline_stages, n_layers)
     # Looking for files warns of what it finds, and it is done again when they are read.
     datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
-    for dataset in datasets if problems.errors else ():
-        with problems.found():
+    for dataset in datasets if errors.errors else ():
+        with errors.collect():
             find(dataset.dataset_type, dataset.dataset_path)
-    problems.settle()
+    errors.raise_all()
 
 
 def check_tiny(config: Config, targets: list[str], ranges: list[tuple[int, int]]) -> None:
@@ -133,7 +134,7 @@ def check_files(config: Config, shell: PreTrainedModel) -> None:
     base = read_base(Path(config.model), "model")
     with unsupported.named(shell.config.model_type, "finding its weights in the folder's files"):
         weights.check_complete(shell, base)
-    say_remarks(base)
+    warn_of_remarks(base)
     if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
         warn(
             f"{config.model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
@@ -154,7 +155,7 @@ def check_full_fine_tune(config: Config, shell: PreTrainedModel) -> None:
             f"target_modules: no parameter has {', '.join(unknown)} in its name; there are {', '.join(sorted(parts))}"
         )
     which = "" if config.target_modules is None else f", those of {', '.join(config.target_modules)}"
-    say(f"training: the model's own weights{which}")
+    log(f"training: the model's own weights{which}")
 
 
 def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], int]:
@@ -167,12 +168,12 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> tuple[list[str], 
     where = "the output of" if config.adapter_type in families.ON_THE_OUTPUT else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
     adapted = layers_of(targets)
-    say(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(adapted, n_layers)}")
+    log(f"training: {config.adapter_type} on {where} {modules}, {adapters.describe_layers(adapted, n_layers)}")
     for line in adapters.describe_targets(shell, targets, layers):
-        say(f"          {line}")
+        log(f"          {line}")
     if names == "all-linear" and (left_out := adapters.routers(shell, layers)):
-        say(f"          without {', '.join(left_out)}, which only choose")
-    say(f"          {families.describe(config)}")
+        log(f"          without {', '.join(left_out)}, which only choose")
+    log(f"          {families.describe(config)}")
     return targets, adapted[0]
 
 
@@ -182,7 +183,7 @@ def resolve_in_full(config: Config, shell: PreTrainedModel, targets: list[str]) 
     in_full = trained_modules.resolve(shell, names, targets)
     if in_full:
         dtype = config.model_weight_dtype
-        say(f"          and in full, in {dtype}: {trained_modules.describe(shell, names, in_full)}")
+        log(f"          and in full, in {dtype}: {trained_modules.describe(shell, names, in_full)}")
     return in_full
 
 
@@ -216,18 +217,18 @@ def cut_into_stages(
         active_share_of_experts=_active_share(shell.config),
     )
     if config.activation_checkpointing == "auto" and not config.layers_per_stage:
-        say("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
+        log("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
         return partition.split(cost, config.pipeline_stages)
     if config.layers_per_stage:
         ranges = partition.explicit(config.layers_per_stage, len(cost.layers))
-        say("stages:   as layers_per_stage says")
+        log("stages:   as layers_per_stage says")
     else:
         ranges = partition.split(cost, config.pipeline_stages)
-        say("stages:   balanced by floating-point operations, the head's included")
+        log("stages:   balanced by floating-point operations, the head's included")
     shares, sizes = partition.shares(cost, ranges), partition.stage_bytes(cost, ranges)
     for stage, ((first, end), share, size) in enumerate(zip(ranges, shares, sizes, strict=True)):
         extra = (" + embedding" if stage == 0 else "") + (" + head" if stage == len(ranges) - 1 else "")
-        say(
+        log(
             f"  stage {stage}: layers {first} to {end - 1} ({end - first}){extra}, "
             f"{gib(size)} of weights, {share:.0%} of the work"
         )
@@ -259,7 +260,7 @@ def read_data(config: Config, tokenizer: Any, plan: ModelPlan | None = None) -> 
             dataset, name, tokenizer, cache, plan, eval_size=dataset.eval_size, eval_split=dataset.eval_split
         )
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
-        say(f"data:     {rows}")
+        log(f"data:     {rows}")
         train.append(rows.train)
         if rows.eval is not None:
             evaluation[name] = rows.eval
@@ -284,7 +285,7 @@ def _chunks(
         **held_out,
     )
     for store in streams.stores:
-        say(f"data:     {store.report}")
+        log(f"data:     {store.report}")
         if plan is not None:
             data_fits.check_ids(store.report, tokenizer, data_fits.embedding_rows(plan.shell))
     return streams
@@ -332,7 +333,7 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
     info = batches.info(Position())
     per_step = batches.micro_batches_per_step
     steps = batches.steps_per_epoch(0)
-    say(
+    log(
         f"a step:   {per_step} micro-batches ({config.gradient_accumulation_steps} accumulated × {replicas} replica(s)) "
         f"= {len(info.rows)} rows = {info.tokens:,} tokens"
     )
@@ -344,7 +345,7 @@ def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None
             f"warmup_steps: {warmup} steps of warmup in a run of {total:.0f}: the learning rate never reaches "
             f"optimizer.lr = {config.optimizer.lr:g}; give fewer"
         )
-    say(
+    log(
         f"the run:  {epochs}{limit}; warmup {config.warmup_steps:g}, then {config.lr_scheduler} at lr {config.optimizer.lr:g}"
     )
 
