@@ -6,7 +6,8 @@ each with a new engine over the same processes. Gives, per case and rank, FOLDER
     initial/<name>, weights/<name>       trained parameters before the first and after the last step
     gradient/<step>/<name>               of the step, over all replicas, before clipping
 
-and FOLDER/<case>/<rank>.json. A case is {name, config, overrides, steps, evaluate_at}; `evaluate_at` counts steps done.
+and FOLDER/<case>/<rank>.json. A case is {name, config, overrides, steps, evaluate_at}; `evaluate_at` counts steps done. A case with `rows` has these for
+training and evaluation (tests/helpers/row_store.py) in place of the config's datasets.
 A case with `sabotage` is one run of the self-test over a DeepSpeed with that fault.
 """
 
@@ -20,6 +21,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -30,6 +32,7 @@ from torch import Tensor
 from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.data import tokenizer
+from pipeline.data.selection import Selection
 from pipeline.model.memory.host_arena import Ticket
 from pipeline.model.stage import Stage
 from pipeline.training.engine import engine, evaluate, schedule, selftest
@@ -38,6 +41,7 @@ from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineO
 from pipeline.training.run import assemble
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start import prepare
+from tests.helpers.row_store import ListStore
 
 
 def main() -> None:
@@ -74,6 +78,12 @@ def train(
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
     plan = prepare.plan_model(config)
     data = prepare.read_data(config, tokenizer.load(config.model))
+    if "rows" in case:
+        train_on, held_out = (ListStore(rows) for rows in case["rows"])
+        data = prepare.Data(
+            [Selection(train_on, np.arange(len(train_on)))],
+            {"held_out": Selection(held_out, np.arange(len(held_out)))},
+        )
     run = assemble.trainer(config, plan, data, place, watcher, None, ["train.py", "--config", case["config"]])
     optimizer = run.optimizer
     facts |= {"run_dir": str(run.saver.run_dir), "norms": [], "coefficients": [], "evaluations": {}}
