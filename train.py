@@ -57,13 +57,13 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     from pipeline.training.engine import engine, selftest
     from pipeline.training.run import after_training, assemble, errors, folder, profiler
     from pipeline.training.run.record import RunRecord
-    from pipeline.training.start import prepare
+    from pipeline.training.start import prepare, resolve
 
     engine.check_version()
     resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
-    plan = prepare.plan_model(config, resumes=bool(resume))
-    prepare.check_files(config, plan.shell)
-    after_training.check(config, plan)
+    plan = resolve.resolve(config, resumes=bool(resume))
+    prepare.check_files(config.model, config.output_dir, plan.shell)
+    after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
     data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
     resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
@@ -84,10 +84,19 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             record.end(run.step)
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
-            done = run.saver.run_dir, run.step, run.resume_line
+            run_dir, step, resume_line = run.saver.run_dir, run.step, run.resume_line
             engine.let_go(run.engine)
             del run, plan  # and with them the stage's weights
-            after_training.follow(config, *done, watcher)
+            after_training.follow(
+                config.after_training,
+                watcher,
+                run_dir=run_dir,
+                step=step,
+                base=Path(config.model),
+                resume_line=resume_line,
+                repository=config.hub_model_id,
+                private=config.hub_private_repo,
+            )
         return code
     finally:
         if rank() == 0:

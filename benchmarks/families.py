@@ -28,7 +28,7 @@ from benchmarks import record
 from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.formats.dtypes import DTYPES
-from pipeline.model import weights
+from pipeline.model import quantized, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import Stage, empty_model, logit_transform, read_model_config
 from pipeline.objectives.language_modelling import LanguageModelling
@@ -36,6 +36,7 @@ from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.stage import families as adapter_families
 from pipeline.training.stage import parts
+from pipeline.training.start import resolve
 
 CPU = torch.device("cpu")
 
@@ -109,10 +110,12 @@ class Variant:
         config = config_of(keys or {}, size, base)
         shell = empty_model(read_model_config(str(base)), DTYPES[size.dtype], None)
         targets = adapters.resolve_targets(shell, ["down_proj"], list(range(1, size.layers)))
-        parts.foresee_quantised(shell, config)
-        parts.import_quantisation(config)
+        scheme = resolve.base_of(config).scheme
+        if scheme:
+            quantized.foresee(shell, scheme)
+        parts.import_quantisation(scheme)
         self.stage = Stage(shell, 0, size.layers)
-        parts.put_quantised(self.stage, config)
+        parts.put_quantised(self.stage, scheme)
         weights.load(self.stage, str(base), DTYPES[size.dtype], CPU)
         self.stage.train()
         self.transform = logit_transform(self.stage.model.config)
@@ -123,7 +126,7 @@ class Variant:
         if name.startswith(FROZEN):
             return
         began = time.perf_counter()
-        adapter_families.inject(self.stage, config, targets)
+        adapter_families.inject(self.stage, resolve.adapter_of(config, targets))
         self.start_s = time.perf_counter() - began
         trained = adapters.trainable(self.stage)
         inner = make_inner(

@@ -61,7 +61,8 @@ class Worker:
 
     def ask(self, timeout_s: float = 3600.0, **command: Any) -> dict[str, Any]:
         """The answer to `command`; raises WorkerError."""
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         timer = threading.Timer(timeout_s, self._process.kill)
         timer.start()
         try:

@@ -18,7 +18,7 @@ import transformers
 
 from pipeline.config.schema import Config
 from pipeline.training.start import plan as planned
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 
 PLANS = Path(__file__).resolve().parent / "plans.md"
 
@@ -100,7 +100,7 @@ def section(case: Case) -> str:
                 **case.keys,
             }
         )
-        text = planned.in_full(config, prepare.plan_model(config), case.devices, None)
+        text = planned.full_report(resolve.resolve(config), case.devices, None)
     keys = ", ".join(f"`{key} = {value!r}`" for key, value in case.keys.items())
     block = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
     return f"## {case.title}\n\n{keys}\n\n{block}\n"

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from pipeline.kernels.dispatch import Kernel, takes_triton
 from torch import Tensor
 
 try:
@@ -72,12 +73,6 @@ def parts(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def takes_triton(x: Tensor) -> bool:
-    """True for a real CUDA tensor (no fake one) of at most 32 bits an element, where Triton is installed."""
-    real = type(x) in (Tensor, torch.nn.Parameter) and x.is_cuda
-    return triton is not None and real and x.dtype != torch.float64
-
-
 def loss(
     logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform, scale_n: Tensor | None, wants_gradient: bool
 ) -> Tensor:
@@ -85,14 +80,12 @@ def loss(
 
     Where the gradient is wanted, the block holds scale · d nll / d raw afterwards (0 where ignored; no scale is 1).
     """
-    function = triton_loss if takes_triton(logits_nV) else pytorch_loss
-    return function(logits_nV, labels_n, transform, scale_n, wants_gradient)
+    return LOSS(takes_triton(logits_nV), logits_nV, labels_n, transform, scale_n, wants_gradient)
 
 
 def statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of the label (0 where ignored), entropy and log S, each [n] in fp32, of a block, which is used up."""
-    function = triton_statistics if takes_triton(logits_nV) else pytorch_statistics
-    return function(logits_nV, labels_n, transform)
+    return STATISTICS(takes_triton(logits_nV), logits_nV, labels_n, transform)
 
 
 # PyTorch: the reference, and the path of the CPU
@@ -287,3 +280,6 @@ def triton_statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTrans
                 logits_nV, labels_n.contiguous(), found, len(logits_nV), *arguments, **constants
             )
     return found[0], found[1], found[2]
+
+
+LOSS, STATISTICS = Kernel(pytorch_loss, triton_loss), Kernel(pytorch_statistics, triton_statistics)

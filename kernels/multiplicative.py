@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pipeline.kernels.dispatch import Kernel, takes_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -137,12 +138,7 @@ def _gradient_of_A(gz: Tensor, m: Tensor, weight: Tensor) -> Tensor:
 def _epilogue(
     h: Tensor, z: Tensor, B: Tensor, scaling: float, residual: Tensor | None, attention: Tensor | None
 ) -> Tensor:
-    return (triton_epilogue if takes_triton(h) else pytorch_epilogue)(h, z, B, scaling, residual, attention)
-
-
-def takes_triton(x: Tensor) -> bool:
-    """True for a real CUDA tensor (no fake one) of at most 32 bits an element, where Triton is installed."""
-    return triton is not None and type(x) is Tensor and x.is_cuda and x.dtype != torch.float64
+    return EPILOGUE(takes_triton(h), h, z, B, scaling, residual, attention)
 
 
 # PyTorch: the reference, and the path of the CPU
@@ -236,3 +232,6 @@ def triton_epilogue(
                 num_warps=WARPS,
             )
     return y
+
+
+EPILOGUE = Kernel(pytorch_epilogue, triton_epilogue)

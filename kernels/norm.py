@@ -19,6 +19,7 @@ Letters: N rows (all leading dimensions), K normed dimension, H heads of the wei
 from typing import Any, NamedTuple
 
 import torch
+from pipeline.kernels.dispatch import Kernel, takes_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -81,13 +82,7 @@ def rms_norm(
 def _apply(x: Tensor, weight: Tensor, form: NormForm) -> Tensor:
     if weight.dim() not in (1, 2) or x.shape[-weight.dim() :] != weight.shape or not weight.numel():
         raise ValueError(f"norm: weight {list(weight.shape)} does not fit x {list(x.shape)}: want [K] or [heads, K]")
-    return Norm.apply(x, weight, form, takes_triton(x))
-
-
-def takes_triton(x: Tensor) -> bool:
-    """True for a real CUDA tensor (no fake one) that the kernels can hold, where Triton is installed."""
-    real = type(x) in (Tensor, torch.nn.Parameter) and x.is_cuda
-    return triton is not None and real and x.dtype != torch.float64 and x.shape[-1] <= MAX_TRITON_K
+    return Norm.apply(x, weight, form, takes_triton(x) and x.shape[-1] <= MAX_TRITON_K)
 
 
 class Norm(torch.autograd.Function):
@@ -96,7 +91,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, form: NormForm, use_triton: bool) -> Tensor:
         ctx.form, ctx.use_triton = form, use_triton
-        y, *statistics = (triton_forward if use_triton else pytorch_forward)(x, weight, form)
+        y, *statistics = FORWARD(use_triton, x, weight, form)
         ctx.save_for_backward(x, weight, *statistics)
         return y
 
@@ -105,8 +100,7 @@ class Norm(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, *statistics = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        function = triton_backward if ctx.use_triton else pytorch_backward
-        d_x, d_weight = function(d_y, x, weight, statistics, ctx.form, wants_weight)
+        d_x, d_weight = BACKWARD(ctx.use_triton, d_y, x, weight, statistics, ctx.form, wants_weight)
         return (d_x if wants_x else None), d_weight, None, None
 
 
@@ -322,3 +316,6 @@ def triton_backward(
                 num_warps=launch.warps,
             )
     return d_x, None if parts is None else parts.sum(0).to(weight.dtype)
+
+
+FORWARD, BACKWARD = Kernel(pytorch_forward, triton_forward), Kernel(pytorch_backward, triton_backward)

@@ -22,6 +22,7 @@ Letters: B rows, H heads (of queries or keys), T tokens, K head dimension.
 from typing import Any
 
 import torch
+from pipeline.kernels.dispatch import Kernel, takes_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -50,12 +51,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> t
             )
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rope: the tables' gradient is not computed; detach them")
-    return Rope.apply(q, k, cos, sin, interleaved, takes_triton(q) and takes_triton(k))
-
-
-def takes_triton(x: Tensor) -> bool:
-    """True for a real CUDA tensor (no fake one) of at most 32 bits an element, where Triton is installed."""
-    return triton is not None and type(x) is Tensor and x.is_cuda and x.dtype != torch.float64
+    return Rope.apply(q, k, cos, sin, interleaved, takes_triton(q, k))
 
 
 class Rope(torch.autograd.Function):
@@ -66,16 +62,19 @@ class Rope(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, use_triton: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.interleaved, ctx.rotate = interleaved, triton_rotate if use_triton else pytorch_rotate
+        ctx.interleaved, ctx.use_triton = interleaved, use_triton
         ctx.save_for_backward(cos, sin)
-        return ctx.rotate(q, cos, sin, interleaved, False), ctx.rotate(k, cos, sin, interleaved, False)
+        rotated_q, rotated_k = (ROTATE(use_triton, x, cos, sin, interleaved, False) for x in (q, k))
+        return rotated_q, rotated_k
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         gradients = [
-            ctx.rotate(upstream, cos, sin, ctx.interleaved, True) if wanted and upstream is not None else None
+            ROTATE(ctx.use_triton, upstream, cos, sin, ctx.interleaved, True)
+            if wanted and upstream is not None
+            else None
             for upstream, wanted in zip((d_q, d_k), ctx.needs_input_grad, strict=False)
         ]
         return *gradients, None, None, None, None
@@ -211,3 +210,6 @@ def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transp
                 num_warps=8 if heads * half >= 2048 else 4,
             )
     return out
+
+
+ROTATE = Kernel(pytorch_rotate, triton_rotate)

@@ -22,6 +22,7 @@ Letter: F feed-forward dimension.
 from typing import Any
 
 import torch
+from pipeline.kernels.dispatch import Kernel, takes_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -41,23 +42,7 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     Raises ValueError where shapes or dtypes differ, or for an activation that is not one of ACTIVATIONS.
     """
     _check(gate, up, activation)
-    return GatedProduct.apply(gate, up, activation, takes_triton(gate) and takes_triton(up))
-
-
-def recompute(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """m = act(gate) · up once more, without a graph: what `swiglu` returned, from what it saved. Raises as it does."""
-    _check(gate, up, activation)
-    function = triton_product if takes_triton(gate) and takes_triton(up) else pytorch_product
-    with torch.no_grad():
-        return function(gate, up, activation)
-
-
-def gradients(d_m: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> tuple[Tensor, Tensor]:
-    """(d_gate, d_up) for the gradient d_m [..., F] of m, all of one dtype, in one pass, without a graph."""
-    _check(gate, up, activation)
-    triton_serves = all(takes_triton(t) for t in (d_m, gate, up))
-    with torch.no_grad():
-        return (triton_gradients if triton_serves else pytorch_gradients)(d_m, gate, up, activation)
+    return GatedProduct.apply(gate, up, activation, takes_triton(gate, up))
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:
@@ -67,11 +52,6 @@ def _check(gate: Tensor, up: Tensor, activation: str) -> None:
         raise ValueError(f"swiglu: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
-def takes_triton(x: Tensor) -> bool:
-    """True for a real CUDA tensor (no fake one) of at most 32 bits an element, where Triton is installed."""
-    return triton is not None and type(x) is Tensor and x.is_cuda and x.dtype != torch.float64
-
-
 class GatedProduct(torch.autograd.Function):
     """Saves gate and up, nothing else. `use_triton` is an argument for the tests' sake."""
 
@@ -79,14 +59,13 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, use_triton: bool) -> Tensor:
         ctx.activation, ctx.use_triton = activation, use_triton
         ctx.save_for_backward(gate, up)
-        return (triton_product if use_triton else pytorch_product)(gate, up, activation)
+        return PRODUCT(use_triton, gate, up, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_m: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        function = triton_gradients if ctx.use_triton else pytorch_gradients
         gate, up = ctx.saved_tensors
-        d_gate, d_up = function(d_m, gate, up, ctx.activation)
+        d_gate, d_up = GRADIENTS(ctx.use_triton, d_m, gate, up, ctx.activation)
         wants_gate, wants_up = ctx.needs_input_grad[:2]
         return (d_gate if wants_gate else None), (d_up if wants_up else None), None, None
 
@@ -207,3 +186,6 @@ def triton_gradients(d_m: Tensor, gate: Tensor, up: Tensor, activation: str) -> 
                 BLOCK=BLOCK,
             )
     return d_gate, d_up
+
+
+PRODUCT, GRADIENTS = Kernel(pytorch_product, triton_product), Kernel(pytorch_gradients, triton_gradients)

@@ -1,5 +1,7 @@
 """Fixtures of several test files."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.artifacts.fold import check as fold_check
@@ -17,3 +19,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines are not wrapped, wherever the tests run: pytest-xdist tells its workers of 80 columns."""
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Cohere model of four layers; a file that needs another one has a `base` of its own."""
+    from tests.helpers.builders import save_model  # transformers takes seconds to import
+
+    folder = tmp_path_factory.mktemp("models") / "base"
+    save_model(folder)
+    return folder

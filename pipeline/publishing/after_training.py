@@ -24,7 +24,7 @@ FOLDERS: dict[Part, str] = {"merge": "merged", "export:peft": "peft", "export:gg
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that reached its end. `resume_line`: the command that, of a run that is done, does this again.
 
     What is published is what was saved at the last step; a best_loss/ beside it is left as it is.
@@ -49,7 +49,7 @@ class Finished:
         return [self.run_dir / name for part, name in FOLDERS.items() if part in self.asked] or [self.saved]
 
 
-def follow(run: Finished) -> None:
+def follow(run: FinishedRun) -> None:
     """Do all that is asked for. Raises UserError, with what is left to do, where a part fails."""
     gc.collect()
     if torch.cuda.is_available():
@@ -68,14 +68,14 @@ def follow(run: Finished) -> None:
             raise
 
 
-def left_to_do(run: Finished, parts: Sequence[Part]) -> str:
+def left_to_do(run: FinishedRun, parts: Sequence[Part]) -> str:
     """What a user can do about `parts`, which are not done."""
     lines = [f"The training is done, and safe in {run.saved}. Not done: {', '.join(parts)}. By hand:"]
     lines += [f"  {line}" for part in parts if (line := by_hand(part, run))]
     return "\n".join([*lines, "or all that follows the training once more:", f"  {run.resume_line}"])
 
 
-def by_hand(part: Part, run: Finished) -> str | None:
+def by_hand(part: Part, run: FinishedRun) -> str | None:
     """The command line of a part, which replaces what an earlier attempt left; the card has none."""
     read = ["--input", str(run.base), "--lora", str(run.saved), "--output"]
     match part:
@@ -96,7 +96,7 @@ def by_hand(part: Part, run: Finished) -> str | None:
     return None
 
 
-def _do(part: Part, run: Finished) -> None:
+def _do(part: Part, run: FinishedRun) -> None:
     match part:
         case "merge":
             merge(run.base, run.saved, run.run_dir / "merged", force=True)
@@ -110,7 +110,7 @@ def _do(part: Part, run: Finished) -> None:
             _push(run)
 
 
-def _write_cards(run: Finished) -> None:
+def _write_cards(run: FinishedRun) -> None:
     from pipeline.publishing.card import CARD, write_card
     from pipeline.publishing.facts import read_facts
 
@@ -120,7 +120,7 @@ def _write_cards(run: Finished) -> None:
         log(f"written: {folder / CARD}")
 
 
-def _push(run: Finished) -> None:
+def _push(run: FinishedRun) -> None:
     from pipeline.publishing.card import FILES
     from pipeline.publishing.push import files_of, upload
 

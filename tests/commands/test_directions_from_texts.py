@@ -85,7 +85,8 @@ def test_directions_from_texts_are_the_unsplit_models_mean_difference(
         assert (A - right / right.norm()).abs().max() <= 2**-24
     again = make(base, "--directions", tmp_path / "v.safetensors", output="again")
     before, after = tensors_of(adapter), tensors_of(again)
-    assert all(torch.equal(before[name], tensor) for name, tensor in after.items()) and before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert before.keys() == after.keys()
 
 
 def test_a_planted_direction_is_found(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

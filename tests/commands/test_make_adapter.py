@@ -131,7 +131,8 @@ def test_a_factor_takes_off_a_part(bases: dict[str, Path], make: Make, tmp_path:
     half = make(base, "--directions", file, "--factor", 0.5, kind="householder", output="half")
     whole = make(base, "--directions", file, output="whole")
     tensors = tensors_of(whole)
-    assert tensors and all(torch.equal(tensors[name], tensor) for name, tensor in tensors_of(half).items())
+    assert tensors
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in tensors_of(half).items())
 
 
 @pytest.mark.parametrize("kind", ["abliteration", "householder"])
@@ -172,7 +173,8 @@ def test_what_the_folder_says(bases: dict[str, Path], make: Make, tmp_path: Path
     folder = make(bases["biased"], "--directions", stored(tmp_path, directions()), "--layers", "0:2", "--factor", -0.5)
     adapter = load_adapter(folder)
     assert (adapter.kind, adapter.moves_bias, adapter.base_model) == ("multiplicative_lora", True, "biased")
-    assert len(adapter.pairs) == 6 and {pair.scaling for pair in adapter.pairs.values()} == {1.0}
+    assert len(adapter.pairs) == 6
+    assert {pair.scaling for pair in adapter.pairs.values()} == {1.0}
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "MULTIPLICATIVE_LORA"
     file = make(bases["llama"], "--directions", stored(tmp_path, directions()), output="plain") / "adapter_config.json"
     assert json.loads(file.read_text())["peft_type"] == "PEANUT"
@@ -198,7 +200,8 @@ def test_requests_that_cannot_be_carried_out(
     file = stored(tmp_path, directions())
     with pytest.raises(UserError, match=said) as caught:
         make(bases["llama"], "--directions", file, *arguments)
-    assert caught.value.exit_code == 2 and list(files_of(tmp_path)) == [file.name]
+    assert caught.value.exit_code == 2
+    assert list(files_of(tmp_path)) == [file.name]
 
 
 def test_a_norm_behind_the_target_modules_is_told(
@@ -237,5 +240,6 @@ def test_the_command_ends_with_one_message_and_code_2(bases: dict[str, Path], tm
     ]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: --directions: there is no file") and "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("error: --directions: there is no file")
+    assert "Traceback" not in ended.stderr
     assert not files_of(tmp_path)

@@ -18,8 +18,9 @@ from pipeline.config.schema import Config, layer_ranges
 from pipeline.config.tables import Bnb, Dataset, EvalDataset, Optimizer, Quantization
 from pipeline.console import UserError
 from tests.helpers.configs import problems, small, with_key
+from tests.helpers.paths import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 # The founding run, creative-writer-v0.1-alfa-35b, as its model card has it.
 FOUNDING_TOML = """\
@@ -338,7 +339,8 @@ def test_every_key_of_qlora_pipe_is_built_or_refused_by_name(table: str, key: st
         loading.validate(raw, "x.toml")
     else:
         (line,) = problems(raw)
-        assert line.startswith(f"{full} = ") and REFUSED[full][1] in line
+        assert line.startswith(f"{full} = ")
+        assert REFUSED[full][1] in line
 
 
 @pytest.mark.parametrize("full", REFUSED)

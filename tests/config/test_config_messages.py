@@ -30,7 +30,8 @@ from tests.helpers.configs import problems, small, with_key
 )
 def test_typo_names_the_nearest_valid_key(table: str, key: str, nearest: str) -> None:
     (line,) = problems(with_key(small(), table, key, 1))
-    assert key in line and line.endswith(f"unknown key. Did you mean {nearest}?")
+    assert key in line
+    assert line.endswith(f"unknown key. Did you mean {nearest}?")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,8 @@ def test_typo_names_the_nearest_valid_key(table: str, key: str, nearest: str) ->
 )
 def test_key_in_the_wrong_table_is_told_where_it_belongs(table: str, key: str, where: str) -> None:
     (line,) = problems(with_key(small(), table, key, 1))
-    assert key in line and where in line
+    assert key in line
+    assert where in line
 
 
 def test_all_problems_at_once() -> None:
@@ -166,7 +168,8 @@ def test_set(tmp_path: Path, override: str, keys: tuple[Any, ...], value: Any) -
     found: Any = loading.load(str(tmp_path / "x.toml"), overrides=[override]).model_dump()
     for key in keys:
         found = found[key]
-    assert found == value and type(found) is type(value)
+    assert found == value
+    assert type(found) is type(value)
 
 
 def test_set_wins_over_both_files_and_the_last_wins(tmp_path: Path) -> None:
@@ -229,8 +232,10 @@ def test_layer_ranges_accept_a_text_or_say_how_to_write_it(text: str) -> None:
     except ValueError as error:
         assert "both ends included" in str(error) or "runs backwards" in str(error)
     else:
-        assert [str(n) for r in ranges for n in r] and all(low <= high for low, high in ranges)
-        assert "-" not in text and "x" not in text
+        assert [str(n) for r in ranges for n in r]
+        assert all(low <= high for low, high in ranges)
+        assert "-" not in text
+        assert "x" not in text
 
 
 NAMES = st.text(alphabet="abz09_.-", min_size=1, max_size=6)

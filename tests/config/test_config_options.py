@@ -80,4 +80,5 @@ def test_a_runs_own_copy_of_its_configuration_reads_as_it_was() -> None:
     )
     config = loading.validate(raw, "x.toml")
     assert loading.validate(tomli.loads(loading.to_toml(config)), "x.toml") == config
-    assert config.optimizer.groups[0].beta1 == 0.5 and config.rank_pattern == {"layers.0.mlp.down_proj": 8}
+    assert config.optimizer.groups[0].beta1 == 0.5
+    assert config.rank_pattern == {"layers.0.mlp.down_proj": 8}

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import loading
 from pipeline.console import CollectedErrors, UserError
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.builders import model_config
 from tests.helpers.configs import small
 
@@ -25,7 +25,7 @@ def refused(tmp_path: Path, **changes: Any) -> str:
     given = {"model": str(tmp_path / "base"), "output_dir": str(tmp_path / "out"), **changes}
     config = loading.validate(small(**given), "x.toml")
     with pytest.raises(UserError) as caught:
-        prepare.plan_model(config)
+        resolve.resolve(config)
     assert caught.value.exit_code == 2
     return str(caught.value)
 

@@ -73,7 +73,8 @@ def steps(ranks: list[MicroBatches], position: Position, epochs: int) -> list[tu
     taken = []
     while position.epoch < epochs:
         both = [rank.step(position) for rank in ranks]
-        assert len({info for _, info in both}) == 1 and both[0][1] == ranks[0].info(position)
+        assert len({info for _, info in both}) == 1
+        assert both[0][1] == ranks[0].info(position)
         taken.append(([batches for batches, _ in both], both[0][1]))
         position = both[0][1].next_position
     return taken
@@ -112,7 +113,8 @@ def test_every_row_is_seen_once_an_epoch_by_one_rank(stores: list[ChunkStore], r
             {row for step, _ in taken for batch in step[rank] for row in batch.rows if row}
             for rank in range(len(ranks))
         ]
-        assert sum(map(len, seen)) == len(everything) and set().union(*seen) == everything
+        assert sum(map(len, seen)) == len(everything)
+        assert set().union(*seen) == everything
         assert taken[-1][1].epochs_done == epoch + 1
 
 
@@ -141,7 +143,8 @@ def test_tensors_hold_the_rows_and_nothing_else(stores: list[ChunkStore], run: A
         for batch in (batch for batches in step for batch in batches):
             ids, labels, positions = batch.input_ids, batch.labels, batch.position_ids
             assert {tensor.dtype for tensor in (ids, labels, positions)} == {torch.int64}
-            assert ids.shape == labels.shape == positions.shape and ids.shape[0] == len(batch.rows)
+            assert ids.shape == labels.shape == positions.shape
+            assert ids.shape[0] == len(batch.rows)
             shapes.add(tuple(ids.shape))
             assert (positions == torch.arange(ids.shape[1])).all()
             for row, row_ids, row_labels in zip(batch.rows, ids, labels, strict=True):
@@ -150,26 +153,30 @@ def test_tensors_hold_the_rows_and_nothing_else(stores: list[ChunkStore], run: A
                     content = stores[which[row[0]]].ids(row[1]).tolist()
                     assert row_ids[:length].tolist() == content
                     assert row_labels[:length].tolist() == [-100, *content[1:]]
-                assert (row_labels[length:] == -100).all() and (row_ids[length:] == helpers_data.MARKS.eos).all()
+                assert (row_labels[length:] == -100).all()
+                assert (row_ids[length:] == helpers_data.MARKS.eos).all()
             real = [row for row in batch.rows if row]
             assert (batch.loss_scale > 0) == bool(real)
             longest = max((stores[which[row[0]]].sequence_len for row in real), default=1)
             if len(which) == 1:
                 assert ids.shape[1] == stores[which[0]].sequence_len
             else:
-                assert ids.shape[1] == math.ceil(longest / 64) * 64 and (len(real) == len(batch.rows) or not real)
+                assert ids.shape[1] == math.ceil(longest / 64) * 64
+                assert len(real) == len(batch.rows) or not real
             if options["batch_size_tokens"]:
                 assert ids.numel() <= options["batch_size_tokens"]
             elif real:
                 assert len(real) <= options["micro_batch_size"]
-    assert shapes == {ranks[0].fixed_shape} if len(which) == 1 else ranks[0].fixed_shape is None
+    assert (ranks[0].fixed_shape is not None) == (len(which) == 1)
+    assert len(which) > 1 or shapes == {ranks[0].fixed_shape}
 
 
 @FAST
 @given(st.lists(st.sampled_from([64, 128, 192]), min_size=1), st.integers(192, 700))
 def test_micro_batches_are_as_large_as_the_budget_allows(widths: list[int], budget: int) -> None:
     starts = cut(np.array(widths), 1, budget).tolist()
-    assert starts[0] == 0 and starts[-1] == len(widths)
+    assert starts[0] == 0
+    assert starts[-1] == len(widths)
     for begin, end in pairwise(starts):
         assert 0 < (end - begin) * max(widths[begin:end]) <= budget
         if end < len(widths):
@@ -210,7 +217,8 @@ def test_a_resumed_run_goes_on_exactly_whatever_it_is_divided_into(
     again = steps(loaders(stores, run, *before), position, 3)
     for (step, _), (expected, _) in zip(again, first[stop + 1 :], strict=True):
         for batch, other in zip(chain(*step), chain(*expected), strict=True):
-            assert torch.equal(batch.input_ids, other.input_ids) and torch.equal(batch.labels, other.labels)
+            assert torch.equal(batch.input_ids, other.input_ids)
+            assert torch.equal(batch.labels, other.labels)
             assert (batch.loss_scale, batch.rows) == (other.loss_scale, other.rows)
 
 
@@ -232,7 +240,8 @@ def test_each_epoch_and_each_seed_has_its_own_order(stores: list[ChunkStore]) ->
         return [(order(steps([loader], Position(e), e + 1)), loader.order_hash(e)) for e in (0, 1, 0)]
 
     first, second = orders(1), orders(2)
-    assert first[0] == first[2] and len({hash for _, hash in first + second}) == 4
+    assert first[0] == first[2]
+    assert len({hash for _, hash in first + second}) == 4
     assert len({tuple(rows) for rows, _ in first + second}) == 4
     assert first[0][0] != sorted(first[0][0])
 
@@ -260,7 +269,8 @@ def test_rows_are_grouped_by_length_and_the_largest_comes_first(stores: list[Chu
 def test_micro_batches_of_like_length_are_not_seen_in_the_order_of_length(stores: list[ChunkStore]) -> None:
     loader = loaders(stores, ([0, 3], [24, 24], {"group_by_length": True, "seed": 0, "micro_batch_size": 2}), 1, 1)[0]
     widths = [step[0][0].input_ids.shape[1] for step, _ in steps([loader], Position(1), 2)]
-    assert Counter(widths) == {64: 12, 192: 12} and widths not in (sorted(widths), sorted(widths)[::-1])
+    assert Counter(widths) == {64: 12, 192: 12}
+    assert widths not in (sorted(widths), sorted(widths)[::-1])
 
 
 def test_a_position_that_means_nothing_here_is_refused(stores: list[ChunkStore]) -> None:

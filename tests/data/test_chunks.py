@@ -62,13 +62,15 @@ def test_every_token_of_every_document_is_in_one_chunk_in_order_or_in_the_counte
             assert [span.name for span in spans for _ in range(span.start, span.end)] == owners[chunk * body :][:body]
             first = [i == 0 or owners[i] != owners[i - 1] for i in range(chunk * body, (chunk + 1) * body)]
             assert [span.start for span in spans if not span.continued] == [i + bos for i in np.flatnonzero(first)]
-            assert spans[0].start == bos and spans[-1].end == sequence_len
+            assert spans[0].start == bos
+            assert spans[-1].end == sequence_len
     report = store.report
     assert (len(store), report.tail_tokens) == (count, len(stream) - count * body)
     assert report.text_tokens + report.eos_tokens == report.chunks * body + report.tail_tokens
     chunk_bytes = b"".join(store.ids(chunk).tobytes() for chunk in range(count))
     assert report.sha256 == hashlib.sha256(chunk_bytes).hexdigest()
-    assert report.documents == len(dict.fromkeys(owners)) and report.documents + report.empty_documents == len(texts)
+    assert report.documents == len(dict.fromkeys(owners))
+    assert report.documents + report.empty_documents == len(texts)
 
 
 def test_the_report_is_one_line_that_adds_up(tmp_path: Path) -> None:
@@ -89,7 +91,8 @@ def test_unknown_tokens_are_counted(tmp_path: Path) -> None:
     folder = shelve(tmp_path / "shelf", "roka " * 50 + "日 本")
     report = build(folder, tokenizer=tokenizer("wordpiece")).train.report
     assert report.unknown_tokens == whole("wordpiece", "roka " * 50 + "日 本").count(0) == 2
-    assert report.special_tokens == 0 and "2 tokens are unknown to the tokenizer" in str(report)
+    assert report.special_tokens == 0
+    assert "2 tokens are unknown to the tokenizer" in str(report)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
@@ -103,7 +106,8 @@ def test_bos_and_eos_that_a_document_spells_out_are_not_doubled(tmp_path: Path) 
     stream = [id for text in documents_ for id in whole("gpt2", text)]
     streams = build(folder, sequence_len=len(stream) + 1)
     assert streams.train.ids(0).tolist() == [1, *stream]
-    assert streams.train.report.empty_documents == 1 and streams.train.report.eos_tokens == 2
+    assert streams.train.report.empty_documents == 1
+    assert streams.train.report.eos_tokens == 2
 
 
 def test_bos_inside_a_document_stays_wherever_segments_begin(tmp_path: Path) -> None:
@@ -146,7 +150,8 @@ def test_the_cache_is_keyed_by_content_tokenizer_and_settings(shelf: Path, monke
     others.append(build(moved))
     assert len({stream.path.name for stream in [first, *others]}) == len(others) + 1
     loaded = chunks.load(others[4].path)
-    assert loaded.eval is not None and [s.report for s in loaded.stores] == [s.report for s in others[4].stores]
+    assert loaded.eval is not None
+    assert [s.report for s in loaded.stores] == [s.report for s in others[4].stores]
     assert [(loaded.eval.ids(i) == others[4].eval.ids(i)).all() for i in range(len(loaded.eval))]  # type: ignore[union-attr]
 
 
@@ -220,7 +225,8 @@ def test_of_several_processes_one_builds_and_a_killed_one_is_in_nobodys_way(shel
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert log.read_text() == "began\n" * 2  # the killed one's, and one
-    assert not list((shelf / "cache").glob(".staging*")) and len(build(shelf).train)
+    assert not list((shelf / "cache").glob(".staging*"))
+    assert len(build(shelf).train)
 
 
 def _build_as(rank: int, shelf: Path, log: Path) -> None:
@@ -273,7 +279,8 @@ def test_a_hundred_megabytes_need_less_than_a_gigabyte(tmp_path: Path, file: str
 
 
 def test_the_folder_named_datasets_does_not_hide_hugging_faces_package() -> None:
-    assert (ROOT / "datasets").is_dir() and not list((ROOT / "datasets").rglob("*.py"))
+    assert (ROOT / "datasets").is_dir()
+    assert not list((ROOT / "datasets").rglob("*.py"))
     for command in (["-c", "import datasets; print(datasets.Dataset)"], ["-m", "datasets.config"]):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -194,9 +194,8 @@ def test_globs_are_sorted_and_reach_any_depth(shelf: Path, capsys: pytest.Captur
     assert names("textfile", shelf / "deep/e.txt") == ["e.txt"]
     assert names("textfile", shelf / "d*/*.txt") == ["deep/e.txt"]
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all(
-        line.endswith("C.TXT, which differ from the glob in capital letters only") for line in said
-    )
+    assert len(said) == 2
+    assert all(line.endswith("C.TXT, which differ from the glob in capital letters only") for line in said)
     assert names("textfile", shelf / "*") == ["C.TXT", "a.md", "b.txt"]
     assert "left out cover.jpg, deep/, rows.jsonl" in capsys.readouterr().err
 

@@ -57,7 +57,8 @@ def test_a_file_without_a_mark_is_recognised(tmp_path: Path, codec: str, languag
     text = LANGUAGES[language] * times
     assert read(tmp_path / "a.txt", text.encode(codec)) == text
     labels = findings(tmp_path / "a.txt").encodings
-    assert len(labels) == 1 and codec[:6].upper() in next(iter(labels)).ljust(6)
+    assert len(labels) == 1
+    assert codec[:6].upper() in next(iter(labels)).ljust(6)
     assert ("without a mark" in next(iter(labels))) == (codec != "utf-8")
 
 
@@ -90,7 +91,8 @@ def test_the_report_says_which_encodings_were_read(tmp_path: Path) -> None:
     )
     for _ in range(2):
         report = build(tmp_path).train.report
-        assert str(report).endswith(expected) and report.documents == 4
+        assert str(report).endswith(expected)
+        assert report.documents == 4
     split = build(tmp_path, eval_size=1, eval_split="document").stores
     assert [str(store.report).endswith(expected) for store in split] == [True, False]
 

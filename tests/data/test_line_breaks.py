@@ -96,13 +96,15 @@ def test_nothing_but_single_line_breaks_and_the_pieces_do_not_matter(parts: list
     found = joined(text, size)[0]
     assert found == joined(text)[0]
     assert found.split() == text.split() or "-" in text or "—" in text
-    assert found.count("\n\n") == text.count("\n\n") and "".join(found.split()) == "".join(text.split())
+    assert found.count("\n\n") == text.count("\n\n")
+    assert "".join(found.split()) == "".join(text.split())
 
 
 def test_wrapped_texts_are_found() -> None:
     for width in (60, 65, 72, 75, 100):
         assert line_breaks.hard_wrapped(wrapped(BOOK, width))
-    assert not line_breaks.hard_wrapped(BOOK) and not line_breaks.hard_wrapped("")
+    assert not line_breaks.hard_wrapped(BOOK)
+    assert not line_breaks.hard_wrapped("")
     mixed = KEPT["verse"] + wrapped(BOOK, 70)
     assert line_breaks.hard_wrapped(mixed)
 

@@ -110,7 +110,8 @@ def test_without_its_marks_a_row_is_its_text(
         store = batches.stores[row[0]]
         plain = re.sub(r"⟦[^⟧]*⟧", "", text)
         assert plain == tokenizer().decode(store.ids(row[1]).tolist(), skip_special_tokens=True)
-        assert text.count("⟦BOS") == bos and text.count("⟦EOS") == (store.ids(row[1]) == 2).sum()
+        assert text.count("⟦BOS") == bos
+        assert text.count("⟦EOS") == (store.ids(row[1]) == 2).sum()
         assert re.findall(r"⟦(?:… )?(\d\.txt)⟧", text) == [span.name for span in store.documents(row[1])]
         padding = width - store.sequence_len
         assert text.endswith(f"⟦{padding} × padding⟧") == (padding > 0)
@@ -162,16 +163,20 @@ def test_whole_documents_are_held_out(shelf: Path) -> None:
     assert streams.eval is not None
     found = split(streams, 0.25, num_repeats=2)
     assert found.train.rows.tolist() == list(range(len(streams.train))) * 2
-    assert found.eval is not None and found.eval.store is streams.eval
-    assert [store.report.stream for store in streams.stores] == ["train", "eval"]
+    assert found.eval is not None
+    assert found.eval.store is streams.eval
+    assert [report.stream for report in streams.reports] == ["train", "eval"]
     sides = [
         {span.name for chunk in range(len(s)) for span in s.documents(chunk)} for s in (streams.train, streams.eval)
     ]
-    assert len(sides[0]) == 7 and len(sides[1]) == 3 and not sides[0] & sides[1]  # a part is rounded up: 2.5 → 3
+    assert len(sides[0]) == 7
+    assert len(sides[1]) == 3
+    assert not sides[0] & sides[1]
     held_out = [[*whole("gpt2", (shelf / name).read_text()), 2] for name in sorted(sides[1])]
     stream = [id for ids in held_out for id in ids]
     body = np.concatenate([streams.eval.ids(chunk)[1:] for chunk in range(len(streams.eval))])
-    assert body.tolist() == stream[: len(body)] and streams.eval.report.tail_tokens == len(stream) - len(body)
+    assert body.tolist() == stream[: len(body)]
+    assert streams.eval.report.tail_tokens == len(stream) - len(body)
     assert streams.train.report.documents == 7
 
 
@@ -179,7 +184,8 @@ def test_documents_of_a_list_can_be_held_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": prose(60, seed=i)}) + "\n" for i in range(6)))
     rows = {"dataset_type": "doclist", "dataset_path": str(tmp_path / "a.jsonl")}
     streams = build(tmp_path, eval_size=2, eval_split="document", **rows)
-    assert streams.eval is not None and (streams.train.report.documents, streams.eval.report.documents) == (4, 2)
+    assert streams.eval is not None
+    assert (streams.train.report.documents, streams.eval.report.documents) == (4, 2)
 
 
 def test_a_split_that_leaves_one_side_empty_is_refused(shelf: Path) -> None:
@@ -249,7 +255,8 @@ def test_rows_that_one_epoch_leaves_out_come_in_another(stores: list[ChunkStore]
     sets = [Selection(stores[0], np.arange(24)), Selection(stores[1], np.arange(3))]
     epoch_rows = mix(sets, seed=3, mode="interleave")
     seen = [{chunk for index, chunk in epoch_rows(epoch).tolist() if index == 0} for epoch in range(30)]
-    assert max(map(len, seen)) < 24 and set().union(*seen) == set(range(24))
+    assert max(map(len, seen)) < 24
+    assert set().union(*seen) == set(range(24))
 
 
 def test_weights_are_of_rows_or_of_tokens(stores: list[ChunkStore]) -> None:

@@ -44,9 +44,11 @@ def check(batch: MicroBatch, given: list[ListStore]) -> None:
     """Every row as it is in its store, and nothing beside."""
     for row, ids, labels, length in zip(batch.rows, batch.input_ids, batch.labels, batch.lengths.tolist(), strict=True):
         expected = [] if row is None else given[row[0]].rows[row[1]][0]
-        assert length == len(expected) and ids[:length].tolist() == expected
+        assert length == len(expected)
+        assert ids[:length].tolist() == expected
         assert labels[:length].tolist() == ([] if row is None else wanted(given[row[0]], row[1]))
-        assert (labels[length:] == -100).all() and (ids[length:] == 2).all()
+        assert (labels[length:] == -100).all()
+        assert (ids[length:] == 2).all()
 
 
 @FAST
@@ -122,10 +124,12 @@ def test_rows_of_one_length_have_one_shape_whatever_is_masked() -> None:
 def test_a_row_without_targets_is_left_out_and_said(tmp_path: Path) -> None:
     store = ListStore([([1, 5, 6], [(1, 3)]), ([1, 5], []), ([1, 7, 2], [(2, 3)]), ([1, 8, 2, 9], [(1, 4)])])
     found = split(Streams(tmp_path, store))
-    assert found.train.rows.tolist() == [0, 2, 3] and found.eval is None
+    assert found.train.rows.tolist() == [0, 2, 3]
+    assert found.eval is None
     assert str(found) == "turns: 3 rows to train on; 1 without a token to train are left out"
     both = split(Streams(tmp_path, store), eval_size=1)
-    assert both.eval is not None and sorted([*both.train.rows, *both.eval.rows]) == [0, 2, 3]
+    assert both.eval is not None
+    assert sorted([*both.train.rows, *both.eval.rows]) == [0, 2, 3]
     with pytest.raises(UserError, match="dataset 'empty': none of its 2 rows has a token to train on"):
         split(Streams(tmp_path, ListStore([([1, 5], []), ([1, 6], [])], name="empty")))
 

@@ -146,7 +146,9 @@ def test_what_is_trained_of_a_tied_head(tmp_path: Path, change: Change, one: boo
     assert set(found) == ({EMBEDDING, HEAD} if one else {EMBEDDING})
     head = head_of(read_base(tmp_path))
     assert head.tied == one
-    assert head.head and head.embedding and (head.head == head.embedding) == (change is head_alone)
+    assert head.head
+    assert head.embedding
+    assert (head.head == head.embedding) == (change is head_alone)
 
 
 FOLDED = [
@@ -240,7 +242,9 @@ def test_a_config_that_ties_what_the_file_does_not_is_said(
 ) -> None:
     tied(tmp_path, "llama", change)
     asked: Any = SimpleNamespace(model=str(tmp_path), output_dir=str(tmp_path / "runs"))
-    prepare.check_files(asked, empty_model(read_model_config(str(tmp_path)), torch.float32, None))
+    prepare.check_files(
+        asked.model, asked.output_dir, empty_model(read_model_config(str(tmp_path)), torch.float32, None)
+    )
     assert ("two different tensors. Both are kept, as in transformers" in capsys.readouterr().err) == said
 
 

@@ -54,7 +54,8 @@ def test_damaged_json_is_one_message_with_its_file(kind: str, tmp_path: Path) ->
     file.write_bytes(DAMAGED_JSON[kind])
     with pytest.raises(UserError, match=r"x\.json (does not read as JSON: .|nests deeper)") as refused:
         foreign.read_json(file, "a test")
-    assert "\n" not in str(refused.value) and str(refused.value).isprintable()
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).isprintable()
 
 
 def test_what_is_no_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,8 @@ def test_a_damaged_config_is_one_message_with_its_file(kind: str, tmp_path: Path
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"x\.toml") as refused:
         loading.load(str(file))
-    assert refused.value.exit_code == 2 and len(str(refused.value)) < 1000
+    assert refused.value.exit_code == 2
+    assert len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,8 @@ def test_strange_headers_are_refused_by_file(stored: bytes, tmp_path: Path) -> N
         try:
             read_header(file)
         except UserError as refused:
-            assert "x.safetensors" in str(refused) and str(refused).isprintable(), what
+            assert "x.safetensors" in str(refused), what
+            assert str(refused).isprintable(), what
             count += 1
         else:
             raise AssertionError(f"accepted: {what}")

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 BOOKS = ROOT / "datasets" / "sample_books"
 VOCABULARY = 320
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data import chunks
 from pipeline.data.selection import Streams
 from pipeline.data.store import ChunkStore, ChunkWriter, Marks
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 MARKS = Marks(bos=1, eos=2, unknown=0, others=(3,))
 KINDS = ("gpt2", "llama3", "sentencepiece", "sentencepiece_first", "llama2", "gemma", "unigram", "wordpiece")

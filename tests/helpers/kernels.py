@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16]
 # GPUs the project names: A100, A6000, H100 and H200.
@@ -93,11 +94,12 @@ def n_bytes(tensors: list[Tensor], apart_from: tuple[Tensor, ...] = ()) -> int:
 
 def without_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of kernels/`name`.py, imported as on a machine where Triton is not installed."""
-    for module in [m for m in sys.modules if m == "triton" or m.startswith("triton.")]:
+    for module in [m for m in sys.modules if m in ("triton", "pipeline.kernels.dispatch") or m.startswith("triton.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "triton", None)  # `import triton` raises ImportError
     spec = importlib.util.spec_from_file_location(f"{name}_without_triton", ROOT / "kernels" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -121,7 +123,9 @@ def through_interpreter(test_file: str) -> None:
         timeout=240,
     )
     counted = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and counted and int(counted[1]) > 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert counted, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(counted[1]) > 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def assert_compiles_lean(
@@ -146,4 +150,5 @@ def assert_compiles_lean(
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "STACK:0 " in usage, usage
-    assert "ld.global.v4" in made.asm["ptx"] and "st.global.v4" in made.asm["ptx"]
+    assert "ld.global.v4" in made.asm["ptx"]
+    assert "st.global.v4" in made.asm["ptx"]

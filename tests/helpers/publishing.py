@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import loading
-from pipeline.publishing.after_training import Finished
+from pipeline.publishing.after_training import FinishedRun
 from tests.helpers.artifacts import make_base, multiplicative
 from tests.helpers.configs import small
 
@@ -68,7 +68,7 @@ METRICS = [
 
 def make_run(
     folder: Path, asked: list[str], *, private: bool = True, base: Path | None = None, **changes: Any
-) -> Finished:
+) -> FinishedRun:
     """A run of STEP steps that has ended, in `folder`, with a checkpoint and all that must never be shared in it."""
     base = base or make_base(folder / "secret place" / "a-base")
     run_dir = folder / "secret place" / "runs" / "20260102_03-04-05"
@@ -83,7 +83,7 @@ def make_run(
     checkpoint.mkdir()
     for name in ("manifest.json", "rank-0.safetensors"):
         (checkpoint / name).write_bytes(b"optimizer state")
-    return Finished(
+    return FinishedRun(
         run_dir=run_dir,
         step=STEP,
         base=base,

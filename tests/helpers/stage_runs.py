@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.helpers import builders
+from tests.helpers.paths import WORKERS
 from tests.helpers.row_store import Row
 
-WORKER = Path(__file__).resolve().parents[1] / "workers" / "stage_worker.py"
+WORKER = WORKERS / "stage_worker.py"
 STEPS = 5
 
 

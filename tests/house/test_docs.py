@@ -1,32 +1,11 @@
 """What the documents for those who change the code say is so: paths and names in architecture.md, the walk and README's tree."""
 
-import ast
 import re
-from functools import cache
 from pathlib import Path
 
 import pipeline
 from tests.helpers.builders import ROOT
-
-
-def spans(text: str) -> list[str]:
-    """What stands between backticks."""
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
-
-
-@cache
-def defined_in(file: Path) -> frozenset[str]:
-    """Names that a Python file defines: functions, classes, variables, fields, parameters."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, ast.arg):
-            names.add(node.arg)
-    return frozenset(names)
+from tests.helpers.docs import defined_in, spans
 
 
 def test_the_paths_of_the_architecture_exist() -> None:

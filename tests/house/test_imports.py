@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 85, 120
+MAX_CONFIG_TAKERS = 17  # functions outside pipeline/config/
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
@@ -135,6 +137,22 @@ def test_nothing_below_training_sees_the_config_object(source: Path) -> None:
     assert not whole_module, "import the function, not the module"
 
 
+def test_the_config_ends_at_the_door() -> None:
+    """Few functions take it (train.py, start/resolve.py and what puts a run together), and nobody makes up another one."""
+    takers = []
+    for source in SOURCES:
+        if path(source).startswith("pipeline/config/"):
+            continue
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if any(a.annotation is not None and ast.unparse(a.annotation) == "Config" for a in arguments):
+                    takers.append(f"{path(source)}: {node.name}")
+            made_up = isinstance(node, ast.Attribute) and node.attr == "model_copy"
+            assert not made_up, f"{path(source)}: only what was read is a Config"
+    assert 0 < len(takers) <= MAX_CONFIG_TAKERS, takers
+
+
 def test_folders_that_shadow_packages_hold_no_package() -> None:
     """`kernels` and `datasets` are Hugging Face's names: an __init__.py here, or under tests/, would replace theirs."""
     for name in ("kernels", "datasets"):
@@ -157,3 +175,15 @@ def test_functions_are_short_enough_to_see(source: Path) -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=path)
 def test_every_file_says_what_it_is(source: Path) -> None:
     assert ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+
+
+MOST_FILES = 12
+FOLDERS = sorted({source.parent for source in SOURCES})
+STILL_LARGER = {"pipeline/artifacts/fold": 13}  # what they hold may only shrink
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=path)
+def test_a_folder_is_seen_at_once(folder: Path) -> None:
+    """A folder with more files than that holds several rooms."""
+    files = sorted(file.name for file in folder.glob("*.py"))
+    assert len(files) <= STILL_LARGER.get(path(folder), MOST_FILES), files

@@ -25,14 +25,16 @@ def test_the_newest_release_is_the_version() -> None:
 
 def test_releases_are_in_order_and_there_is_nothing_else() -> None:
     numbers, dates = [tuple(map(int, release[:3])) for release in RELEASES], [release[3] for release in RELEASES]
-    assert numbers == sorted(set(numbers), reverse=True) and dates == sorted(dates, reverse=True)
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert dates == sorted(dates, reverse=True)
     headings = re.findall(r"(?m)^#+ .*$", (ROOT / "CHANGELOG.md").read_text())
     assert len(headings) == 1 + len(RELEASES)
 
 
 def test_the_citation_is_of_the_newest_release() -> None:
     citation = read("CITATION.cff")
-    assert citation["version"] == VERSION and str(citation["date-released"]) == RELEASES[0][3]
+    assert citation["version"] == VERSION
+    assert str(citation["date-released"]) == RELEASES[0][3]
     assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
 
 
@@ -48,7 +50,8 @@ def test_the_hooks_run_what_make_lint_runs_from_the_same_place() -> None:
 
 def test_make_test_lints_first() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"(?m)^test: lint\b", makefile) and re.search(r"(?m)^test-all: lint\b", makefile)
+    assert re.search(r"(?m)^test: lint\b", makefile)
+    assert re.search(r"(?m)^test-all: lint\b", makefile)
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 
@@ -77,5 +80,8 @@ def test_the_decision_log_is_in_order() -> None:
     for section, release in zip(sections, reversed(RELEASES), strict=True):
         rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
         dates = [row[0].removeprefix("| ") for row in rows]
-        assert rows and dates == sorted(dates) and all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
-        assert dates[-1] <= release[3] and all(len(row) == 4 for row in rows)
+        assert rows
+        assert dates == sorted(dates)
+        assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
+        assert dates[-1] <= release[3]
+        assert all(len(row) == 4 for row in rows)

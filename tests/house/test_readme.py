@@ -35,7 +35,8 @@ SUMMARY_KEYS = [
 def test_make_train_does_the_main_job(tmp_path: Path) -> None:
     """`make train` after its set-up: quickstart.py, in a copy of the tree, so that a user's runs/ stay as they are."""
     makefile = (ROOT / "Makefile").read_text()
-    assert "    make train" in README and re.search(r"^train: setup.*\n\t.*python quickstart\.py$", makefile, re.M)
+    assert "    make train" in README
+    assert re.search(r"^train: setup.*\n\t.*python quickstart\.py$", makefile, re.M)
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", ".*_cache", ".hypothesis"))
     done = subprocess.run(
@@ -44,7 +45,8 @@ def test_make_train_does_the_main_job(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tree / "runs/quickstart/summary.json").read_text())
     assert list(summary) == SUMMARY_KEYS
-    assert summary["stages"] == 2 and 0 < summary["resumed_at_step"] < summary["steps"]
+    assert summary["stages"] == 2
+    assert 0 < summary["resumed_at_step"] < summary["steps"]
     # Clearly better on chapters it has not read: a tenth of a nat is a tenth of the perplexity.
     assert summary["adapter_eval_loss"] < summary["base_eval_loss"] - 0.1
     # The fold is in fp32; in training A·h and B·z are bf16 products, each right to 2⁻⁹: what the adapter changes is then
@@ -59,7 +61,8 @@ def test_make_train_does_the_main_job(tmp_path: Path) -> None:
         assert (run / what).exists()
     assert len(list(run.glob("step*"))) == 3  # keep_states
     assert not list(tree.glob("runs/quickstart/*/.rendezvous*"))
-    assert "perplexity" in done.stdout and "next:" in done.stdout
+    assert "perplexity" in done.stdout
+    assert "next:" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,8 @@ def test_the_founding_run_is_ready_for_two_48_gib_gpus(tmp_path: Path, command_r
     assert "multiplicative_lora on the output of down_proj, layers 0 to 38 (39 of 40: all but the last)" in done.stdout
     assert "rank 64, s = alpha/rank = 64/64 = 1, bfloat16" in done.stdout
     stages = re.findall(r"stage \d: layers (\d+) to (\d+) .*, ([\d.]+) GiB of weights, (\d+)% of the work", done.stdout)
-    assert [int(first) for first, *_ in stages] == [0, int(stages[0][1]) + 1] and int(stages[-1][1]) == 39
+    assert [int(first) for first, *_ in stages] == [0, int(stages[0][1]) + 1]
+    assert int(stages[-1][1]) == 39
     # 40 layers of 822 M weights and an embedding of 2097 M on both ends (tied, frozen), bf16: 69.1 GiB in all.
     assert sum(float(size) for *_, size, _ in stages) == pytest.approx(
         40 * 2 * 822.1e6 / 2**30 + 2 * 2 * 2097e6 / 2**30, rel=0.01
@@ -115,7 +119,8 @@ def test_the_founding_run_is_ready_for_two_48_gib_gpus(tmp_path: Path, command_r
     assert all(float(size) < 40 for *_, size, _ in stages)  # of 48, with room for activations
     assert "16 micro-batches (16 accumulated × 1 replica(s)) = " in done.stdout
     if "preview" in command:
-        assert len(re.findall(r"(?m)^row \d+: chunk", done.stdout)) == 3 and "⟦EOS" in done.stdout
+        assert len(re.findall(r"(?m)^row \d+: chunk", done.stdout)) == 3
+        assert "⟦EOS" in done.stdout
 
 
 def test_the_user_s_commands_stand_as_they_were_given() -> None:

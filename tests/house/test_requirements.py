@@ -11,7 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 SHIPPED = [
     *ROOT.glob("*.py"),
     *(p for part in ("pipeline", "kernels", "docs", "benchmarks") for p in (ROOT / part).rglob("*.py")),
@@ -37,7 +38,9 @@ def pins() -> dict[str, str]:
     found = {}
     for name, requirement in required("constraints.txt").items():
         (only,) = requirement.specifier
-        assert only.operator == "==" and "+" not in only.version and not requirement.marker, requirement
+        assert only.operator == "==", requirement
+        assert "+" not in only.version, requirement
+        assert not requirement.marker, requirement
         found[name] = only.version
     return found
 
@@ -120,4 +123,6 @@ def test_the_readme_names_the_versions_that_were_tested() -> None:
 def test_the_makefile_installs_them_and_again_when_they_change() -> None:
     makefile = (ROOT / "Makefile").read_text()
     rule = re.search(r"^\$\(VENV\)/\.installed:(.*)\n((?:\t.*\n)+)", makefile, re.M)
-    assert rule and "constraints.txt" in rule.group(1) and "-c constraints.txt" in rule.group(2)
+    assert rule
+    assert "constraints.txt" in rule.group(1)
+    assert "-c constraints.txt" in rule.group(2)

@@ -110,10 +110,12 @@ def test_the_planted_token_and_passage_are_in_the_terminal(written) -> None:
     printed, _ = written
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 130
-    assert "\x1b" not in printed and "\x07" not in printed
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
     assert "⟦Q⟧uills" in printed
     fires = next(line for line in lines if "⟦Q⟧" in line)
-    assert re.match(r"1 mlp\.down_proj +1 +0\.9 ", fires) and " 0.9 " in fires[25:]
+    assert re.match(r"1 mlp\.down_proj +1 +0\.9 ", fires)
+    assert " 0.9 " in fires[25:]
 
 
 def test_the_page_is_whole_and_needs_nothing_else(written, base: Path) -> None:
@@ -124,12 +126,16 @@ def test_the_page_is_whole_and_needs_nothing_else(written, base: Path) -> None:
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(tags)
     for element in tree.iter():
         for name, value in element.attrib.items():
-            assert not name.startswith(("on", "src")) and name not in ("data", "action", "srcset"), (element.tag, name)
+            assert not name.startswith(("on", "src")), (element.tag, name)
+            assert name not in ("data", "action", "srcset"), (element.tag, name)
             if name.endswith("href"):
-                assert value.startswith("#") and tree.find(f".//*[@id='{value[1:]}']") is not None
+                assert value.startswith("#")
+                assert tree.find(f".//*[@id='{value[1:]}']") is not None
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", html)
-    assert "<script" not in html and '</p><b>&amp;"Quills 塩.' in "".join(tree.itertext())
-    assert "\x1b" not in html and "\x07" not in html
+    assert "<script" not in html
+    assert '</p><b>&amp;"Quills 塩.' in "".join(tree.itertext())
+    assert "\x1b" not in html
+    assert "\x07" not in html
     ids = [element.attrib["id"] for element in tree.iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))
 
@@ -178,7 +184,9 @@ def test_the_page_in_a_browser(written, tmp_path: Path, dark: bool) -> None:
         done = subprocess.run([str(BROWSER), *flags, *more, out.as_uri()], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         if more == ["--dump-dom"]:
-            assert done.stdout.count("<svg") >= 4 and "<mark" in done.stdout and "<script" not in done.stdout
+            assert done.stdout.count("<svg") >= 4
+            assert "<mark" in done.stdout
+            assert "<script" not in done.stdout
     pixels = first_pixels(picture)
     assert pixels[0] < 60 if dark else pixels[0] > 200
     assert len(zlib.compress(picture.read_bytes())) > 20_000
@@ -211,10 +219,12 @@ def test_additive_adapters(base: Path, tmp_path: Path, monkeypatch, capsys) -> N
     for name, modules in (("wide", wide), ("square", square)):
         save(tmp_path / name, modules, 1.0, kind="lora")
     printed = call(monkeypatch, capsys, tmp_path / "wide", "--input", base)
-    assert "gains alone" in printed and "erases" not in printed.split("‖sBA‖₂: ")[0]
+    assert "gains alone" in printed
+    assert "erases" not in printed.split("‖sBA‖₂: ")[0]
     printed = call(monkeypatch, capsys, tmp_path / "square", "--html", tmp_path / "page.html")
     assert "is not said" in printed
-    assert "−1" in (tmp_path / "page.html").read_text() and "what it does</th>" in (tmp_path / "page.html").read_text()
+    assert "−1" in (tmp_path / "page.html").read_text()
+    assert "what it does</th>" in (tmp_path / "page.html").read_text()
     (tmp_path / "text.txt").write_text("salt")
     with pytest.raises(UserError, match="detectors look at a module's input"):
         call(monkeypatch, capsys, tmp_path / "wide", "--input", base, "--text", tmp_path / "text.txt")

@@ -47,9 +47,12 @@ def test_a_text_is_cut_into_tokens_that_know_their_places(base: Path, tmp_path: 
     ids = tokenizer(TEXT.replace("\r\n", "\n"), add_special_tokens=False).input_ids
     assert [int(id) for row in text.rows for id in row[text.start :]] == ids
     assert all(int(row[0]) == tokenizer.bos_token_id and len(row) <= 32 for row in text.rows)
-    assert text.whole and len(text.pieces) == len(ids)
+    assert text.whole
+    assert len(text.pieces) == len(ids)
     beginning = read_text(file, tokenizer, limit=40, row_tokens=32)
-    assert not beginning.whole and beginning.pieces == text.pieces[:40] and [len(r) for r in beginning.rows] == [32, 10]
+    assert not beginning.whole
+    assert beginning.pieces == text.pieces[:40]
+    assert [len(r) for r in beginning.rows] == [32, 10]
 
 
 def test_against_hooks_and_a_planted_token_is_found(base: Path, tmp_path: Path) -> None:

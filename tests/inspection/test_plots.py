@@ -60,7 +60,10 @@ def check(svg: str) -> list[Label]:
     """The labels of a drawing, each within it and none upon another."""
     width, height, found = drawn(svg)
     for label in found:
-        assert label.left >= 0 and label.right <= width and label.top >= 0 and label.bottom <= height, label
+        assert label.left >= 0, label
+        assert label.right <= width, label
+        assert label.top >= 0, label
+        assert label.bottom <= height, label
     for one, other in combinations(found, 2):
         assert not one.meets(other), (one, other)
     return found
@@ -96,10 +99,12 @@ LEVELS: dict[str, Callable[[int], float]] = {
 def test_a_loss_curve_s_numbers_tell_the_ticks_apart(level: str, first_step: int) -> None:
     found = check(loss_curve([Loss(first_step + i, LEVELS[level](i)) for i in range(12)], {}))
     numbers = on_the_left(found)
-    assert len(numbers) >= 3 and len(set(numbers)) == len(numbers)
+    assert len(numbers) >= 3
+    assert len(set(numbers)) == len(numbers)
     values = [number(text) for text in numbers]
     gaps = [b - a for a, b in pairwise(values)]
-    assert min(gaps) > 0 and max(gaps) - min(gaps) <= 1e-6 * max(gaps) + 1e-9 * max(map(abs, values))
+    assert min(gaps) > 0
+    assert max(gaps) - min(gaps) <= 1e-6 * max(gaps) + 1e-9 * max(map(abs, values))
     steps = [number(label.text) for label in found if label.text.isdecimal() and label.text not in numbers]
     assert len(set(steps)) == len(steps) >= 2
 
@@ -123,7 +128,8 @@ def test_labels_are_their_ticks(low: float, width: float, count: int) -> None:
 def test_the_overlap_table_names_its_axes_whole(modules: int, name: str) -> None:
     values = [[0.1 if j > i else math.nan for j in range(modules)] for i in range(modules)]
     words = [label.text for label in check(plots.shades(values, [name.format(i) for i in range(modules)]))]
-    assert "layer whose first response writes" in words and "layer whose first detector reads" in words
+    assert "layer whose first response writes" in words
+    assert "layer whose first detector reads" in words
 
 
 @pytest.mark.parametrize(

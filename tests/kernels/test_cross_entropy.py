@@ -97,7 +97,8 @@ def assert_as_good(ours: Result, theirs: Result, right: Result, case: Case, tran
     )
     unit = torch.finfo(case.hidden.dtype).eps / 2
     for found, other, gradient in zip(ours[1], theirs[1], right[1][: len(ours[1])], strict=True):
-        assert found.dtype == case.hidden.dtype and found.shape == gradient.shape
+        assert found.dtype == case.hidden.dtype
+        assert found.shape == gradient.shape
         # fp32: softmax = exp(logit − logsumexp) carries the loss's absolute error as a relative one.
         assert error(found, gradient) <= 1.25 * error(other, gradient) + unit + per_token
 
@@ -153,8 +154,11 @@ def test_ignored_labels_cost_nothing_and_move_nothing(frozen: bool) -> None:
     case = make(47, 31, torch.float32)
     ignored = case.labels == IGNORED
     nll, gradients = run(linear_cross_entropy, case, frozen=frozen)
-    assert ignored.any() and not nll[ignored].any() and (nll[~ignored] > 0).all()
-    assert not gradients[0][ignored].any() and gradients[0][~ignored].any()
+    assert ignored.any()
+    assert not nll[ignored].any()
+    assert (nll[~ignored] > 0).all()
+    assert not gradients[0][ignored].any()
+    assert gradients[0][~ignored].any()
     # Garbage in ignored rows reaches no weight's gradient.
     spoiled = case._replace(hidden=torch.where(ignored.unsqueeze(1), 1e3, case.hidden))
     for changed, same in zip(run(linear_cross_entropy, spoiled, frozen=frozen)[1][1:], gradients[1:], strict=True):
@@ -165,7 +169,8 @@ def test_ignored_labels_cost_nothing_and_move_nothing(frozen: bool) -> None:
 @pytest.mark.parametrize("n", [0, 5])
 def test_no_token_and_no_counted_token(n: int, frozen: bool) -> None:
     nll, gradients = run(linear_cross_entropy, make(n, 31, torch.bfloat16, ignored=2.0), frozen=frozen)
-    assert nll.shape == (n,) and not nll.any()
+    assert nll.shape == (n,)
+    assert not nll.any()
     assert all(not g.any() for g in gradients)
 
 
@@ -200,7 +205,8 @@ def saved_bytes(case: Case, transform: LogitTransform, train: tuple[bool, bool, 
 def test_frozen_head_keeps_one_gradient_of_the_hidden_state(dtype: torch.dtype) -> None:
     case = make(47, 199, dtype)
     n_bytes, kept = saved_bytes(case, TRANSFORMS["all"], (True, False, False))
-    assert n_bytes == 47 * D * case.hidden.element_size() and [t.shape for t in kept] == [(47, D)]
+    assert n_bytes == 47 * D * case.hidden.element_size()
+    assert [t.shape for t in kept] == [(47, D)]
 
 
 def test_trainable_head_keeps_nothing_but_its_inputs() -> None:

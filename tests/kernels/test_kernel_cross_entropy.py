@@ -28,7 +28,7 @@ every_shape = pytest.mark.parametrize(("n", "v"), [(1, 1), (7, 31), (6, 199), (2
 @pytest.fixture(params=PATHS, ids=str)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PathUnderTest:
     """The path that the public functions take, too: in the interpreter Triton's, on CPU tensors."""
-    monkeypatch.setattr(kernel, "takes_triton", lambda x: request.param.use_triton)
+    monkeypatch.setattr(kernel, "takes_triton", lambda *x: request.param.use_triton)
     return request.param
 
 
@@ -86,7 +86,9 @@ def test_a_block_against_fp64(
         logits = raw.clone()
         nll = kernel.loss(logits, labels, transform, factor, True)
         margin = logit_error(raw, transform)
-        assert nll.dtype == torch.float32 and not nll[labels == IGNORED].any() and not logits[labels == IGNORED].any()
+        assert nll.dtype == torch.float32
+        assert not nll[labels == IGNORED].any()
+        assert not logits[labels == IGNORED].any()
         helpers.assert_no_worse(nll, theirs[0], right[0], margin * n**0.5)
         # exp turns the logits' absolute error into a relative one, of p and of the cap's slope: three factors of it.
         # fp16 has no numbers between its least, 2⁻²⁴, and 0: half of that an element.
@@ -138,7 +140,10 @@ def test_ignored_rows_may_hold_anything(path: PathUnderTest) -> None:
     raw = torch.full((2, 31), float("nan"), device=path.device)
     raw[0] = 0.0
     nll = kernel.loss(raw, torch.tensor([3, IGNORED], device=path.device), CAPPED, None, True)
-    assert nll[1] == 0 and not raw[1].any() and not nll.isnan().any() and raw[0].any()
+    assert nll[1] == 0
+    assert not raw[1].any()
+    assert not nll.isnan().any()
+    assert raw[0].any()
 
 
 # The head on every path: loss, gradients, weights
@@ -203,7 +208,9 @@ def test_weighted_losses_against_fp64(
     for a, b, gold, more in zip(found, other, right, allowed, strict=True):
         helpers.assert_no_worse(a, b, gold, more + 0.25 * norm(b.cpu().double() - gold))
     none = (case.labels == IGNORED) | (case.token_weights == 0)
-    assert none.any() and not found[0][none].any() and not found[1][none].any()
+    assert none.any()
+    assert not found[0][none].any()
+    assert not found[1][none].any()
 
 
 @pytest.mark.parametrize("train", [1, 3], ids=["frozen", "trainable"])
@@ -213,7 +220,8 @@ def test_no_token_and_none_that_counts(path: PathUnderTest, n: int, train: int) 
         case = head(n, 31, torch.bfloat16, path.device)
         case.labels.fill_(labels), case.token_weights.fill_(weight)
         found = gradients(case, CAPPED, train, ours)
-        assert found[0].shape == (n,) and not any(t.any() for t in found)
+        assert found[0].shape == (n,)
+        assert not any(t.any() for t in found)
         assert linear_statistics(*case[:4], CAPPED, 2).top_indices_Nk.shape == (n, 2)
 
 
@@ -221,7 +229,8 @@ def test_weights_get_no_gradient_and_may_be_of_any_dtype(path: PathUnderTest) ->
     case = head(9, 31, torch.float32, path.device)
     weights = case.token_weights.double().requires_grad_()
     losses = linear_cross_entropy(case.hidden.requires_grad_(), *case[1:4], weights_N=weights)
-    assert losses.dtype == torch.float32 and torch.autograd.grad(losses.sum(), weights, allow_unused=True) == (None,)
+    assert losses.dtype == torch.float32
+    assert torch.autograd.grad(losses.sum(), weights, allow_unused=True) == (None,)
 
 
 def test_two_runs_are_equal_to_the_bit(path: PathUnderTest) -> None:
@@ -322,7 +331,8 @@ def test_kernels_compile_without_spilling(capability: int, tmp_path: Path, monke
 def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = helpers.without_triton("cross_entropy_block", monkeypatch)
     raw, labels, _ = block(5, 31, torch.bfloat16, "cpu")
-    assert module.triton is None and not module.takes_triton(raw)
+    assert module.triton is None
+    assert not module.takes_triton(raw)
     a, b = (m.loss(raw.clone(), labels, m.LogitTransform(), None, True) for m in (module, kernel))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     helpers.assert_fake_tensors_avoid_triton(kernel)

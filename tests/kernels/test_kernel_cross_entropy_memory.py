@@ -64,7 +64,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> L
     """
     if request.param == "triton":
         stand_in = lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32)  # noqa: E731
-        monkeypatch.setattr(kernel, "pytorch_loss", stand_in)
+        monkeypatch.setattr(kernel.LOSS, "pytorch", stand_in)
         return Layout(8192, 0)
     return Layout(2560, ROWS)
 

@@ -145,14 +145,17 @@ def test_a_mean_far_from_zero(path: PathUnderTest, kind: Kind) -> None:
 def test_rows_of_zeros_and_no_rows(path: PathUnderTest, kind: Kind, dtype: torch.dtype) -> None:
     x, weight, d_y = make((3, 47), 1, dtype, path.device)
     found, right = ours(path, kind.form, x * 0, weight, d_y), exact(x * 0, weight, d_y, kind.form)
-    assert not found[0].any() and not found[2].any()
+    assert not found[0].any()
+    assert not found[2].any()
     # w·d_y/√eps, centred: three roundings of fp32 and one of the dtype, of terms as large as the largest.
     bound = (4 * 2**-24 + rounding(dtype)) * float(right[1].abs().max())
     torch.testing.assert_close(found[1].double().cpu(), right[1], rtol=0, atol=bound)
     for shape in ((0, 47), (2, 0, 47)):
         x, weight, d_y = make(shape, 1, dtype, path.device)
         y, d_x, d_weight = ours(path, kind.form, x, weight, d_y)
-        assert y.shape == d_x.shape == shape and d_weight.shape == (47,) and not d_weight.any()
+        assert y.shape == d_x.shape == shape
+        assert d_weight.shape == (47,)
+        assert not d_weight.any()
 
 
 @every_path
@@ -276,7 +279,8 @@ def test_kernels_compile_without_spilling(capability: int, tmp_path: Path, monke
 def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = helpers.without_triton("norm", monkeypatch)
     x, weight, _ = make((3, 47), 1, torch.float32)
-    assert module.triton is None and not module.takes_triton(x)
+    assert module.triton is None
+    assert not module.takes_triton(x)
     torch.testing.assert_close(module.layer_norm(x, weight, EPS), layer_norm(x, weight, EPS), rtol=0, atol=0)
     helpers.assert_fake_tensors_avoid_triton(kernel)
 
@@ -297,7 +301,8 @@ def test_saves_input_and_statistics(path: PathUnderTest, kind: Kind, dtype: torc
     for taken in (x.requires_grad_(), strided):
         kept = kept_for_backward(lambda taken=taken: Norm.apply(taken, weight, kind.form, path.use_triton))
         assert helpers.n_bytes(kept, apart_from=(taken, weight)) == statistics
-        assert all(t.dtype == torch.float32 for t in kept[2:]) and len(kept) == (4 if kind.form.centred else 3)
+        assert all(t.dtype == torch.float32 for t in kept[2:])
+        assert len(kept) == (4 if kind.form.centred else 3)
 
 
 @once

@@ -127,7 +127,8 @@ def test_gradients_are_no_worse_than_autograd_s(
     for name, right, other, found in zip(names, truth, theirs, ours, strict=True):
         # Each factor and each product is rounded once or twice; one more unit of the dtype is the margin.
         assert_no_worse(found, other, right, 2 * torch.finfo(found.dtype).eps * norm(right)), name
-    assert torch.equal(ours[-1].double(), upstream) and torch.equal(ours[-2].double(), upstream)
+    assert torch.equal(ours[-1].double(), upstream)
+    assert torch.equal(ours[-2].double(), upstream)
 
 
 @once
@@ -214,7 +215,8 @@ def test_kernel_compiles_without_spilling(
 def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = without_triton("multiplicative", monkeypatch)
     given = tail(5, 4, 6, 2, DTYPES[0])
-    assert module.triton is None and not module.takes_triton(given[0])
+    assert module.triton is None
+    assert not module.takes_triton(given[0])
     both = (f(*given[:5], S, product, *given[5:]) for f in (module.gated_down_proj, gated_down_proj))
     torch.testing.assert_close(*both, rtol=0, atol=0)
     assert_fake_tensors_avoid_triton(kernel)

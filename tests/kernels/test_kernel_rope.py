@@ -152,7 +152,8 @@ def test_any_strides_in_and_the_same_layout_out(path: PathUnderTest, interleaved
     """Transposed views keep their layout; slices of a wider tensor and strided last dimensions are read as they are."""
     case = make((2, 3, 1, 3, 10, 2), dtype, interleaved, path.device)
     found = ours(path, case, interleaved)
-    assert found[0].stride() == case.q.stride() and found[0].transpose(1, 2).is_contiguous()
+    assert found[0].stride() == case.q.stride()
+    assert found[0].transpose(1, 2).is_contiguous()
     every_second = torch.stack((case.q, case.q * 2), -1)[..., 0]
     part = torch.cat((case.q, case.q), -1)[..., :10]
     tables = [torch.stack((t, t), 0)[1] for t in (case.cos, case.sin)]
@@ -187,7 +188,8 @@ def test_a_gradient_for_one_of_the_two(path: PathUnderTest, interleaved: bool) -
         q, k = case.q.detach().requires_grad_(), case.k.detach().requires_grad_(k_trained)
         out, _ = Rope.apply(q, k, case.cos, case.sin, interleaved, path.use_triton)
         out.backward(case.d_q)
-        assert q.grad is not None and k.grad is None
+        assert q.grad is not None
+        assert k.grad is None
         torch.testing.assert_close(q.grad, expected, rtol=0, atol=0)
 
 
@@ -241,7 +243,8 @@ def test_kernel_compiles_without_spilling(
 def test_the_pytorch_path_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = without_triton("rope", monkeypatch)
     case = make((2, 3, 1, 5, 4, 1), torch.float32, True)
-    assert module.triton is None and not module.takes_triton(case.q)
+    assert module.triton is None
+    assert not module.takes_triton(case.q)
     for a, b in zip(module.rope(*case[:4], True), rope(*case[:4], True), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert_fake_tensors_avoid_triton(kernel)
@@ -257,7 +260,8 @@ def test_saves_nothing_but_the_tables(path: PathUnderTest, interleaved: bool, dt
     case = make((2, 3, 1, 5, 4, 1), dtype, interleaved, path.device)
     q, k = case.q.requires_grad_(), case.k.requires_grad_()
     kept = kept_for_backward(lambda: Rope.apply(q, k, case.cos, case.sin, interleaved, path.use_triton))
-    assert n_bytes(kept, apart_from=(case.cos, case.sin)) == 0 and len(kept) == 2
+    assert n_bytes(kept, apart_from=(case.cos, case.sin)) == 0
+    assert len(kept) == 2
 
 
 @once
@@ -266,7 +270,8 @@ def test_bytes_a_token_at_command_r_are_those_of_the_header(interleaved: bool) -
     q = torch.empty(1, 8192, 64, 128, dtype=torch.bfloat16, device="meta", requires_grad=True).transpose(1, 2)
     cos, sin = (torch.empty(1, 8192, 128, dtype=torch.bfloat16, device="meta") for _ in range(2))
     kept = kept_for_backward(lambda: rope(q, q, cos, sin, interleaved))
-    assert n_bytes(kept, apart_from=(cos, sin)) == 0 and n_bytes(kept) == 2 * 8192 * 128 * 2
+    assert n_bytes(kept, apart_from=(cos, sin)) == 0
+    assert n_bytes(kept) == 2 * 8192 * 128 * 2
 
 
 @once

@@ -16,7 +16,7 @@ from pipeline.model import stage as stage_module
 from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import Stage, empty_model
 from pipeline.model.unsupported import named, router_loss
-from pipeline.training.start import prepare
+from pipeline.training.start import prepare, resolve
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.configs import small
 
@@ -52,7 +52,8 @@ def test_real_sizes_are_tried_in_a_copy_of_a_few_million_weights(kind: str) -> N
     cut_check.check(config, [(0, 1), (1, 5), (5, 6)])
     copy, _ = tiny_copy.tiny_copy(config)
     assert sum(p.numel() for p in copy.parameters()) < 50e6
-    assert len(copy.base_model.layers) == 6 and config.vocab_size > 1000, "the config itself is as it was"
+    assert len(copy.base_model.layers) == 6, "the config itself is as it was"
+    assert config.vocab_size > 1000, "the config itself is as it was"
 
 
 def test_what_the_stage_of_training_does_is_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,15 +122,17 @@ def test_a_layer_of_experts_is_never_in_memory() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "register_parameter", spy)
         model = empty_model(config_of("glm4_moe"), torch.bfloat16, None)
-    assert seen and all(seen)
-    assert all(p.is_meta for p in model.parameters()) and not any(b.is_meta for b in model.buffers())
+    assert seen
+    assert all(seen)
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers())
 
 
 # Adapters
 
 
-def plan(folder: Path, config: Any, **changes: Any) -> prepare.ModelPlan:
-    return prepare.plan_model(saved_config(folder, config, **changes))
+def plan(folder: Path, config: Any, **changes: Any) -> resolve.Resolved:
+    return resolve.resolve(saved_config(folder, config, **changes))
 
 
 def tiny_config(kind: str, layers: int = 4, **changes: Any) -> Any:
@@ -149,10 +152,13 @@ def test_all_linear_leaves_out_what_only_chooses(
     kind: str, left_out: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = plan(tmp_path, tiny_config(kind), adapter_type="lora")
-    within = {name.split(".", 3)[3] for name in made.targets}
-    assert within and not within & left_out and not any("router" in n or "indexer" in n or n == "gate" for n in within)
+    within = {name.split(".", 3)[3] for name in made.trained.targets}
+    assert within
+    assert not within & left_out
+    assert not any("router" in n or "indexer" in n or n == "gate" for n in within)
     said = capsys.readouterr().out
-    assert all(name in said for name in left_out) and ("which only choose" in said) == bool(left_out)
+    assert all(name in said for name in left_out)
+    assert ("which only choose" in said) == bool(left_out)
 
 
 def test_an_adapter_that_gets_no_gradient_is_refused(tmp_path: Path) -> None:
@@ -177,7 +183,8 @@ def test_lora_is_in_the_modules_that_are_named(kind: str, names: Any) -> None:
     stage = Stage(model.requires_grad_(False), 1, 4)
     adapters.inject_lora(stage, targets, 2, 4.0, 0.0, torch.float32, 0)
     mine = {name for name in targets if not name.startswith("model.layers.0.")}
-    assert mine and {name.rpartition(".")[0] for name in adapters.trainable(stage)} == mine
+    assert mine
+    assert {name.rpartition(".")[0] for name in adapters.trainable(stage)} == mine
 
 
 def test_the_workaround_is_still_needed() -> None:
@@ -209,7 +216,7 @@ def test_layers_and_weights_without_an_adapter_are_told(tmp_path: Path, capsys: 
     """Of six layers, three are mixtures, whose experts no name reaches; layer 0 is not chosen."""
     config = tiny_config("qwen2_moe", layers=6, mlp_only_layers=[0, 2, 4])
     made = plan(tmp_path, config, target_modules=["down_proj"], layers_to_transform="1:5", pipeline_stages=1)
-    assert [name.removeprefix("model.layers.") for name in made.targets] == [
+    assert [name.removeprefix("model.layers.") for name in made.trained.targets] == [
         "1.mlp.shared_expert.down_proj",
         "2.mlp.down_proj",
         "3.mlp.shared_expert.down_proj",
@@ -221,20 +228,25 @@ def test_layers_and_weights_without_an_adapter_are_told(tmp_path: Path, capsys: 
     layers = dict(made.shell.base_model.layers.named_parameters())
     held = sum(p.numel() for name, p in layers.items() if name.endswith("down_proj.weight") and name[0] != "0")
     share = 100 * held / sum(p.numel() for p in layers.values())
-    assert f"on {share:.3g} % of the weights of all layers" in said and share < 10
+    assert f"on {share:.3g} % of the weights of all layers" in said
+    assert share < 10
 
 
 def test_layers_that_have_no_such_module_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(tmp_path, tiny_config("mimo_v2_flash"), target_modules=["down_proj"], pipeline_stages=1)
     said = capsys.readouterr().out
-    assert {name.split(".")[2] for name in made.targets} == {"0"}, "the others are mixtures without a shared expert"
-    assert "down_proj, layers 0 (1 of 4)" in said and "in 1 of 4 layers: mlp.down_proj" in said
+    assert {name.split(".")[2] for name in made.trained.targets} == {"0"}, (
+        "the others are mixtures without a shared expert"
+    )
+    assert "down_proj, layers 0 (1 of 4)" in said
+    assert "in 1 of 4 layers: mlp.down_proj" in said
 
 
 def test_routers_whose_loss_the_config_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quiet = tiny_config("mixtral")
     plan(tmp_path / "quiet", quiet, target_modules=["o_proj"])
-    assert quiet.router_aux_loss_coef and not capsys.readouterr().err
+    assert quiet.router_aux_loss_coef
+    assert not capsys.readouterr().err
     asked = tiny_config("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
     plan(tmp_path / "asked", asked, target_modules=["o_proj"])
     assert "router_aux_loss_coef = 0.5), which is not built" in capsys.readouterr().err
@@ -269,13 +281,13 @@ def test_a_mixture_that_cannot_be_quantised_is_refused_before_a_weight_is_read(t
         small(model=str(tmp_path), quantization={"bnb": {"load_in_4bit": True}}, output_dir=str(tmp_path / "out")),
         "x.toml",
     )
-    made = prepare.plan_model(config)
+    made = resolve.resolve(config)
     with pytest.raises(UserError, match=r"quantization: .*'glm4_moe' in another form than it runs"):
-        prepare.check_files(config, made.shell)
+        prepare.check_files(config.model, config.output_dir, made.shell)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_check_still_takes_a_model_with_weights(tmp_path: Path, stages: int) -> None:
     save_model(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     config = loading.validate(small(model=str(tmp_path), pipeline_stages=stages, adapter_type="lora"), "x.toml")
-    prepare.check_files(config.model_copy(update={"output_dir": str(tmp_path)}), prepare.plan_model(config).shell)
+    prepare.check_files(config.model, str(tmp_path), resolve.resolve(config).shell)

@@ -21,7 +21,7 @@ from pipeline.model import tiny_copy
 from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import logit_transform
 from pipeline.training.stage import families
-from pipeline.training.start import prepare
+from pipeline.training.start import resolve
 from tests.helpers.configs import small
 from tests.helpers.stages import build
 
@@ -105,17 +105,17 @@ def outcome(whole: PreTrainedModel, logits: Tensor, folder: Path, n_stages: int,
     """What `--check` refuses it with; None where it is trained, and rightly."""
     config = config_of(folder, n_stages, **ADAPTERS[adapter])
     try:
-        plan = prepare.plan_model(config)
+        plan = resolve.resolve(config)
     except UserError as error:
         return str(error)
     stages = [build(folder, first, end) for first, end in plan.ranges]
     for stage in stages:
-        families.inject(stage, config, plan.targets)
+        families.inject(stage, plan.trained.adapter)
     found = run(stages)
     assert (found.detach() - logits).abs().max() <= 1e-6 * logits.abs().max()
     found.square().sum().backward()
     trained = {name: p for stage in stages for name, p in adapters.trainable(stage).items()}
-    assert {name.rpartition(".")[0] for name in trained} == set(plan.targets)
+    assert {name.rpartition(".")[0] for name in trained} == set(plan.trained.targets)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained.values())
     unexpert = [n for n, p in trained.items() if p.grad is None and ".experts." not in n]
     assert not unexpert

@@ -107,7 +107,8 @@ def test_no_more_layers_are_alive_than_asked_for(
         most.add(len(layers))
         heads = [name for _, name in alive if name.startswith("lm_head")]
         embeddings = [name for _, name in alive if "embed_tokens" in name]
-        assert not heads and len(embeddings) == (0 in layers), "no head ever; the embedding with layer 0 alone"
+        assert not heads, "no head ever; the embedding with layer 0 alone"
+        assert len(embeddings) == (0 in layers), "no head ever; the embedding with layer 0 alone"
 
     monkeypatch.setattr(layerwise, "load", counting_load)
     gc.disable()  # weights go when they are no longer needed, not when the collector next looks for cycles
@@ -121,7 +122,8 @@ def test_no_more_layers_are_alive_than_asked_for(
         device=CPU,
         dtype=torch.float32,
     )
-    assert most == {layers_at_once} and groups == 4 // layers_at_once
+    assert most == {layers_at_once}
+    assert groups == 4 // layers_at_once
     assert not alive
 
 
@@ -185,7 +187,8 @@ def test_means_are_those_of_the_unsplit_models_hidden_states(models: dict, count
             tokens = torch.cat([each[layer + 1][0].double()[counted] for each in states])
             # Sums of the same fp64 numbers in another order: 33 of them, 2⁻⁵³ of their size each.
             assert (mean - tokens.mean(0)).abs().max() <= 64 * 2**-53 * tokens.abs().max()
-            assert mean.dtype == torch.float64 and mean.abs().max() > 1e-2
+            assert mean.dtype == torch.float64
+            assert mean.abs().max() > 1e-2
 
 
 def test_a_set_without_a_token_to_count_is_an_error(models: dict) -> None:

@@ -71,7 +71,8 @@ def test_gradients_through_stages_equal_the_whole_models(models: dict, kind: str
     (whole.base_model(input_ids=ids)[0] * weight).sum().backward()
     right = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
     found = {name: p.grad for stage in stages for name, p in stage.model.named_parameters() if p.grad is not None}
-    assert found.keys() == right.keys() and len(right) > 30
+    assert found.keys() == right.keys()
+    assert len(right) > 30
     for name, gradient in right.items():
         assert (found[name] - gradient).abs().max() == 0.0, name
 
@@ -97,19 +98,22 @@ def test_what_passes_between_stages(models: dict) -> None:
     first, middle, _ = chain(models["llama"][0], [0, 1, 3, 4])
     ids, positions = token_ids(), torch.arange(24).expand(2, 24)
     output = first((ids, positions))
-    assert [t.is_floating_point() for t in output] == [True, False] and output[1] is positions
+    assert [t.is_floating_point() for t in output] == [True, False]
+    assert output[1] is positions
     assert output[0].shape == (2, 24, 32)
     assert not output[0].requires_grad, "nothing to train up to here"
     assert not middle(output)[0].requires_grad
     passed = middle((output[0].requires_grad_(), positions))[0]
-    assert passed.requires_grad and not passed.is_leaf, "the gradient of the hidden state goes through"
+    assert passed.requires_grad, "the gradient of the hidden state goes through"
+    assert not passed.is_leaf, "the gradient of the hidden state goes through"
 
 
 def test_empty_model_has_meta_parameters_and_real_buffers() -> None:
     model = empty_model(model_config("gemma2"), torch.bfloat16, None)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
     buffers = list(model.buffers())
-    assert buffers and not any(b.is_meta for b in buffers)
+    assert buffers
+    assert not any(b.is_meta for b in buffers)
 
 
 def test_other_stages_layers_are_gone(models: dict) -> None:
@@ -242,7 +246,9 @@ def test_stage_keeps_the_modules_names(models: dict) -> None:
     names = set(dict(whole.named_parameters()))
     for stage in chain(folder, [0, 1, 2, 4]):
         own = set(dict(stage.model.named_parameters()))
-        assert own and own <= names
+        assert own
+        assert own <= names
         names -= own
     assert not names, "every parameter is on exactly one stage"
-    assert isinstance(stage, Stage) and isinstance(stage.head, nn.Linear)
+    assert isinstance(stage, Stage)
+    assert isinstance(stage.head, nn.Linear)

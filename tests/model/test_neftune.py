@@ -144,7 +144,8 @@ def test_gradients_with_and_without_recomputation(folder: Path, dropout: float) 
         return {name: p.grad for name, p in trained.items()}  # type: ignore[misc]
 
     kept, recomputed = gradients(False), gradients(True)
-    assert kept.keys() == recomputed.keys() and all(bool(g.any()) for g in kept.values())
+    assert kept.keys() == recomputed.keys()
+    assert all(bool(g.any()) for g in kept.values())
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 

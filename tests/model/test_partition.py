@@ -41,7 +41,8 @@ def test_split_is_the_best_of_all_cuts(layers: list[int], head: int, n_stages: i
         return
     ranges = partition.split(cost, n_stages)
     assert [layer for first, end in ranges for layer in range(first, end)] == list(range(len(layers)))
-    assert all(first < end for first, end in ranges) and len(ranges) == n_stages
+    assert all(first < end for first, end in ranges)
+    assert len(ranges) == n_stages
 
     def key(ranges: Ranges) -> tuple[float, float]:
         each = stage_costs(cost, ranges)
@@ -112,7 +113,8 @@ def test_costs_are_the_operations_that_pytorch_counts(kind: str) -> None:
     assert of(first_adapted=1).layers == [forward[0], 2 * forward[1]]
     assert of(first_adapted=None).layers == [3 * f for f in forward]
     assert of(first_adapted=1, recompute=True).layers == [forward[0], 3 * forward[1]]
-    assert of(first_adapted=0).head == 2 * head and of(first_adapted=None).head == 3 * head
+    assert of(first_adapted=0).head == 2 * head
+    assert of(first_adapted=None).head == 3 * head
 
 
 def test_experts_count_as_far_as_they_are_used() -> None:

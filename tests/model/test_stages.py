@@ -259,6 +259,7 @@ def test_the_adapter_begins_alike_on_any_number_of_stages(result: Callable[[Run]
     drawn = torch.stack([tensor.flatten() for name, tensor in one.items() if name.endswith(".A")])
     bound = 32**-0.5
     # The largest of 384 uniform numbers falls short of the bound by more than 5% with a probability of 3e-9.
-    assert len(drawn) == 3 and 0.95 * bound < float(drawn.abs().max()) <= bound
+    assert len(drawn) == 3
+    assert 0.95 * bound < float(drawn.abs().max()) <= bound
     assert all(len(column.unique()) == 3 for column in drawn.T)
     assert not any(tensor.any() for name, tensor in one.items() if name.endswith(".B"))

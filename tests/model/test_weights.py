@@ -53,7 +53,8 @@ def test_weights_take_the_dtype_asked_for(tmp_path: Path, kind: str) -> None:
     builders.save_model(tmp_path, kind)
     right = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, parameter in build(tmp_path, 0, 4, torch.bfloat16).model.named_parameters():
-        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, right.get_parameter(name)), name
+        assert parameter.dtype == torch.bfloat16, name
+        assert torch.equal(parameter, right.get_parameter(name)), name
 
 
 def test_tied_head_is_one_tensor_on_one_stage_and_two_on_two(tmp_path: Path) -> None:
@@ -64,7 +65,8 @@ def test_tied_head_is_one_tensor_on_one_stage_and_two_on_two(tmp_path: Path) -> 
     first, last = chain(tmp_path, [0, 2, 4])
     assert torch.equal(last.head.weight, first.model.get_input_embeddings().weight)
     names = dict(last.model.named_parameters())
-    assert "lm_head.weight" in names and "model.embed_tokens.weight" not in names
+    assert "lm_head.weight" in names
+    assert "model.embed_tokens.weight" not in names
 
 
 def test_head_that_is_not_tied_is_its_own(tmp_path: Path) -> None:

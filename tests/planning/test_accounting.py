@@ -16,7 +16,7 @@ from transformers import CohereConfig
 from pipeline.model.adapters.base import inject_multiplicative
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage, empty_model
-from pipeline.planning.counts.counting import Measured, as_on_a_gpu, measure
+from pipeline.planning.counts.counting import Measured, measure
 from pipeline.planning.counts.fake_layers import layer_alone
 
 T, RANK = 8192, 64
@@ -38,8 +38,8 @@ def counted(kernels: frozenset[str]) -> Measured:
     inject_multiplicative(stage, ["model.layers.1.mlp.down_proj"], RANK, RANK, 0.0, torch.bfloat16, seed=0)
     taken = fusion.apply(stage, kernels)
     assert len(taken) == (4 if kernels else 0), taken  # the adapted MLP takes SwiGLU in
-    with as_on_a_gpu(), layer_alone(model, 1, T) as run:
-        return measure(run)
+    with layer_alone(model, 1, T) as run:
+        return measure(run, on_gpu=True)
 
 
 def hugging_face() -> Measured:

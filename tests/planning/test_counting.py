@@ -2,8 +2,6 @@
 
 import contextlib
 import importlib
-import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import grouped_mm, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.kernels import norm, rope, swiglu
-from pipeline.planning.counts.counting import Counter, Counts, as_on_a_gpu, measure, received
-
-ROOT = Path(__file__).resolve().parents[2]
+from pipeline.kernels import dispatch, norm, rope, swiglu
+from pipeline.planning.counts.counting import Counter, Counts, measure, received
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(params=["real", "fake"], autouse=True)
@@ -28,8 +25,9 @@ def tensors(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def counts(run: Callable[[], object]) -> Counts:
-    with Counter() as counter:
+def counts(run: Callable[[], object], on_gpu: bool = False) -> Counts:
+    counter = Counter()
+    with counter, dispatch.watched(counter.one_kernel) if on_gpu else contextlib.nullcontext():
         run()
         return counter.take()[0]
 
@@ -194,9 +192,8 @@ def test_each_kernel_counts_as_what_its_file_promises() -> None:
     """norm: x read, y and two statistics a row written; with the gradient, 5·K elements in all. swiglu: 3·F and 5·F."""
     weight = torch.ones(K)
     x, gate, up = (torch.ones(16, K, requires_grad=True) for _ in range(3))
-    with as_on_a_gpu():
-        normed = measure(lambda: norm.layer_norm(x, weight, 1e-5))
-        product = measure(lambda: swiglu.swiglu(gate, up))
+    normed = measure(lambda: norm.layer_norm(x, weight, 1e-5), on_gpu=True)
+    product = measure(lambda: swiglu.swiglu(gate, up), on_gpu=True)
     row, statistics = 4 * K, 8
     assert normed.forward == Counts(0, 16 * (2 * row + statistics) + row, 1)
     assert normed.backward == Counts(0, 16 * (3 * row + statistics) + row, 1)
@@ -209,44 +206,38 @@ def test_each_kernel_counts_as_what_its_file_promises() -> None:
 
 def test_outside_it_counts_what_the_cpu_does() -> None:
     weight, x = torch.ones(K), torch.ones(16, K)
-    with as_on_a_gpu():
-        on_a_gpu = measure(lambda: norm.layer_norm(x, weight, 1e-5))
+    on_a_gpu = measure(lambda: norm.layer_norm(x, weight, 1e-5), on_gpu=True)
     here = measure(lambda: norm.layer_norm(x, weight, 1e-5))
     assert here.forward.kernels > on_a_gpu.forward.kernels == 1
     assert here.forward.elementwise_bytes > on_a_gpu.forward.elementwise_bytes
     assert here.forward_peak_bytes > on_a_gpu.forward_peak_bytes
-    assert norm.pytorch_forward.__name__ == "pytorch_forward" and not hasattr(norm.pytorch_forward, "__wrapped__")
 
 
-def test_a_kernel_s_products_and_what_it_changes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_s_products_and_what_it_changes_in_place() -> None:
     """As cross-entropy's: the block of logits is read and written where it is, and a product within still has FLOPs."""
 
-    def pytorch_shift(x: Tensor, y: Tensor) -> Tensor:
+    def shift(x: Tensor, y: Tensor) -> Tensor:
         x.mul_(2).add_(1)
         return (x @ y).exp()
 
-    module: Any = types.ModuleType("pipeline.kernels.example")
-    module.pytorch_shift, module.triton_shift = pytorch_shift, None
-    module.pytorch_alone = lambda x: x.exp().sin()
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    kernel = dispatch.Kernel(pytorch=shift, triton=shift)
     x, y = torch.ones(4, 3), torch.ones(3, 5)
-    with as_on_a_gpu():
-        assert counts(lambda: module.pytorch_shift(x, y)) == Counts(2 * 4 * 3 * 5, 4 * (12 + 15 + 12 + 20), 1)
-        assert counts(lambda: module.pytorch_alone(x)).kernels == 2
-    assert module.pytorch_shift is pytorch_shift
+    assert counts(lambda: kernel(False, x, y), on_gpu=True) == Counts(2 * 4 * 3 * 5, 4 * (12 + 15 + 12 + 20), 1)
+    assert counts(lambda: shift(x, y), on_gpu=True).kernels == counts(lambda: kernel(False, x, y)).kernels == 4
 
 
 def test_rope_reads_and_writes_q_and_k() -> None:
     q, k, table = torch.ones(1, 4, 16, 8), torch.ones(1, 2, 16, 8), torch.ones(1, 16, 8)
-    with as_on_a_gpu():
-        counted = counts(lambda: rope.rope(q, k, table, table.clone(), True))
+    counted = counts(lambda: rope.rope(q, k, table, table.clone(), True), on_gpu=True)
     clone = 2 * 4 * 16 * 8
     assert counted == Counts(0, clone + 4 * 16 * 8 * (2 * 4 + 2 * 2 + 2 * 2), 3)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
-def test_every_triton_kernel_has_a_twin_to_count_it_by(file: Path) -> None:
+def test_every_form_is_one_of_a_kernel(file: Path) -> None:
+    """A Triton form that stood alone would be counted as PyTorch's operations, on a GPU too."""
     module = importlib.import_module(f"pipeline.kernels.{file.stem}")
-    for name in vars(module):
-        if name.startswith("triton_"):
-            assert hasattr(module, name.replace("triton_", "pytorch_", 1)), name
+    kernels = [value for value in vars(module).values() if isinstance(value, dispatch.Kernel)]
+    for form in ("triton", "pytorch"):
+        forms = {value for name, value in vars(module).items() if name.startswith(f"{form}_")}
+        assert forms == {getattr(kernel, form) for kernel in kernels}

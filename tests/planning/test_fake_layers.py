@@ -119,7 +119,8 @@ def test_the_model_is_as_it_was_afterwards() -> None:
         run()
         raise KeyError
     after = dict(model.named_parameters())
-    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
     assert dict(model.named_modules()) == modules
     assert all(p.is_meta for p in after.values())
 

@@ -84,8 +84,10 @@ def test_figures_of_the_step_and_the_run() -> None:
     assert "6.2% of the stages' time is waiting" in text
     assert "160, 1.02 × the exact minimum of 157.2" in text
     assert "2 h 30 min (2.5 h) for 90 steps" in text
-    assert "tokens per second  1311" in text and "Rates: test." in text
-    assert "tokens per second  2621" in show(by_hand(), replicas=2) and "262 144 tokens" in show(by_hand(), replicas=2)
+    assert "tokens per second  1311" in text
+    assert "Rates: test." in text
+    assert "tokens per second  2621" in show(by_hand(), replicas=2)
+    assert "262 144 tokens" in show(by_hand(), replicas=2)
     assert "the run" not in show(by_hand(), total_steps=None)
     assert "does not fit" not in text
 
@@ -127,7 +129,8 @@ def near(device_gib: float, host_gib: int = 0, **how: object) -> tuple[str, near
     found = nearest(command_r, int(device_gib * GIB), A6000, shape, host_gib * GIB, **arguments)
     if found is None:
         return None
-    assert found.plan.fits and len(found.plan.stages) == found.shape.stages
+    assert found.plan.fits
+    assert len(found.plan.stages) == found.shape.stages
     return found.sentence.removeprefix("The nearest that fits: "), found
 
 
@@ -142,11 +145,13 @@ def test_first_what_is_kept_then_host_memory_then_stages_then_length() -> None:
     assert not solve(command_r(), device, A6000, SHAPE, (needed - 1) * GIB).fits, "as little as will do"
 
     sentence, found = near(36)  # type: ignore[misc]
-    assert sentence == "pipeline_stages = 3 on as many of these devices." and found.shape.stages == 3
+    assert sentence == "pipeline_stages = 3 on as many of these devices."
+    assert found.shape.stages == 3
 
     # Eight stages hold no less than five layers' weights and the embedding: below that, nothing is left but length.
     sentence, found = near(15, max_host_bytes=0, shape=SHAPE._replace(stages=8))  # type: ignore[misc]
-    assert sentence == "batch_size_tokens = 4096 and sequence_len no longer." and found.shape.tokens == 4096
+    assert sentence == "batch_size_tokens = 4096 and sequence_len no longer."
+    assert found.shape.tokens == 4096
     assert near(4) is None
 
 
@@ -189,9 +194,8 @@ def test_nonsense_devices(text: str, message: str) -> None:
 
 def test_published_rates_say_what_they_are() -> None:
     found = published_rates(parse("2xA6000"))
-    assert found.flops_per_s == pytest.approx(0.7 * 154.8e12) and found.memory_bytes_per_s == pytest.approx(
-        0.85 * 768e9
-    )
+    assert found.flops_per_s == pytest.approx(0.7 * 154.8e12)
+    assert found.memory_bytes_per_s == pytest.approx(0.85 * 768e9)
     assert found.copy_in_bytes_per_s == found.copy_out_bytes_per_s == 24e9
     assert found.source.startswith("not measured: 70% of the A6000's published 154.8 TFLOP/s")
     assert "because of the memory size" not in found.source

@@ -72,6 +72,7 @@ def test_each_part_of_a_model_has_its_update_and_its_gradients_one_after_another
         tokens=2,
         levels=[Level.EVERYTHING],
         transform=LogitTransform(),
+        on_gpu=False,
         training=lambda p: (16 * p.numel(), Update(2 * p.numel(), 12 * p.numel())),
     )
     layer, words = 4 * 64 * 64 + 3 * 64 * 128 + 64, 100 * 64
@@ -95,10 +96,12 @@ def test_an_update_takes_the_place_of_activations_and_none_beside_them() -> None
     shape, everything = Shape(1, 1, 1), [Keeping(Level.EVERYTHING)] * 4
     for update, of_update in ((Update(), 0), (Update(3, 0), 12), (Update(2, 4), 12)):
         (stage,) = (plan := solve(alike(update), [52], RATES, shape, 0)).stages
-        assert plan.fits and stage.keeping == everything
+        assert plan.fits
+        assert stage.keeping == everything
         assert (stage.total_bytes, stage.update_bytes, stage.headroom_bytes) == (52, of_update, 0)
     plan = solve(alike(Update(2, 5)), [52], RATES, shape, 100)
-    assert not plan.fits and plan.stages[0].headroom_bytes == -1, "keeping less is no help, nor is the host"
+    assert not plan.fits, "keeping less is no help, nor is the host"
+    assert plan.stages[0].headroom_bytes == -1, "keeping less is no help, nor is the host"
 
 
 def test_an_update_decides_where_the_cut_is() -> None:
@@ -108,7 +111,8 @@ def test_an_update_decides_where_the_cut_is() -> None:
     devices, shape = [45, 50], Shape(1, 1, 2)
     assert [s.end for s in solve(alike(Update()), devices, RATES, shape, 0).stages] == [2, 4]
     plan = solve(model, devices, RATES, shape, 0)
-    assert plan.fits and [s.end for s in plan.stages] == [1, 4]
+    assert plan.fits
+    assert [s.end for s in plan.stages] == [1, 4]
 
 
 def test_an_embedding_s_gradient_is_beside_the_micro_batches_still_in_flight() -> None:

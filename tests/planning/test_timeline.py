@@ -103,7 +103,9 @@ def test_equal_stages_reach_m_of_m_plus_p_minus_1(p: int, m: int) -> None:
 
 def test_one_stage_never_waits() -> None:
     time = simulate([3.0], [5.0], 100.0, 7)
-    assert time.step_s == 7 * 8.0 and time.busy == [1.0] and time.bubble == 0.0
+    assert time.step_s == 7 * 8.0
+    assert time.busy == [1.0]
+    assert time.bubble == 0.0
 
 
 def test_forward_only_stages_are_no_burden() -> None:
@@ -139,7 +141,8 @@ def test_bounds(work: tuple[list[float], list[float], int], link: float, m: int)
     assert time.step_s >= max(m * (f[s] + trained[s]) for s in range(p))
     there_and_back = sum(f) + sum(trained) + link * ((p - 1) + (p - 1 - first))
     assert time.step_s >= there_and_back
-    assert all(0 <= share <= 1 + 1e-12 for share in time.busy) and -1e-12 <= time.bubble <= 1
+    assert all(0 <= share <= 1 + 1e-12 for share in time.busy)
+    assert -1e-12 <= time.bubble <= 1
 
 
 @given(stages, seconds, st.integers(1, 6), st.integers(0, 4), st.sampled_from(["forward", "backward", "link", "m"]))

@@ -26,14 +26,14 @@ from pipeline.publishing import foresight
 from pipeline.publishing.after_training import by_hand, follow
 from pipeline.training.run import after_training
 from pipeline.training.stage import families
-from pipeline.training.start import prepare
-from tests.artifacts.test_merge_process import adapter_for, big_base
+from pipeline.training.start import resolve
+from tests.artifacts.fold.test_merge_process import adapter_for, big_base
 from tests.helpers.artifacts import files_of, hooked, load_model, logits, make_base, tensors_of
 from tests.helpers.builders import environment, launch, metrics, only_run, save_model, train, write_config
 from tests.helpers.configs import problems, small
+from tests.helpers.paths import ROOT
 from tests.helpers.publishing import make_run
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGETS = [f"model.layers.{n}.mlp.down_proj" for n in range(3)]
 
 
@@ -67,7 +67,8 @@ def test_a_model_that_was_trained_in_full_is_a_model_already(part: str) -> None:
 
 def test_defaults_publish_nothing_and_privately() -> None:
     config = loading.validate(small(), "x.toml")
-    assert config.after_training == [] and config.hub_private_repo is True
+    assert config.after_training == []
+    assert config.hub_private_repo is True
 
 
 # Before a run starts
@@ -132,7 +133,8 @@ def test_the_trainer_asks_before_it_begins(tmp_path: Path) -> None:
     def before(**keys: Any) -> None:
         raw = small(model=str(tmp_path / "base"), output_dir=str(tmp_path), target_modules=["down_proj"], **keys)
         config = loading.validate(raw, "x.toml")
-        after_training.check(config, prepare.plan_model(config))
+        trained = resolve.resolve(config).trained
+        after_training.check(config.after_training, config.model, config.output_dir, trained, config.trainable_modules)
 
     every = ["merge", "export:peft", "export:gguf", "card"]
     before(after_training=every)
@@ -153,7 +155,7 @@ def test_an_adapter_names_its_base_as_the_hub_does(tmp_path: Path) -> None:
         "hub_base_model": "org/a-base",
     }
     config = loading.validate(small(**keys), "x.toml")
-    write = families.writer(config, TARGETS[:1], False)
+    write = families.writer(resolve.adapter_of(config, TARGETS[:1]), resolve.base_of(config))
     write(tmp_path, {f"{TARGETS[0]}.A": torch.ones(4, 32), f"{TARGETS[0]}.B": torch.ones(32, 4)})
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/a-base"
 
@@ -203,7 +205,8 @@ def test_every_part_gives_what_its_command_gives(tmp_path: Path, capsys: pytest.
     added = {"README.md", "loss.svg", ".saved_at_step"}
     for name in ("merged", "peft"):
         found, expected = files_of(run.run_dir / name), files_of(tmp_path / name)
-        assert added <= set(found) and {k: v for k, v in found.items() if k not in added} == expected
+        assert added <= set(found)
+        assert {k: v for k, v in found.items() if k not in added} == expected
     assert (run.run_dir / "gguf/adapter.gguf").read_bytes() == (tmp_path / "adapter.gguf").read_bytes()
     follow(run)  # once more, over what is there
     assert (
@@ -221,8 +224,10 @@ def test_a_part_that_fails_says_what_is_left_and_how_to_do_it(tmp_path: Path) ->
     lines = str(caught.value).split("\n")
     assert lines[0].endswith("peft is a file; give the name of a folder.")
     assert lines[1] == f"The training is done, and safe in {run.saved}. Not done: export:peft, card, push. By hand:"
-    assert lines[-1].strip() == run.resume_line and caught.value.exit_code == 2
-    assert files_of(run.saved) == before and (run.run_dir / "merged/model.safetensors").exists()
+    assert lines[-1].strip() == run.resume_line
+    assert caught.value.exit_code == 2
+    assert files_of(run.saved) == before
+    assert (run.run_dir / "merged/model.safetensors").exists()
     (run.run_dir / "peft").unlink()
     program, script, *arguments = shlex.split(lines[2])
     asked = export_lora.parser().parse_args(arguments)
@@ -238,7 +243,8 @@ def test_the_commands_by_hand_are_the_programs_own(tmp_path: Path) -> None:
     exported = export_lora.parser().parse_args(shlex.split(by_hand("export:gguf", run) or "")[2:])
     assert (exported.lora, exported.output, exported.format) == (run.saved, run.run_dir / "gguf/adapter.gguf", "gguf")
     hub = shutil.which("hf", path=str(Path(sys.executable).parent))
-    assert hub and shlex.split(by_hand("push", run) or "") == [
+    assert hub
+    assert shlex.split(by_hand("push", run) or "") == [
         "hf",
         "upload",
         "somebody/a-style",
@@ -277,7 +283,8 @@ def test_a_stop_while_folding_leaves_nothing_half_made(tmp_path: Path, number: s
     os.kill(worker.pid, number)
     output, _ = worker.communicate(timeout=60)
     assert worker.returncode == 75, output
-    assert "Not done: merge, card. By hand:" in output and "the line that resumes" in output
+    assert "Not done: merge, card. By hand:" in output
+    assert "the line that resumes" in output
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step1"]
     assert files_of(tmp_path / "run/step1") == before
 
@@ -310,7 +317,8 @@ def test_a_stop_that_was_asked_for_before_is_kept(tmp_path: Path) -> None:
     (tmp_path / "run/.stop").touch()
     worker = start_worker(tmp_path)
     output, _ = worker.communicate(timeout=60)
-    assert worker.returncode == 75 and "after training" not in output
+    assert worker.returncode == 75
+    assert "after training" not in output
 
 
 # Whole runs
@@ -344,12 +352,14 @@ def test_train_fold_and_describe_in_one_go(tmp_path: Path) -> None:
     for folder in ("merged", "peft"):
         card = ModelCard.load(run / folder / "README.md")
         last = [line for line in metrics(run) if "eval/book/loss" in line][-1]
-        assert card.data.eval_results[0].metric_value == last["eval/book/loss"] and last["step"] == 5
+        assert card.data.eval_results[0].metric_value == last["eval/book/loss"]
+        assert last["step"] == 5
         assert str(tmp_path) not in str(card)
 
     shutil.rmtree(run / "merged")
     again = train(2, "--config", toml, "--resume_from_checkpoint")
-    assert "step 5/5" not in again and (run / "merged/README.md").exists()
+    assert "step 5/5" not in again
+    assert (run / "merged/README.md").exists()
     assert len(json.loads((run / "run.json").read_text())["parts"]) == 2
 
 
@@ -393,7 +403,8 @@ def test_a_run_that_is_stopped_is_followed_by_nothing(tmp_path: Path) -> None:
     run = only_run(tmp_path / "runs")
     (run / "save_quit").touch()
     output = finish(launcher, 75, 100)
-    assert "after training" not in output and not (run / "merged").exists()
+    assert "after training" not in output
+    assert not (run / "merged").exists()
     (part,) = json.loads((run / "run.json").read_text())["parts"]
     assert part["to_step"] == max(line["step"] for line in metrics(run))
 

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 from pipeline.names import id_in_cache
 from pipeline.publishing import card_text
-from pipeline.publishing.after_training import Finished, follow
+from pipeline.publishing.after_training import FinishedRun, follow
 from pipeline.publishing.card import write_card
 from pipeline.publishing.facts import Loss, read_facts, unrecorded
 from pipeline.publishing.loss_curve import loss_curve, thinned
@@ -28,7 +28,7 @@ EVALUATED = [line for line in METRICS if "eval/held_out/loss" in line]
 TRAINED = {line["step"]: line["train/loss"] for line in METRICS if "train/loss" in line}
 
 
-def carded(run: Finished) -> ModelCard:
+def carded(run: FinishedRun) -> ModelCard:
     """The card of the folder that is published, written and loaded again."""
     write_card(run.made[0], read_facts(run.run_dir, run.step), repository=run.repository)
     return ModelCard.load(run.made[0] / "README.md")
@@ -45,7 +45,9 @@ def test_the_header_reads_back(tmp_path: Path) -> None:
     data = carded(make_run(tmp_path, ["card"], hub_base_model="org/a-base")).data
     assert (data.base_model, data.base_model_relation) == ("org/a-base", "adapter")
     assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
-    assert data.tags == ["mulora-pipe", "multiplicative-lora"] and data.datasets is None and data.license is None
+    assert data.tags == ["mulora-pipe", "multiplicative-lora"]
+    assert data.datasets is None
+    assert data.license is None
     assert data.model_name == "a-style"
     measured = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
     last = EVALUATED[-1]
@@ -76,10 +78,10 @@ def test_data_time_memory_and_versions_are_those_of_run_json(tmp_path: Path) -> 
     assert "The run read 2 times what is used for training." in text
     _, first, second = rows(text, "The run")
     assert first == ["1 to 4", "2 × 1", "2 × NVIDIA A6000", "3 GiB, 5 GiB", "1 min 40 s"]
-    assert second[0] == "5 to 6" and second[-1] == "50.0 s"
-    assert (
-        "In all 2 min 30 s." in text and "1,004 tokens/s (the median of 6 logged steps)." in text
-    )  # 1001 … 1006: 1003.5
+    assert second[0] == "5 to 6"
+    assert second[-1] == "50.0 s"
+    assert "In all 2 min 30 s." in text
+    assert "1,004 tokens/s (the median of 6 logged steps)." in text
     assert "\n## Versions\n\nmulora-pipe 0.2.0+g0123456789ab, torch 2.13.0, peft 0.21.2\n" in text
 
 
@@ -91,7 +93,8 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     assert card.data.eval_results is None, "an evaluation of another step is none of this adapter"
     headings = re.findall(r"(?m)^## (.*)$", card.text)
     assert headings == ["Use", "What was trained", "Losses", "Configuration"]
-    assert "nan" not in card.text.lower().replace("finance", "") and "None" not in card.text
+    assert "nan" not in card.text.lower().replace("finance", "")
+    assert "None" not in card.text
     (run.run_dir / "metrics.jsonl").write_text("")
     assert "## Losses" not in carded(run).text
     assert "nothing yet" in (run.saved / "loss.svg").read_text()
@@ -103,7 +106,8 @@ def test_a_killed_part_of_the_run_is_said_and_not_guessed(tmp_path: Path) -> Non
     record["parts"] = record["parts"][1:]
     (run.run_dir / "run.json").write_text(json.dumps(record))
     text = carded(run).text
-    assert "Of the steps 1 to 4 time and memory were not recorded." in text and "In all" not in text
+    assert "Of the steps 1 to 4 time and memory were not recorded." in text
+    assert "In all" not in text
 
 
 def test_steps_without_a_record() -> None:
@@ -127,16 +131,19 @@ def test_nothing_private_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_base_without_an_id_is_named_in_the_text_alone(tmp_path: Path) -> None:
     card = carded(make_run(tmp_path, ["card"]))
     header = yaml.safe_load(str(card).split("---\n")[1])
-    assert "base_model" not in header and "base_model_relation" not in header
+    assert "base_model" not in header
+    assert "base_model_relation" not in header
     assert "- base: a-base\n" in card.text
 
 
 def test_a_base_in_a_hub_cache_has_its_id(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub/models--org--a-base/snapshots/0123abcd"
     base = make_base(snapshot)
-    assert id_in_cache(base) == "org/a-base" and id_in_cache(tmp_path) is None
+    assert id_in_cache(base) == "org/a-base"
+    assert id_in_cache(tmp_path) is None
     card = carded(make_run(tmp_path, ["card"], base=base))
-    assert card.data.base_model == "org/a-base" and "- base: org/a-base\n" in card.text
+    assert card.data.base_model == "org/a-base"
+    assert "- base: org/a-base\n" in card.text
 
 
 def test_the_licence_is_the_base_s(tmp_path: Path) -> None:
@@ -165,7 +172,8 @@ def test_each_folder_has_the_card_of_what_is_in_it(
     follow(run)
     card = ModelCard.load(run.made[0] / "README.md")
     assert (card.data.library_name, card.data.base_model_relation) == (library, relation)
-    assert said in card.text and f"after {STEP} steps" in card.text
+    assert said in card.text
+    assert f"after {STEP} steps" in card.text
     assert not (run.saved / "README.md").exists()
 
 
@@ -179,8 +187,10 @@ def test_a_model_that_was_trained_in_full(tmp_path: Path) -> None:
     card = carded(run)
     assert (card.data.library_name, card.data.base_model_relation) == ("transformers", "finetune")
     assert card.data.tags == ["mulora-pipe", "full-fine-tune"]
-    assert "`org/a-base`, fine-tuned in full, after 6 steps of training." in card.text and "base's own" not in card.text
-    assert "- trained: the model's own weights\n" in card.text and "- rank" not in card.text
+    assert "`org/a-base`, fine-tuned in full, after 6 steps of training." in card.text
+    assert "base's own" not in card.text
+    assert "- trained: the model's own weights\n" in card.text
+    assert "- rank" not in card.text
 
 
 def test_an_adapter_that_peft_cannot_load_says_so(tmp_path: Path) -> None:
@@ -188,7 +198,8 @@ def test_an_adapter_that_peft_cannot_load_says_so(tmp_path: Path) -> None:
     config = run.saved / "adapter_config.json"
     config.write_text(config.read_text().replace("PEANUT", "MULTIPLICATIVE_LORA"))
     card = carded(run)
-    assert card.data.library_name is None and "python merge_lora.py --input a-base" in card.text
+    assert card.data.library_name is None
+    assert "python merge_lora.py --input a-base" in card.text
 
 
 def test_the_curve_is_the_losses(tmp_path: Path) -> None:
@@ -212,10 +223,12 @@ def test_the_curve_is_the_losses(tmp_path: Path) -> None:
 def test_long_runs_are_thinned() -> None:
     losses = [Loss(step, float(step % 2)) for step in range(1, 10001)]
     short = thinned(losses)
-    assert len(short) <= 1200 and short[-1].step == 10000
+    assert len(short) <= 1200
+    assert short[-1].step == 10000
     # Stretches of nine: four or five of them are 1.
     assert all(4 / 9 - 1e-9 <= loss.loss <= 5 / 9 + 1e-9 for loss in short[:-1])
-    assert card_text.thinned(range(100))[::11] == [0, 99] and len(card_text.thinned(range(100))) == 12
+    assert card_text.thinned(range(100))[::11] == [0, 99]
+    assert len(card_text.thinned(range(100))) == 12
 
 
 def test_modules_in_words() -> None:

@@ -14,9 +14,8 @@ from huggingface_hub import constants
 from pipeline.console import UserError
 from pipeline.publishing import after_training, push
 from tests.helpers.artifacts import make_base
+from tests.helpers.paths import ROOT
 from tests.helpers.publishing import STEP, TOKEN, FakeHub, make_run, serving
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -39,8 +38,8 @@ def test_by_the_environment_alone_in_a_process_of_its_own(tmp_path: Path) -> Non
     """As a user has it: HF_ENDPOINT and HF_TOKEN; the merged model arrives byte for byte, and nothing else of the run."""
     run = make_run(tmp_path, ["push", "card", "merge"])
     program = (
-        "from pathlib import Path; from pipeline.publishing.after_training import Finished, follow\n"
-        f"follow(Finished(Path({str(run.run_dir)!r}), {STEP}, Path({str(run.base)!r}), 'again', {run.asked!r},"
+        "from pathlib import Path; from pipeline.publishing.after_training import FinishedRun, follow\n"
+        f"follow(FinishedRun(Path({str(run.run_dir)!r}), {STEP}, Path({str(run.base)!r}), 'again', {run.asked!r},"
         f" {run.repository!r}, True))"
     )
     with serving() as hub:
@@ -127,7 +126,8 @@ def test_a_merged_model_without_a_card_does_not_go_up_under_the_base_s(tmp_path:
     (base / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
     run = make_run(tmp_path, ["merge", "push"], base=base)
     after_training.follow(run)
-    assert (run.run_dir / "merged/README.md").exists() and "README.md" not in hub.files
+    assert (run.run_dir / "merged/README.md").exists()
+    assert "README.md" not in hub.files
     assert "model.safetensors" in hub.files
 
 
@@ -135,7 +135,8 @@ def test_a_model_of_several_files_goes_up_with_all_of_them(tmp_path: Path, hub: 
     run = make_run(tmp_path, ["merge", "push"], base=make_base(tmp_path / "b", shard="40KB"))
     after_training.follow(run)
     index = json.loads(hub.files["model.safetensors.index.json"])
-    assert len(set(index["weight_map"].values())) > 1 and set(index["weight_map"].values()) <= set(hub.files)
+    assert len(set(index["weight_map"].values())) > 1
+    assert set(index["weight_map"].values()) <= set(hub.files)
 
 
 def test_without_push_no_token_is_read_and_nothing_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +148,8 @@ def test_without_push_no_token_is_read_and_nothing_connects(tmp_path: Path, monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     run = make_run(tmp_path, ["merge", "export:peft", "card"])
     after_training.follow(run)
-    assert (run.run_dir / "merged/README.md").exists() and (run.run_dir / "peft/README.md").exists()
+    assert (run.run_dir / "merged/README.md").exists()
+    assert (run.run_dir / "peft/README.md").exists()
 
 
 def test_a_public_repository_is_refused_where_a_private_one_is_wanted(tmp_path: Path, hub: FakeHub) -> None:
@@ -172,8 +174,10 @@ def test_what_the_hub_refuses(tmp_path: Path, hub: FakeHub, status: int, said: s
     run = make_run(tmp_path, ["push"])
     with pytest.raises(UserError, match=said) as caught:
         after_training.follow(run)
-    assert f"safe in {run.saved}" in str(caught.value) and "  hf upload somebody/a-style " in str(caught.value)
-    assert "--private" in str(caught.value) and TOKEN not in str(caught.value)
+    assert f"safe in {run.saved}" in str(caught.value)
+    assert "  hf upload somebody/a-style " in str(caught.value)
+    assert "--private" in str(caught.value)
+    assert TOKEN not in str(caught.value)
     assert caught.value.exit_code == 2
 
 

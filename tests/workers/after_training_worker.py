@@ -10,7 +10,7 @@ from pipeline.training.run.stop import Watcher, hold_signals
 
 HELD = hold_signals()
 
-from pipeline.publishing.after_training import Finished, follow  # noqa: E402
+from pipeline.publishing.after_training import FinishedRun, follow  # noqa: E402
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     watcher.detach()
     print("handing over", flush=True)
     watcher.hand_over()
-    follow(Finished(run_dir, 1, Path(folder) / "base", "the line that resumes", asked, None, True))
+    follow(FinishedRun(run_dir, 1, Path(folder) / "base", "the line that resumes", asked, None, True))
     print("done", flush=True)
 
 

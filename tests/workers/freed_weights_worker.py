@@ -15,7 +15,7 @@ from pipeline.console import run_command
 from pipeline.training.run import after_training
 
 
-def alive(*_: Any) -> None:
+def alive(*_: Any, **__: Any) -> None:
     gc.collect()
     tensors = [
         o for o in gc.get_objects() if isinstance(o, torch.Tensor) and not o.is_meta and o.dim() >= 2 and o.numel() > 1

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.training.run.stop import Watcher, hold_signals
+from pipeline.training.start import resolve
 
 HELD = hold_signals()
 
@@ -41,7 +42,7 @@ def main() -> None:
         resume = case.get("resume")
         resume = runs[resume] if isinstance(resume, int) else resume
         found = folder.find_checkpoint(Path(config.output_dir), resume or False)
-        model = prepare.plan_model(config)
+        model = resolve.resolve(config)
         data = prepare.read_data(config, tokenizer.load(config.model))
         run = assemble.trainer(config, model, data, place, watcher, found, ["train.py", "--config", case["config"]])
         arrange(case, run, place)

@@ -6,7 +6,7 @@ each with a new engine over the same processes. Gives, per case and rank, FOLDER
     initial/<name>, weights/<name>       trained parameters before the first and after the last step
     gradient/<step>/<name>               of the step, over all replicas, before clipping
 
-and FOLDER/<case>/<rank>.json. A case is {name, config, overrides, steps, evaluate_at}; `evaluate_at` counts steps done. A case with `rows` has these for
+and FOLDER/<case>/<rank>.json. A case is {name, config, overrides, steps, evaluate_at}; `evaluate_at` counts steps done. One with `rows` has these for
 training and evaluation (tests/helpers/row_store.py) in place of the config's datasets.
 A case with `sabotage` is one run of the self-test over a DeepSpeed with that fault.
 """
@@ -40,7 +40,7 @@ from pipeline.training.metrics import Clock
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run import assemble
 from pipeline.training.run.stop import Watcher
-from pipeline.training.start import prepare
+from pipeline.training.start import prepare, resolve
 from tests.helpers.row_store import ListStore
 
 
@@ -76,7 +76,7 @@ def train(
     tensors: dict[str, Tensor],
 ) -> None:
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
-    plan = prepare.plan_model(config)
+    plan = resolve.resolve(config)
     data = prepare.read_data(config, tokenizer.load(config.model))
     if "rows" in case:
         train_on, held_out = (ListStore(rows) for rows in case["rows"])

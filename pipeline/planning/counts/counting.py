@@ -10,16 +10,14 @@ The conventions, which reproduce the figures of docs/performance.md:
 - `kernels` are launches of both: every product and every other operation that reads or writes is one.
 - Bytes are those of storages, no allocator's rounding; an operation's own workspace is not seen.
 
-On the CPU our kernels run as several PyTorch operations, which is what is counted. Within `as_on_a_gpu()` each counts as
-the one Triton kernel it is on a GPU.
+On the CPU our kernels run as several PyTorch operations, which is what is counted. Where `on_gpu` is asked for, each
+counts as the one Triton kernel it is there: it reads its tensor arguments and writes its results, and what PyTorch makes
+in between does not count, in bytes moved or alive.
 """
 
 import contextlib
-import functools
 import gc
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.kernels import dispatch
 from pipeline.planning.counts.products import flops_of
 from pipeline.planning.counts.traffic import bytes_of, made_by, storage_of, tensors_in, traffic_of, written_by
 
@@ -55,14 +54,15 @@ class Measured(NamedTuple):
     backward_peak_bytes: int
 
 
-def measure(forward: Callable[[], Tensor], *, excluded: Iterable[Tensor] = ()) -> Measured:
+def measure(forward: Callable[[], Tensor], *, excluded: Iterable[Tensor] = (), on_gpu: bool = False) -> Measured:
     """Run `forward`, then backward with a gradient of the output's shape and unspecified values, and count both.
 
     Fake tensors need this to be called within their FakeTensorMode. An output that wants no gradient has no backward: its
     counts are zero. `excluded`: tensors whose storages are not counted wherever they turn up. Leaves have the gradients
-    they had before.
+    they had before. `on_gpu`: our kernels count as on a GPU.
     """
-    with Counter(excluded) as counter:
+    counter = Counter(excluded)
+    with counter, dispatch.watched(counter.one_kernel) if on_gpu else contextlib.nullcontext():
         handed_on = _HandedOn.apply(forward())
         gc.collect()  # what only a reference cycle holds is not kept
         kept = counter.alive_bytes()
@@ -131,14 +131,6 @@ class Counter(TorchDispatchMode):
             del self._alive[key]
         return sum(size for _, size in self._alive.values())
 
-    def __enter__(self) -> "Counter":
-        _COUNTING.append(self)
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        _COUNTING.remove(self)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":
@@ -161,25 +153,23 @@ class Counter(TorchDispatchMode):
         self._hold(made_by(tensors_in((args, kwargs)), out))
         return out
 
-    @contextlib.contextmanager
-    def one_kernel(self, given: list[Tensor]) -> Iterator[list[Tensor]]:
-        """What runs inside counts as one kernel that reads `given` and writes what it changed of it and what is put
-        into the list that this yields. Its temporaries are registers; its products still count FLOPs."""
-        results: list[Tensor] = []
+    def one_kernel(self, form: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        """Run `form(*given)` as one kernel that reads `given` and writes what it changed of it and what it returns. Its
+        temporaries are registers; its products still count FLOPs."""
+        if self._in_kernel:
+            return form(*given)
         self._in_kernel, self._written_in_kernel = True, set()
         try:
-            yield results
+            out = form(*given)
         finally:
             self._in_kernel = False
-        changed = [t for t in given if storage_of(t) in self._written_in_kernel]
-        made = made_by(given, results)
-        self.bytes += bytes_of(given) + bytes_of(changed + made)
+        read = tensors_in(given)
+        changed = [t for t in read if storage_of(t) in self._written_in_kernel]
+        made = made_by(read, tensors_in(out))
+        self.bytes += bytes_of(read) + bytes_of(changed + made)
         self.kernels += 1
         self._hold(made)
-
-    @property
-    def in_kernel(self) -> bool:
-        return self._in_kernel
+        return out
 
     def _hold(self, made: list[Tensor]) -> None:
         for tensor in made:
@@ -188,43 +178,6 @@ class Counter(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._alive[key] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.alive_bytes())
-
-
-_COUNTING: list[Counter] = []
-
-
-@contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Count each kernel of kernels/ as the one launch it is on a GPU.
-
-    Every `pytorch_<x>` with a `triton_<x>` beside it, in the modules that are loaded, stands for one kernel that reads its
-    tensor arguments and writes its results; what it makes in between does not count, in bytes moved or alive.
-    """
-    replaced: list[tuple[ModuleType, str, Any]] = []
-    for module in [m for name, m in sys.modules.items() if name.startswith("pipeline.kernels.")]:
-        for name in [name for name in vars(module) if name.startswith("pytorch_")]:
-            if hasattr(module, name.replace("pytorch_", "triton_", 1)):
-                replaced.append((module, name, getattr(module, name)))
-    for module, name, function in replaced:
-        setattr(module, name, _as_one_kernel(function))
-    try:
-        yield
-    finally:
-        for module, name, function in replaced:
-            setattr(module, name, function)
-
-
-def _as_one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        if not _COUNTING or _COUNTING[-1].in_kernel:
-            return function(*args, **kwargs)
-        with _COUNTING[-1].one_kernel(tensors_in((args, kwargs))) as results:
-            out = function(*args, **kwargs)
-            results.extend(tensors_in(out))
-        return out
-
-    return counted
 
 
 # Leaves of a graph

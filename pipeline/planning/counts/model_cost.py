@@ -28,13 +28,20 @@ FEW_ROWS = 8  # of a head whose block of logits is next to nothing
 
 
 def model_cost(
-    stage: Stage, *, rows: int, tokens: int, levels: Iterable[Level], training: Training, transform: LogitTransform
+    stage: Stage,
+    *,
+    rows: int,
+    tokens: int,
+    levels: Iterable[Level],
+    training: Training,
+    transform: LogitTransform,
+    on_gpu: bool,
 ) -> ModelCost:
     """Count `stage`, which is the whole model on `meta`, for micro-batches of `rows` rows of `tokens` tokens.
 
     `levels`: those to count, of layers that run backward; EVERYTHING is always among them, as what is computed again is
-    the difference to it. `training`: what a trained parameter takes. Within `counting.as_on_a_gpu()` each kernel counts
-    as the one it is there.
+    the difference to it. `training`: what a trained parameter takes. `on_gpu`: our kernels count as
+    on a GPU (counting.py).
     """
     embedding = stage.model.get_input_embeddings()
     trains = [index for index, layer in stage.layers.items() if _trained(layer)]
@@ -45,7 +52,7 @@ def model_cost(
         enters = index > first or _trained(embedding)
         kind = (enters, *_form(layer))
         if kind not in known:
-            known[kind] = _layer_cost(stage, index, rows, tokens, enters, {*levels, Level.EVERYTHING}, training)
+            known[kind] = _layer_cost(stage, index, rows, tokens, enters, {*levels, Level.EVERYTHING}, training, on_gpu)
         layers.append(known[kind])
     tied = bool(tied_head(stage.model))
     state, update = _held(embedding, training)
@@ -53,7 +60,7 @@ def model_cost(
         layers,
         _bytes(embedding),
         state,
-        _head_cost(stage, rows * tokens, training, transform, gradient=first < len(layers)),
+        _head_cost(stage, rows * tokens, training, transform, gradient=first < len(layers), on_gpu=on_gpu),
         stage.model.config.hidden_size * stage.model.dtype.itemsize,
         first,
         tied,
@@ -63,13 +70,20 @@ def model_cost(
 
 
 def _layer_cost(
-    stage: Stage, index: int, rows: int, tokens: int, enters: bool, levels: set[Level], training: Training
+    stage: Stage,
+    index: int,
+    rows: int,
+    tokens: int,
+    enters: bool,
+    levels: set[Level],
+    training: Training,
+    on_gpu: bool,
 ) -> LayerCost:
     layer, n = stage.layers[index], rows * tokens
     with layer_alone(stage.model, index, tokens, rows=rows, gradients_enter=enters) as run:
         _free_gradients(layer)
-        plain = measure(run)
-        measured = dict(_by_level(layer, run, plain, levels))
+        plain = measure(run, on_gpu=on_gpu)
+        measured = dict(_by_level(layer, run, plain, levels, on_gpu))
     backward = Work(plain.backward.flops / n, plain.backward.elementwise_bytes / n)
     forward = Work(plain.forward.flops / n, plain.forward.elementwise_bytes / n)
     unpacked, unpacked_again = (traffic / n for traffic in dequantising_traffic(layer))
@@ -91,7 +105,7 @@ def _layer_cost(
 
 
 def _by_level(
-    layer: nn.Module, run: Callable[[], Tensor], plain: Measured, levels: set[Level]
+    layer: nn.Module, run: Callable[[], Tensor], plain: Measured, levels: set[Level], on_gpu: bool
 ) -> Iterable[tuple[Level, Measured]]:
     """The layer measured at each of `levels`; none where nothing runs backward through it."""
     if not plain.backward.kernels:
@@ -109,12 +123,14 @@ def _by_level(
         )
         layer.forward = functools.partial(again, replay.OnDevice())  # type: ignore[method-assign]
         try:
-            yield level, measure(run)
+            yield level, measure(run, on_gpu=on_gpu)
         finally:
             layer.forward = forward  # type: ignore[method-assign]
 
 
-def _head_cost(stage: Stage, tokens: int, training: Training, transform: LogitTransform, gradient: bool) -> HeadCost:
+def _head_cost(
+    stage: Stage, tokens: int, training: Training, transform: LogitTransform, gradient: bool, on_gpu: bool
+) -> HeadCost:
     """The last norm, the head's products and the loss, of one micro-batch.
 
     One block of logits is counted, and what grows with the tokens beside it with a head of a few rows: the blocks are alike.
@@ -132,7 +148,7 @@ def _head_cost(stage: Stage, tokens: int, training: Training, transform: LogitTr
                 hidden = norm(received((1, n, stage.model.config.hidden_size), stage.model.dtype, gradient))
                 return linear_cross_entropy(hidden.flatten(0, 1), weight, None, labels, transform).sum()
 
-            return measure(loss, excluded=[labels])
+            return measure(loss, excluded=[labels], on_gpu=on_gpu)
 
         one, beside, beside_all = of(head.weight, block), of(few, block), of(few, tokens)
     work = Work(

@@ -241,7 +241,7 @@ def without_shared_memory_extension() -> Iterator[None]:
 
     It serves all-reduces of tensor-parallel inference, which nothing here does; it asks for a compiler and ninja, waits
     for ever on the lock of a build that was killed, and leaves 66 MiB a process in /dev/shm (0.19.8, `build_shm_op`).
-    `tests/training/test_start.py` fails when DeepSpeed starts it elsewhere, or not at all.
+    `tests/training/start/test_start.py` fails when DeepSpeed starts it elsewhere, or not at all.
     """
     backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, `deepspeed.comm.torch` is torch
     build = backend.build_shm_op
@@ -256,7 +256,7 @@ def _broadcast_only_trained(module: nn.Module) -> None:
     """DeepSpeed broadcasts every parameter over the replicas when it starts, the frozen base too (70 GB for 35B).
 
     It skips parameters with this attribute (0.19.8, `_broadcast_model`); replicas read the same files anyway.
-    `tests/training/test_engine.py` fails when the attribute is no longer looked at.
+    `tests/training/engine/test_engine.py` fails when the attribute is no longer looked at.
     """
     for parameter in module.parameters():
         if not parameter.requires_grad:

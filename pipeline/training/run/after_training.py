@@ -1,47 +1,58 @@
 """`after_training` as the trainer sees it: foreseen before a run starts, done after it has ended.
 
-Takes the config; gives plain values to pipeline/publishing, which knows nothing of it. It is done by the first process,
+It is done by the first process,
 when the others have left.
 """
 
 from pathlib import Path
 
-from pipeline.config.schema import Config
+from pipeline.config.publishing import Part
 from pipeline.publishing import foresight
 from pipeline.training.run.stop import Watcher
 from pipeline.training.stage import families
-from pipeline.training.start.prepare import ModelPlan
+from pipeline.training.stage.spec import Trained
 
 
-def check(config: Config, plan: ModelPlan) -> None:
-    """UserError where a part of after_training could not be done at the end of this run."""
+def check(asked: list[Part], model: str, output_dir: str, trained: Trained, modules: list[str]) -> None:
+    """UserError where a part of after_training could not be done at the end of this run. `modules`: trainable_modules."""
+    adapter = trained.adapter
     foresight.check(
-        config.after_training,
-        base=Path(config.model),
-        output_dir=Path(config.output_dir),
-        kind=None if config.full_fine_tune else families.saved_kind(config),
-        targets=plan.targets,
-        biased_targets=plan.biased_targets,
-        trained_in_full=config.trainable_modules,
-        full=[name for name in plan.in_full if name not in plan.tied],
+        asked,
+        base=Path(model),
+        output_dir=Path(output_dir),
+        kind=families.saved_kind(adapter) if adapter else None,
+        targets=trained.targets,
+        biased_targets=bool(adapter and adapter.biased_targets),
+        trained_in_full=modules,
+        full=[name for name in trained.in_full if name not in trained.tied],
     )
 
 
-def follow(config: Config, run_dir: Path, step: int, resume_line: str, watcher: Watcher) -> None:
+def follow(
+    asked: list[Part],
+    watcher: Watcher,
+    *,
+    run_dir: Path,
+    step: int,
+    base: Path,
+    resume_line: str,
+    repository: str | None,
+    private: bool,
+) -> None:
     """Do what is asked for with what was saved at `step`. From here on a stop ends the process with exit code 75."""
-    if not config.after_training:
+    if not asked:
         return
     from pipeline.publishing import after_training
 
     watcher.hand_over()
     after_training.follow(
-        after_training.Finished(
+        after_training.FinishedRun(
             run_dir=run_dir,
             step=step,
-            base=Path(config.model),
+            base=base,
             resume_line=resume_line,
-            asked=config.after_training,
-            repository=config.hub_model_id,
-            private=config.hub_private_repo,
+            asked=asked,
+            repository=repository,
+            private=private,
         )
     )

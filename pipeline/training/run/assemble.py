@@ -39,13 +39,13 @@ from pipeline.training.run.peers import UNHURRIED
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Cadence, Trainer
 from pipeline.training.stage import families, initial_adapter, parts
-from pipeline.training.start import kernel_places, prepare
+from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 
 
 def trainer(
     config: Config,
-    plan: prepare.ModelPlan,
+    plan: resolve.Resolved,
     data: prepare.Data,
     place: engine.Place,
     watcher: Watcher,
@@ -56,14 +56,14 @@ def trainer(
 
     `command`: the program and its arguments, for the line that resumes.
     """
-    followed = planned.for_run(config, plan, place)
+    followed = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.rank)
-    parts.import_quantisation(config)
+    parts.import_quantisation(plan.base.scheme)
     with engine.agreement(place):
         arena = planned.arena(followed, place.stage, place.device)
     with watcher.phase(UNHURRIED):
-        stage = build_stage(config, plan, followed, place, arena)
-    optimizer = build_optimizer(config, stage, place)
+        stage = build_stage(plan, followed, place, arena, config.neftune_noise_alpha)
+    optimizer = build_optimizer(plan.updates, stage, place)
     families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(config, data, place.replica, place.replicas)
     head = stage.head if stage.is_last else None  # only the last stage computes a loss
@@ -80,21 +80,20 @@ def trainer(
     engine.announce(pipeline_engine, watcher.doing)
     tie_trained_embeddings(stage, optimizer, place)
     trained = names_on_all_stages(optimizer, place)
-    resumed = run_folder.agree_on(resumed, place)
+    resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     if resumed is not None:
-        put_back(*resumed, config, stage, optimizer, place, batches, trained)
+        put_back(*resumed, recorded, stage, optimizer, place, batches, trained, config.load_optimizer_states)
     elif config.init_adapter:
         with engine.agreement(place):
-            initial = prepare.initial_tensors(config, plan.targets, plan.biased_targets, plan.in_full, plan.tied)
-            initial_adapter.put(stage, initial)
+            initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, config.init_adapter))
     run_dir = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
     went: dict[str, Any] = (
         resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
     )
     goes_on = resumed is not None and resumed[0].parent == run_dir
-    state = RunState(optimizer, place.device, place.rank, place.replica == 0, facts(config, place, trained))
+    state = RunState(optimizer, place.device, place.rank, place.replica == 0, facts(recorded, place, trained))
     metrics = Metrics(run_dir, went["step"] if goes_on else 0, went["settled"])
-    write = artifact_writer(config, stage, place, plan)
+    write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale)
     saved_already = went["step"] if goes_on else None
     saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
     say_memory(place)
@@ -106,8 +105,8 @@ def trainer(
         batches=batches,
         evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
         objective=objective,
-        learning_rate=schedule(config, batches.steps_per_epoch(0)),
-        adapter_norms=None if config.full_fine_tune else partial(families.norms, stage, config),
+        learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
+        adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),
         state=state,
         saver=saver,
@@ -124,27 +123,31 @@ def trainer(
 
 
 def build_stage(
-    config: Config, plan: prepare.ModelPlan, followed: planned.Followed, place: engine.Place, arena: HostArena | None
+    plan: resolve.Resolved,
+    followed: planned.Followed,
+    place: engine.Place,
+    arena: HostArena | None,
+    neftune_alpha: float | None,
 ) -> Stage:
     """Our part of the model with its weights, adapters, kernels and activation memory."""
     first, end = followed.ranges[place.stage]
     if followed.ranges != plan.ranges:  # chosen by 'auto'
-        prepare.check_tiny(config, plan.targets, followed.ranges)
+        resolve.check_tiny(plan, followed.ranges)
     stage = Stage(plan.shell, first, end)
     with engine.agreement(place), unsupported.named(plan.shell.config.model_type, "putting its stage together"):
         check_room(stage, place)
-        parts.put_quantised(stage, config)
-        weights.load(stage, config.model, DTYPES[config.model_weight_dtype], place.device)
+        parts.put_quantised(stage, plan.base.scheme)
+        weights.load(stage, plan.base.folder, plan.base.dtype, place.device)
         stage.to(place.device)  # RoPE tables and other buffers
         if stage.is_last:
             check_head(stage)
-        parts.put_trained(stage, config, plan.targets, plan.in_full)
+        parts.put_trained(stage, plan.trained)
     with log_if_slow("starting: looking where the kernels fit"):
-        kernel_places.put(stage, config.kernels, place)
+        kernel_places.put(stage, plan.layout.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
-    if config.neftune_noise_alpha:
-        neftune.apply(stage, config.neftune_noise_alpha)
+    if neftune_alpha:
+        neftune.apply(stage, neftune_alpha)
     activation.apply(stage, keeping, arena, place.stage > first_trained)
     return stage
 
@@ -162,8 +165,9 @@ def check_room(stage: Stage, place: engine.Place) -> None:
         )
 
 
-def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> PipelineOptimizer:
+def build_optimizer(updates: resolve.Updates, stage: Stage, place: engine.Place) -> PipelineOptimizer:
     """Over this stage's trained parameters, which may be none."""
+    table = updates.optimizer
     parameters = adapters.trainable(stage)
     # A tied head on a stage of its own is the embedding once more.
     copies = {} if stage.is_first else tied_head(stage.model)
@@ -171,25 +175,25 @@ def build_optimizer(config: Config, stage: Stage, place: engine.Place) -> Pipeli
     dist.all_gather_object(counts, sum(p.numel() for name, p in parameters.items() if name not in copies))
     total = sum(counts) // place.replicas
     if not total:
-        raise UserError(f"nothing to train: target_modules = {config.target_modules} matches no parameter")
-    o = config.optimizer
-    faster = f"; B learns at {o.loraplus:g} times the rate (LoRA+)" if o.loraplus != 1 else ""
+        raise UserError("nothing to train: target_modules matches no parameter")
+    faster = f"; B learns at {table.loraplus:g} times the rate (LoRA+)" if table.loraplus != 1 else ""
     log(f"trained:  {total:,} parameters{faster}")
-    held_down = config.composite_weight_decay or config.scale_weight_norms
+    held_down = updates.product_decay or updates.largest_norm
     factors = regularisation.factors_of(stage) if held_down else {}
-    undecayed = {f"{module}.{letter}" for module in factors for letter in "AB"} if config.composite_weight_decay else ()
+    undecayed = {f"{module}.{letter}" for module in factors for letter in "AB"} if updates.product_decay else ()
     # A copy of the embedding must make the same update as the embedding, so it goes by its name.
     named = {copies.get(name, name): p for name, p in parameters.items()}
     groups = parameter_groups.build(
         named,
-        fast_ratio=o.loraplus,
-        weight_decay=o.weight_decay,
+        fast_ratio=table.loraplus,
+        weight_decay=table.weight_decay,
         undecayed=undecayed,
-        specials=parameter_groups.specials(o),
+        specials=parameter_groups.specials(table),
     )
-    inner = make_inner(o.type, groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
-    optimizer = PipelineOptimizer(parameters, inner, config.gradient_clipping)
-    regularisation.attach(optimizer, factors, config.composite_weight_decay, config.scale_weight_norms)
+    betas = table.beta1, table.beta2
+    inner = make_inner(table.type, groups, lr=table.lr, betas=betas, eps=table.eps, weight_decay=table.weight_decay)
+    optimizer = PipelineOptimizer(parameters, inner, updates.clip)
+    regularisation.attach(optimizer, factors, updates.product_decay, updates.largest_norm)
     return optimizer
 
 
@@ -212,20 +216,24 @@ def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: en
 def put_back(
     folder: Path,
     manifest: dict[str, Any],
-    config: Config,
+    recorded: dict[str, Any],
     stage: Stage,
     optimizer: PipelineOptimizer,
     place: engine.Place,
     batches: MicroBatches,
     trained: list[str],
+    optimizer_states: bool,
 ) -> None:
-    """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration."""
-    if lines := run_folder.differences(manifest["config"], config.model_dump(mode="json")):
+    """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration.
+
+    `recorded`: this run's configuration, as checkpoints record it.
+    """
+    if lines := run_folder.differences(manifest["config"], recorded):
         log("changed since the checkpoint:\n" + "\n".join(lines))
     aliases = tied_head(stage.model)
     same_layout = manifest["layout"] == [place.stages, place.replicas]
     with engine.agreement(place):
-        run_folder.check_continues(manifest, config.model_dump(mode="json"), set(trained), aliases)
+        run_folder.check_continues(manifest, recorded, set(trained), aliases)
         if manifest["rows"] and batches.order_hash(manifest["epoch"]) != manifest["order"]:
             raise UserError(
                 "the training data or its order is not the checkpoint's, so its position in the data means nothing; "
@@ -238,34 +246,35 @@ def put_back(
             place.device,
             place.rank,
             aliases=aliases,
-            optimizer_states=config.load_optimizer_states,
+            optimizer_states=optimizer_states,
             same_layout=same_layout,
         )
     if not same_layout:
-        torch.manual_seed(config.seed + place.rank + 1000003 * manifest["step"])
+        torch.manual_seed(recorded["seed"] + place.rank + 1000003 * manifest["step"])
     log(f"resumed:  after step {manifest['step']}, from {folder}")
 
 
-def schedule(config: Config, steps_in_epoch: int) -> Callable[[int, int], float]:
+def schedule(updates: resolve.Updates, steps_in_epoch: int) -> Callable[[int, int], float]:
     """(step, total steps) → learning rate."""
-    if (constant := config.force_constant_lr) is not None:
+    if (constant := updates.constant_lr) is not None:
         return lambda step, total: constant
-    warmup = warmup_steps(config.warmup_steps, steps_in_epoch)
-    peak, shape, lowest = config.optimizer.lr, config.lr_scheduler, config.optimizer.lr_min
+    warmup = warmup_steps(updates.warmup, steps_in_epoch)
+    peak, shape, lowest = updates.optimizer.lr, updates.lr_shape, updates.optimizer.lr_min
     return lambda step, total: learning_rate(step, peak=peak, warmup=warmup, total=total, shape=shape, lowest=lowest)
 
 
 def artifact_writer(
-    config: Config, stage: Stage, place: engine.Place, plan: prepare.ModelPlan
+    plan: resolve.Resolved, stage: Stage, place: engine.Place, save_dtype: str | None, train_logit_scale: float
 ) -> Callable[[Path, int], None]:
     """What writes the adapter, or the model, as it is at a step, into a folder."""
-    dtype = DTYPES[config.save_dtype] if config.save_dtype else None
-    if config.full_fine_tune:
-        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(config.model), dtype)
-    write = families.writer(config, plan.targets, plan.biased_targets, plan.tied)
+    dtype = DTYPES[save_dtype] if save_dtype else None
+    base, tied = plan.base, plan.trained.tied
+    if plan.trained.adapter is None:
+        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(base.folder), dtype)
+    write = families.writer(plan.trained.adapter, base, train_logit_scale, tied)
 
     def save(folder: Path, step: int) -> None:
-        tensors = {name: t for name, t in adapters.written(stage).items() if name not in plan.tied}
+        tensors = {name: t for name, t in adapters.written(stage).items() if name not in tied}
         saving.save_adapter(folder, step, place, tensors, dtype, write)
 
     return save
@@ -278,11 +287,11 @@ def names_on_all_stages(optimizer: PipelineOptimizer, place: engine.Place) -> li
     return sorted({name for each in names for name in each})
 
 
-def facts(config: Config, place: engine.Place, trained: list[str]) -> dict[str, Any]:
+def facts(recorded: dict[str, Any], place: engine.Place, trained: list[str]) -> dict[str, Any]:
     """What every checkpoint of the run says about itself."""
     return {
         "trained": trained,
-        "config": config.model_dump(mode="json"),
+        "config": recorded,
         "layout": [place.stages, place.replicas],
         "versions": record.versions(),
     }

@@ -1,9 +1,8 @@
-"""The adapter families, as the configuration names them: what each puts into a stage, does after an update, and writes.
+"""The adapter families: what each puts into a stage, does after an update, and writes.
 
-Takes the config; gives plain values to pipeline/model and pipeline/artifacts, which know nothing of it.
+Takes an `AdapterSpec`; gives plain values to pipeline/model and pipeline/artifacts, which know nothing of it.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,152 +15,138 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts.adapter.peft import write_peft_adapter
 from pipeline.artifacts.adapter.write import NOTHING, adapter_norms, write_adapter
-from pipeline.config.schema import Config
 from pipeline.console import UserError, warn
 from pipeline.formats.base_model import read_base
-from pipeline.formats.dtypes import DTYPES
+from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import control, lora, rotations
+from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
-from pipeline.names import id_in_cache
 from pipeline.training.optim.inner import add, value
 from pipeline.training.stage import initial_adapter, patterns
+from pipeline.training.stage.spec import AdapterSpec, BaseModel, Size
 
 ON_THE_OUTPUT = ("multiplicative_lora", "control_adapter")
+WITH_ALPHA = ("multiplicative_lora", "lora", "moslora")
 IA3_TARGETS, IA3_FEEDFORWARD = ["k_proj", "v_proj", "down_proj"], ["down_proj"]
 BOFT_WIDEST = 4096  # inputs: 64 MiB for each of PEFT's permutations, one a module
 
 
-def default_targets(config: Config) -> list[str] | str:
+def default_targets(family: str) -> list[str] | str:
     """What target_modules is where the configuration does not say."""
-    if config.adapter_type in ON_THE_OUTPUT:
+    if family in ON_THE_OUTPUT:
         return ["down_proj"]
-    return IA3_TARGETS if config.adapter_type == "ia3" else "all-linear"
+    return IA3_TARGETS if family == "ia3" else "all-linear"
 
 
-def check_fits(config: Config, shell: PreTrainedModel, targets: list[str]) -> None:
-    """UserError, before any weight is read, where a family does not fit a module's shape, or a key names no module."""
-    size = config.oft_block_size or config.boft_block_size
-    patterns.check({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, targets)
-    if unknown := set(config.feedforward_modules or ()) - {name.rpartition(".")[2] for name in targets}:
-        raise UserError(f"feedforward_modules: {', '.join(sorted(unknown))} is none of target_modules")
-    too_wide = []
-    for name in targets:
+def check_fits(adapter: AdapterSpec, shell: PreTrainedModel) -> None:
+    """UserError, before any weight is read, where the adapter does not fit a module's shape."""
+    family, block, too_wide = adapter.family, adapter.block_size, []
+    for name, size in adapter.sizes.items():
         module: Any = shell.get_submodule(name)
-        inputs, outputs = module.in_features, module.out_features
-        rank, _ = patterns.resolve(name, config.lora_rank or 0, 1.0, config.rank_pattern, {})
-        if config.adapter_type == "boft" and inputs > BOFT_WIDEST:
+        inputs, outputs, rank = module.in_features, module.out_features, size.rank
+        if family == "boft" and inputs > BOFT_WIDEST:
             raise UserError(f"adapter_type = 'boft': PEFT makes {inputs} × {inputs} matrices for {name}; use 'oft'")
-        if size and inputs % size:
-            raise UserError(f"{config.adapter_type}_block_size = {size} does not divide the {inputs} inputs of {name}")
-        if config.adapter_type == "control_adapter" and rank > outputs:
+        if block and inputs % block:
+            raise UserError(f"{family}_block_size = {block} does not divide the {inputs} inputs of {name}")
+        if family == "control_adapter" and rank > outputs:
             raise UserError(f"lora_rank = {rank}: {name} has {outputs} outputs, which are all the directions there are")
-        if config.init_lora_weights is not True and rank > min(inputs, outputs):
-            key = "lora_rank" if rank == config.lora_rank else "rank_pattern"
+        if adapter.start is not True and rank > min(inputs, outputs):
+            key = "lora_rank" if rank == adapter.common.rank else "rank_pattern"
             raise UserError(f"{key} = {rank}: {name} has a weight of rank {min(inputs, outputs)} at most")
         too_wide += [(rank, name, min(inputs, outputs))] if rank > min(inputs, outputs) else []
     if too_wide:
         rank, name, width = max(too_wide)
         warn(
-            f"lora_rank = {rank} is above the width of {len(too_wide)} of {len(targets)} modules ({name}: {width}): their change "
-            f"cannot have a higher rank than that; lora_rank = {width} says the same with fewer parameters"
+            f"lora_rank = {rank} is above the width of {len(too_wide)} of {len(adapter.sizes)} modules ({name}: {width}): their "
+            f"change cannot have a higher rank than that; lora_rank = {width} says the same with fewer parameters"
         )
 
 
-def describe(config: Config) -> str:
+def describe(adapter: AdapterSpec) -> str:
     """Rank, scaling and what is special, in words."""
-    rank, alpha, dtype = config.lora_rank, config.lora_alpha, config.lora_weight_dtype
-    if alpha is not None and rank is not None:
-        root = "√" if config.use_rslora else ""
-        s = f"s = alpha/{root}rank = {alpha:g}/{root}{rank} = {scaling(config):g}"
-        special = " (DoRA)" if config.use_dora else ""
-        special += f" (starts as {config.init_lora_weights})" if config.init_lora_weights is not True else ""
-        special += " (of some modules others, by rank_pattern and alpha_pattern)" if _patterned(config) else ""
-        return f"rank {rank}, {s}{special}, {dtype}"
-    size = config.oft_block_size or config.boft_block_size
-    return f"rank {rank}, {dtype}" if rank else f"blocks of {size} inputs, {dtype}" if size else dtype
+    (rank, alpha, s), dtype = adapter.common, dtype_name(adapter.dtype)
+    if adapter.family in WITH_ALPHA:
+        root = "√" if adapter.use_rslora else ""
+        special = " (DoRA)" if adapter.use_dora else ""
+        special += f" (starts as {adapter.start})" if adapter.start is not True else ""
+        differ = set(adapter.sizes.values()) != {adapter.common}
+        special += " (of some modules others, by rank_pattern and alpha_pattern)" if differ else ""
+        return f"rank {rank}, s = alpha/{root}rank = {alpha:g}/{root}{rank} = {s:g}{special}, {dtype}"
+    if adapter.block_size:
+        return f"blocks of {adapter.block_size} inputs, {dtype}"
+    return dtype if adapter.family == "ia3" else f"rank {rank}, {dtype}"
 
 
-def scaling(config: Config) -> float:
-    """s of the family: alpha / rank, alpha / √rank with use_rslora, and 1 for a family without."""
-    if config.lora_rank is None or config.lora_alpha is None:
-        return 1.0
-    return config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+def inject(stage: Stage, adapter: AdapterSpec) -> None:
+    """The adapter on those of its modules that the stage owns, of each module's own size."""
+    for size, members in patterns.groups(adapter.sizes).items():
+        _inject(stage, adapter, size, members)
 
 
-def inject(stage: Stage, config: Config, targets: list[str]) -> None:
-    """The configured adapter on those of `targets` that the stage owns, of each module's own rank and alpha."""
-    if not _patterned(config):
-        _inject(stage, config, targets)
-        return
-    for (rank, alpha), members in patterns.groups(_sizes(config, targets)).items():
-        _inject(stage, config.model_copy(update={"lora_rank": rank, "lora_alpha": alpha}), members)
-
-
-def _inject(stage: Stage, config: Config, targets: list[str]) -> None:
-    rank, alpha, dropout, seed = config.lora_rank or 1, config.lora_alpha or 1.0, config.lora_dropout, config.seed
-    dtype, s = DTYPES[config.lora_weight_dtype], scaling(config)
-    match config.adapter_type:
+def _inject(stage: Stage, adapter: AdapterSpec, size: Size, targets: list[str]) -> None:
+    (rank, alpha, s), dropout, dtype, seed = size, adapter.dropout, adapter.dtype, adapter.seed
+    match adapter.family:
         case "multiplicative_lora":
             adapters.inject_multiplicative(stage, targets, rank, alpha, dropout, dtype, seed)
         case "control_adapter":
             control.inject_control(stage, targets, rank, dropout, dtype, seed)
         case "moslora":
             lora.inject_moslora(stage, targets, rank, s, dropout, dtype, seed)
-        case "lora" if config.use_dora:
+        case "lora" if adapter.use_dora:
             lora.inject_dora(stage, targets, rank, s, dropout, dtype, seed)
-        case "lora" if config.init_lora_weights is not True:
-            lora.inject_from_weight(stage, targets, str(config.init_lora_weights), rank, s, dropout, dtype, seed)
+        case "lora" if adapter.start is not True:
+            lora.inject_from_weight(stage, targets, str(adapter.start), rank, s, dropout, dtype, seed)
         case "lora":
-            adapters.inject_lora(stage, targets, rank, alpha, dropout, dtype, seed, config.use_rslora)
+            adapters.inject_lora(stage, targets, rank, alpha, dropout, dtype, seed, adapter.use_rslora)
         case "ia3":
-            rotations.inject_ia3(stage, targets, feedforward(config, targets), dtype)
+            rotations.inject_ia3(stage, targets, list(adapter.feedforward), dtype)
         case "oft":
-            rotations.inject_oft(stage, targets, config.oft_block_size or 1, dtype)
+            rotations.inject_oft(stage, targets, adapter.block_size or 1, dtype)
         case "boft":
-            rotations.inject_boft(stage, targets, config.boft_block_size or 1, dtype)
+            rotations.inject_boft(stage, targets, adapter.block_size or 1, dtype)
         case "hra":
             rotations.inject_hra(stage, targets, rank, dtype, seed)
 
 
-def inject_for_trial(stage: Stage, config: Config, targets: list[str]) -> None:
-    """On those of `targets` that the stage owns, the smallest adapter that meets them as the configured one will.
+def inject_for_trial(stage: Stage, adapter: AdapterSpec) -> None:
+    """On those of its modules that the stage owns, the smallest adapter that meets them as this one will.
 
     PEFT's layers show the base layer's weight to a model that reads it; ours, which stand around a module, do not.
     """
-    plain = not config.use_dora and config.init_lora_weights is True
-    by_peft = config.adapter_type in ("ia3", "oft", "boft") or (config.adapter_type == "lora" and plain)
+    plain = not adapter.use_dora and adapter.start is True
+    by_peft = adapter.family in ("ia3", "oft", "boft") or (adapter.family == "lora" and plain)
     put = adapters.inject_lora if by_peft else adapters.inject_multiplicative
-    put(stage, targets, 1, 1.0, 0.0, torch.float32, config.seed)
+    put(stage, adapter.targets, 1, 1.0, 0.0, torch.float32, adapter.seed)
 
 
-def saved(config: Config, targets: list[str], biased_targets: bool) -> dict[str, Tensor]:
-    """The tensors of init_adapter, by global name. UserError where it is not what this run trains."""
-    folder, patterned = config.init_adapter or "", _patterned(config)
-    one = _one_rank(config, targets) if patterned else config
-    uniform = one.lora_rank or 1, scaling(one)
-    ranks = {module: rank for module, (rank, _) in _sizes(config, targets).items()}
-    factors = _factors(config, targets) if patterned else dict.fromkeys(targets, 1.0)
-    if family := _family_of_peft(config):
-        tensors = initial_adapter.read_family(folder, targets, family, _peft_settings(one, targets))
-        return patterns.from_one_rank(tensors, ranks, factors) if patterned else tensors
-    sizes = {module: (ranks[module], uniform[1] * factors[module]) for module in targets}
-    on_the_output = config.adapter_type in ON_THE_OUTPUT
+def saved(adapter: AdapterSpec, folder: str) -> dict[str, Tensor]:
+    """The tensors of the adapter in `folder`, by global name. UserError where it is not what this run trains."""
+    if family := _family_of_peft(adapter):
+        tensors = initial_adapter.read_family(folder, adapter.targets, family, _peft_settings(adapter))
+        if family != "dora":
+            return tensors
+        ranks = {module: size.rank for module, size in adapter.sizes.items()}
+        return patterns.from_one_rank(tensors, ranks, adapter.factors)
     return initial_adapter.read_pairs(
-        folder, sizes, uniform=uniform, on_the_output=on_the_output, biased_targets=biased_targets
+        folder,
+        {module: (size.rank, size.s) for module, size in adapter.sizes.items()},
+        uniform=(adapter.saved_size.rank, adapter.saved_size.s),
+        on_the_output=adapter.family in ON_THE_OUTPUT,
+        biased_targets=adapter.biased_targets,
     )
 
 
-def saved_kind(config: Config) -> str:
+def saved_kind(adapter: AdapterSpec) -> str:
     """What pipeline/artifacts calls the form in which the family is saved."""
-    return _family_of_peft(config) or ("multiplicative_lora" if config.adapter_type in ON_THE_OUTPUT else "lora")
+    return _family_of_peft(adapter) or ("multiplicative_lora" if adapter.family in ON_THE_OUTPUT else "lora")
 
 
-def feedforward(config: Config, targets: list[str]) -> list[str]:
-    """Those of `targets` to which IA³ gives a factor for each input."""
-    named = IA3_FEEDFORWARD if config.feedforward_modules is None else config.feedforward_modules
-    return [name for name in targets if name.rpartition(".")[2] in named]
+def feedforward(named: list[str] | None, targets: list[str]) -> list[str]:
+    """Those of `targets` to which IA³ gives a factor for each input: those `named`, or its paper's."""
+    wanted = IA3_FEEDFORWARD if named is None else named
+    return [name for name in targets if name.rpartition(".")[2] in wanted]
 
 
 def after_updates(stage: Stage, optimizer: Optimizer) -> None:
@@ -178,62 +163,60 @@ def orthonormalise(directions: list[nn.Parameter], optimizer: Optimizer) -> None
         add(optimizer, Q, control.newton_step(value(optimizer, Q)))
 
 
-def norms(stage: Stage, config: Config) -> dict[str, float]:
+def norms(stage: Stage, adapter: AdapterSpec) -> dict[str, float]:
     """‖s·B·A‖_F of every module of the stage; nothing for families that are no pair of A and B."""
     pairs = {name: t for name, t in adapters.written(stage).items() if name.endswith((".A", ".B"))}
-    if _patterned(config):
-        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in pairs))
-        rank = max((t.shape[0] for name, t in pairs.items() if name.endswith(".A")), default=0)
-        pairs = patterns.to_one_rank(pairs, rank, _factors(config, modules))
-    return adapter_norms(pairs, scaling(config))
+    return {module: norm * abs(adapter.sizes[module].s) for module, norm in adapter_norms(pairs, 1.0).items()}
 
 
 def writer(
-    config: Config, targets: list[str], biased_targets: bool, tied: Mapping[str, str] = NOTHING
+    adapter: AdapterSpec, base: BaseModel, train_logit_scale: float = 1.0, tied: Mapping[str, str] = NOTHING
 ) -> Callable[[Path, dict[str, Tensor]], None]:
     """What writes `adapters.written` of all stages into a folder: the adapter in the form of its family, and what is
     trained in full beside it. `tied`: names under which a stage has another one's weight, from `stage.tied_head`.
     """
-    write, adapted = _writer(config, targets, biased_targets), set(targets)
+    write, adapted = _writer(adapter, base, train_logit_scale), set(adapter.targets)
 
     def write_all(folder: Path, tensors: dict[str, Tensor]) -> None:
         full = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in adapted}
         own = {name: tensor for name, tensor in tensors.items() if name not in full}
-        write(folder, own, full={n: t for n, t in full.items() if n not in tied}, tied=tied)
+        write(folder, _of_one_size(adapter, own), full={n: t for n, t in full.items() if n not in tied}, tied=tied)
 
     return write_all
 
 
-def _writer(config: Config, targets: list[str], biased_targets: bool) -> Callable[..., None]:
-    if _patterned(config):
-        uniform, factors = _one_rank(config, targets), _factors(config, targets)
-        rank = (uniform.lora_rank or 1) * (2 if config.init_lora_weights is not True else 1)
-        write = _writer(uniform, targets, biased_targets)
-        return lambda folder, own, **full: write(folder, patterns.to_one_rank(own, rank, factors), **full)
-    base = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
+def _writer(adapter: AdapterSpec, base: BaseModel, train_logit_scale: float) -> Callable[..., None]:
     common: dict[str, Any] = {
-        "base_model": base,
-        "train_logit_scale": config.train_logit_scale,
-        "trained_over": trained_over(config),
-        "base_fingerprint": _fingerprint(Path(config.model)),
+        "base_model": base.name,
+        "train_logit_scale": train_logit_scale,
+        "trained_over": trained_over(base.scheme, base.dtype),
+        "base_fingerprint": _fingerprint(Path(base.folder)),
     }
-    if family := _family_of_peft(config):
-        return partial(write_peft_adapter, family=family, settings=_peft_settings(config, targets), **common)
-    kind: Any = "multiplicative_lora" if config.adapter_type in ON_THE_OUTPUT else "lora"
-    facts = {"family": config.adapter_type, "init_lora_weights": config.init_lora_weights}
-    started = config.init_lora_weights is not True  # then of twice the rank, with the s of the rank it was trained with
-    s, rank = scaling(config), (config.lora_rank or 1) * (2 if started else 1)
-    rslora = config.use_rslora and not started
+    if family := _family_of_peft(adapter):
+        return partial(write_peft_adapter, family=family, settings=_peft_settings(adapter), **common)
+    kind: Any = "multiplicative_lora" if adapter.family in ON_THE_OUTPUT else "lora"
+    rank, alpha, s = adapter.saved_size
+    started = adapter.start is not True  # then of twice the rank, with the s of the rank it was trained with
+    rslora = adapter.use_rslora and not started
     return partial(
         write_adapter,
         kind=kind,
-        rank=rank,
-        alpha=(config.lora_alpha or 1.0) if rslora else s * rank,
+        rank=rank * (2 if started else 1),
+        alpha=alpha if rslora else s * rank * (2 if started else 1),
         use_rslora=rslora,
-        dropout=config.lora_dropout,
-        biased_targets=biased_targets,
-        facts=facts,
+        dropout=adapter.dropout,
+        biased_targets=adapter.biased_targets,
+        facts={"family": adapter.family, "init_lora_weights": adapter.start},
         **common,
+    )
+
+
+def _of_one_size(adapter: AdapterSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As all modules are saved: with the largest rank and one s."""
+    if set(adapter.sizes.values()) == {adapter.common}:
+        return tensors
+    return patterns.to_one_rank(
+        tensors, adapter.saved_size.rank * (2 if adapter.start is not True else 1), adapter.factors
     )
 
 
@@ -245,72 +228,48 @@ def _fingerprint(model: Path) -> str | None:
         return None
 
 
-def trained_over(config: Config) -> dict[str, Any] | None:
-    """How the base is quantised, for the adapter to say; None where it is not."""
-    if config.quantization is None:
+def trained_over(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Any] | None:
+    """How the base is quantised, for the adapter to say; None where it is not. `dtype`: of its weights before."""
+    if scheme is None:
         return None
-    b = config.quantization.bnb
+    in_4_bits = scheme.bits == 4
     return {
-        "bits": 4 if b.load_in_4bit else 8,
-        "quant_type": b.bnb_4bit_quant_type if b.load_in_4bit else None,
-        "double_quant": b.load_in_4bit and b.bnb_4bit_use_double_quant,
-        "skip": b.llm_int8_skip_modules,
-        "dtype": config.model_weight_dtype,
+        "bits": scheme.bits,
+        "quant_type": scheme.quant_type if in_4_bits else None,
+        "double_quant": in_4_bits and scheme.double_quant,
+        "skip": list(scheme.skip),
+        "dtype": dtype_name(dtype),
     }
 
 
-def _patterned(config: Config) -> bool:
-    return bool(config.rank_pattern or config.alpha_pattern)
-
-
-def _sizes(config: Config, modules: list[str]) -> dict[str, patterns.Sizes]:
-    """Each module's rank and alpha."""
-    rank, alpha = config.lora_rank or 1, config.lora_alpha or 1.0
-    return {m: patterns.resolve(m, rank, alpha, config.rank_pattern, config.alpha_pattern) for m in modules}
-
-
-def _factors(config: Config, modules: list[str]) -> dict[str, float]:
-    """Each module's s over the s of lora_rank and lora_alpha."""
-    return {
-        module: scaling(config.model_copy(update={"lora_rank": rank, "lora_alpha": alpha})) / scaling(config)
-        for module, (rank, alpha) in _sizes(config, modules).items()
-    }
-
-
-def _one_rank(config: Config, modules: list[str]) -> Config:
-    """The configuration that describes what is saved: without patterns, the largest rank, and the same s."""
-    rank = max(rank for rank, _ in _sizes(config, modules).values())
-    alpha = scaling(config) * (math.sqrt(rank) if config.use_rslora else rank)
-    return config.model_copy(update={"lora_rank": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}})
-
-
-def _family_of_peft(config: Config) -> Any:
-    """The family's name in artifacts/peft_files, or None for one that is pairs of A and B."""
-    if config.use_dora:
+def _family_of_peft(adapter: AdapterSpec) -> Any:
+    """The family's name in artifacts/adapter/peft.py, or None for one that is pairs of A and B."""
+    if adapter.use_dora:
         return "dora"
-    return config.adapter_type if config.adapter_type in ("ia3", "oft", "boft", "hra") else None
+    return adapter.family if adapter.family in ("ia3", "oft", "boft", "hra") else None
 
 
-def _peft_settings(config: Config, targets: list[str]) -> dict[str, Any]:
+def _peft_settings(adapter: AdapterSpec) -> dict[str, Any]:
     """The family's own keys of PEFT's config."""
-    if config.use_dora:
+    rank, alpha, _ = adapter.saved_size
+    if adapter.use_dora:
         return {
-            "r": config.lora_rank,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": adapter.dropout,
             "bias": "none",
-            "use_rslora": config.use_rslora,
+            "use_rslora": adapter.use_rslora,
             "use_dora": True,
             "fan_in_fan_out": False,
             "init_lora_weights": True,
         }
-    if config.adapter_type == "ia3":
-        return {"feedforward_modules": feedforward(config, targets), "fan_in_fan_out": False}
-    if config.adapter_type == "hra":
-        return {"r": config.lora_rank, "apply_GS": False, "bias": "none"}
-    if config.adapter_type == "boft":
+    if adapter.family == "ia3":
+        return {"feedforward_modules": list(adapter.feedforward), "fan_in_fan_out": False}
+    if adapter.family == "hra":
+        return {"r": rank, "apply_GS": False, "bias": "none"}
+    if adapter.family == "boft":
         return {
-            "boft_block_size": config.boft_block_size,
+            "boft_block_size": adapter.block_size,
             "boft_block_num": 0,
             "boft_n_butterfly_factor": 1,
             "boft_dropout": 0.0,
@@ -319,7 +278,7 @@ def _peft_settings(config: Config, targets: list[str]) -> dict[str, Any]:
         }
     return {
         "r": 0,
-        "oft_block_size": config.oft_block_size,
+        "oft_block_size": adapter.block_size,
         "module_dropout": 0.0,
         "bias": "none",
         "coft": False,

@@ -6,6 +6,7 @@ function, and one that every reader of adapters knows: PEANUT has no patterns, a
 """
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from pipeline.console import UserError
 from pipeline.patterns import matches
 
 Sizes = tuple[int, float]  # rank R, alpha
+T = TypeVar("T")
 
 
 def resolve(
@@ -24,9 +26,9 @@ def resolve(
     return rank if r is None else int(r), alpha if a is None else float(a)
 
 
-def groups(sizes: Mapping[str, Sizes]) -> dict[Sizes, list[str]]:
-    """The modules of each (rank, alpha), in order."""
-    found: dict[Sizes, list[str]] = {}
+def groups(sizes: Mapping[str, T]) -> dict[T, list[str]]:
+    """The modules of each size, in order."""
+    found: dict[T, list[str]] = {}
     for module, size in sizes.items():
         found.setdefault(size, []).append(module)
     return found

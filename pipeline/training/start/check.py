@@ -7,15 +7,15 @@ from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, log
 from pipeline.data.preview import preview
 from pipeline.training.run import after_training
-from pipeline.training.start import kernel_places, prepare
+from pipeline.training.start import kernel_places, prepare, resolve
 
 
 def look(config: Config, preview_chunks: int | None) -> int:
     """Resolve and check; with `preview_chunks`, show so many chunks as the model will read them."""
-    plan = prepare.plan_model(config)
-    kernel_places.foresee(config, plan.targets)
-    prepare.check_files(config, plan.shell)
-    after_training.check(config, plan)
+    plan = resolve.resolve(config)
+    kernel_places.foresee(config.kernels, plan.base, plan.trained)
+    prepare.check_files(config.model, config.output_dir, plan.shell)
+    after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer, plan))
     prepare.evaluation_batches(config, data)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.config.schema import Config
 from pipeline.console import log
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
 from pipeline.training.engine.engine import Place
 from pipeline.training.stage import parts
+from pipeline.training.stage.spec import BaseModel, Trained
 
 NOWHERE = {  # why, where a model has no module that a kernel might serve
     "norm": "no module has an epsilon, as norms have",
@@ -35,13 +35,13 @@ def put(stage: Stage, wanted: str | list[Any], place: Place) -> None:
     say_places(wanted, taken, reasons)
 
 
-def foresee(config: Config, targets: list[str]) -> None:
+def foresee(wanted: str | list[Any], base: BaseModel, trained: Trained) -> None:
     """Say what `put` will say, from the model's structure alone."""
-    if config.kernels in ("none", []):
+    if wanted in ("none", []):
         return
-    stage = parts.whole_on_meta(config, targets)
-    taken = parts.put_kernels(stage, config.kernels)
-    say_places(config.kernels, taken, [{name: fusion.why_not(stage, name) for name in missing(config.kernels, taken)}])
+    stage = parts.whole_on_meta(base, trained)
+    taken = parts.put_kernels(stage, wanted)
+    say_places(wanted, taken, [{name: fusion.why_not(stage, name) for name in missing(wanted, taken)}])
 
 
 def missing(wanted: str | list[Any], taken: Counter[str]) -> list[str]:

@@ -4,10 +4,10 @@ Takes the config and the model's structure; gives a `Plan`, which `--plan` shows
 compared with. Costs are counted on fake tensors by the code that trains, on `meta`: no weights, no GPU.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +18,15 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.config.schema import Config
+from pipeline.config.tables import Optimizer
 from pipeline.console import EXIT_DONE, UserError, gib, log, log_if_slow, warn
 from pipeline.data.batches import Position
 from pipeline.files import write_text
-from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters import base as adapters
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.planning import devices, rates, table
-from pipeline.planning.counts.counting import as_on_a_gpu
 from pipeline.planning.counts.model_cost import model_cost
 from pipeline.planning.nearest import nearest
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, Update
@@ -39,81 +38,80 @@ from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.inner import bytes_per_parameter, update_bytes_per_parameter
 from pipeline.training.stage import parts
 from pipeline.training.start import prepare
-from pipeline.training.start.prepare import ModelPlan
+from pipeline.training.start.resolve import Layout, Resolved, resolve
 
 GIB = 1 << 30
 HOST_SHARE = 0.8  # of what is free, what a plan may take: the system and the data need some
 ASSUMED_HOST_BYTES = 128 * GIB  # of a machine of which only the GPUs are named
 
 
-def shape_of(config: Config, stages: int) -> Shape:
+def shape_of(layout: Layout, stages: int) -> Shape:
     """A step's micro-batches and the tokens of one, padding included."""
-    rows, tokens = _rows(config)
-    return Shape(rows * tokens, config.gradient_accumulation_steps, stages)
+    return Shape(layout.rows * layout.tokens, layout.accumulation, stages)
 
 
-def keeping_of(config: Config) -> Keeping | None:
+def keeping_of(layout: Layout) -> Keeping | None:
     """What every layer keeps, where activation_checkpointing says so; None for 'auto'."""
-    mode = config.activation_checkpointing
+    mode = layout.checkpointing
     if mode == "auto":
         return None
     return Keeping(Level.INPUT if mode else Level.EVERYTHING, on_host=mode == "unsloth")
 
 
-def host_bytes(config: Config) -> int:
+def host_bytes(layout: Layout) -> int:
     """Of host memory for kept tensors, all stages together. 'unsloth' without a limit takes what it needs."""
-    unlimited = config.activation_checkpointing == "unsloth" and not config.host_memory_gib
-    return 1 << 62 if unlimited else int(config.host_memory_gib * GIB)
+    unlimited = layout.checkpointing == "unsloth" and not layout.host_gib
+    return 1 << 62 if unlimited else int(layout.host_gib * GIB)
 
 
-def costs(config: Config, targets: list[str], levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
+def costs(plan: Resolved, levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
     """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
-    stage = parts.whole_on_meta(config, targets)
-    parts.put_kernels(stage, config.kernels)
-    rows, _ = _rows(config)
-    own_types = optimizer_types(config, stage)
+    stage = parts.whole_on_meta(plan.base, plan.trained)
+    parts.put_kernels(stage, plan.layout.kernels)
+    rows, optimizer = plan.layout.rows, plan.updates.optimizer
+    own_types = optimizer_types(optimizer, stage)
 
     def training(parameter: nn.Parameter) -> tuple[int, Update]:
-        kind, n, size = own_types.get(parameter, config.optimizer.type), parameter.numel(), parameter.element_size()
+        kind, n, size = own_types.get(parameter, optimizer.type), parameter.numel(), parameter.element_size()
         every, one = update_bytes_per_parameter(kind, size, on_gpu)
         return n * bytes_per_parameter(kind, size), Update(n * every, n * one)
 
     @cache
     def count(tokens: int) -> ModelCost:
-        with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
-            return model_cost(
-                stage,
-                rows=rows,
-                tokens=tokens // rows,
-                levels=levels,
-                training=training,
-                transform=logit_transform(stage.model.config),
-            )
+        return model_cost(
+            stage,
+            rows=rows,
+            tokens=tokens // rows,
+            levels=levels,
+            training=training,
+            transform=logit_transform(stage.model.config),
+            on_gpu=on_gpu,
+        )
 
     return count
 
 
-def optimizer_types(config: Config, stage: Stage) -> dict[nn.Parameter, str]:
+def optimizer_types(optimizer: Optimizer, stage: Stage) -> dict[nn.Parameter, str]:
     """The optimizer's type of those trained parameters for which [[optimizer.groups]] names one."""
-    specials = parameter_groups.specials(config.optimizer)
+    specials = parameter_groups.specials(optimizer)
     found = {p: parameter_groups.values_of(name, specials) for name, p in adapters.trainable(stage).items()}
     return {p: values["type"] for p, values in found.items() if "type" in values}
 
 
 def show(config: Config, described: str | None) -> int:
     """`--plan`: for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
-    plan = prepare.plan_model(config)
-    log(in_full(config, plan, described, _total_steps(config, plan)))
+    plan = resolve(config)
+    log(full_report(plan, described, _total_steps(config, plan)))
     return EXIT_DONE
 
 
 @log_if_slow("planning: counting on fake tensors")
-def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps: int | None) -> str:
+def full_report(plan: Resolved, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
-    there = _described(described, config.pipeline_stages) if described else _devices_here(config, plan)
-    cost_of = costs(config, plan.targets, Level, there.on_gpu)
-    shape, keeping, budget = shape_of(config, len(there.usable)), keeping_of(config), host_bytes(config)
-    given = (config.layers_per_stage or keeping) and shape.stages == config.pipeline_stages
+    there = _described(described, plan.layout.stages) if described else _devices_here(plan)
+    cost_of = costs(plan, Level, there.on_gpu)
+    shape, keeping, budget = shape_of(plan.layout, len(there.usable)), keeping_of(plan.layout), host_bytes(plan.layout)
+    given = (plan.layout.layers or keeping) and shape.stages == plan.layout.stages
     model = cost_of(shape.tokens)
     found = solve(
         model, there.usable, there.rates, shape, budget, ranges=plan.ranges if given else None, keeping=keeping
@@ -142,7 +140,7 @@ def in_full(config: Config, plan: ModelPlan, described: str | None, total_steps:
     )
 
 
-def _total_steps(config: Config, plan: ModelPlan) -> int | None:
+def _total_steps(config: Config, plan: Resolved) -> int | None:
     """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
     try:
         data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
@@ -170,13 +168,13 @@ class Followed(NamedTuple):
 
 
 @log_if_slow("starting: planning what each layer keeps")
-def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
+def for_run(plan: Resolved, place: Place) -> Followed:
     """What this run does, the same on every process. UserError if 'auto' finds nothing that fits."""
     usable: list[Any] = [None] * place.world
     dist.all_gather_object(usable, (place.stage, _usable_here(place)))
     memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
-    solved = partial(_solved, config, plan.ranges, plan.targets, _products(plan), place, memory)
-    keeping = keeping_of(config)
+    solved = partial(_solved, _without_shell(plan), _products(plan), place, memory)
+    keeping = keeping_of(plan.layout)
     if keeping is None:
         found = _on_all(solved)
         stages = found.stages
@@ -187,13 +185,13 @@ def for_run(config: Config, plan: ModelPlan, place: Place) -> Followed:
             None,
             lambda: found,
         )
-    shape = shape_of(config, place.stages)
+    shape = shape_of(plan.layout, place.stages)
     input_bytes = shape.tokens * plan.shell.config.hidden_size * plan.shell.dtype.itemsize
     on_host = [
         (end - first) * input_bytes * in_flight(stage, shape) if keeping.on_host else 0
         for stage, (first, end) in enumerate(plan.ranges)
     ]
-    share = host_bytes(config) // place.world
+    share = host_bytes(plan.layout) // place.world
     return Followed(
         plan.ranges,
         [[keeping] * (end - first) for first, end in plan.ranges],
@@ -218,19 +216,18 @@ def _on_all(solved: Callable[[], Plan]) -> Plan:
 
 
 def _solved(
-    config: Config,
-    ranges: list[tuple[int, int]],
-    targets: list[str],
+    plan: Resolved,
     products: list[tuple[int, int]],
     place: Place,
     memory: list[int],
 ) -> Plan:
-    shape, keeping = shape_of(config, place.stages), keeping_of(config)
-    rate = _measured(config, products, place.device)
+    layout = plan.layout
+    shape, keeping = shape_of(layout, place.stages), keeping_of(layout)
+    rate = _measured(plan, products, place.device)
     levels = [*Level] if keeping is None else [keeping.level]
-    model = costs(config, targets, levels, place.device.type == "cuda")(shape.tokens)
-    given = ranges if config.layers_per_stage or keeping is not None else None
-    found = solve(model, memory, rate, shape, host_bytes(config) // place.replicas, ranges=given, keeping=keeping)
+    model = costs(plan, levels, place.device.type == "cuda")(shape.tokens)
+    given = plan.ranges if layout.layers or keeping is not None else None
+    found = solve(model, memory, rate, shape, host_bytes(layout) // place.replicas, ranges=given, keeping=keeping)
     if keeping is None:
         names = [gib(m) for m in memory]
         log(table.describe(found, model, shape, rate, device_names=names, total_steps=None, replicas=place.replicas))
@@ -298,23 +295,20 @@ def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostAren
     log(table.compare(plan, measured, step_s))
 
 
-def _rows(config: Config) -> tuple[int, int]:
-    """Rows of a micro-batch and tokens of a row, of the largest there is."""
-    tokens = max(d.sequence_len for d in config.datasets)
-    rows = max(1, config.batch_size_tokens // tokens) if config.batch_size_tokens else config.micro_batch_size_per_gpu
-    return rows, tokens
+def _without_shell(plan: Resolved) -> Resolved:
+    """For what outlives the start of a run: the shell becomes a stage, whose weights must not be kept alive."""
+    return replace(plan, shell=None)  # type: ignore[arg-type]
 
 
-def _products(plan: ModelPlan) -> list[tuple[int, int]]:
+def _products(plan: Resolved) -> list[tuple[int, int]]:
     """(in, out) of the products of one layer."""
     layer: Any = plan.shell.base_model.layers[0]
     return sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
 
 
-def _measured(config: Config, products: list[tuple[int, int]], device: torch.device) -> Rates:
+def _measured(plan: Resolved, products: list[tuple[int, int]], device: torch.device) -> Rates:
     """The rates of `device` at `products`."""
-    rows, tokens = _rows(config)
-    return rates.measure(device, products, rows * tokens, DTYPES[config.model_weight_dtype])
+    return rates.measure(device, products, plan.layout.rows * plan.layout.tokens, plan.base.dtype)
 
 
 class _There(NamedTuple):
@@ -340,10 +334,10 @@ def _described(text: str, stages: int) -> _There:
     return _There(usable, names, devices.published_rates(named), ASSUMED_HOST_BYTES, True)
 
 
-def _devices_here(config: Config, plan: ModelPlan) -> _There:
-    n, host = config.pipeline_stages, int(psutil.virtual_memory().available * HOST_SHARE)
+def _devices_here(plan: Resolved) -> _There:
+    n, host = plan.layout.stages, int(psutil.virtual_memory().available * HOST_SHARE)
     if not torch.cuda.is_available():
-        rate = _measured(config, _products(plan), torch.device("cpu"))
+        rate = _measured(plan, _products(plan), torch.device("cpu"))
         return _There([host // n] * n, ["main memory"] * n, rate, 0, False)
     if (found := torch.cuda.device_count()) < n:
         raise UserError(
@@ -352,7 +346,7 @@ def _devices_here(config: Config, plan: ModelPlan) -> _There:
     gpus = [torch.cuda.get_device_properties(i) for i in range(n)]
     usable = [devices.usable(gpu.total_memory) for gpu in gpus]
     return _There(
-        usable, [gpu.name for gpu in gpus], _measured(config, _products(plan), torch.device("cuda", 0)), host, True
+        usable, [gpu.name for gpu in gpus], _measured(plan, _products(plan), torch.device("cuda", 0)), host, True
     )
 
 

@@ -1,0 +1,326 @@
+"""`Config` → `Resolved`: what a run is, with the model's structure looked at and nothing of it read.
+
+Says what it resolves to (layers, modules, stages), or raises one UserError. What follows takes its plain values; the config
+itself goes no further.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pipeline.config.schema import Config
+from pipeline.config.tables import Dataset, EvalDataset, Optimizer
+from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
+from pipeline.data.reading.sources import find
+from pipeline.files import check_writable
+from pipeline.formats.dtypes import DTYPES, dtype_name
+from pipeline.model import cut_check, partition, quantized, unsupported, weights
+from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters import full as trained_modules
+from pipeline.model.stage import empty_model, read_model_config, tied_head
+from pipeline.names import id_in_cache, layers_of
+from pipeline.training.optim import parameter_groups
+from pipeline.training.stage import families, initial_full_tensors, parts, patterns
+from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How parameters are updated: by what, with which gradient, at which rate.
+
+    `product_decay`, `largest_norm`: of s·B·A (optim/regularisation.py). `warmup`: steps, below 1 a fraction of an epoch.
+    `constant_lr`: the rate throughout, whatever else is said.
+    """
+
+    optimizer: Optimizer
+    clip: float
+    product_decay: float | None
+    largest_norm: float | None
+    lr_shape: str
+    warmup: float
+    constant_lr: float | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is laid out: stages, micro-batches of `rows` of at most `tokens`, what layers keep for backward.
+
+    `layers`: of each stage, where the user says so. `checkpointing`: activation_checkpointing. `host_gib`: host_memory_gib.
+    """
+
+    stages: int
+    layers: list[int] | None
+    rows: int
+    tokens: int
+    accumulation: int
+    checkpointing: bool | str
+    host_gib: float
+    kernels: str | list[Any]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run in plain values. `shell`: the model without weights; `ranges`: each stage's layers, [first, end)."""
+
+    base: BaseModel
+    shell: PreTrainedModel
+    trained: Trained
+    ranges: list[tuple[int, int]]
+    updates: Updates
+    layout: Layout
+
+
+def resolve(config: Config, *, resumes: bool = False) -> Resolved:
+    """Read config.json, resolve layers and target modules, cut into stages; says what it resolved to.
+
+    `resumes`: whether the run goes on from a checkpoint, whatever the config says: then init_adapter is not looked at.
+    """
+    model_config = read_model_config(config.model)
+    with unsupported.named(model_config.model_type, "looking at its structure"):
+        resolved = _resolve(config, model_config, resumes)
+    if sentence := unsupported.router_loss(model_config):
+        warn(sentence)
+    check_tiny(resolved, resolved.ranges)
+    return resolved
+
+
+@log_if_slow("starting: looking at the model, without its weights")
+def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> Resolved:
+    base = base_of(config)
+    shell = empty_model(model_config, base.dtype, base.attn_implementation)
+    check_apart(config, shell)
+    if base.scheme and (quantised := quantized.foresee(shell, base.scheme)):
+        log(f"base:     {len(quantised)} linear layers in {base.scheme}")
+    trained = trained_of(config, base, shell)
+    if config.init_adapter and not (resumes or config.resume_from_checkpoint):
+        initial_adapter_of(trained, config.init_adapter)
+        log(f"          begins with the weights of {config.init_adapter}")
+    check_groups(parameter_groups.specials(config.optimizer), base, trained)
+    layout = layout_of(config)
+    updates = Updates(
+        config.optimizer,
+        clip=config.gradient_clipping,
+        product_decay=config.composite_weight_decay,
+        largest_norm=config.scale_weight_norms,
+        lr_shape=config.lr_scheduler,
+        warmup=config.warmup_steps,
+        constant_lr=config.force_constant_lr,
+    )
+    return Resolved(base, shell, trained, cut_into_stages(layout, shell, trained), updates, layout)
+
+
+def layout_of(config: Config) -> Layout:
+    """Rows and tokens are those of the largest micro-batch that there can be."""
+    tokens = max(d.sequence_len for d in config.datasets)
+    rows = max(1, config.batch_size_tokens // tokens) if config.batch_size_tokens else config.micro_batch_size_per_gpu
+    return Layout(
+        config.pipeline_stages,
+        config.layers_per_stage,
+        rows,
+        tokens,
+        config.gradient_accumulation_steps,
+        config.activation_checkpointing,
+        config.host_memory_gib,
+        config.kernels,
+    )
+
+
+def base_of(config: Config) -> BaseModel:
+    """The base model as the config has it."""
+    dtype, scheme = DTYPES[config.model_weight_dtype], None
+    if config.quantization is not None:
+        b = config.quantization.bnb
+        scheme = quantized.Scheme(
+            bits=4 if b.load_in_4bit else 8,
+            quant_type=b.bnb_4bit_quant_type,
+            double_quant=b.bnb_4bit_use_double_quant,
+            compute_dtype=DTYPES[b.bnb_4bit_compute_dtype] if b.bnb_4bit_compute_dtype else dtype,
+            outlier_threshold=b.llm_int8_threshold,
+            skip=tuple(b.llm_int8_skip_modules),
+        )
+    name = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
+    return BaseModel(config.model, dtype, config.attn_implementation, scheme, name)
+
+
+def trained_of(config: Config, base: BaseModel, shell: PreTrainedModel) -> Trained:
+    """What is trained of this model; says it in words."""
+    tied = tied_head(shell)
+    if config.full_fine_tune:
+        return Trained(None, own_weights(config.target_modules, shell), tied=tied)
+    adapter = resolve_adapter(config, shell)
+    in_full = trained_modules.resolve(shell, config.trainable_modules, adapter.targets)
+    if in_full:
+        described = trained_modules.describe(shell, config.trainable_modules, in_full)
+        log(f"          and in full, in {dtype_name(base.dtype)}: {described}")
+    return Trained(adapter, in_full=in_full, tied=tied)
+
+
+def check_apart(config: Config, shell: PreTrainedModel) -> None:
+    """UserError with all mistakes at once that have nothing to do with each other: layers, modules, stages, paths."""
+    errors, n_layers = CollectedErrors(), len(shell.base_model.layers)
+    layers = list(range(n_layers))
+    with errors.collect():
+        check_writable(Path(config.output_dir), "output_dir")
+    if not config.full_fine_tune:
+        names = config.target_modules or families.default_targets(config.adapter_type)
+        with errors.collect():
+            layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
+        with errors.collect():
+            adapters.resolve_targets(shell, names, layers)
+        with errors.collect():
+            trained_modules.resolve(shell, config.trainable_modules, [])
+    with errors.collect():
+        partition.check_possible(config.layers_per_stage, config.pipeline_stages, n_layers)
+    # Looking for files warns of what it finds, and it is done again when they are read.
+    datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
+    for dataset in datasets if errors.errors else ():
+        with errors.collect():
+            find(dataset.dataset_type, dataset.dataset_path)
+    errors.raise_all()
+
+
+def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
+    """UserError where a tiny copy of the model, cut into these stages and with the adapter, computes something else than
+    the whole model, or does not run."""
+    adapter = resolved.trained.adapter
+    put = partial(families.inject_for_trial, adapter=adapter) if adapter else None
+    cut_check.check(read_model_config(resolved.base.folder), ranges, put)
+
+
+def own_weights(targets: list[str] | str | None, shell: PreTrainedModel) -> list[str] | None:
+    """Of full fine-tuning: target_modules, said in words; UserError where the weights cannot be trained or saved."""
+    weights.check_saved_as_run(shell)
+    if isinstance(targets, str):
+        raise UserError(
+            "target_modules = 'all-linear': with full_fine_tune, give names of modules, or leave the key out to train everything"
+        )
+    there = {part for name, _ in shell.named_parameters() for part in name.split(".")}
+    if unknown := [name for name in targets or () if name not in there]:
+        raise UserError(
+            f"target_modules: no parameter has {', '.join(unknown)} in its name; there are {', '.join(sorted(there))}"
+        )
+    which = "" if targets is None else f", those of {', '.join(targets)}"
+    log(f"training: the model's own weights{which}")
+    return targets
+
+
+def resolve_adapter(config: Config, shell: PreTrainedModel) -> AdapterSpec:
+    """The adapter on this model's modules, which it fits; says it in words."""
+    n_layers = len(shell.base_model.layers)
+    layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
+    names = config.target_modules or families.default_targets(config.adapter_type)
+    targets = adapters.resolve_targets(shell, names, layers)
+    biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
+    adapter = adapter_of(config, targets, biased)
+    families.check_fits(adapter, shell)
+    where = "the output of" if adapter.family in families.ON_THE_OUTPUT else "the weights of"
+    modules = "all linear modules" if names == "all-linear" else ", ".join(names)
+    log(f"training: {adapter.family} on {where} {modules}, {adapters.describe_layers(layers_of(targets), n_layers)}")
+    for line in adapters.describe_targets(shell, targets, layers):
+        log(f"          {line}")
+    if names == "all-linear" and (left_out := adapters.routers(shell, layers)):
+        log(f"          without {', '.join(left_out)}, which only choose")
+    log(f"          {families.describe(adapter)}")
+    return adapter
+
+
+def adapter_of(config: Config, targets: list[str], biased_targets: bool = False) -> AdapterSpec:
+    """The configured adapter on `targets`. UserError for a key that names a module which is none of them."""
+    rank, alpha, rslora = config.lora_rank, config.lora_alpha, config.use_rslora
+    patterns.check({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, targets)
+    if unknown := set(config.feedforward_modules or ()) - {name.rpartition(".")[2] for name in targets}:
+        raise UserError(f"feedforward_modules: {', '.join(sorted(unknown))} is none of target_modules")
+    sizes = {name: size_of(rank, alpha, rslora) for name in targets}
+    if rank is not None and alpha is not None:
+        own = {n: patterns.resolve(n, rank, alpha, config.rank_pattern, config.alpha_pattern) for n in targets}
+        sizes = {name: size_of(*rank_and_alpha, rslora) for name, rank_and_alpha in own.items()}
+    ia3 = config.adapter_type == "ia3"
+    return AdapterSpec(
+        family=config.adapter_type,
+        sizes=sizes,
+        common=size_of(rank, alpha, rslora),
+        dtype=DTYPES[config.lora_weight_dtype],
+        dropout=config.lora_dropout,
+        seed=config.seed,
+        biased_targets=biased_targets,
+        use_rslora=rslora,
+        use_dora=config.use_dora,
+        start=config.init_lora_weights,
+        block_size=config.oft_block_size or config.boft_block_size,
+        feedforward=tuple(families.feedforward(config.feedforward_modules, targets)) if ia3 else (),
+    )
+
+
+def check_groups(specials: Sequence[parameter_groups.Special], base: BaseModel, trained: Trained) -> None:
+    """UserError for a name in [[optimizer.groups]] that nothing trained has. A tied head goes by its embedding's name."""
+    if specials:
+        names = adapters.trainable(parts.whole_on_meta(base, trained))
+        parameter_groups.check(specials, [name for name in names if name not in trained.tied])
+
+
+def initial_adapter_of(trained: Trained, folder: str) -> dict[str, Tensor]:
+    """All that init_adapter's `folder` holds, by global name. UserError where it is not what this run trains."""
+    if trained.adapter is None:
+        raise ValueError("the config refuses init_adapter with full_fine_tune")
+    return families.saved(trained.adapter, folder) | initial_full_tensors.read(folder, trained.in_full, trained.tied)
+
+
+def cut_into_stages(layout: Layout, shell: PreTrainedModel, trained: Trained) -> list[tuple[int, int]]:
+    """Each stage's range of layers; says it with the stage's weights and share of the work."""
+    first_trained = None
+    if trained.adapter:
+        first_trained = min(layers_of(trained.adapter.targets)[0], trained_modules.first_layer(shell, trained.in_full))
+    cost = partition.costs(
+        shell.base_model,
+        shell.get_output_embeddings(),
+        first_adapted=first_trained,
+        in_full=[shell.get_parameter(name) for name in trained.in_full],
+        recompute=bool(layout.checkpointing),
+        sequence_len=layout.tokens,
+        key_width=_key_width(shell.config),
+        active_share_of_experts=_active_share(shell.config),
+    )
+    if layout.checkpointing == "auto" and not layout.layers:
+        log("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
+        return partition.split(cost, layout.stages)
+    if layout.layers:
+        ranges = partition.explicit(layout.layers, len(cost.layers))
+        log("stages:   as layers_per_stage says")
+    else:
+        ranges = partition.split(cost, layout.stages)
+        log("stages:   balanced by floating-point operations, the head's included")
+    shares, sizes = partition.shares(cost, ranges), partition.stage_bytes(cost, ranges)
+    for stage, ((first, end), share, size) in enumerate(zip(ranges, shares, sizes, strict=True)):
+        extra = (" + embedding" if stage == 0 else "") + (" + head" if stage == len(ranges) - 1 else "")
+        log(
+            f"  stage {stage}: layers {first} to {end - 1} ({end - first}){extra}, "
+            f"{gib(size)} of weights, {share:.0%} of the work"
+        )
+    return ranges
+
+
+def _key_width(config: PretrainedConfig) -> float:
+    """Heads × head size, of the layers' mean where they differ: what attention's own work is proportional to."""
+    layers = list(getattr(config, "per_layer_config", None) or [config])
+    return sum(map(_width_of_keys, layers)) / len(layers)
+
+
+def _width_of_keys(layer: PretrainedConfig) -> int:
+    heads = getattr(layer, "num_attention_heads", None) or 1
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+
+
+def _active_share(config: PretrainedConfig) -> float:
+    """Experts used per token over experts there are; 1 for a dense model."""
+    there = (
+        getattr(config, "num_local_experts", None)
+        or getattr(config, "num_experts", None)
+        or getattr(config, "n_routed_experts", None)
+    )
+    used = getattr(config, "num_experts_per_tok", None)
+    return used / there if there and used else 1.0

@@ -1,0 +1,187 @@
+"""What is refused before weights are read or a process waits for another: one message each, exit code 2."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.loading import load
+from pipeline.console import UserError
+from pipeline.training.run import folder as run_folder
+from pipeline.training.start import launch, prepare, resolve
+from tests.helpers.builders import write_config
+
+
+def plan(tmp_path: Path, base: Path, **changes: Any) -> resolve.Resolved:
+    settings = {"model": str(base), "output_dir": str(tmp_path / "out"), **changes}
+    config = load(str(write_config(tmp_path / "c.toml", **settings)))
+    made = resolve.resolve(config)
+    prepare.check_files(config.model, config.output_dir, made.shell)
+    prepare.tokenizer_for(made, config.model)
+    return made
+
+
+def test_a_plan_says_what_is_trained_where(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan(tmp_path, base)
+    assert made.trained.targets == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert made.ranges[0][0] == 0
+    said = capsys.readouterr().out
+    assert "multiplicative_lora on the output of down_proj, layers 0 to 2 (3 of 4: all but the last)" in said
+
+
+def copy_of(base: Path, tmp_path: Path, **config: Any) -> Path:
+    """The base with changes to its config.json."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **config}))
+    return folder
+
+
+def groups(*names: str) -> dict[str, Any]:
+    """[optimizer] with a group for these names."""
+    return {"type": "adamw_kahan", "lr": 1e-2, "groups": [{"names": list(names), "lr_ratio": 0.1}]}
+
+
+def test_a_group_that_names_nothing_trained_is_refused_before_weights_are_read(tmp_path: Path, base: Path) -> None:
+    """A tied head goes by its embedding's name, on any number of stages: a group for the other would have no effect."""
+    plan(tmp_path, base, optimizer=groups("B", r"layers\.0\..*A"))
+    with pytest.raises(UserError, match=r"optimizer\.groups: 'lora_Z' names no parameter that is trained"):
+        plan(tmp_path, base, optimizer=groups("B", "lora_Z"))
+    tied = copy_of(base, tmp_path, tie_word_embeddings=True)
+    for stages in (1, 2):
+        settings = {"trainable_modules": ["lm_head"], "pipeline_stages": stages}
+        plan(tmp_path, tied, optimizer=groups("embed_tokens.weight"), **settings)
+        with pytest.raises(
+            UserError, match=r"'lm_head\.weight' names no parameter that is trained; there are model\.embed"
+        ):
+            plan(tmp_path, tied, optimizer=groups("lm_head.weight"), **settings)
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path, base: Path) -> None:
+    """fp8 weights cast without their scales would train as garbage, without a word."""
+    folder = copy_of(base, tmp_path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match=r"is quantised \(fp8\)"):
+        plan(tmp_path, folder)
+
+
+def test_a_model_that_is_not_there_or_has_no_tokenizer(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        plan(tmp_path, tmp_path / "nowhere")
+    folder = copy_of(base, tmp_path)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="there is no tokenizer in it"):
+        plan(tmp_path, folder)
+
+
+def test_an_output_dir_that_cannot_be_written(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        plan(tmp_path, base, output_dir=str(tmp_path / "file" / "runs"))
+
+
+def test_full_fine_tuning_of_modules_that_are_not_there(tmp_path: Path, base: Path) -> None:
+    changes = {"full_fine_tune": True, "lora_rank": None, "lora_alpha": None, "layers_to_transform": None}
+    with pytest.raises(UserError, match="no parameter has nope in its name"):
+        plan(tmp_path, base, target_modules=["nope"], **changes)
+    assert plan(tmp_path, base, target_modules=["norm"], **changes).trained.targets == []
+
+
+def test_the_number_of_processes_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    launch.check_processes(3)
+    with pytest.raises(UserError, match="pipeline_stages = 2 does not divide the 3 process"):
+        launch.check_processes(2)
+
+
+# Resuming
+
+SAVED = {
+    "config": {"adapter_type": "lora", "full_fine_tune": False, "optimizer": {"type": "adamw_kahan"}, "x": 1},
+    "trained": ["m.0.A", "m.0.B"],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained", "message"),
+    [
+        ({}, {"m.0.A", "m.0.B", "m.1.A"}, None),
+        ({"adapter_type": "multiplicative_lora"}, {"m.0.A", "m.0.B"}, "adapter_type"),
+        ({"full_fine_tune": True}, {"m.0.A", "m.0.B"}, "full_fine_tune"),
+        ({}, {"m.0.A"}, "m.0.B, which this run would drop"),
+        ({"optimizer": {"type": "adamw"}}, {"m.0.A", "m.0.B"}, "load_optimizer_states = false"),
+        ({"optimizer": {"type": "adamw"}, "load_optimizer_states": False}, {"m.0.A", "m.0.B"}, None),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(
+    changes: dict[str, Any], trained: set[str], message: str | None
+) -> None:
+    now = {**SAVED["config"], "load_optimizer_states": True, **changes}  # type: ignore[dict-item]
+    if message is None:
+        run_folder.check_continues(SAVED, now, trained, {})
+        return
+    with pytest.raises(UserError, match=message):
+        run_folder.check_continues(SAVED, now, trained, {})
+
+
+def test_what_differs_from_the_checkpoint_is_shown() -> None:
+    saved = {"lr": 1e-5, "resume_from_checkpoint": False, "same": [1]}
+    current = {"lr": 2e-5, "resume_from_checkpoint": True, "same": [1], "new": None}
+    assert run_folder.differences(saved, current) == ["  lr: 1e-05 → 2e-05"]
+
+
+def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
+    command = [
+        "/a b/train.py",
+        "--local_rank=1",
+        "--config",
+        "x.toml",
+        "--resume_from_checkpoint",
+        "old",
+        "--set",
+        "a='b c'",
+    ]
+    line = run_folder.resume_line(command, 2, tmp_path)
+    quoted = shlex.quote("a='b c'")
+    expected = (
+        f"deepspeed --quiet --num_gpus 2 '/a b/train.py' --config x.toml --set {quoted} {run_folder.RESUME} {tmp_path}"
+    )
+    assert line == expected
+    flag = run_folder.resume_line(["train.py", "--resume_from_checkpoint", "--set", "x=1"], 1, tmp_path)
+    assert flag == f"deepspeed --quiet --num_gpus 1 train.py --set x=1 --resume_from_checkpoint {tmp_path}"
+
+
+def test_later_saves_are_put_aside_and_kept(tmp_path: Path) -> None:
+    from pipeline.training.checkpoint import retention
+
+    for name in ("global_step2", "global_step4", "step2", "step4", "steps"):
+        (tmp_path / name).mkdir()
+    assert sorted(retention.abandon_after(tmp_path, 2)) == ["global_step4", "step4"]
+    names = {path.name.split("-")[0] for path in tmp_path.iterdir()}
+    assert names == {"global_step2", "step2", "steps", "abandoned"}
+    assert [n for n, _ in retention.numbered(tmp_path, "global_step")] == [2]
+
+
+def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    run_folder._lock(tmp_path)
+    try:
+        with pytest.raises(UserError, match="another run is at work"):
+            run_folder._lock(tmp_path)
+    finally:
+        run_folder._LOCKS.clear()
+
+
+def test_without_a_launcher_the_whole_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.toml"])
+    with pytest.raises(UserError) as caught:
+        launch.check_processes(2)
+    assert str(caught.value).endswith("\n  deepspeed --quiet --num_gpus 2 train.py --config 'my run.toml'")
