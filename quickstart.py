@@ -154,11 +154,11 @@ def half_of_the_run() -> int:
     """Half of the adapter's steps, from its configuration and the cut text, without training."""
     from pipeline.config.loading import load
     from pipeline.data import tokenizer
-    from pipeline.training.start import prepare
+    from pipeline.training.start import prepare, resolve
 
     config = load("quickstart.toml")
-    data = prepare.read_data(config, tokenizer.load(config.model))
-    return prepare.micro_batches(config, data).steps_per_epoch(0) * (config.epochs or 1) // 2
+    data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
+    return prepare.micro_batches(resolve.data_of(config), data).steps_per_epoch(0) * (config.epochs or 1) // 2
 
 
 def merged_loss() -> float:
@@ -168,10 +168,10 @@ def merged_loss() -> float:
 
     from pipeline.config.loading import load
     from pipeline.data import tokenizer
-    from pipeline.training.start import prepare
+    from pipeline.training.start import prepare, resolve
 
     config = load("quickstart.toml")
-    rows = prepare.read_data(config, tokenizer.load(config.model)).evaluation["held_out"]
+    rows = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model)).evaluation["held_out"]
     model = AutoModelForCausalLM.from_pretrained(HERE / "merged").eval()
     total = 0.0
     with torch.no_grad():

@@ -64,14 +64,14 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     plan = resolve.resolve(config, resumes=bool(resume))
     prepare.check_files(config.model, config.output_dir, plan.shell)
     after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
-    data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
+    data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
     resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
     rendezvous = engine.rendezvous_in(Path(config.output_dir))
     try:
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
         watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
-        batches = prepare.micro_batches(config, data, place.replica, place.replicas)
-        prepare.describe_steps(config, batches, place.replicas)
+        batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)

@@ -10,7 +10,7 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.data.selection import Streams, whole
 from pipeline.training.start import plan as planned
-from pipeline.training.start import prepare
+from pipeline.training.start import prepare, resolve
 from tests.helpers.builders import ROOT
 from tests.helpers.configs import small
 from tests.helpers.data import store
@@ -55,5 +55,7 @@ def test_warmup_that_outlasts_the_run_is_said(
 ) -> None:
     config = loading.validate(small(**{"epochs": None, **changes}), "x")
     rows = whole(Streams(tmp_path, store(tmp_path / "store", 8, 40)))
-    prepare.describe_steps(config, prepare.micro_batches(config, prepare.Data([rows], {})), replicas=1)
+    spec = resolve.data_of(config)
+    updates = resolve.Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
+    prepare.describe_steps(spec, updates, prepare.micro_batches(spec, prepare.Data([rows], {})), replicas=1)
     assert ("never reaches optimizer.lr" in capsys.readouterr().err) == warns

@@ -43,7 +43,7 @@ def main() -> None:
         resume = runs[resume] if isinstance(resume, int) else resume
         found = folder.find_checkpoint(Path(config.output_dir), resume or False)
         model = resolve.resolve(config)
-        data = prepare.read_data(config, tokenizer.load(config.model))
+        data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
         run = assemble.trainer(config, model, data, place, watcher, found, ["train.py", "--config", case["config"]])
         arrange(case, run, place)
         codes.append(run.run())

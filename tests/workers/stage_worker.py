@@ -6,8 +6,8 @@ each with a new engine over the same processes. Gives, per case and rank, FOLDER
     initial/<name>, weights/<name>       trained parameters before the first and after the last step
     gradient/<step>/<name>               of the step, over all replicas, before clipping
 
-and FOLDER/<case>/<rank>.json. A case is {name, config, overrides, steps, evaluate_at}; `evaluate_at` counts steps done. One with `rows` has these for
-training and evaluation (tests/helpers/row_store.py) in place of the config's datasets.
+and FOLDER/<case>/<rank>.json. A case is {name, config, overrides, steps, evaluate_at}; `evaluate_at` counts steps done.
+A case with `rows` has these for training and evaluation (tests/helpers/row_store.py) in place of the config's datasets.
 A case with `sabotage` is one run of the self-test over a DeepSpeed with that fault.
 """
 
@@ -77,7 +77,7 @@ def train(
 ) -> None:
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
     plan = resolve.resolve(config)
-    data = prepare.read_data(config, tokenizer.load(config.model))
+    data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
     if "rows" in case:
         train_on, held_out = (ListStore(rows) for rows in case["rows"])
         data = prepare.Data(

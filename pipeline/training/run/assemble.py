@@ -65,7 +65,7 @@ def trainer(
         stage = build_stage(plan, followed, place, arena, config.neftune_noise_alpha)
     optimizer = build_optimizer(plan.updates, stage, place)
     families.after_updates(stage, optimizer.inner)
-    batches = prepare.micro_batches(config, data, place.replica, place.replicas)
+    batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     head = stage.head if stage.is_last else None  # only the last stage computes a loss
     objective = LanguageModelling(head, logit_transform(stage.model.config), config.train_logit_scale)
     pipeline_engine = engine.build(
@@ -103,7 +103,7 @@ def trainer(
         place=place,
         optimizer=optimizer,
         batches=batches,
-        evaluations=prepare.evaluation_batches(config, data, place.replica, place.replicas),
+        evaluations=prepare.evaluation_batches(plan.data, data, place.replica, place.replicas),
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,

@@ -17,9 +17,9 @@ def look(config: Config, preview_chunks: int | None) -> int:
     prepare.check_files(config.model, config.output_dir, plan.shell)
     after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
     tokenizer = prepare.tokenizer_for(plan, config.model)
-    batches = prepare.micro_batches(config, data := prepare.read_data(config, tokenizer, plan))
-    prepare.evaluation_batches(config, data)
-    prepare.describe_steps(config, batches, replicas=1)
+    batches = prepare.micro_batches(plan.data, data := prepare.read_data(plan.data, tokenizer, plan))
+    prepare.evaluation_batches(plan.data, data)
+    prepare.describe_steps(plan.data, plan.updates, batches, replicas=1)
     if preview_chunks is not None:
         log("\n" + "\n".join(preview(batches, tokenizer, preview_chunks)))
     return EXIT_DONE

@@ -101,7 +101,7 @@ def optimizer_types(optimizer: Optimizer, stage: Stage) -> dict[nn.Parameter, st
 def show(config: Config, described: str | None) -> int:
     """`--plan`: for the devices `described` ('2x48GiB'), or for those of this machine. UserError for nonsense."""
     plan = resolve(config)
-    log(full_report(plan, described, _total_steps(config, plan)))
+    log(full_report(plan, described, _total_steps(plan)))
     return EXIT_DONE
 
 
@@ -140,17 +140,17 @@ def full_report(plan: Resolved, described: str | None, total_steps: int | None) 
     )
 
 
-def _total_steps(config: Config, plan: Resolved) -> int | None:
+def _total_steps(plan: Resolved) -> int | None:
     """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
     try:
-        data = prepare.read_data(config, prepare.tokenizer_for(plan, config.model), plan)
-        batches = prepare.micro_batches(config, data)
+        data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, plan.base.folder), plan)
+        batches = prepare.micro_batches(plan.data, data)
     except UserError as error:
         log(f"data:     the run's length is not known: {error}")
-        return config.max_steps
-    if config.epochs is None:
-        return config.max_steps
-    return batches.steps_to_come(Position(), config.epochs, config.max_steps)
+        return plan.data.max_steps
+    if plan.data.epochs is None:
+        return plan.data.max_steps
+    return batches.steps_to_come(Position(), plan.data.epochs, plan.data.max_steps)
 
 
 class Followed(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import Config
 from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import log, warn
 from pipeline.data import chunks
@@ -26,7 +25,7 @@ from pipeline.model.stage import tied_head
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.start import data_fits
-from pipeline.training.start.resolve import Resolved
+from pipeline.training.start.resolve import DataSpec, Resolved, Updates
 
 
 @dataclass(frozen=True)
@@ -58,19 +57,19 @@ def tokenizer_for(plan: Resolved, folder: str) -> Any:
     return tokenizer
 
 
-def read_data(config: Config, tokenizer: Any, plan: Resolved | None = None) -> Data:
+def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> Data:
     """Tokenise (or find in the cache), cut and split every dataset; says what became of the text.
 
     With the model's plan, UserError for ids beyond its embedding and for chunks longer than it can read.
     """
-    cache = Path(config.output_dir) / "dataset_cache"
+    cache = spec.cache
     train, evaluation = [], {}
     if plan is not None:
-        lengths = {f"datasets.{i}.sequence_len": dataset.sequence_len for i, dataset in enumerate(config.datasets)}
-        lengths |= {f"eval_datasets.{i}.sequence_len": held.sequence_len for i, held in enumerate(config.eval_datasets)}
+        lengths = {f"datasets.{i}.sequence_len": dataset.sequence_len for i, dataset in enumerate(spec.datasets)}
+        lengths |= {f"eval_datasets.{i}.sequence_len": held.sequence_len for i, held in enumerate(spec.eval_datasets)}
         for key, sequence_len in lengths.items():
             data_fits.check_length(key, sequence_len, plan.shell)
-    for number, dataset in enumerate(config.datasets):
+    for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         streams = _chunks(
             dataset, name, tokenizer, cache, plan, eval_size=dataset.eval_size, eval_split=dataset.eval_split
@@ -80,7 +79,7 @@ def read_data(config: Config, tokenizer: Any, plan: Resolved | None = None) -> D
         train.append(rows.train)
         if rows.eval is not None:
             evaluation[name] = rows.eval
-    for number, held_out in enumerate(config.eval_datasets):
+    for number, held_out in enumerate(spec.eval_datasets):
         name = held_out.name or f"eval{number}"
         evaluation[name] = whole(_chunks(held_out, name, tokenizer, cache, plan), held_out.subsample)
     return Data(train, evaluation)
@@ -107,36 +106,36 @@ def _chunks(
     return streams
 
 
-def micro_batches(config: Config, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:
+def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:
     """The training micro-batches of one data-parallel replica."""
     epoch_rows = mix(
         data.train,
-        seed=config.seed,
-        mode=config.dataset_combination_mode,
-        weights=[d.sample_weight for d in config.datasets],
-        stopping_strategy=config.dataset_interleave_stopping_strategy,
-        weigh_tokens=config.batch_size_tokens is not None,
+        seed=spec.seed,
+        mode=spec.combination,
+        weights=[d.sample_weight for d in spec.datasets],
+        stopping_strategy=spec.stopping,
+        weigh_tokens=spec.batch_size_tokens is not None,
     )
     return MicroBatches(
         [rows.store for rows in data.train],
         epoch_rows,
-        seed=config.seed,
-        micro_batch_size=config.micro_batch_size_per_gpu,
-        batch_size_tokens=config.batch_size_tokens,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        seed=spec.seed,
+        micro_batch_size=spec.micro_batch_size,
+        batch_size_tokens=spec.batch_size_tokens,
+        gradient_accumulation_steps=spec.accumulation,
         dp_rank=replica,
         dp_world=replicas,
-        group_by_length=config.group_by_length,
+        group_by_length=spec.group_by_length,
     )
 
 
-def evaluation_batches(config: Config, data: Data, replica: int = 0, replicas: int = 1) -> dict[str, EvaluationBatches]:
+def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 1) -> dict[str, EvaluationBatches]:
     """The evaluation micro-batches of one data-parallel replica, by dataset."""
     return {
         name: EvaluationBatches(
             rows,
-            micro_batch_size=config.micro_batch_size_per_gpu,
-            batch_size_tokens=config.batch_size_tokens,
+            micro_batch_size=spec.micro_batch_size,
+            batch_size_tokens=spec.batch_size_tokens,
             dp_rank=replica,
             dp_world=replicas,
         )
@@ -144,23 +143,21 @@ def evaluation_batches(config: Config, data: Data, replica: int = 0, replicas: i
     }
 
 
-def describe_steps(config: Config, batches: MicroBatches, replicas: int) -> None:
+def describe_steps(spec: DataSpec, updates: Updates, batches: MicroBatches, replicas: int) -> None:
     """Say the size of a step and of the run as equations."""
     info = batches.info(Position())
     per_step = batches.micro_batches_per_step
     steps = batches.steps_per_epoch(0)
     log(
-        f"a step:   {per_step} micro-batches ({config.gradient_accumulation_steps} accumulated × {replicas} replica(s)) "
+        f"a step:   {per_step} micro-batches ({spec.accumulation} accumulated × {replicas} replica(s)) "
         f"= {len(info.rows)} rows = {info.tokens:,} tokens"
     )
-    epochs = f"{config.epochs} epoch(s) of {steps} steps" if config.epochs else "max_steps"
-    limit = f", at most {config.max_steps} steps" if config.max_steps else ""
-    total = min(config.max_steps or math.inf, (config.epochs or math.inf) * steps)
-    if (warmup := warmup_steps(config.warmup_steps, steps)) >= total:
+    epochs = f"{spec.epochs} epoch(s) of {steps} steps" if spec.epochs else "max_steps"
+    limit = f", at most {spec.max_steps} steps" if spec.max_steps else ""
+    total = min(spec.max_steps or math.inf, (spec.epochs or math.inf) * steps)
+    if (warmup := warmup_steps(updates.warmup, steps)) >= total:
         warn(
             f"warmup_steps: {warmup} steps of warmup in a run of {total:.0f}: the learning rate never reaches "
-            f"optimizer.lr = {config.optimizer.lr:g}; give fewer"
+            f"optimizer.lr = {updates.optimizer.lr:g}; give fewer"
         )
-    log(
-        f"the run:  {epochs}{limit}; warmup {config.warmup_steps:g}, then {config.lr_scheduler} at lr {config.optimizer.lr:g}"
-    )
+    log(f"the run:  {epochs}{limit}; warmup {updates.warmup:g}, then {updates.lr_shape} at lr {updates.optimizer.lr:g}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -47,8 +47,26 @@ class Updates:
 
 
 @dataclass(frozen=True)
+class DataSpec:
+    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
+
+    datasets: list[Dataset]
+    eval_datasets: list[EvalDataset]
+    cache: Path
+    combination: Literal["concatenate", "interleave"]
+    stopping: Literal["first_exhausted", "all_exhausted"]
+    seed: int
+    micro_batch_size: int
+    batch_size_tokens: int | None
+    accumulation: int
+    group_by_length: bool
+    epochs: int | None
+    max_steps: int | None
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How the work is laid out: stages, micro-batches of `rows` of at most `tokens`, what layers keep for backward.
+    """How the work is laid out: stages, the largest micro-batch (`rows` of `tokens`), what layers keep for backward.
 
     `layers`: of each stage, where the user says so. `checkpointing`: activation_checkpointing. `host_gib`: host_memory_gib.
     """
@@ -73,6 +91,7 @@ class Resolved:
     ranges: list[tuple[int, int]]
     updates: Updates
     layout: Layout
+    data: DataSpec
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -101,7 +120,18 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), base, trained)
-    layout = layout_of(config)
+    data = data_of(config)
+    tokens, budget = max(d.sequence_len for d in config.datasets), config.batch_size_tokens
+    layout = Layout(
+        config.pipeline_stages,
+        config.layers_per_stage,
+        rows=max(1, budget // tokens) if budget else config.micro_batch_size_per_gpu,
+        tokens=tokens,
+        accumulation=config.gradient_accumulation_steps,
+        checkpointing=config.activation_checkpointing,
+        host_gib=config.host_memory_gib,
+        kernels=config.kernels,
+    )
     updates = Updates(
         config.optimizer,
         clip=config.gradient_clipping,
@@ -111,22 +141,24 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         warmup=config.warmup_steps,
         constant_lr=config.force_constant_lr,
     )
-    return Resolved(base, shell, trained, cut_into_stages(layout, shell, trained), updates, layout)
+    return Resolved(base, shell, trained, cut_into_stages(layout, shell, trained), updates, layout, data)
 
 
-def layout_of(config: Config) -> Layout:
-    """Rows and tokens are those of the largest micro-batch that there can be."""
-    tokens = max(d.sequence_len for d in config.datasets)
-    rows = max(1, config.batch_size_tokens // tokens) if config.batch_size_tokens else config.micro_batch_size_per_gpu
-    return Layout(
-        config.pipeline_stages,
-        config.layers_per_stage,
-        rows,
-        tokens,
-        config.gradient_accumulation_steps,
-        config.activation_checkpointing,
-        config.host_memory_gib,
-        config.kernels,
+def data_of(config: Config) -> DataSpec:
+    """The data as the config has it."""
+    return DataSpec(
+        config.datasets,
+        config.eval_datasets,
+        cache=Path(config.output_dir) / "dataset_cache",
+        combination=config.dataset_combination_mode,
+        stopping=config.dataset_interleave_stopping_strategy,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size_per_gpu,
+        batch_size_tokens=config.batch_size_tokens,
+        accumulation=config.gradient_accumulation_steps,
+        group_by_length=config.group_by_length,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
     )
 
 
