@@ -165,7 +165,7 @@ def test_whole_documents_are_held_out(shelf: Path) -> None:
     assert found.train.rows.tolist() == list(range(len(streams.train))) * 2
     assert found.eval is not None
     assert found.eval.store is streams.eval
-    assert [report.stream for report in streams.reports] == ["train", "eval"]
+    assert [report.stream for report in (store.report for store in streams.stores)] == ["train", "eval"]
     sides = [
         {span.name for chunk in range(len(s)) for span in s.documents(chunk)} for s in (streams.train, streams.eval)
     ]
