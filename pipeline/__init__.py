@@ -2,7 +2,7 @@
 
     config.loading.load              one TOML (and the command line) → one validated `Config`
     formats.base_model.read_base     a model's folder → its tensors' places, its config, which tensor is the head
-    training.start.prepare           the model's structure on `meta`, what is trained, each stage's layers; no weights
+    training.start.resolve           the model's structure on `meta`, what is trained, each stage's layers: one `Resolved`
     data.reading.documents           files → documents
     data.chunks.build                documents → one token stream → chunks of `sequence_len` in a memory-mapped cache
     data.batches.MicroBatches        rows of any store (data.row_store) → the micro-batches of a step, from nothing but a position
@@ -21,5 +21,5 @@
     inspection                       what an adapter does, in numbers, tokens and passages
 
 Imports point one way: training → planning → objectives, model, data → config, console; `artifacts` needs neither DeepSpeed nor
-transformers. Nothing below `training` sees the config object: it receives plain values.
+transformers. Past training.start.resolve only training.run.assemble.trainer sees the config: all else receives plain values.
 """

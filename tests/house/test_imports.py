@@ -138,7 +138,7 @@ def test_nothing_below_training_sees_the_config_object(source: Path) -> None:
 
 
 def test_the_config_ends_at_the_door() -> None:
-    """Few functions take it (train.py, start/resolve.py and what puts a run together), and nobody makes up another one."""
+    """Few functions take it (train.py, --check, --plan, start/resolve.py, run/assemble.trainer); nobody makes up another."""
     takers = []
     for source in SOURCES:
         if path(source).startswith("pipeline/config/"):

@@ -30,7 +30,7 @@ def make_inner(
         _of_type(one, members, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for one, members in by_type.items()
     ]
-    return parts[0] if len(parts) == 1 else Several(parts)
+    return parts[0] if len(parts) == 1 else ChainedOptimizer(parts)
 
 
 def _of_type(kind: str, groups: list[dict[str, Any]], **values: Any) -> Optimizer:
@@ -63,7 +63,7 @@ def update_bytes_per_parameter(kind: str, element_size: int, on_gpu: bool) -> tu
     return gradient + at_once[0], at_once[1]
 
 
-class Several(Optimizer):
+class ChainedOptimizer(Optimizer):
     """Optimizers that step as one. Their groups and the states of their parameters are seen together."""
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
@@ -98,5 +98,5 @@ def add(optimizer: Optimizer, parameter: nn.Parameter, change: Tensor) -> None:
 
 def _compensating(optimizer: Optimizer, parameter: nn.Parameter) -> AdamWKahan | None:
     """The AdamWKahan that updates `parameter`, if one does."""
-    part = optimizer.part_of[parameter] if isinstance(optimizer, Several) else optimizer
+    part = optimizer.part_of[parameter] if isinstance(optimizer, ChainedOptimizer) else optimizer
     return part if isinstance(part, AdamWKahan) else None

@@ -21,14 +21,14 @@ from pipeline.patterns import matches
 FAST = re.compile(r"(.*\.)?(lora_)?[BM](\.default)?(\.weight)?")
 
 
-class Special(NamedTuple):
+class ParamGroupOverride(NamedTuple):
     """Parameters with values of their own, by patterns of their names: an optimizer's arguments, `type`, `lr_factor`."""
 
     names: Sequence[str]
     values: Mapping[str, Any]
 
 
-def specials(optimizer: tables.Optimizer) -> list[Special]:
+def specials(optimizer: tables.Optimizer) -> list[ParamGroupOverride]:
     """[[optimizer.groups]] as keyword arguments of an optimizer and its `type`: what each says, and nothing else."""
     found = []
     for group in optimizer.groups:
@@ -39,7 +39,7 @@ def specials(optimizer: tables.Optimizer) -> list[Special]:
             said["betas"] = tuple(
                 getattr(optimizer if getattr(group, b) is None else group, b) for b in ("beta1", "beta2")
             )
-        found.append(Special(group.names, said))
+        found.append(ParamGroupOverride(group.names, said))
     return found
 
 
@@ -54,7 +54,7 @@ def build(
     fast_ratio: float,
     weight_decay: float,
     undecayed: Collection[str] = (),
-    specials: Sequence[Special] = (),
+    specials: Sequence[ParamGroupOverride] = (),
 ) -> list[dict[str, Any]]:
     """Groups over `parameters`, which may be none: at least one group, in which there may be nothing.
 
@@ -72,12 +72,12 @@ def build(
     return list(groups.values()) or [{"params": [], "lr_factor": 1.0, "weight_decay": weight_decay}]
 
 
-def values_of(name: str, specials: Sequence[Special]) -> Mapping[str, Any]:
+def values_of(name: str, specials: Sequence[ParamGroupOverride]) -> Mapping[str, Any]:
     """What the first of `specials` that names the parameter says; nothing where none does."""
     return next((special.values for special in specials if _names(special, name)), {})
 
 
-def check(specials: Sequence[Special], names: Collection[str]) -> None:
+def check(specials: Sequence[ParamGroupOverride], names: Collection[str]) -> None:
     """UserError for a pattern that matches none of `names`, the trained parameters of the whole model."""
     for pattern in (pattern for special in specials for pattern in special.names):
         if not any(matches(pattern, name, "optimizer.groups") for name in names):
@@ -86,5 +86,5 @@ def check(specials: Sequence[Special], names: Collection[str]) -> None:
             )
 
 
-def _names(special: Special, name: str) -> bool:
+def _names(special: ParamGroupOverride, name: str) -> bool:
     return any(matches(pattern, name, "optimizer.groups") for pattern in special.names)

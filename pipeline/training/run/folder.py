@@ -18,7 +18,7 @@ from pipeline.files import explain_out_of_space, write_text
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.checkpoint import retention
 from pipeline.training.engine.engine import Place
-from pipeline.training.optim.parameter_groups import Special, values_of
+from pipeline.training.optim.parameter_groups import ParamGroupOverride, values_of
 from pipeline.training.run.stop import STOP_FILE
 from pipeline.training.start import launch
 
@@ -99,7 +99,7 @@ def _check_same_start(saved: dict[str, Any], config: dict[str, Any]) -> None:
 
 def _type_of(name: str, optimizer: dict[str, Any]) -> str:
     """Of the optimizer that updates the parameter."""
-    specials = [Special(g["names"], {"type": g.get("type")}) for g in optimizer.get("groups", [])]
+    specials = [ParamGroupOverride(g["names"], {"type": g.get("type")}) for g in optimizer.get("groups", [])]
     return values_of(name, specials).get("type") or optimizer["type"]
 
 

@@ -1,7 +1,7 @@
-"""Everything of a run that needs no weights, no other process and no GPU: `--check` is this and nothing more.
+"""A run's files and data, which need no weights, no other process and no GPU: with resolve.py, all of `--check`.
 
-Takes the config; gives what it resolves to (layers, targets, stages, rows) or one UserError. All processes call it with
-the same outcome; the first to come builds the data cache, the others find it.
+Takes what the config resolves to; gives tokenised rows, micro-batches, or one UserError. All processes call it with the
+same outcome; the first to come builds the data cache, the others find it.
 """
 
 import math

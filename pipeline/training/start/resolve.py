@@ -288,7 +288,7 @@ def adapter_of(config: Config, targets: list[str], biased_targets: bool = False)
     )
 
 
-def check_groups(specials: Sequence[parameter_groups.Special], base: BaseModel, trained: Trained) -> None:
+def check_groups(specials: Sequence[parameter_groups.ParamGroupOverride], base: BaseModel, trained: Trained) -> None:
     """UserError for a name in [[optimizer.groups]] that nothing trained has. A tied head goes by its embedding's name."""
     if specials:
         names = adapters.trainable(parts.whole_on_meta(base, trained))

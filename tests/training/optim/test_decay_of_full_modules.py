@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.training.optim.inner import make_inner
-from pipeline.training.optim.parameter_groups import Special, build
+from pipeline.training.optim.parameter_groups import ParamGroupOverride, build
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from tests.helpers import builders, stage_runs, unsplit
 from tests.helpers.stage_runs import STEPS, Case
@@ -44,7 +44,9 @@ def test_rows_that_no_step_reads(kind: str, dtype: torch.dtype) -> None:
         for name, shape in {"m.embed_tokens.weight": (32, WIDTH), "m.norm.weight": (WIDTH,), "m.A": (4, WIDTH)}.items()
     }
     own = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
-    groups = build(own, fast_ratio=1.0, weight_decay=DECAY, specials=[Special(UNDECAYED, {"weight_decay": 0.0})])
+    groups = build(
+        own, fast_ratio=1.0, weight_decay=DECAY, specials=[ParamGroupOverride(UNDECAYED, {"weight_decay": 0.0})]
+    )
     inner = make_inner(kind, groups, lr=LR, betas=(0.9, 0.99), eps=1e-8, weight_decay=DECAY)
     optimizer = PipelineOptimizer(own, inner, 0.0)
     ids = torch.tensor([[3, 5, 7, 31], [0, 5, 9, 3], [16, 17, 5, 5]])

@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.console import UserError
 from pipeline.training.optim.inner import add, make_inner, value
 from pipeline.training.optim.lr_schedule import learning_rate
-from pipeline.training.optim.parameter_groups import Special, build, check, is_fast
+from pipeline.training.optim.parameter_groups import ParamGroupOverride, build, check, is_fast
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run.folder import check_continues
 
@@ -114,9 +114,9 @@ def test_one_group_without_loraplus_and_on_a_stage_that_trains_nothing() -> None
 def test_first_group_that_names_a_parameter_has_it() -> None:
     own = parameters({**FAST, **SLOW})
     specials = [
-        Special(["down_proj.A"], {"lr_factor": 0.5, "weight_decay": 0.0}),
-        Special([r"layers\.[01]\..*", "norm.weight"], {"eps": 1e-3}),
-        Special([".*"], {"betas": (0.5, 0.5)}),
+        ParamGroupOverride(["down_proj.A"], {"lr_factor": 0.5, "weight_decay": 0.0}),
+        ParamGroupOverride([r"layers\.[01]\..*", "norm.weight"], {"eps": 1e-3}),
+        ParamGroupOverride([".*"], {"betas": (0.5, 0.5)}),
     ]
     groups = build(own, fast_ratio=LAMBDA, weight_decay=0.1, specials=specials)
     names = {id(p): name for name, p in own.items()}
@@ -142,7 +142,7 @@ def test_groups_learn_as_optimizers_of_their_own(kind: str, other: str) -> None:
     """Two parameters in one optimizer with groups, bit-equal to each alone with the group's values and type."""
     values = {"first": {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}}
     values["second"] = {"lr": 3e-2, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0}
-    special = Special(
+    special = ParamGroupOverride(
         ["second"], {"type": other, "lr_factor": 3.0, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0}
     )
     start = {name: torch.randn(70, 70, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(values)}
@@ -168,15 +168,15 @@ def test_groups_learn_as_optimizers_of_their_own(kind: str, other: str) -> None:
 
 
 def test_pattern_that_names_nothing() -> None:
-    check([Special(["A", r"layers\.0\..*"], {})], [*FAST, *SLOW])
+    check([ParamGroupOverride(["A", r"layers\.0\..*"], {})], [*FAST, *SLOW])
     with pytest.raises(UserError, match=r"optimizer\.groups: 'lora_Z' names no parameter that is trained"):
-        check([Special(["A", "lora_Z"], {})], [*FAST, *SLOW])
+        check([ParamGroupOverride(["A", "lora_Z"], {})], [*FAST, *SLOW])
 
 
 def test_optimizers_of_several_types_are_seen_as_one() -> None:
     """Rates, states and the compensated sum are found by parameter, whichever optimizer has it."""
     first, second = (nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2))
-    special = Special(["second"], {"type": "adamw", "lr_factor": 2.0})
+    special = ParamGroupOverride(["second"], {"type": "adamw", "lr_factor": 2.0})
     groups = build({"first": first, "second": second}, fast_ratio=1.0, weight_decay=0.0, specials=[special])
     inner = make_inner("adamw_kahan", groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
     optimizer = PipelineOptimizer({"first": first, "second": second}, inner, 0.0)
