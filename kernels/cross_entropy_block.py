@@ -94,7 +94,7 @@ def statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -
 def pytorch_loss(
     logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform, scale_n: Tensor | None, wants_gradient: bool
 ) -> Tensor:
-    """As `loss`. A label that is no token raises what PyTorch's gather raises."""
+    """Like `loss`. A label that is not a token raises what PyTorch's gather raises."""
     nll = torch.empty(len(logits_nV), dtype=wide(logits_nV), device=logits_nV.device)
     for part in parts(len(logits_nV), max(1, ROWS_ELEMENTS // logits_nV.shape[1])):
         raw, ignored = logits_nV[part], labels_n[part] == IGNORED
@@ -114,7 +114,7 @@ def pytorch_loss(
 
 
 def pytorch_statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """As `statistics`. A label that is no token raises what PyTorch's gather raises."""
+    """Like `statistics`. A label that is not a token raises what PyTorch's gather raises."""
     found = torch.empty(3, len(logits_nV), dtype=wide(logits_nV), device=logits_nV.device)
     for part in parts(len(logits_nV), max(1, ROWS_ELEMENTS // logits_nV.shape[1])):
         ignored = labels_n[part] == IGNORED
@@ -174,7 +174,7 @@ if triton is not None:
 
     @triton.jit
     def _at_label(row, label, V, before, cap, after, CAPPED: tl.constexpr) -> tl.tensor:
-        """z of the label; NaN for a label that is no token."""
+        """z of the label; NaN for a label that is not a token."""
         raw = tl.load(row + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
         z, _ = _transformed(raw, before, cap, after, CAPPED)
         return z
@@ -251,7 +251,7 @@ def _tiles(logits_nV: Tensor, transform: LogitTransform) -> tuple[tuple, dict]:
 def triton_loss(
     logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform, scale_n: Tensor | None, wants_gradient: bool
 ) -> Tensor:
-    """As `loss`, in one kernel, which holds nothing but nll beside the block. NaN for a label that is no token."""
+    """Like `loss`, in one kernel, which holds only nll beside the block. NaN for a label that is not a token."""
     nll = torch.empty(len(logits_nV), dtype=torch.float32, device=logits_nV.device)
     if len(logits_nV):
         arguments, constants = _tiles(logits_nV, transform)
@@ -271,7 +271,7 @@ def triton_loss(
 
 
 def triton_statistics(logits_nV: Tensor, labels_n: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """As `statistics`, in one kernel, which leaves the block as it is. NaN for a label that is no token."""
+    """Like `statistics`, in one kernel, which leaves the block as it is. NaN for a label that is not a token."""
     found = torch.empty(3, len(logits_nV), dtype=torch.float32, device=logits_nV.device)
     if len(logits_nV):
         arguments, constants = _tiles(logits_nV, transform)

@@ -204,7 +204,7 @@ if triton is not None:
 def triton_epilogue(
     h: Tensor, z: Tensor, B: Tensor, scaling: float, residual: Tensor | None, attention: Tensor | None
 ) -> Tensor:
-    """As `pytorch_epilogue`, in one kernel; B of any strides."""
+    """Like `pytorch_epilogue`, in one kernel; B of any strides."""
     h, z = h.contiguous(), z.contiguous()
     (n, d), rank = h.shape, z.shape[1]
     y = torch.empty_like(h)

@@ -258,7 +258,7 @@ class _Launch(NamedTuple):
 
 
 def triton_forward(x: Tensor, weight: Tensor, form: NormForm) -> tuple[Tensor, ...]:
-    """As `pytorch_forward`, in one kernel."""
+    """Like `pytorch_forward`, in one kernel."""
     launch = _Launch.over(x, weight)
     y = torch.empty(x.shape, dtype=form.out_dtype(x, weight), device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
@@ -288,7 +288,7 @@ def triton_forward(x: Tensor, weight: Tensor, form: NormForm) -> tuple[Tensor, .
 def triton_backward(
     d_y: Tensor, x: Tensor, weight: Tensor, statistics: list[Tensor], form: NormForm, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `pytorch_backward`, in one kernel; a trained weight adds the sum of at most 512 rows per head."""
+    """Like `pytorch_backward`, in one kernel; a trained weight adds the sum of at most 512 rows per head."""
     launch = _Launch.over(x, weight)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = triton.cdiv(launch.groups, launch.rows)

@@ -182,7 +182,7 @@ if triton is not None:
 
 
 def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
-    """As `pytorch_rotate`, in one kernel; any strides but the last dimension's, which is made dense."""
+    """Like `pytorch_rotate`, in one kernel; any strides but the last dimension's, which is made dense."""
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
     out = torch.empty_like(x)
     n_rows, n_heads, length, k = x.shape

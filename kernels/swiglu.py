@@ -154,7 +154,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def triton_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """As `pytorch_product`, in one kernel, rounded once."""
+    """Like `pytorch_product`, in one kernel, rounded once."""
     m = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if m.numel():
         g, u = _rows(gate), _rows(up)
@@ -166,7 +166,7 @@ def triton_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def triton_gradients(d_m: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """As `pytorch_gradients`, in one kernel, each rounded once."""
+    """Like `pytorch_gradients`, in one kernel, each rounded once."""
     d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     d_up = torch.empty_like(d_gate)
     if d_gate.numel():

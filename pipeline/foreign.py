@@ -64,7 +64,7 @@ def read_bytes(file: Path, what: str, limit: int) -> bytes:
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{printable(file)} is no regular file ({what}).")
+            raise UserError(f"{printable(file)} is not a regular file ({what}).")
         if found.st_size > limit:
             raise UserError(f"{printable(file)} has {found.st_size:,} bytes, too many for {what}.")
         return file.read_bytes()
@@ -79,7 +79,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """`text`, UTF-8 where it is bytes, as JSON. Raises UserError, naming `where` it stands, for anything that is not.
 
     Also refused: a key that is there twice in one object, nesting beyond DEPTH_LIMIT, integers beyond DIGITS_LIMIT and
-    half of a surrogate pair, which is no text.
+    half of a surrogate pair, which is not text.
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -117,7 +117,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def toml_value(text: str) -> dict[str, Any]:
-    """As `parse_toml`, for whom knows what to say: raises tomli.TOMLDecodeError, or ValueError for the limits."""
+    """Like `parse_toml`, for callers with their own message: raises tomli.TOMLDecodeError, or ValueError for the limits."""
     try:
         value = tomli.loads(text)
     except RecursionError:
@@ -134,7 +134,7 @@ def check_toml(value: Any) -> None:
 def read_front_matter(file: Path) -> dict[str, Any]:
     """The YAML mapping that begins a README.md, between two lines `---`; empty where it has none.
 
-    Raises UserError where the file cannot be read or what stands there is no mapping in YAML.
+    Raises UserError if the file cannot be read or its front matter is not a YAML mapping.
     """
     raw = read_bytes(file, "a model card", CARD_LIMIT_BYTES)
     with read_by_library(f"{printable(file)}: its front matter does not read"):
@@ -144,7 +144,7 @@ def read_front_matter(file: Path) -> dict[str, Any]:
         value = yaml.safe_load(found.group(1)) if found else None
         _check(value, DEPTH_LIMIT)
         if value is not None and not isinstance(value, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is not a mapping")
     return value or {}
 
 
@@ -153,7 +153,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"the key '{printable(twice, 80)}' is there twice in one object; which one counts is not said")
+        raise ValueError(f"the key '{printable(twice, 80)}' appears twice in one object; keep one of them")
     return found
 
 
@@ -164,7 +164,7 @@ def _integer(digits: str) -> int:
 
 
 def _check(value: Any, depth_limit: int, integers: range | None = None) -> None:
-    """Raise ValueError where `value` nests deeper than `depth_limit`, or holds what is no text.
+    """Raise ValueError where `value` nests deeper than `depth_limit`, or holds a string that is not valid text.
 
     With `integers`, of a configuration: also for others than these, and a NUL in a text.
     """
@@ -186,7 +186,7 @@ def _check(value: Any, depth_limit: int, integers: range | None = None) -> None:
                 inner += one
             elif isinstance(one, str):
                 if _SURROGATE.search(one):
-                    raise ValueError(f"'{printable(one, 40)}' holds half of a surrogate pair, which is no text")
+                    raise ValueError(f"'{printable(one, 40)}' holds half of a surrogate pair, which is not text")
                 if integers is not None and "\0" in one:
                     raise ValueError(f"'{printable(one, 40)}' holds a NUL, which no name or path has")
             elif integers is not None and isinstance(one, int) and one not in integers:

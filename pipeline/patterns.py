@@ -28,7 +28,7 @@ TOGETHER_S = 5.0  # of all names that one pattern has met; an honest one takes m
 def matches(pattern: str, name: str, where: str) -> bool:
     """Whether `pattern` describes `name`, or its end after a dot: PEFT's `re.match(rf"(.*\\.)?({pattern})$", name)`.
 
-    `where`: the key with which a message begins. Raises UserError where `pattern` is no regular expression, or takes too long.
+    `where`: the key that starts a message. Raises UserError if `pattern` is not a valid regular expression or takes too long.
     """
     try:
         return _matcher(pattern).match(name)
@@ -37,7 +37,7 @@ def matches(pattern: str, name: str, where: str) -> bool:
 
 
 def check(pattern: str) -> None:
-    """Raise ValueError where `pattern` is no regular expression."""
+    """Raise ValueError where `pattern` is not a valid regular expression."""
     _matcher(pattern)
 
 
@@ -62,7 +62,7 @@ class _Matcher:
             re.compile(rf"(.*\.)?({pattern})$")
             self._compiled = regex.compile(rf"(.*\.)?({pattern})$", regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
-            raise ValueError(f"'{self._shown}' is no regular expression: {error}") from None
+            raise ValueError(f"'{self._shown}' is not a valid regular expression: {error}") from None
         self._known: dict[str, bool] = {}
         self._left_s = TOGETHER_S
 

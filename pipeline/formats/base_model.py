@@ -94,7 +94,7 @@ def read_base(folder: Path, asked: str = "--input") -> Base:
     """Read the headers and the config of a model's folder; a single file goes before an index, as in transformers.
 
     `asked`: the key or flag that named the folder, with which messages about it begin. Raises UserError where the folder
-    is no model in safetensors, is incomplete, has a link that leads out of it, or is quantised (its packed weights cannot
+    holds no safetensors model, is incomplete, has a link that leads out of it, or is quantised (its packed weights cannot
     take a small change: fold into the 16-bit original).
     """
     if not folder.is_dir():
@@ -152,7 +152,7 @@ def config_ties(config: dict[str, Any]) -> bool | None:
 
 
 def untie(config: dict[str, Any]) -> None:
-    """Say in `config`, and in its text model's part if that says otherwise, that head and embedding are two."""
+    """Mark head and embedding as untied in `config`, and in its text_config where that has its own value."""
     text = config.get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
         text["tie_word_embeddings"] = False
@@ -236,11 +236,12 @@ def _indexed_headers(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map; the download is incomplete.")
     if not isinstance(index.get("metadata"), dict | None):
-        raise UserError(f"{folder / INDEX}: its metadata is no object. The file is damaged.")
+        raise UserError(f"{folder / INDEX}: its metadata is not a JSON object. The file is damaged.")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable() or len(name.encode()) > 255:
             raise UserError(
-                f"{folder / INDEX} places {printable(tensor)!r} in {printable(name)!r}, which is no file of this folder."
+                f"{folder / INDEX} places {printable(tensor)!r} in {printable(name)!r}, which is not "
+                "the name of a file in this folder."
             )
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]

@@ -81,7 +81,7 @@ def read_header(file: Path) -> Header:
         raise UserError(f"{shown} cannot be read: {reason}.") from None
     entries = parse_json(raw, f"the header of {shown}")
     if not isinstance(entries, dict):
-        raise UserError(f"{shown} is not a safetensors file: its header is no JSON object.")
+        raise UserError(f"{shown} is not a safetensors file: its header is not a JSON object.")
     metadata = _metadata(shown, entries.pop("__metadata__", None))
     tensors = [_entry(file, name, entry, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.n_bytes))
@@ -110,7 +110,9 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> StoredTenso
     if not _sizes(shape) or len(shape) > MOST_DIMENSIONS or math.prod(shape) > LARGEST:
         raise UserError(f"{where} has the shape {printable(shape, 60)}, which no tensor has. The file is damaged.")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise UserError(f"{where} lies at {printable(offsets, 60)}, which is no place in a file. The file is damaged.")
+        raise UserError(
+            f"{where} lies at {printable(offsets, 60)}, which is not a valid byte range. The file is damaged."
+        )
     return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0], offsets[1] - offsets[0])
 
 

@@ -214,8 +214,8 @@ def _notes(adapter: Adapter, kind: Kind, modules: Sequence[Module], base: Base |
         )
     if kind == "lora":
         notes.append(
-            "an additive LoRA reads a module's input and writes to its output, so I + s·B·A is no map of one space: what its "
-            "eigenvalues do to a direction is not said"
+            "an additive LoRA reads a module's input and writes to its output, so I + s·B·A does not map one space to "
+            "itself: what its eigenvalues do to a direction is not reported"
         )
         if any(module.spectrum.eigenvalues_R is None for module in modules):
             notes.append(

@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
 
 class _Limit(NamedTuple):
-    """At one time in a step, the kept tensors of so many tokens must fit into so many bytes; of none, where there are none."""
+    """At one point of the step, the tensors kept for `tokens` tokens must fit in `room_bytes`."""
 
     room_bytes: float
     tokens: int
@@ -121,7 +121,7 @@ def solve(
 
 
 def fastest(model: ModelCost, devices: list[int], rates: Rates, shape: Shape, host_bytes: int) -> Plan | None:
-    """As `solve`, all being chosen, but None where nothing fits, which is known sooner than what fits least badly."""
+    """Like `solve` with everything chosen, but None where nothing fits, which is quicker to find than the least bad fit."""
     return _fastest(_Search(model, devices, rates, shape, host_bytes, None), None)
 
 

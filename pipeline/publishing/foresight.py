@@ -88,7 +88,7 @@ def _check_gguf(model: Base, biased: Sequence[str], targets: Sequence[str]) -> N
 
 
 def _warn_of_space(model: Base, output_dir: Path) -> None:
-    """The fold writes a whole model. There may be room at the end of the run, so this is no error."""
+    """The fold writes a whole model. There may be room at the end of the run, so this is not an error."""
     needed = sum(tensor.n_bytes for tensor in model.tensors.values())
     needed += sum((model.folder / file).stat().st_size for file in files_to_copy(model.folder))
     free = shutil.disk_usage(output_dir).free

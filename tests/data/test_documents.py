@@ -147,7 +147,7 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path, lead: str) -> None:
         ("a.jsonl", '{"messages": []}', "This is chat data"),
         ("a.json", '[{"conversations": []}]', "This is chat data"),
         ("a.jsonl", '{"prompt": "x", "completion": "y"}', "These are pairs: join prompt and completion"),
-        ("a.jsonl", '{"text": "x"}\n{"text": null}', "row 2 has no field 'text' .*, and 'text' is no string"),
+        ("a.jsonl", '{"text": "x"}\n{"text": null}', "row 2 has no field 'text' .*, and 'text' is not a string"),
         ("a.jsonl", '{"text": "x"}\n{"text": "y", "n": ' + DEEP + "}", "a.jsonl: line 2 nests lists"),
         ("a.json", '[{"text": "x"}, {"text": "y", "n": ' + DEEP + "}]", "a.json: element 2 nests lists"),
         ("a.json", '{"text": "x"}\n{"text": "y", "n": ' + DEEP + "}", "a.json: line 2 nests lists"),

@@ -309,11 +309,14 @@ def an_adapter(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a path upwards": (
         placed("../x.safetensors"),
-        r"places 'model.embed_tokens.weight' in '\.\./x.safetensors'.*no file",
+        r"places 'model.embed_tokens.weight' in '\.\./x.safetensors'.*not the name of a file",
     ),
-    "an absolute path": (placed("/etc/passwd"), "'/etc/passwd', which is no file of this folder"),
-    "a folder below": (placed("sub/x.safetensors"), "'sub/x.safetensors', which is no file of this folder"),
-    "a number for a file": (placed(7), "'7', which is no file of this folder"),
+    "an absolute path": (placed("/etc/passwd"), "'/etc/passwd', which is not the name of a file in this folder"),
+    "a folder below": (
+        placed("sub/x.safetensors"),
+        "'sub/x.safetensors', which is not the name of a file in this folder",
+    ),
+    "a number for a file": (placed(7), "'7', which is not the name of a file in this folder"),
     "no weight_map": (lambda folder: indexed(folder, dict.clear), "has no weight_map"),
     "an empty one": (lambda folder: indexed(folder, lambda index: index["weight_map"].clear()), "has no weight_map"),
     "one that is a list": (lambda folder: indexed(folder, lambda i: i.update(weight_map=[1])), "has no weight_map"),

@@ -65,8 +65,8 @@ def test_what_is_no_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(foreign, "JSON_LIMIT_BYTES", 100)
     for name, words in (
         ("nowhere", "is missing"),
-        (".", "is no regular file"),
-        ("pipe", "is no regular file"),
+        (".", "is not a regular file"),
+        ("pipe", "is not a regular file"),
         ("loop", "cannot be read"),
         ("a\0b", "cannot be read"),
         ("x" * 300, "cannot be read"),

@@ -222,7 +222,7 @@ def test_additive_adapters(base: Path, tmp_path: Path, monkeypatch, capsys) -> N
     assert "gains alone" in printed
     assert "erases" not in printed.split("‖sBA‖₂: ")[0]
     printed = call(monkeypatch, capsys, tmp_path / "square", "--html", tmp_path / "page.html")
-    assert "is not said" in printed
+    assert "is not reported" in printed
     assert "−1" in (tmp_path / "page.html").read_text()
     assert "what it does</th>" in (tmp_path / "page.html").read_text()
     (tmp_path / "text.txt").write_text("salt")

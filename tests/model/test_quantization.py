@@ -227,7 +227,7 @@ def test_a_mixture_whose_experts_are_one_tensor_is_refused(tmp_path: Path) -> No
     ("skip", "said"),
     [
         ("o_porj", r"no module 'o_porj'; a layer's are self_attn\.q_proj"),
-        ("o_proj(", "llm_int8_skip_modules: 'o_proj\\(' is no regular expression"),
+        ("o_proj(", "llm_int8_skip_modules: 'o_proj\\(' is not a valid regular expression"),
         ("model.layers", "leaves nothing to quantise"),
     ],
 )

@@ -102,7 +102,7 @@ def _rows(path: Path, name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[Ro
         if half := _SURROGATE.search(text):
             raise UserError(
                 f"{printable(path)}: the text of row {number} has half a surrogate pair (\\u{ord(half[0]):04x}) at "
-                f"character {half.start()}, which is no character: write the pair whole or remove it"
+                f"character {half.start()}, which is not a character: write the pair whole or remove it"
             )
         del row
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -119,7 +119,7 @@ def _advice(row: Any) -> str:
     """What to do with rows of another form."""
     fields = list(row) if isinstance(row, dict) else []
     if "text" in fields:
-        return ", and 'text' is no string: leave such rows out"
+        return ", and 'text' is not a string: leave such rows out"
     if any(field in _CHAT for field in fields):
         return (
             ". This is chat data, of which only the plain text can be trained on yet: write each conversation through the "

@@ -104,7 +104,7 @@ UTF8 = Encoding("utf-8", 0, "UTF-8")
 
 
 def recognise(head: bytes, where: str) -> Encoding:
-    """The encoding of the file that begins with `head` (HEAD_BYTES of it). UserError if it is no text at all."""
+    """The encoding of the file that begins with `head` (HEAD_BYTES of it). UserError if it is not text at all."""
     for signature, kind in _SIGNATURES.items():
         if head.startswith(signature):
             raise UserError(f"{where}: is {kind}, not plain text, whatever its name says: convert or unpack it")

@@ -1,6 +1,6 @@
 """Takes a file of JSON, as a list or as an object a line; gives its values with their numbers, one at a time.
 
-Whatever stands in a field that nobody reads is passed over: integers of any length too. What is no JSON, and what nests
+Whatever stands in a field that nobody reads is passed over: integers of any length too. What is not JSON, and what nests
 deeper than Python's parser goes, is one error with file and line.
 """
 

@@ -20,7 +20,7 @@ LEAST_BREAKS = 8
 LONG_LINE = 2**13  # characters; a longer line passes in parts
 
 _FENCE = re.compile(r"`{3}|~{3}")
-# How lines begin that are no running text.
+# How lines that are not running text begin.
 _MARKED = re.compile(r"\s{2}|\t|\s?$|[-+*•](\s|$)|\d{1,2}[.)]\s|#|>|\||=|`{3}|~{3}|[-*_]{3}")
 _MEANT_BREAK = re.compile(r"(  |\\)$")
 _TOUCHED_DASH = re.compile(r"[^\s\"“‘(\[][-\u00ad\u2010-\u2015]$")

@@ -139,7 +139,7 @@ def _is_folder(path: Path, where: str, *, surely: bool = True) -> bool:
 
 
 def _listing(folder: Path, where: str) -> list[str]:
-    """Names in a folder, sorted; none if it is no folder. UserError if it cannot be opened."""
+    """Names in a folder, sorted; none if it is not a folder. UserError if it cannot be opened."""
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):

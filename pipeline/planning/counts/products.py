@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def flops_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float | None:
-    """FLOPs of one call of `operation` (an OpOverload) that returned `out`; None where it is no product."""
+    """FLOPs of one call of `operation` (an OpOverload) that returned `out`; None where it is not a product."""
     packet = operation._overloadpacket
     if own := OWN_FORMULAS.get(packet):
         count = own(*args, **kwargs)

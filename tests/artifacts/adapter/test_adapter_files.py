@@ -213,7 +213,7 @@ def test_what_a_fold_would_leave_out_is_refused_by_name(base: Path, tmp_path: Pa
         ({"brand_new_trick": 3}, "brand_new_trick = 3 is not known"),
         ({"lora_alpha": None}, "lora_alpha = None: input should be a valid number"),
         ({"lora_alpha": math.inf}, "lora_alpha = inf: input should be a finite number"),
-        ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\(' is no regular expression"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\(' is not a valid regular expression"),
         ({"lora_bias": True}, "lora_A, lora_B only"),
         ({"layer_replication": [[0, 2]]}, "layers were repeated"),
     ],

@@ -237,7 +237,7 @@ def test_a_base_that_is_not_whole(work: Path, fold: Callable[..., str]) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     refuses(work, fold, "disagree on 1 tensors: 'model.norm.weight' is not in the index")
     edit_json(base / "model.safetensors.index.json", weight_map={"x": "../base/" + shards[0].name})
-    refuses(work, fold, r"index.json places .x. in .\.\./base/.*no file of this folder")
+    refuses(work, fold, r"index.json places .x. in .\.\./base/.*not the name of a file in this folder")
 
 
 def test_strengths_and_devices_that_are_none(work: Path, fold: Callable[..., str]) -> None:

@@ -229,7 +229,7 @@ def test_patterns_that_match_nothing_or_mean_nothing(base: Path) -> None:
     patterns.check({"rank_pattern": RANKS, "alpha_pattern": ALPHAS}, TARGETS)
     (line,) = problems(small(rank_pattern={"(": 3}))
     assert line.startswith("rank_pattern")
-    assert "no regular expression" in line
+    assert "not a valid regular expression" in line
     (line,) = problems(small(rank_pattern={"x": 0}))
     assert line.startswith("rank_pattern")
     (line,) = problems(small(adapter_type="hra", lora_alpha=None, rank_pattern={"x": 2}))
