@@ -175,8 +175,8 @@ def merged_loss() -> float:
     model = AutoModelForCausalLM.from_pretrained(HERE / "merged").eval()
     total = 0.0
     with torch.no_grad():
-        for chunk in rows.chunks:
-            ids = torch.tensor(rows.store[int(chunk)]).long().unsqueeze(0)
+        for row in rows.rows:
+            ids = torch.tensor(rows.store.ids(int(row))).long().unsqueeze(0)
             total += float(model(input_ids=ids, labels=ids).loss)
     return total / len(rows)
 

@@ -31,7 +31,7 @@ from pipeline.formats.dtypes import DTYPES
 from pipeline.model import quantized, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import Stage, empty_model, logit_transform, read_model_config
-from pipeline.objectives import language_modelling
+from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.stage import families as adapter_families
@@ -140,7 +140,7 @@ class Variant:
         positions = torch.arange(ids_BT.shape[1]).unsqueeze(0)
         hidden: Any = self.stage((ids_BT, positions))
         scale = torch.tensor(1 / (ids_BT.shape[1] - 1))
-        return language_modelling.training_loss(hidden, (ids_BT, scale), self.stage.head, self.transform)
+        return LanguageModelling(self.stage.head, self.transform).loss(hidden, {"labels": ids_BT, "loss_scale": scale})
 
     def step(self, ids_BT: Tensor) -> None:
         """Forward, loss, backward, update."""

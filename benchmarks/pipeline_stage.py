@@ -26,12 +26,10 @@ from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import Stage, logit_transform
-from pipeline.objectives import language_modelling
+from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.engine import engine
 from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
-
-Objective = Callable[..., Tensor]
 
 
 def main() -> None:
@@ -40,10 +38,7 @@ def main() -> None:
     shape, micro_batches = Shape(*request["shape"]), request["micro_batches"]
     place = engine.initialise(2, folder.resolve() / "rendezvous", column_major=False)
     stage = build(shape, place, request["cut"], Level[request["level"].upper()])
-    head: Any = stage.head if stage.is_last else None
-    objective = functools.partial(
-        language_modelling.training_loss, head=head, transform=logit_transform(stage.model.config)
-    )
+    objective = LanguageModelling(stage.head if stage.is_last else None, logit_transform(stage.model.config))
     ids = variants.tokens(shape, place.device)
     positions = torch.arange(shape.tokens).unsqueeze(0)
     labels = ids, torch.tensor(1 / (shape.tokens - 1))
@@ -94,7 +89,7 @@ def build(shape: Shape, place: engine.Place, cut: int, level: Level) -> Stage:
 
 def stage_times(
     stage: Stage,
-    objective: Objective,
+    objective: LanguageModelling,
     shape: Shape,
     positions: Tensor,
     labels: tuple[Tensor, Tensor],
@@ -126,13 +121,13 @@ def stage_times(
 
 
 def one_pass(
-    stage: Stage, objective: Objective, shape: Shape, positions: Tensor, labels: tuple[Tensor, Tensor]
+    stage: Stage, objective: LanguageModelling, shape: Shape, positions: Tensor, labels: tuple[Tensor, Tensor]
 ) -> tuple[float, float]:
     """Seconds of one micro-batch's forward (with the loss, on the last stage) and backward."""
     hidden = torch.randn(1, shape.tokens, shape.hidden).to(torch.bfloat16).requires_grad_()
     began = time.perf_counter()
     output = stage((labels[0] if stage.is_first else hidden, positions))
-    result = objective(output, labels) if stage.is_last else output[0]
+    result = objective.loss(output, dict(zip(objective.reads, labels, strict=True))) if stage.is_last else output[0]
     middle = time.perf_counter()
     result.backward(None if stage.is_last else torch.ones_like(result))
     return middle - began, time.perf_counter() - middle

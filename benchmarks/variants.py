@@ -26,7 +26,7 @@ from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import Stage, logit_transform
-from pipeline.objectives import language_modelling
+from pipeline.objectives.language_modelling import LanguageModelling
 
 SEED = 0
 
@@ -170,13 +170,13 @@ def ours(
     stage = stage_of(whole, shape, 0, shape.layers, frozenset(fusion.KERNELS) if kernels is None else kernels)
     keeping = dict.fromkeys(range(shape.layers), Keeping(level, on_host))
     activation.apply(stage, keeping, arena(shape, level, device) if on_host else None)
-    transform = logit_transform(whole.config)
+    objective = LanguageModelling(stage.head, logit_transform(whole.config))
     positions = torch.arange(shape.tokens, device=device).unsqueeze(0)
 
     def run(ids: Tensor) -> Tensor:
         hidden = stage((ids, positions[:, : ids.shape[1]]))
         scale = torch.tensor(1 / (ids.shape[1] - 1), device=device)
-        loss = language_modelling.training_loss(hidden, (ids, scale), stage.head, transform)  # type: ignore[arg-type]
+        loss = objective.loss(hidden, {"labels": ids, "loss_scale": scale})  # type: ignore[arg-type]
         made.before_backward()
         loss.backward()
         return loss.detach()

@@ -5,13 +5,13 @@
     training.start.resolve           the model's structure on `meta`, what is trained, each stage's layers: one `Resolved`
     data.reading.documents           files → documents
     data.chunks.build                documents → one token stream → chunks of `sequence_len` in a memory-mapped cache
-    data.batches.MicroBatches        chunks → the micro-batches of a step, from nothing but a position
+    data.batches.MicroBatches        rows of any store (data.row_store) → the micro-batches of a step, from nothing but a position
     training.start.plan              which stage owns which layers, and what each layer keeps for backward
     model.stage.Stage                the Hugging Face model without the parts its stage does not own
     model.weights.load               safetensors → the stage's own tensors, one at a time
     training.stage.parts             what is trained, put into the stage; model.fusion: our kernels, where they fit
     model.memory.activation          each layer keeps, recomputes or puts into host memory what the plan says
-    objectives.language_modelling    hidden state → loss, without the logits of a whole chunk
+    objectives.language_modelling    an `Objective`: hidden state and named tensors → loss, without the logits of a whole chunk
     training.engine.engine.build     a stage → DeepSpeed's pipeline schedule
     training.optim.pipeline_optimizer  gradients in fp32 → one norm over all stages → Kahan-summed AdamW
     training.run.trainer.Trainer     steps, evaluation, saves, stop signals

@@ -1,4 +1,4 @@
-"""Takes stores of chunks and each epoch's rows; gives the micro-batches of each optimizer step, per data-parallel rank.
+"""Takes stores and each epoch's rows; gives the micro-batches of each optimizer step, and of an evaluation, per replica.
 
 Nothing here is carried from step to step: `step(position)` is a function of the rows, the seed and the position, so
 resuming is calling it with the position that was saved. Every row of an epoch is seen exactly once. What an epoch's
@@ -6,21 +6,21 @@ last step lacks is made up with filler, which has no targets; nothing is repeate
 rows does not depend on accumulation steps, ranks or stages (nor, where all rows have one length, on the size of a
 micro-batch), and the position counts rows, so a run may go on with other values of these.
 
-B rows, T tokens.
+B rows, T tokens. Rows are int64 [N, 2] of (index of the store, row in it).
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.console import UserError
-from pipeline.data.microbatch import PAD_TO, MicroBatch, Row, collate, cut, rows_that_fit
-from pipeline.data.mixture import EpochRows, shuffled
-from pipeline.data.store import ChunkStore
+from pipeline.data.microbatch import Layout, MicroBatch, row_ids
+from pipeline.data.row_store import RowId, RowStore
+from pipeline.data.selection import EpochRows, Selection, shuffled
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Position:
 class StepInfo:
     """An optimizer step over all ranks: what it reads and where it leads. `epochs_done` is a number such as 1.25."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RowId, ...]
     tokens: int
-    target_tokens: int
+    targets: int
     next_position: Position
     epochs_done: float
 
@@ -53,16 +53,14 @@ class _Epoch:
 class MicroBatches:
     """The micro-batches of a run for data-parallel rank `dp_rank` of `dp_world`.
 
-    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, chunk). A micro-batch has `micro_batch_size`
-    rows, or as many as `batch_size_tokens` holds when padded. With one row length there is no padding and every
-    micro-batch has the same shape. With several, `group_by_length` puts rows of like length together, and the largest
-    micro-batch is the run's first, so that too little memory shows at once. UserError if a row exceeds
-    `batch_size_tokens`.
+    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, row). How many rows share a micro-batch, and its shape,
+    says `Layout`. With rows of several lengths, `group_by_length` puts rows of like length together, and the largest
+    micro-batch is the run's first, so that too little memory shows at once.
     """
 
     def __init__(
         self,
-        stores: Sequence[ChunkStore],
+        stores: Sequence[RowStore],
         epoch_rows: EpochRows,
         *,
         seed: int,
@@ -74,32 +72,12 @@ class MicroBatches:
         group_by_length: bool = False,
     ) -> None:
         self.stores, self.epoch_rows, self.seed = list(stores), epoch_rows, seed
-        self.micro_batch_size, self.batch_size_tokens = micro_batch_size, batch_size_tokens
         self.dp_rank, self.dp_world, self.group_by_length = dp_rank, dp_world, group_by_length
         self.micro_batches_per_step = gradient_accumulation_steps * dp_world
-        self._lengths = np.array([store.sequence_len for store in self.stores], dtype=np.int64)
-        one_length = len(set(self._lengths.tolist())) == 1
-        self._widths = self._lengths if one_length else -(-self._lengths // PAD_TO) * PAD_TO
-        fits = [
-            rows_that_fit(store, int(width), micro_batch_size, batch_size_tokens)
-            for store, width in zip(self.stores, self._widths, strict=True)
-        ]
-        self.fixed_shape: tuple[int, int] | None = (fits[0], int(self._widths[0])) if one_length else None
+        self._layout = Layout(stores, micro_batch_size, batch_size_tokens)
+        self.fixed_shape = self._layout.fixed_shape
         self._epochs: dict[int, _Epoch] = {}
         self._hashes: dict[int, str] = {}
-
-    def shapes(self, epochs: int) -> set[tuple[int, int]]:
-        """All (B, T) that the first `epochs` epochs have."""
-        if self.fixed_shape:
-            return {self.fixed_shape}
-        shapes = set()
-        for epoch in range(epochs):
-            plan = self._epoch(epoch)
-            widths = np.maximum.reduceat(self._widths[plan.rows[:, 0]], plan.starts[:-1])
-            shapes |= {(int(n), int(width)) for n, width in zip(np.diff(plan.starts), widths, strict=True)}
-            if (len(plan.starts) - 1) % self.micro_batches_per_step:
-                shapes.add((1, PAD_TO))
-        return shapes
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch from its beginning."""
@@ -125,22 +103,24 @@ class MicroBatches:
     def step(self, position: Position) -> tuple[list[MicroBatch], StepInfo]:
         """This rank's micro-batches (one for each accumulation step) of the step at `position`, and the step's facts.
 
-        Micro-batches go to the ranks in turn. `loss_scale` is micro_batches_per_step / target_tokens of the step:
-        averaged over accumulation steps and ranks, the loss is the mean over the step's target tokens, however divided.
+        Micro-batches go to the ranks in turn. `loss_scale` is micro_batches_per_step / targets of the step: averaged over
+        accumulation steps and ranks, the loss is the mean over the step's targets, however divided. UserError for a step
+        without targets, which has no mean.
         """
         info = self.info(position)
+        if not info.targets:
+            raise UserError(
+                f"rows {position.rows:,} and on of epoch {position.epoch}: none of the step's {len(info.rows):,} rows, the "
+                f"first of them of dataset '{self.stores[info.rows[0][0]].name}', has a token to train on: leave them out"
+            )
         plan, starts = self._epoch(position.epoch), self._starts(position)
+        scale = self.micro_batches_per_step / info.targets
         batches = []
         for index in range(self.dp_rank, self.micro_batches_per_step, self.dp_world):
-            if index >= len(starts) - 1:
-                shape = self.fixed_shape or (1, PAD_TO)
-                batches.append(collate(self.stores, (), *shape, loss_scale=0.0))
-                continue
-            rows = _rows(plan.rows[starts[index] : starts[index + 1]])
-            shape = self.fixed_shape or (len(rows), max(int(self._widths[dataset]) for dataset, _ in rows))
-            batches.append(
-                collate(self.stores, rows, *shape, loss_scale=self.micro_batches_per_step / info.target_tokens)
-            )
+            if index < len(starts) - 1:
+                batches.append(self._layout.micro_batch(plan.rows[starts[index] : starts[index + 1]], scale))
+            else:
+                batches.append(self._layout.micro_batch(plan.rows[:0], loss_scale=0.0))
         return batches, info
 
     def info(self, position: Position) -> StepInfo:
@@ -148,23 +128,22 @@ class MicroBatches:
         plan, starts = self._epoch(position.epoch), self._starts(position)
         end = int(starts[min(self.micro_batches_per_step, len(starts) - 1)])
         rows = plan.rows[position.rows : end]
-        lengths = self._lengths[rows[:, 0]]
         ended = end == len(plan.rows)
         return StepInfo(
-            rows=_rows(rows),
-            tokens=int(lengths.sum()),
-            target_tokens=int((lengths - 1).sum()),
+            rows=row_ids(rows),
+            tokens=int(self._layout.lengths(rows).sum()),
+            targets=int(self._layout.targets(rows).sum()),
             next_position=Position(position.epoch + 1) if ended else Position(position.epoch, end),
             epochs_done=position.epoch + end / len(plan.rows),
         )
 
-    def documents(self, rows: Iterable[Row | None]) -> list[str]:
+    def documents(self, rows: Iterable[RowId | None]) -> list[str]:
         """The documents that rows come from, `dataset: document`, each once, in order."""
         names = (
             f"{self.stores[row[0]].name}: {span.name}"
             for row in rows
             if row
-            for span in self.stores[row[0]].spans(row[1])
+            for span in self.stores[row[0]].documents(row[1])
         )
         return list(dict.fromkeys(names))
 
@@ -172,7 +151,7 @@ class MicroBatches:
         """16 hex digits that tell an epoch's rows and their order from others, where a position means nothing."""
         plan = self._epoch(epoch)
         if epoch not in self._hashes:
-            content = [plan.rows.tobytes(), *(store.report.sha256.encode() for store in self.stores)]
+            content = [plan.rows.tobytes(), *(store.content_hash.encode() for store in self.stores)]
             if not self.fixed_shape:
                 content.append(plan.starts.tobytes())
             self._hashes[epoch] = hashlib.sha256(b"".join(content)).hexdigest()[:16]
@@ -190,16 +169,15 @@ class MicroBatches:
         rows = self.epoch_rows(epoch)
         rows = rows[shuffled(len(rows), self.seed, epoch)]
         if self.fixed_shape:
-            return _Epoch(rows, cut(rows[:, 0], self.fixed_shape[0], None))
+            return _Epoch(rows, self._layout.cut(rows))
         if self.group_by_length:
-            rows = rows[np.argsort(self._lengths[rows[:, 0]], kind="stable")]
-        widths = self._widths[rows[:, 0]]
-        starts = cut(widths, self.micro_batch_size, self.batch_size_tokens)
+            rows = rows[np.argsort(self._layout.lengths(rows), kind="stable")]
+        starts = self._layout.cut(rows)
         order = np.arange(len(starts) - 1)
         if self.group_by_length:
             order = shuffled(len(order), self.seed, epoch, 1)
         if epoch == 0:
-            padded = np.diff(starts) * np.maximum.reduceat(widths, starts[:-1])
+            padded = np.diff(starts) * np.maximum.reduceat(self._layout.widths(rows), starts[:-1])
             largest = int(padded.argmax())
             order = np.concatenate([[largest], order[order != largest]])
         pieces = [rows[starts[i] : starts[i + 1]] for i in order]
@@ -225,5 +203,38 @@ class MicroBatches:
         return plan.starts[first:]
 
 
-def _rows(pairs: NDArray[np.int64]) -> tuple[Row, ...]:
-    return tuple((int(dataset), int(chunk)) for dataset, chunk in pairs)
+class EvaluationBatches:
+    """A set's micro-batches for data-parallel rank `dp_rank` of `dp_world`, read as they are asked for.
+
+    Every row is in exactly one. `len` is the same on all ranks, so that the whole set goes through the pipeline in one
+    call; what is missing at the end is filler. Rows of several lengths come in the order of length, which pads least.
+    A micro-batch's `loss_scale` is 1, so its loss is a sum; the set's mean loss is the sum over ranks / `targets`.
+    UserError for a set without targets.
+    """
+
+    def __init__(
+        self,
+        rows: Selection,
+        *,
+        micro_batch_size: int = 1,
+        batch_size_tokens: int | None = None,
+        dp_rank: int = 0,
+        dp_world: int = 1,
+    ) -> None:
+        self.dp_rank, self.dp_world = dp_rank, dp_world
+        self._layout = Layout([rows.store], micro_batch_size, batch_size_tokens)
+        self.fixed_shape = self._layout.fixed_shape
+        pairs = np.stack([np.zeros_like(rows.rows), rows.rows], axis=1)
+        self._rows = pairs[np.argsort(self._layout.lengths(pairs), kind="stable")]
+        self._starts = self._layout.cut(self._rows)
+        self.targets = int(self._layout.targets(pairs).sum())
+        if not self.targets:
+            raise UserError(f"dataset '{rows.store.name}': none of its {len(rows):,} rows to evaluate on has a target")
+
+    def __len__(self) -> int:
+        return math.ceil((len(self._starts) - 1) / self.dp_world)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for index in range(self.dp_rank, len(self) * self.dp_world, self.dp_world):
+            begin, end = (int(self._starts[min(i, len(self._starts) - 1)]) for i in (index, index + 1))
+            yield self._layout.micro_batch(self._rows[begin:end], loss_scale=1.0)

@@ -24,7 +24,7 @@ from pipeline.data.reading import documents
 from pipeline.data.reading.documents import Document
 from pipeline.data.reading.encodings import Findings
 from pipeline.data.reading.sources import Source, find
-from pipeline.data.split import SEED, Streams, held_out_count
+from pipeline.data.selection import SEED, Streams, held_out_count
 from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
 from pipeline.data.tokenizer import fingerprint, tokens
 from pipeline.files import explain_out_of_space, rename
@@ -46,7 +46,7 @@ def build(
     eval_size: float | int = 0,
     eval_split: str = "chunk",
     join_lines: bool = False,
-) -> Streams:
+) -> Streams[ChunkStore]:
     """The chunks of a dataset, tokenised now or found in `cache_dir`. One process at a time builds, the others wait.
 
     With `eval_split = 'document'` and an `eval_size` (a part of the documents, rounded up, or their number), whole
@@ -71,7 +71,7 @@ def build(
     return load(path)
 
 
-def load(path: Path) -> Streams:
+def load(path: Path) -> Streams[ChunkStore]:
     """The streams that `build` left at `path`. UserError if they are not there or not whole."""
     if (path / "all").exists():
         return Streams(path, ChunkStore(path / "all"))

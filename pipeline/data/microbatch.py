@@ -1,6 +1,7 @@
 """Takes rows of stores; gives them as the tensors of one pass through the pipeline.
 
-B rows, T tokens. The one layout for training and evaluation: what a row's labels are, how it is padded, what filler is.
+B rows, T tokens. The one layout for training and evaluation: how many rows of which length share a micro-batch, what a
+row's labels are, how it is padded, what filler is.
 """
 
 from collections.abc import Sequence
@@ -9,74 +10,124 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.console import UserError
-from pipeline.data.store import ChunkStore
+from pipeline.data.row_store import IGNORED, RowId, RowStore, labels
 
 PAD_TO = 64  # rows of different lengths are padded to a multiple of this
-IGNORED = -100  # the label of what is no target
-
-Row = tuple[int, int]  # (index of the dataset, chunk)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows for one pass through the pipeline. A row's labels are its own ids: objectives shift them.
+    """Rows for one pass through the pipeline.
 
-    `input_ids`, `labels` (−100 on padding and filler) and `position_ids` are int64 [B, T]. The loss of a micro-batch is
-    the sum of its target tokens' losses times `loss_scale`. `rows` says what the B rows are; None is filler.
+    `input_ids`, `labels` (−100 where nothing is trained, on padding and filler) and `position_ids` are int64 [B, T];
+    `lengths` int64 [B] are the rows' tokens without padding, 0 for filler. A row's labels are its own ids: objectives shift
+    them. The loss of a micro-batch is the sum of its targets' losses times `loss_scale`. `rows` says what the B rows are;
+    None is filler.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    lengths: Tensor
     loss_scale: float
-    rows: tuple[Row | None, ...]
+    rows: tuple[RowId | None, ...]
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        """Tokens of each row without padding, int64 [B]; 0 for filler."""
-        return (self.labels != IGNORED).sum(1)
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a stage or an objective may ask for, by name; `loss_scale` as fp32 []."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "lengths": self.lengths,
+            "labels": self.labels,
+            "loss_scale": torch.tensor(self.loss_scale, dtype=torch.float32),
+        }
 
-    @property
-    def target_tokens(self) -> int:
-        """Predicted tokens: labels that are not −100, but for the first place of each row, which nothing predicts."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
 
+class Layout:
+    """How rows of `stores` become micro-batches of `micro_batch_size` rows, or as many as `batch_size_tokens` holds.
 
-def collate(
-    stores: Sequence[ChunkStore], rows: Sequence[Row], n_rows: int, width: int, loss_scale: float
-) -> MicroBatch:
-    """A micro-batch of shape [n_rows, width] with `rows` first, padded on the right, and then rows of filler.
-
-    Padding and filler hold the dataset's EOS, an id that every model of this tokenizer has. Any would do: causal
-    attention keeps it from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no
-    new document.
+    Where all rows have one length there is no padding, and every micro-batch has the same shape, `fixed_shape`. Otherwise
+    a micro-batch is as wide as its longest row, padded to a multiple of 64. UserError if a row exceeds
+    `batch_size_tokens`.
     """
-    ids = np.full((n_rows, width), stores[0].report.eos, dtype=np.int64)
-    labels = np.full((n_rows, width), IGNORED, dtype=np.int64)
-    for place, (dataset, chunk) in enumerate(rows):
-        tokens = stores[dataset][chunk]
-        ids[place, : len(tokens)] = labels[place, : len(tokens)] = tokens
-    positions = torch.arange(width).repeat(n_rows, 1)
-    named = tuple(rows) + (None,) * (n_rows - len(rows))
-    return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), positions, loss_scale, named)
 
+    def __init__(self, stores: Sequence[RowStore], micro_batch_size: int, batch_size_tokens: int | None) -> None:
+        self.stores = list(stores)
+        self.micro_batch_size, self.batch_size_tokens = micro_batch_size, batch_size_tokens
+        ends = [(int(store.lengths.min()), int(store.lengths.max())) for store in self.stores]
+        lengths = {length for both in ends for length in both}
+        self.pad_to = 1 if len(lengths) == 1 else PAD_TO
+        if batch_size_tokens is not None:
+            for store, (_, longest) in zip(self.stores, ends, strict=True):
+                self._check_fits(store, longest, batch_size_tokens)
+        self.fixed_shape: tuple[int, int] | None = None
+        if len(lengths) == 1:
+            width = lengths.pop()
+            self.fixed_shape = (batch_size_tokens // width if batch_size_tokens else micro_batch_size, width)
 
-def rows_that_fit(store: ChunkStore, width: int, micro_batch_size: int, batch_size_tokens: int | None) -> int:
-    """Rows of `width` tokens in a micro-batch: `micro_batch_size`, or what `batch_size_tokens` holds.
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each of `rows` [N, 2], int64 [N]."""
+        return self._gathered([store.lengths for store in self.stores], rows)
 
-    UserError if it holds none.
-    """
-    if batch_size_tokens is None:
-        return micro_batch_size
-    if width > batch_size_tokens:
-        padded = f" ({width:,} padded to a multiple of {PAD_TO})" if width != store.sequence_len else ""
-        raise UserError(
-            f"batch_size_tokens = {batch_size_tokens:,} holds no row of dataset '{store.name}', whose sequence_len is "
-            f"{store.sequence_len:,}{padded}: raise batch_size_tokens to {width:,} or lower sequence_len"
+    def targets(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Targets of each of `rows` [N, 2], int64 [N]."""
+        return self._gathered([store.targets for store in self.stores], rows)
+
+    def widths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What each of `rows` [N, 2] would be padded to alone, int64 [N]."""
+        return self._padded(self.lengths(rows))
+
+    def cut(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where micro-batches begin when `rows` [N, 2] are taken in order; int64 [M + 1], ending in N."""
+        if self.fixed_shape:
+            return cut(np.full(len(rows), self.fixed_shape[1]), self.fixed_shape[0], None)
+        return cut(self.widths(rows), self.micro_batch_size, self.batch_size_tokens)
+
+    def micro_batch(self, rows: NDArray[np.int64], loss_scale: float) -> MicroBatch:
+        """`rows` [N, 2], padded on the right, and rows of filler up to `fixed_shape`; without rows, filler alone.
+
+        Padding and filler hold EOS, an id that every model of this tokenizer has. Any would do: causal attention keeps it
+        from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no new document.
+        """
+        lengths = self.lengths(rows)
+        n_rows, width = self.fixed_shape or (len(rows) or 1, int(self._padded(lengths).max(initial=PAD_TO)))
+        ids = np.full((n_rows, width), self.stores[0].eos, dtype=np.int64)
+        labelled = np.full((n_rows, width), IGNORED, dtype=np.int64)
+        for place, (index, row) in enumerate(rows.tolist()):
+            store, length = self.stores[index], int(lengths[place])
+            ids[place, :length] = tokens = store.ids(row)
+            labelled[place, :length] = labels(tokens, store.spans(row))
+        missing = n_rows - len(rows)
+        return MicroBatch(
+            input_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labelled),
+            position_ids=torch.arange(width).repeat(n_rows, 1),
+            lengths=torch.from_numpy(np.append(lengths, np.zeros(missing, np.int64))),
+            loss_scale=loss_scale,
+            rows=row_ids(rows) + (None,) * missing,
         )
-    return batch_size_tokens // width
+
+    def _padded(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        return -(-lengths // self.pad_to) * self.pad_to
+
+    def _gathered(self, values: list[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = np.empty(len(rows), dtype=np.int64)
+        for index, of_store in enumerate(values):
+            mine = rows[:, 0] == index
+            found[mine] = of_store[rows[mine, 1]]
+        return found
+
+    def _check_fits(self, store: RowStore, longest: int, batch_size_tokens: int) -> None:
+        width = -(-longest // self.pad_to) * self.pad_to
+        if width > batch_size_tokens:
+            padded = f" ({width:,} padded to a multiple of {PAD_TO})" if width != longest else ""
+            raise UserError(
+                f"batch_size_tokens = {batch_size_tokens:,} does not hold the longest row of dataset '{store.name}', which "
+                f"has {longest:,} tokens{padded}: raise batch_size_tokens to {width:,} or lower the dataset's sequence_len"
+            )
 
 
 def cut(widths: NDArray[np.int64], micro_batch_size: int, batch_size_tokens: int | None) -> NDArray[np.int64]:
@@ -93,3 +144,8 @@ def cut(widths: NDArray[np.int64], micro_batch_size: int, batch_size_tokens: int
             starts.append(place)
             widest = width
     return np.array([*starts, len(widths)], dtype=np.int64)
+
+
+def row_ids(rows: NDArray[np.int64]) -> tuple[RowId, ...]:
+    """int64 [N, 2] as pairs of Python's integers."""
+    return tuple((index, row) for index, row in rows.tolist())

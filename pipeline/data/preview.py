@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.data.microbatch import Row
-from pipeline.data.store import ChunkStore
+from pipeline.data.row_store import RowId, RowStore
 
 
 def preview(batches: MicroBatches, tokenizer: Any, count: int) -> list[str]:
@@ -32,25 +31,26 @@ def preview(batches: MicroBatches, tokenizer: Any, count: int) -> list[str]:
     return lines
 
 
-def _row(store: ChunkStore, row: Row, ids: NDArray[np.int64], tokenizer: Any, number: int) -> list[str]:
+def _row(store: RowStore, row: RowId, ids: NDArray[np.int64], tokenizer: Any, number: int) -> list[str]:
     """A row's heading, its text with marks, and an empty line."""
-    spans = store.spans(row[1])
-    padding = len(ids) - store.sequence_len
-    text = "".join(f"⟦BOS {tokenizer.decode([int(id)])}⟧" for id in ids[: spans[0].start])
-    for span in spans:
-        text += f"⟦{'… ' if span.continued else ''}{span.name}⟧" + _marked(ids[span.start : span.end], store, tokenizer)
+    documents, length, targets = store.documents(row[1]), int(store.lengths[row[1]]), int(store.targets[row[1]])
+    padding = len(ids) - length
+    text = "".join(f"⟦BOS {tokenizer.decode([int(id)])}⟧" for id in ids[: documents[0].start])
+    for document in documents:
+        text += f"⟦{'… ' if document.continued else ''}{document.name}⟧"
+        text += _marked(ids[document.start : document.end], store, tokenizer)
     if padding:
         text += f"⟦{padding:,} × padding⟧"
     heading = (
-        f"row {number}: chunk {row[1]:,} of '{store.name}', {store.sequence_len:,} tokens, "
-        f"{store.sequence_len - 1:,} of them predicted, {padding:,} padding, documents: {len(spans):,}"
+        f"row {number}: no. {row[1]:,} of '{store.name}', {length:,} tokens, "
+        f"{targets:,} of them predicted, {padding:,} padding, documents: {len(documents):,}"
     )
     return [heading, "─" * len(heading), *text.split("\n"), ""]
 
 
-def _marked(ids: NDArray[np.int64], store: ChunkStore, tokenizer: Any) -> str:
+def _marked(ids: NDArray[np.int64], store: RowStore, tokenizer: Any) -> str:
     """The text of `ids`, with EOS (and BOS, if a document spells it out) marked wherever they stand."""
-    marks = {store.report.bos: "BOS", store.report.eos: "EOS"}
+    marks = {store.bos: "BOS", store.eos: "EOS"}
     text, begin = "", 0
     for place in [*np.flatnonzero(np.isin(ids, [id for id in marks if id is not None])), len(ids)]:
         text += tokenizer.decode(ids[begin:place].tolist()) if place > begin else ""

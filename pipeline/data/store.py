@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.console import UserError
 from pipeline.data.reading.encodings import Findings
+from pipeline.data.row_store import DocumentSpan
 from pipeline.files import sync_stream, write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
@@ -76,15 +77,6 @@ class Marks(NamedTuple):
     eos: int
     unknown: int | None
     others: tuple[int, ...]
-
-
-class Span(NamedTuple):
-    """Places `start` to `end` (exclusive) of a chunk are of document `name`; `continued`: it began before the chunk."""
-
-    name: str
-    start: int
-    end: int
-    continued: bool
 
 
 class ChunkWriter:
@@ -208,7 +200,10 @@ class ChunkWriter:
 
 
 class ChunkStore:
-    """A written store, memory-mapped: `store[i]` is chunk `i`, int32 [T], read-only; `store.spans(i)` its documents."""
+    """A written store, memory-mapped, as rows (row_store.py): each is one chunk, int32 [T], read-only.
+
+    All rows have `sequence_len` tokens, of which all but the first are targets.
+    """
 
     def __init__(self, folder: Path) -> None:
         """UserError if a file is missing or has not the size it was written with."""
@@ -221,6 +216,10 @@ class ChunkStore:
         if sizes != content["sizes"]:
             raise UserError(f"{folder}: files have not the size they were written with; {_MEND}")
         self.name, self.sequence_len = self.report.name, self.report.sequence_len
+        self.bos, self.eos, self.content_hash = self.report.bos, self.report.eos, self.report.sha256
+        # One number, seen as N: of millions of chunks nothing is held.
+        self.lengths: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len), (len(self),))
+        self.targets: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len - 1), (len(self),))
         self._chunks = _opened(folder / "chunks.arrow")
         self._rows = max(1, BATCH_TOKENS // self.sequence_len)
         documents = _opened(folder / "documents.arrow").read_all()
@@ -230,7 +229,8 @@ class ChunkStore:
     def __len__(self) -> int:
         return self.report.chunks
 
-    def __getitem__(self, chunk: int) -> NDArray[np.int32]:
+    def ids(self, chunk: int) -> NDArray[np.int32]:
+        """The chunk's tokens, int32 [sequence_len]; IndexError if there is no such chunk."""
         if not 0 <= chunk < len(self):
             raise IndexError(f"chunk {chunk} of {len(self)} in '{self.name}'")
         batch, row = divmod(int(chunk), self._rows)
@@ -238,7 +238,11 @@ class ChunkStore:
         ids: NDArray[np.int32] = column.values.to_numpy(zero_copy_only=True)
         return ids[row * self.sequence_len : (row + 1) * self.sequence_len]
 
-    def spans(self, chunk: int) -> list[Span]:
+    def spans(self, chunk: int) -> list[tuple[int, int]]:
+        """All but the first place is trained."""
+        return [(1, self.sequence_len)]
+
+    def documents(self, chunk: int) -> list[DocumentSpan]:
         """The documents of chunk `chunk` in order; together they cover it but for its BOS."""
         bos = int(self.report.bos is not None)
         body = self.sequence_len - bos
@@ -247,9 +251,19 @@ class ChunkStore:
         after = int(np.searchsorted(self._starts, end, side="left"))
         edges = [max(begin, int(start)) - begin + bos for start in self._starts[first:after]] + [self.sequence_len]
         return [
-            Span(self._names[document].as_py(), edges[i], edges[i + 1], bool(self._starts[document] < begin))
+            DocumentSpan(self._names[document].as_py(), edges[i], edges[i + 1], bool(self._starts[document] < begin))
             for i, document in enumerate(range(first, after))
         ]
+
+    def facts(self) -> dict[str, Any]:
+        """For run.json: documents, tokens (without BOS and EOS) and chunks of the whole text."""
+        report = self.report
+        return {
+            "documents": report.documents,
+            "tokens": report.text_tokens,
+            "chunks": report.chunks,
+            "sequence_len": report.sequence_len,
+        }
 
 
 class _ArrowFile:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import loading
 from pipeline.console import UserError
-from pipeline.data.split import Streams, whole
+from pipeline.data.selection import Streams, whole
 from pipeline.training.start import plan as planned
 from pipeline.training.start import prepare, resolve
 from tests.helpers.builders import ROOT

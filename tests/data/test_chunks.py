@@ -56,9 +56,9 @@ def test_every_token_of_every_document_is_in_one_chunk_in_order_or_in_the_counte
         store = build(folder, sequence_len=sequence_len, tokenizer=special).train
         expected = np.array(stream[: count * body]).reshape(count, body)
         for chunk in range(count):
-            ids = store[chunk].tolist()
+            ids = store.ids(chunk).tolist()
             assert ids == [special.bos_token_id] * bos + expected[chunk].tolist()
-            spans = store.spans(chunk)
+            spans = store.documents(chunk)
             assert [span.name for span in spans for _ in range(span.start, span.end)] == owners[chunk * body :][:body]
             first = [i == 0 or owners[i] != owners[i - 1] for i in range(chunk * body, (chunk + 1) * body)]
             assert [span.start for span in spans if not span.continued] == [i + bos for i in np.flatnonzero(first)]
@@ -67,7 +67,7 @@ def test_every_token_of_every_document_is_in_one_chunk_in_order_or_in_the_counte
     report = store.report
     assert (len(store), report.tail_tokens) == (count, len(stream) - count * body)
     assert report.text_tokens + report.eos_tokens == report.chunks * body + report.tail_tokens
-    chunk_bytes = b"".join(store[chunk].tobytes() for chunk in range(count))
+    chunk_bytes = b"".join(store.ids(chunk).tobytes() for chunk in range(count))
     assert report.sha256 == hashlib.sha256(chunk_bytes).hexdigest()
     assert report.documents == len(dict.fromkeys(owners))
     assert report.documents + report.empty_documents == len(texts)
@@ -105,7 +105,7 @@ def test_bos_and_eos_that_a_document_spells_out_are_not_doubled(tmp_path: Path) 
     documents_ = ["roka</s>", "linmo</s>", "ka<s>mo</s>ber</s>", "</s>", "</s>"]
     stream = [id for text in documents_ for id in whole("gpt2", text)]
     streams = build(folder, sequence_len=len(stream) + 1)
-    assert streams.train[0].tolist() == [1, *stream]
+    assert streams.train.ids(0).tolist() == [1, *stream]
     assert streams.train.report.empty_documents == 1
     assert streams.train.report.eos_tokens == 2
 
@@ -116,7 +116,7 @@ def test_bos_inside_a_document_stays_wherever_segments_begin(tmp_path: Path) -> 
         writer.add("a.txt", np.array(ids, dtype=np.int32), last)
     assert writer.add("b.txt", np.array([9], dtype=np.int32), True) is None
     assert writer.close().tail_tokens == 1
-    assert helpers_data.ChunkStore(tmp_path / "store")[0].tolist() == [1, 7, 1, 8, 2, 9]
+    assert helpers_data.ChunkStore(tmp_path / "store").ids(0).tolist() == [1, 7, 1, 8, 2, 9]
 
 
 # The cache
@@ -151,8 +151,8 @@ def test_the_cache_is_keyed_by_content_tokenizer_and_settings(shelf: Path, monke
     assert len({stream.path.name for stream in [first, *others]}) == len(others) + 1
     loaded = chunks.load(others[4].path)
     assert loaded.eval is not None
-    assert loaded.reports == others[4].reports
-    assert [(loaded.eval[i] == others[4].eval[i]).all() for i in range(len(loaded.eval))]  # type: ignore[index]
+    assert [s.report for s in loaded.stores] == [s.report for s in others[4].stores]
+    assert [(loaded.eval.ids(i) == others[4].eval.ids(i)).all() for i in range(len(loaded.eval))]  # type: ignore[union-attr]
 
 
 def test_a_store_that_is_not_whole_is_refused(shelf: Path) -> None:

@@ -93,8 +93,8 @@ def test_the_report_says_which_encodings_were_read(tmp_path: Path) -> None:
         report = build(tmp_path).train.report
         assert str(report).endswith(expected)
         assert report.documents == 4
-    split = build(tmp_path, eval_size=1, eval_split="document").reports
-    assert [str(report).endswith(expected) for report in split] == [True, False]
+    split = build(tmp_path, eval_size=1, eval_split="document").stores
+    assert [str(store.report).endswith(expected) for store in split] == [True, False]
 
 
 @pytest.mark.parametrize(

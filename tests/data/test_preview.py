@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from pipeline.console import UserError
 from pipeline.data import chunks
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.data.mixture import interleave, mix
 from pipeline.data.preview import preview
-from pipeline.data.split import Rows, split
-from pipeline.data.split import whole as whole_rows
+from pipeline.data.selection import Selection, interleave, mix, split
+from pipeline.data.selection import whole as whole_rows
 from pipeline.data.store import ChunkStore
 from tests.helpers import data as helpers_data
 from tests.helpers.data import build, prose, shelve, tokenizer, whole
@@ -77,10 +76,10 @@ def test_a_row_with_all_its_boundaries(tmp_path: Path) -> None:
         writer.add(name, np.array(content, dtype=np.int32), True)
     writer.close()
     store = helpers_data.ChunkStore(folder)
-    lines = preview(MicroBatches([store], mix([Rows(store, np.array([1]))], seed=0), seed=0), backend, 3)
+    lines = preview(MicroBatches([store], mix([Selection(store, np.array([1]))], seed=0), seed=0), backend, 3)
     end_of_a, start_of_c = backend.decode(ids["a.txt"][-2:]), backend.decode(ids["c.txt"][:2])
     assert [*lines[:2], "\n".join(lines[2:-1]), lines[-1]] == [
-        f"row 1: chunk 1 of 'books', {body + 1} tokens, {body} of them predicted, 0 padding, documents: 3",
+        f"row 1: no. 1 of 'books', {body + 1} tokens, {body} of them predicted, 0 padding, documents: 3",
         "─" * len(lines[0]),
         f"⟦BOS <s>⟧⟦… a.txt⟧{end_of_a}⟦EOS </s>⟧⟦b.txt⟧“ka”⟦EOS </s>⟧⟦c.txt⟧{start_of_c}",
         "",
@@ -110,10 +109,10 @@ def test_without_its_marks_a_row_is_its_text(
     for text, (row, width) in zip(shown, trained, strict=False):
         store = batches.stores[row[0]]
         plain = re.sub(r"⟦[^⟧]*⟧", "", text)
-        assert plain == tokenizer().decode(store[row[1]].tolist(), skip_special_tokens=True)
+        assert plain == tokenizer().decode(store.ids(row[1]).tolist(), skip_special_tokens=True)
         assert text.count("⟦BOS") == bos
-        assert text.count("⟦EOS") == (store[row[1]] == 2).sum()
-        assert re.findall(r"⟦(?:… )?(\d\.txt)⟧", text) == [span.name for span in store.spans(row[1])]
+        assert text.count("⟦EOS") == (store.ids(row[1]) == 2).sum()
+        assert re.findall(r"⟦(?:… )?(\d\.txt)⟧", text) == [span.name for span in store.documents(row[1])]
         padding = width - store.sequence_len
         assert text.endswith(f"⟦{padding} × padding⟧") == (padding > 0)
 
@@ -132,7 +131,7 @@ def test_eos_is_marked_as_such_where_it_is_bos_too(tmp_path: Path) -> None:
         tokenizer=backend,
         cache_dir=tmp_path,
     )
-    rows = Rows(streams.train, np.array([0]))
+    rows = Selection(streams.train, np.array([0]))
     text = preview(MicroBatches([streams.train], mix([rows], seed=0), seed=0), backend, 1)[2]
     assert text.startswith("⟦BOS </s>⟧⟦a.txt⟧roka⟦EOS </s>⟧⟦b.txt⟧linmo linmo")
 
@@ -150,30 +149,32 @@ def test_the_split_by_chunk_is_hugging_faces(shelf: Path, eval_size: float, subs
     if subsample:
         parts = {name: part.select(range(int(len(part) * subsample))) for name, part in parts.items()}
     if not all(len(part) for part in parts.values()):
-        with pytest.raises(UserError, match=r"subsample = 0\.3 of \d+ chunks leaves none"):
+        with pytest.raises(UserError, match=r"subsample = 0\.3 of \d+ rows leaves none"):
             split(streams, eval_size, subsample)
         return
     found = split(streams, eval_size, subsample)
     assert found.eval is not None
-    assert found.train.chunks.tolist() == sorted(parts["train"]["chunk"])
-    assert found.eval.chunks.tolist() == sorted(parts["test"]["chunk"])
+    assert found.train.rows.tolist() == sorted(parts["train"]["chunk"])
+    assert found.eval.rows.tolist() == sorted(parts["test"]["chunk"])
 
 
 def test_whole_documents_are_held_out(shelf: Path) -> None:
     streams = build(shelf, eval_size=0.25, eval_split="document")
     assert streams.eval is not None
     found = split(streams, 0.25, num_repeats=2)
-    assert found.train.chunks.tolist() == list(range(len(streams.train))) * 2
+    assert found.train.rows.tolist() == list(range(len(streams.train))) * 2
     assert found.eval is not None
     assert found.eval.store is streams.eval
-    assert [report.stream for report in streams.reports] == ["train", "eval"]
-    sides = [{span.name for chunk in range(len(s)) for span in s.spans(chunk)} for s in (streams.train, streams.eval)]
+    assert [report.stream for report in (store.report for store in streams.stores)] == ["train", "eval"]
+    sides = [
+        {span.name for chunk in range(len(s)) for span in s.documents(chunk)} for s in (streams.train, streams.eval)
+    ]
     assert len(sides[0]) == 7
     assert len(sides[1]) == 3
     assert not sides[0] & sides[1]
     held_out = [[*whole("gpt2", (shelf / name).read_text()), 2] for name in sorted(sides[1])]
     stream = [id for ids in held_out for id in ids]
-    body = np.concatenate([streams.eval[chunk][1:] for chunk in range(len(streams.eval))])
+    body = np.concatenate([streams.eval.ids(chunk)[1:] for chunk in range(len(streams.eval))])
     assert body.tolist() == stream[: len(body)]
     assert streams.eval.report.tail_tokens == len(stream) - len(body)
     assert streams.train.report.documents == 7
@@ -201,7 +202,7 @@ def test_a_split_that_leaves_one_side_empty_is_refused(shelf: Path) -> None:
     for subsample in (0.0, 1.01):
         with pytest.raises(UserError, match="must be greater than 0 and at most 1"):
             split(streams, 0, subsample)
-    assert whole_rows(streams).chunks.tolist() == list(range(count))
+    assert whole_rows(streams).rows.tolist() == list(range(count))
     assert len(whole_rows(streams, 0.5)) == count // 2
     with pytest.raises(UserError, match="num_repeats = 0 must be 1 or more"):
         split(streams, num_repeats=0)
@@ -238,20 +239,20 @@ def test_an_interleaved_epoch_takes_rows_in_turns_of_their_set(
     stores: list[ChunkStore], data: st.DataObject, strategy: str, seed: int
 ) -> None:
     counts = data.draw(st.lists(st.integers(1, 24), min_size=2, max_size=4))
-    sets = [Rows(store, 23 - np.arange(count)) for store, count in zip(stores, counts, strict=False)]
+    sets = [Selection(store, 23 - np.arange(count)) for store, count in zip(stores, counts, strict=False)]
     epoch_rows = mix(sets, seed=seed, mode="interleave", stopping_strategy=strategy)
     for epoch in (0, 1):
         seen = [Counter(chunk for index, chunk in epoch_rows(epoch).tolist() if index == i) for i in range(len(sets))]
         full = [len(times) == len(rows) for times, rows in zip(seen, sets, strict=True)]
         assert any(full) if strategy == "first_exhausted" else all(full)
         for times, rows in zip(seen, sets, strict=True):
-            assert set(times) <= set(rows.chunks.tolist())
+            assert set(times) <= set(rows.rows.tolist())
             assert max(times.values(), default=0) - min(times.values(), default=0) <= 1  # none again before all were
             assert strategy == "all_exhausted" or max(times.values(), default=0) <= 1
 
 
 def test_rows_that_one_epoch_leaves_out_come_in_another(stores: list[ChunkStore]) -> None:
-    sets = [Rows(stores[0], np.arange(24)), Rows(stores[1], np.arange(3))]
+    sets = [Selection(stores[0], np.arange(24)), Selection(stores[1], np.arange(3))]
     epoch_rows = mix(sets, seed=3, mode="interleave")
     seen = [{chunk for index, chunk in epoch_rows(epoch).tolist() if index == 0} for epoch in range(30)]
     assert max(map(len, seen)) < 24
@@ -260,14 +261,14 @@ def test_rows_that_one_epoch_leaves_out_come_in_another(stores: list[ChunkStore]
 
 def test_weights_are_of_rows_or_of_tokens(stores: list[ChunkStore]) -> None:
     """Of n draws a share's standard deviation is √(p(1 − p)/n) ≤ √(¼/n); n is at least 9600, a whole set."""
-    sets = [Rows(stores[0], np.tile(np.arange(24), 400)), Rows(stores[3], np.tile(np.arange(24), 400))]
+    sets = [Selection(stores[0], np.tile(np.arange(24), 400)), Selection(stores[3], np.tile(np.arange(24), 400))]
     for weigh_tokens, expected in ((False, 0.75), (True, 3 / 33 / (3 / 33 + 1 / 130))):
         rows = mix(sets, seed=0, mode="interleave", weights=[3, 1], weigh_tokens=weigh_tokens)(0)
         assert abs((rows[:, 0] == 0).mean() - expected) < 4 * math.sqrt(0.25 / 9600)
 
 
 def test_what_cannot_be_mixed_is_refused(stores: list[ChunkStore]) -> None:
-    sets = [Rows(stores[0], np.arange(2)), Rows(stores[1], np.arange(2))]
+    sets = [Selection(stores[0], np.arange(2)), Selection(stores[1], np.arange(2))]
     for options, message in (
         ({"mode": "stack"}, "dataset_combination_mode = 'stack' is not known; use one of: concatenate, interleave"),
         ({"stopping_strategy": "never"}, "dataset_interleave_stopping_strategy = 'never' is not known"),

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data import chunks
-from pipeline.data.split import Streams
+from pipeline.data.selection import Streams
 from pipeline.data.store import ChunkStore, ChunkWriter, Marks
 from tests.helpers.paths import ROOT
 
@@ -154,7 +154,7 @@ def whole(kind: str, text: str, **special: bool) -> list[int]:
     return ids
 
 
-def build(folder: Path, **changes: Any) -> Streams:
+def build(folder: Path, **changes: Any) -> Streams[ChunkStore]:
     """`chunks.build` of all text files of a folder."""
     given = {"name": "books", "dataset_type": "textfile", "dataset_path": str(folder / "*.txt"), "sequence_len": 32}
     return chunks.build(**({**given, "tokenizer": tokenizer(), "cache_dir": folder / "cache"} | changes))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.helpers import builders
 from tests.helpers.paths import WORKERS
+from tests.helpers.row_store import Row
 
 WORKER = WORKERS / "stage_worker.py"
 STEPS = 5
@@ -23,7 +24,10 @@ STEPS = 5
 
 @dataclass
 class Case:
-    """One configuration, with overrides as `--set` takes them. `evaluate_at`: numbers of steps done."""
+    """One configuration, with overrides as `--set` takes them. `evaluate_at`: numbers of steps done.
+
+    `rows`: to train and to evaluate on, in place of the config's datasets.
+    """
 
     name: str
     config: Path
@@ -31,6 +35,7 @@ class Case:
     steps: int = STEPS
     evaluate_at: list[int] = field(default_factory=list)
     sabotage: str | None = None
+    rows: tuple[list[Row], list[Row]] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For the worker."""

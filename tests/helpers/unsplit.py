@@ -47,9 +47,9 @@ def rows(config_path: Path, overrides: list[str], steps: int, replicas: int = 1)
     training, position = [], Position()
     for _ in range(steps):
         info = batches.info(position)
-        training.append([as_tensor(batches.stores[dataset][chunk]) for dataset, chunk in info.rows])
+        training.append([as_tensor(batches.stores[dataset].ids(row)) for dataset, row in info.rows])
         position = info.next_position
-    held_out = {name: [as_tensor(r.store[int(c)]) for c in r.chunks] for name, r in data.evaluation.items()}
+    held_out = {name: [as_tensor(r.store.ids(int(row))) for row in r.rows] for name, r in data.evaluation.items()}
     return training, held_out
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.microbatch import MicroBatch
 from pipeline.model import neftune
 from pipeline.model.adapters import base as adapters
 from pipeline.model.memory import activation
@@ -160,11 +159,3 @@ def test_gradients_reach_a_trained_embedding(folder: Path) -> None:
     caught[0].sum().backward()
     counts = torch.bincount(ids.flatten(), minlength=weight.shape[0]).float()
     assert torch.equal(weight.grad, counts[:, None].expand_as(weight))
-
-
-def test_a_micro_batch_knows_its_rows_lengths() -> None:
-    labels = torch.arange(12).reshape(3, 4)
-    labels[1, 2:], labels[2] = -100, -100
-    batch = MicroBatch(labels, labels, labels, 1.0, ((0, 0), (0, 1), None))
-    assert batch.lengths.tolist() == [4, 2, 0]
-    assert batch.lengths.dtype == torch.int64

@@ -7,6 +7,7 @@ each with a new engine over the same processes. Gives, per case and rank, FOLDER
     gradient/<step>/<name>               of the step, over all replicas, before clipping
 
 and FOLDER/<case>/<rank>.json. A case is {name, config, overrides, steps, evaluate_at}; `evaluate_at` counts steps done.
+A case with `rows` has these for training and evaluation (tests/helpers/row_store.py) in place of the config's datasets.
 A case with `sabotage` is one run of the self-test over a DeepSpeed with that fault.
 """
 
@@ -20,6 +21,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -30,6 +32,7 @@ from torch import Tensor
 from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.data import tokenizer
+from pipeline.data.selection import Selection
 from pipeline.model.memory.host_arena import Ticket
 from pipeline.model.stage import Stage
 from pipeline.training.engine import engine, evaluate, schedule, selftest
@@ -38,6 +41,7 @@ from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineO
 from pipeline.training.run import assemble
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start import prepare, resolve
+from tests.helpers.row_store import ListStore
 
 
 def main() -> None:
@@ -74,6 +78,12 @@ def train(
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
     plan = resolve.resolve(config)
     data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
+    if "rows" in case:
+        train_on, held_out = (ListStore(rows) for rows in case["rows"])
+        data = prepare.Data(
+            [Selection(train_on, np.arange(len(train_on)))],
+            {"held_out": Selection(held_out, np.arange(len(held_out)))},
+        )
     run = assemble.trainer(config, plan, data, place, watcher, None, ["train.py", "--config", case["config"]])
     optimizer = run.optimizer
     facts |= {"run_dir": str(run.saver.run_dir), "norms": [], "coefficients": [], "evaluations": {}}
@@ -88,7 +98,7 @@ def train(
         for done in range(case["steps"] + 1):
             if done in case["evaluate_at"]:
                 facts["evaluations"][done] = {
-                    name: evaluate.evaluate(run.engine, run.row_losses, batches, name)
+                    name: evaluate.evaluate(run.engine, run.objective, batches, name)["loss"]
                     for name, batches in run.evaluations.items()
                 }
             if done == case["steps"]:

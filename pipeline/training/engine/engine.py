@@ -26,7 +26,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from pipeline.console import UserError, log_if_slow
+from pipeline.objectives.objective import Objective
 from pipeline.training.engine import schedule as schedule_cuts
+from pipeline.training.engine import wires
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.start import launch
 
@@ -119,7 +121,7 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
 def build(
     module: nn.Module,
     place: Place,
-    objective: Callable[..., torch.Tensor],
+    objective: Objective,
     optimizer: PipelineOptimizer,
     gradient_accumulation_steps: int,
     dynamic_shape: bool,
@@ -136,7 +138,7 @@ def build(
         pipeline = deepspeed.pipe.PipelineModule(
             layers,
             topology=place.topology,
-            loss_fn=objective,
+            loss_fn=wires.training_loss(objective),
             partition_method="uniform",
             activation_checkpoint_interval=0,
             dynamic_shape=dynamic_shape,

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # to the first stage, to the last
+from pipeline.training.engine.wires import Inputs
 
 
 def ahead(batches: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:

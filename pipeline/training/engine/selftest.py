@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.console import UserError, log_if_slow
+from pipeline.objectives.objective import Tensors
 from pipeline.training.engine import engine as engines
 from pipeline.training.engine import schedule
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
@@ -34,6 +35,18 @@ class _Toy(nn.Module):
         return x * self.w
 
 
+class _Sum:
+    """An `Objective`: the sum of the toy's output."""
+
+    reads = measures = ("nothing",)
+
+    def loss(self, y: Tensor, given: Tensors) -> Tensor:
+        return y.sum()
+
+    def row_sums(self, y: Tensor, given: Tensors) -> dict[str, Tensor]:
+        return {}
+
+
 @log_if_slow("starting: seeing what DeepSpeed trains of a toy")
 def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
     """Raises UserError naming what is off. About a second. Every stage trains, and then the last one alone."""
@@ -42,14 +55,14 @@ def run(place: engines.Place, gradient_accumulation_steps: int) -> None:
     optimizer = PipelineOptimizer({"w": toy.w}, torch.optim.SGD([toy.w], lr=0.0), clip=0.0)
     optimizer.on_gradients = lambda sums: seen.update({name: g.clone() for name, g in sums.items()})
     engine = engines.build(
-        toy, place, lambda y, _: y.sum(), optimizer, gradient_accumulation_steps, dynamic_shape=False, first_trained=0
+        toy, place, _Sum(), optimizer, gradient_accumulation_steps, dynamic_shape=False, first_trained=0
     )
     for first_trained in dict.fromkeys((0, place.stages - 1)):
         toy.w.requires_grad_(place.stage >= first_trained)
         schedule.apply(engine, first_trained)
         toy.passes = toy.asked = 0
         inputs = [float(1 + index + place.replica) for index in range(gradient_accumulation_steps)]
-        nothing = torch.zeros(1)
+        nothing = (torch.zeros(1),)
         engine.train_batch(iter([(torch.tensor([[x]]), nothing) for x in inputs]))
         problems = _problems(
             place, gradient_accumulation_steps, first_trained, toy, float(seen["w"]), optimizer.grad_norm

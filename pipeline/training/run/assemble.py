@@ -23,7 +23,7 @@ from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
 from pipeline.model.stage import Stage, check_head, logit_transform, tied_head
-from pipeline.objectives import language_modelling
+from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import RunState, restore
@@ -66,14 +66,12 @@ def trainer(
     optimizer = build_optimizer(plan.updates, stage, place)
     families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
-    transform = logit_transform(stage.model.config)
-    head: Any = stage.head if stage.is_last else None  # only the last stage computes a loss
+    head = stage.head if stage.is_last else None  # only the last stage computes a loss
+    objective = LanguageModelling(head, logit_transform(stage.model.config), config.train_logit_scale)
     pipeline_engine = engine.build(
         stage,
         place,
-        partial(
-            language_modelling.training_loss, head=head, transform=transform._replace(after=config.train_logit_scale)
-        ),
+        objective,
         optimizer,
         config.gradient_accumulation_steps,
         dynamic_shape=batches.fixed_shape is None,
@@ -106,7 +104,7 @@ def trainer(
         optimizer=optimizer,
         batches=batches,
         evaluations=prepare.evaluation_batches(plan.data, data, place.replica, place.replicas),
-        row_losses=partial(language_modelling.row_losses, head=head, transform=transform),
+        objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pipeline import version
 from pipeline.console import UserError
-from pipeline.data.split import Rows
+from pipeline.data.selection import Selection
 from pipeline.files import write_json
 from pipeline.foreign import read_object
 from pipeline.training.engine.engine import Place
@@ -68,24 +68,19 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 def describe(data: Data) -> list[dict[str, Any]]:
     """For every set, in training's order and then evaluation's: its name, documents, tokens, chunks and those used."""
-    sets = [("training", rows.store.report.name, rows) for rows in data.train]
+    sets = [("training", rows.store.name, rows) for rows in data.train]
     sets += [("evaluation", name, rows) for name, rows in data.evaluation.items()]
     return [_described(use, name, rows) for use, name, rows in sets]
 
 
-def _described(use: str, name: str, rows: Rows) -> dict[str, Any]:
-    """`documents`, `tokens` (without BOS and EOS) and `chunks` are of the whole text; `rows` of them are used, and
-    `different` is how many these are without repeats."""
-    report = rows.store.report
+def _described(use: str, name: str, rows: Selection) -> dict[str, Any]:
+    """What the store says of the whole text; `rows` of it are used, and `different` is how many without repeats."""
     return {
         "use": use,
         "name": name,
-        "documents": report.documents,
-        "tokens": report.text_tokens,
-        "chunks": report.chunks,
-        "sequence_len": report.sequence_len,
+        **rows.store.facts(),
         "rows": len(rows),
-        "different": len(np.unique(rows.chunks)),
+        "different": len(np.unique(rows.rows)),
     }
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch import Tensor
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
-from pipeline.data.batches import MicroBatches, Position, StepInfo
-from pipeline.data.evaluation import EvaluationBatches
+from pipeline.data.batches import EvaluationBatches, MicroBatches, Position, StepInfo
+from pipeline.objectives.objective import Objective
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
-from pipeline.training.engine import evaluate, prefetch
+from pipeline.training.engine import evaluate, prefetch, wires
 from pipeline.training.engine.engine import Place, held_tensors
 from pipeline.training.metrics import Clock, Metrics, at_rest, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
@@ -60,7 +59,7 @@ class Trainer:
     optimizer: PipelineOptimizer
     batches: MicroBatches
     evaluations: dict[str, EvaluationBatches]
-    row_losses: Callable[..., Tensor]
+    objective: Objective
     learning_rate: Callable[[int, int], float]
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
     cadence: Cadence
@@ -117,7 +116,7 @@ class Trainer:
         self.state.ahead(self.step + 1, self._progress(info.next_position, settled=False))
         clock.start()
         try:
-            inputs = prefetch.ahead(map(evaluate.as_inputs, micro_batches), self.place.device)
+            inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
             loss = float(self.engine.train_batch(inputs))
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss}")
@@ -221,7 +220,7 @@ class Trainer:
         results: dict[str, float] = {}
         for name, batches in self.evaluations.items():
             with self.watcher.phase(f"evaluating {name}", self.step):
-                loss = evaluate.evaluate(self.engine, self.row_losses, batches, name)
+                loss = evaluate.evaluate(self.engine, self.objective, batches, name)["loss"]
             if not math.isfinite(loss):
                 raise NonFiniteError(f"step {self.step}: the loss of {name} is {loss}. Nothing of this step was saved.")
             results |= {f"eval/{name}/loss": loss, f"eval/{name}/perplexity": evaluate.perplexity(loss)}

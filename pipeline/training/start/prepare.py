@@ -15,10 +15,9 @@ from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
-from pipeline.data.batches import MicroBatches, Position
-from pipeline.data.evaluation import EvaluationBatches
-from pipeline.data.mixture import mix
-from pipeline.data.split import Rows, Streams, split, whole
+from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
+from pipeline.data.selection import Selection, Streams, mix, split, whole
+from pipeline.data.store import ChunkStore
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.model import unsupported, weights
@@ -33,8 +32,8 @@ from pipeline.training.start.resolve import DataSpec, Resolved, Updates
 class Data:
     """Rows for training, by dataset, and for evaluation, by name."""
 
-    train: list[Rows]
-    evaluation: dict[str, Rows]
+    train: list[Selection]
+    evaluation: dict[str, Selection]
 
 
 def check_files(model: str, output_dir: str, shell: PreTrainedModel) -> None:
@@ -88,7 +87,7 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
 
 def _chunks(
     dataset: Dataset | EvalDataset, name: str, tokenizer: Any, cache: Path, plan: Resolved | None, **held_out: Any
-) -> Streams:
+) -> Streams[ChunkStore]:
     """A dataset's chunks, whose ids the model has; says what became of the text. `held_out`: as for `chunks.build`."""
     streams = chunks.build(
         name=name,
@@ -100,10 +99,10 @@ def _chunks(
         join_lines=dataset.join_lines,
         **held_out,
     )
-    for report in streams.reports:
-        log(f"data:     {report}")
+    for store in streams.stores:
+        log(f"data:     {store.report}")
         if plan is not None:
-            data_fits.check_ids(report, tokenizer, data_fits.embedding_rows(plan.shell))
+            data_fits.check_ids(store.report, tokenizer, data_fits.embedding_rows(plan.shell))
     return streams
 
 
@@ -151,7 +150,7 @@ def describe_steps(spec: DataSpec, updates: Updates, batches: MicroBatches, repl
     steps = batches.steps_per_epoch(0)
     log(
         f"a step:   {per_step} micro-batches ({spec.accumulation} accumulated × {replicas} replica(s)) "
-        f"= {len(info.rows)} chunks = {info.tokens:,} tokens"
+        f"= {len(info.rows)} rows = {info.tokens:,} tokens"
     )
     epochs = f"{spec.epochs} epoch(s) of {steps} steps" if spec.epochs else "max_steps"
     limit = f", at most {spec.max_steps} steps" if spec.max_steps else ""

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline.kernels.cross_entropy import LogitTransform
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data.microbatch import MicroBatch
 from pipeline.model.adapters import base as adapters
 from pipeline.model.fusion import apply as fusion
-from pipeline.training.engine import evaluate, prefetch
+from pipeline.objectives.language_modelling import LanguageModelling
+from pipeline.training.engine import prefetch, wires
 from tests.helpers import builders, stage_runs, unsplit
 from tests.helpers.paths import WORKERS
 from tests.helpers.stage_runs import Case, Result
@@ -235,9 +237,10 @@ def test_prefetch_is_one_ahead_and_changes_nothing() -> None:
         for index in range(4):
             read.append(index)
             ids = torch.full((2, 8), index)
-            yield MicroBatch(ids, ids + 10, ids + 20, index / 2, (None, None))
+            yield MicroBatch(ids, ids + 10, ids + 20, torch.full((2,), 8), index / 2, (None, None))
 
-    given = prefetch.ahead(map(evaluate.as_inputs, micro_batches()), torch.device("cpu"))
+    objective = LanguageModelling(None, LogitTransform())
+    given = prefetch.ahead(wires.pack_all(micro_batches(), objective), torch.device("cpu"))
     assert read == []
     for index, ((ids, positions, lengths), (labels, scale)) in enumerate(given):
         assert read == list(range(min(index + 2, 4)))
