@@ -36,12 +36,23 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8},
 }
 # Refused: on any number of stages, or on more than one, with what is said.
-NEVER: dict[str, str] = {}
-NEVER_CUT: dict[str, str] = {
-    "gemma4_text": "'PassThrough' object has no attribute",  # the model reads the weight of a layer's part
-    "nanochat": "differ from the whole model's",  # its final norm runs before the first layer too
-    "zaya": "not enough values to unpack",  # a second tensor goes from layer to layer
+NEVER: dict[str, str] = {
+    "emu3": "transformers cannot build it",
+    "inkling_text": "changes its logits in a way this program does not know",
 }
+NEVER_CUT: dict[str, str] = {
+    "deepseek_v4": "differ from the whole model's",
+    "dory": "differ from the whole model's",
+    "gemma4_text": "'PassThrough' object has no attribute",  # the model reads the weight of a layer's part
+    "glm_moe_dsa": "not enough values to unpack",  # a second tensor goes from layer to layer
+    "hy_v4": "not enough values to unpack",
+    "inkling2_loop_text": "'PassThrough' object has no attribute",
+    "inkling2_text": "'PassThrough' object has no attribute",
+    "nanochat": "differ from the whole model's",  # its final norm runs before the first layer too
+    "zaya": "not enough values to unpack",
+}
+# Parts of these names compute nothing for a short text, or for tokens that no router sends there.
+IDLE = (".experts.", ".compressor.")
 QUICK = (
     "llama",
     "nanochat",
@@ -98,7 +109,7 @@ def test_accepted_and_right_or_refused_by_name(kind: str, adapter: str, tmp_path
     for stages, said in refused.items():
         expected = NEVER.get(kind) or (NEVER_CUT.get(kind) if stages > 1 else None)
         assert (said is None) == (expected is None), said
-        assert expected is None or (f"'{kind}'" in said and expected in said), said
+        assert expected is None or (f"'{whole.config.model_type}'" in said and expected in said), said
 
 
 def outcome(whole: PreTrainedModel, logits: Tensor, folder: Path, n_stages: int, adapter: str) -> str | None:
@@ -112,13 +123,14 @@ def outcome(whole: PreTrainedModel, logits: Tensor, folder: Path, n_stages: int,
     for stage in stages:
         families.inject(stage, plan.trained.adapter)
     found = run(stages)
-    assert (found.detach() - logits).abs().max() <= 1e-6 * logits.abs().max()
+    # Most are equal to the bit. A mask that adds where transformers leaves out rounds otherwise: some tens of fp32's 2⁻²³.
+    assert (found.detach() - logits).abs().max() <= 2**-18 * logits.abs().max()
     found.square().sum().backward()
     trained = {name: p for stage in stages for name, p in adapters.trainable(stage).items()}
     assert {name.rpartition(".")[0] for name in trained} == set(plan.trained.targets)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained.values())
-    unexpert = [n for n, p in trained.items() if p.grad is None and ".experts." not in n]
-    assert not unexpert
+    untrained = [n for n, p in trained.items() if p.grad is None and not any(idle in n for idle in IDLE)]
+    assert not untrained
     return None
 
 
