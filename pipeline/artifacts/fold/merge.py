@@ -16,11 +16,11 @@ import torch
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.adapter.write import write_json
 from pipeline.artifacts.fold.check import check_result
-from pipeline.artifacts.fold.history import REPORT_FILE
 from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
 from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines, warnings
 from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows
 from pipeline.artifacts.fold.warnings import warnings_of
+from pipeline.artifacts.fold_history import REPORT_FILE
 from pipeline.console import UserError, gib, log, progress, warn
 from pipeline.families import Kind
 from pipeline.files import atomic_folder, check_disk_space, check_free

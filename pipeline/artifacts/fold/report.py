@@ -12,10 +12,10 @@ from pipeline import version
 from pipeline.artifacts.adapter.maps import Added
 from pipeline.artifacts.adapter.write import Pair
 from pipeline.artifacts.fold.config import LOGIT_KEYS, logit_factor
-from pipeline.artifacts.fold.history import adapter_digest, earlier_folds
 from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan
 from pipeline.artifacts.fold.rows import Survival
+from pipeline.artifacts.fold_history import adapter_digest, earlier_folds
 from pipeline.console import gib
 from pipeline.families import FAMILIES, MULTIPLICATIVE
 from pipeline.formats.fingerprint import fingerprint

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.adapter.write import Adapter
-from pipeline.artifacts.fold.history import REPORT_FILE, Folded, describe, earlier_folds, is_same, still_in
 from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan
+from pipeline.artifacts.fold_history import REPORT_FILE, Folded, describe, earlier_folds, is_same, still_in
 from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import name_of
 from pipeline.formats.fingerprint import fingerprint
