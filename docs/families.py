@@ -42,7 +42,7 @@ FAMILIES = [
     Family(
         "`control_adapter`",
         "h' = h + Q·diag(e^S − 1)·Qᵀ·h, QᵀQ = I",
-        "The same, kept tame: orthogonal directions are amplified or weakened, never reversed, and −S undoes it.",
+        "A constrained variant: only amplifies or damps orthogonal directions, never reverses them, and −S undoes it.",
         "PEANUT",
         "yes",
         "4, 8",

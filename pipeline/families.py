@@ -35,6 +35,7 @@ class Family:
     `default_targets`: target_modules where they are not named; `default_input_factors`: feedforward_modules likewise.
     `even_rank`, `not_over_quantised`: why the rank must be even, why there must be no 4- or 8-bit weights; "" where not.
     `block_size`: the key that must divide a module's inputs. `most_inputs`: it is refused on wider modules.
+    `not_above_outputs`: why the rank must not be above a module's outputs; "" where it may.
 
     Training: `small`, its matrices whose products with a layer's states are [T, R]; `fast`, those to which LoRA+ gives the
     higher rate, which is what begins at zero. `by_peft`: PEFT's own layers run it.
@@ -63,6 +64,7 @@ class Family:
     not_over_quantised: str = ""
     block_size: str = ""
     most_inputs: int | None = None
+    not_above_outputs: str = ""
     small: tuple[str, ...] = ()
     fast: tuple[str, ...] = ()
     by_peft: bool = False
@@ -150,6 +152,7 @@ _ROWS = (
         unneeded={"lora_alpha": "its scaling is 1, S alone says how strong it is. Remove it"},
         on_output=True,
         default_targets=("down_proj",),
+        not_above_outputs="which are all the directions there are",
         small=("Q",),
         saved_as=MULTIPLICATIVE,
     ),

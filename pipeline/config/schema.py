@@ -272,7 +272,7 @@ class Config(Section):
             if getattr(self, key) == "float16":
                 yield f"{key}: float16 gradients below 6e-8 vanish, and nothing here scales losses; use bfloat16 or float32"
         if self.host_memory_gib and self.activation_checkpointing not in ("auto", "unsloth"):
-            yield "host_memory_gib: has a meaning with activation_checkpointing = 'auto' or 'unsloth' only"
+            yield "host_memory_gib: only applies when activation_checkpointing is 'auto' or 'unsloth'"
         if self.quantization is not None:
             yield from self._conflicts_of_quantization(self.quantization.bnb)
         if self.keep_states == 0:

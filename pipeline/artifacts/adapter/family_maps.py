@@ -14,14 +14,57 @@ of the base for both; merged one after the other it gives what is given here.)
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt
 
-from pipeline.artifacts.adapter.maps import ColumnFactors, Reflected, RowFactors, RowMap, Turned, shape_of
+from pipeline.artifacts.adapter.maps import (
+    Added,
+    ColumnFactors,
+    Reflected,
+    RowFactors,
+    RowMap,
+    RowNorms,
+    Turned,
+    shape_of,
+)
+from pipeline.artifacts.adapter.schema import AdapterConfig, Count, Names, Switch
+from pipeline.families import FAMILIES, LORA
 
 Tensors = Mapping[str, torch.Tensor]
+OLDEST_OFT = (0, 18)  # of PEFT: before, the Neumann series was another one, and the version was not written
+
+
+class Ia3Config(AdapterConfig):
+    feedforward_modules: Names = None
+    init_ia3_weights: Switch = None
+
+
+class OftConfig(AdapterConfig):
+    r: NonNegativeInt | None = None  # 0 where the size of the blocks is given
+    oft_block_size: NonNegativeInt | None = None
+    module_dropout: float | None = None
+    coft: Switch = None
+    eps: float | None = None
+    block_share: Switch = None
+    use_cayley_neumann: Switch = None
+    num_cayley_neumann_terms: Annotated[int, Field(gt=0, le=1000)] = 5  # a product of matrices each
+
+
+class BoftConfig(AdapterConfig):
+    boft_block_size: NonNegativeInt | None = None
+    boft_block_num: NonNegativeInt | None = None
+    boft_n_butterfly_factor: NonNegativeInt | None = None
+    boft_dropout: float | None = None
+
+
+class HraConfig(AdapterConfig):
+    r: Count | None = None
+    apply_GS: Switch = None
 
 
 def maps_of(family: str, tensors: Tensors, config: Mapping[str, Any]) -> tuple[RowMap, ...]:
@@ -29,7 +72,7 @@ def maps_of(family: str, tensors: Tensors, config: Mapping[str, Any]) -> tuple[R
 
     Raises ValueError, saying what is wrong with it.
     """
-    return MAPS[family](tensors, config)
+    return MAPS[family].maps(tensors, config)
 
 
 def _ia3(tensors: Tensors, _: Mapping[str, Any]) -> tuple[RowMap, ...]:
@@ -48,8 +91,19 @@ def _oft(tensors: Tensors, config: Mapping[str, Any]) -> tuple[RowMap, ...]:
     if upper.dim() != 2 or size * (size - 1) // 2 != upper.shape[1] or (shared and len(upper) != 1):
         raise ValueError(f"oft_R is {shape_of(upper)}, and not blocks × K·(K − 1)/2")
     if config.get("use_cayley_neumann", True):
+        if _version(config) < OLDEST_OFT:
+            raise ValueError(
+                f"an OFT adapter of PEFT {config.get('peft_version') or 'before 0.18'}: its series was another one than PEFT "
+                "computes from 0.18 on. Train it again, or set peft_version if it was lost"
+            )
         return (Turned(upper, size, _degree(int(config.get("num_cayley_neumann_terms", 5))), shared),)
     return (Turned(upper, size, None, shared),)
+
+
+def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The first two numbers of peft_version; (0, 0) where there is none."""
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.get("peft_version") or "0.0"))
+    return tuple(int(number) for number in numbers.groups()) if numbers else (0, 0)
 
 
 def _degree(terms: int) -> int:
@@ -78,15 +132,32 @@ def _hra(tensors: Tensors, config: Mapping[str, Any]) -> tuple[RowMap, ...]:
     if vectors.dim() != 2:
         raise ValueError(f"hra_u is {shape_of(vectors)}, and not D_in × R")
     if not bool((vectors != 0).any(dim=0).all()):
-        raise ValueError("one of its vectors is zero, and no reflection")
+        raise ValueError("one of its vectors is zero, so it defines no reflection")
     if config.get("apply_GS"):  # Gram and Schmidt's vectors are those of a QR decomposition, but for their signs
         vectors = torch.linalg.qr(vectors.double()).Q
     return (Reflected(vectors),)
 
 
-MAPS: dict[str, Callable[[Tensors, Mapping[str, Any]], tuple[RowMap, ...]]] = {
-    "ia3": _ia3,
-    "oft": _oft,
-    "boft": _boft,
-    "hra": _hra,
+def _dora(pair: Added, tensors: Tensors) -> tuple[RowMap, ...]:
+    (name,) = set(FAMILIES["dora"].tensors.values()) - set(FAMILIES[LORA].tensors.values())
+    if tensors[name].shape != pair.B.shape[:1]:
+        raise ValueError(f"{name} is {tuple(tensors[name].shape)}, and not as long as B")
+    return (pair, RowNorms(tensors[name]))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a family is read: the types of its configuration's keys, and what makes maps of a module's tensors and them."""
+
+    config: type[AdapterConfig]
+    maps: Callable[[Tensors, Mapping[str, Any]], tuple[RowMap, ...]]
+
+
+MAPS: Mapping[str, Form] = {
+    "ia3": Form(Ia3Config, _ia3),
+    "oft": Form(OftConfig, _oft),
+    "boft": Form(BoftConfig, _boft),
+    "hra": Form(HraConfig, _hra),
 }
+# Of families that are a LoRA and more: from its A and B, and the other tensors of the module.
+MAPS_OF_PAIRS: Mapping[str, Callable[[Added, Tensors], tuple[RowMap, ...]]] = {"dora": _dora}

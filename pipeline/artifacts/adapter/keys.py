@@ -4,7 +4,6 @@ Takes `adapter_config.json` of one of PEFT's types; refuses, by the key's name, 
 otherwise. A key that is not known here is refused as well: it may be either.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,10 @@ UNFOLDABLE = {
 }
 # Starts that leave the base weight alone. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) train against a changed one.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-OLDEST_OFT = (0, 18)  # of PEFT: before, the Neumann series was another one, and the version was not written
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raise UserError where the configuration says of a LORA, IA3, OFT, BOFT or HRA adapter what a fold leaves out."""
+    """Raise UserError where the configuration says of an adapter of PEFT's, PEANUT apart, what a fold leaves out."""
     peft_type = str(config.get("peft_type"))
     harmless = {key for family in SAVED.values() if family.peft_type == peft_type for key in family.harmless}
     for key, value in config.items():
@@ -69,11 +67,6 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: init_lora_weights = {start!r} trains against a base whose weights were changed first, so it "
             "cannot be folded into the original. Save it in PEFT with path_initial_model_for_weight_conversion."
         )
-    if peft_type == "OFT" and config.get("use_cayley_neumann", True) and _version(config) < OLDEST_OFT:
-        raise UserError(
-            f"{folder}: an OFT adapter of PEFT {config.get('peft_version') or 'before 0.18'}: its series was another "
-            "one than PEFT computes from 0.18 on. Train it again, or set peft_version if it was lost."
-        )
 
 
 def check_peanut_config(folder: Path, config: dict[str, Any]) -> None:
@@ -84,9 +77,3 @@ def check_peanut_config(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: a PEANUT adapter with depth {depth} and act_fn {activation!r} is not linear. "
             "Only depth 0 with act_fn 'linear' is a multiplicative LoRA."
         )
-
-
-def _version(config: dict[str, Any]) -> tuple[int, ...]:
-    """The first two numbers of peft_version; (0, 0) where there is none."""
-    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.get("peft_version") or "0.0"))
-    return tuple(int(number) for number in numbers.groups()) if numbers else (0, 0)

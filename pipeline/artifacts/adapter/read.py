@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.adapter.family_maps import MAPS, maps_of
+from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS, maps_of
 from pipeline.artifacts.adapter.full_reading import read_full
 from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
-from pipeline.artifacts.adapter.maps import Added, RowMap, RowNorms
-from pipeline.artifacts.adapter.schema import own_facts, read_config
+from pipeline.artifacts.adapter.maps import Added, RowMap
+from pipeline.artifacts.adapter.schema import OF_PAIRS, own_facts, read_config
 from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, Pair
 from pipeline.console import UserError
-from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Kind
+from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Kind, chosen
 from pipeline.foreign import has_controls, printable, read_by_library
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
@@ -36,8 +36,11 @@ MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
 OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 # By PEFT's type, the families that are maps and no pair of A and B.
 OF_MAPS = {FAMILIES[name].peft_type: FAMILIES[name] for name in MAPS}
-EXPECTED = {"LORA": "lora_A or lora_B of a module"} | {
-    key: f"{' or '.join(row.tensors.values()).replace('.weight', '')} of a module" for key, row in OF_MAPS.items()
+SCHEMAS = {**OF_PAIRS, **{key: MAPS[row.name].config for key, row in OF_MAPS.items()}}
+# What a tensor of the adapter is called, in words.
+EXPECTED = {
+    key: f"{' or '.join(row.tensors.values()).replace('.weight', '')} of a module"
+    for key, row in {**{FAMILIES[kind].peft_type: FAMILIES[kind] for kind in KINDS}, **OF_MAPS}.items()
 }
 
 
@@ -45,22 +48,21 @@ def load_adapter(folder: Path) -> Adapter:
     """Read the adapter in `folder`; tensors keep their dtype. Raises UserError with what is wrong or not foldable."""
     if not folder.is_dir():
         raise UserError(f"--lora: there is no folder {folder}.")
-    config = read_config(folder)
+    config = read_config(folder, SCHEMAS)
     if "lora_parameters" in config or (folder / "adapters.safetensors").is_file():
         raise UserError(
             f"{folder} is an adapter of MLX (adapters.safetensors, lora_parameters), whose A and B are PEFT's transposed. "
             "Convert it to PEFT's format, or fuse it with mlx_lm.fuse."
         )
     own, tensors = _read_tensors(folder)
-    peft_type = config.get("peft_type")
+    peft_type, lora = config.get("peft_type"), chosen(LORA, config)
     pairs: dict[str, Pair] = {}
     maps: dict[str, tuple[RowMap, ...]] = {}
     if peft_type == "LORA":
         check_config(folder, config)
         if config.get("use_dora") and (of_one := next((name for name in tensors if name.endswith(OF_EMBEDDING)), None)):
             raise UserError(f"{folder}: use_dora on an embedding ({of_one}). That is not folded: load it with PEFT.")
-        ends = ("lora_A.weight", "lora_B.weight", *([BIAS] if config.get("lora_bias") else []))
-        ends += (MAGNITUDE,) if config.get("use_dora") else ()
+        ends = (*lora.tensors.values(), *([BIAS] if config.get("lora_bias") else []))
         grouped, rest = _grouped(folder, tensors, ends)
         pairs = _pairs(folder, grouped, "lora", config, own)
         if any(name.endswith(OF_EMBEDDING) for name in rest):
@@ -69,7 +71,7 @@ def load_adapter(folder: Path) -> Adapter:
             grouped = grouped | of_embedding
     elif peft_type in ("PEANUT", OWN_TYPE):
         check_peanut_config(folder, config)
-        grouped, rest = _grouped(folder, tensors, ("peanut_A.weight", "peanut_B.weight"))
+        grouped, rest = _grouped(folder, tensors, tuple(FAMILIES[MULTIPLICATIVE].tensors.values()))
         pairs = _pairs(folder, grouped, "peanut", config, own)
     elif peft_type in OF_MAPS:
         check_config(folder, config)
@@ -84,11 +86,11 @@ def load_adapter(folder: Path) -> Adapter:
     if not grouped:
         raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
     full, copied = read_full(
-        folder, rest, config, own, EXPECTED.get(str(peft_type), "peanut_A or peanut_B of a module")
+        folder, rest, config, own, EXPECTED.get(str(peft_type), EXPECTED[FAMILIES[MULTIPLICATIVE].peft_type])
     )
     family = OF_MAPS[str(peft_type)].name if maps else None
-    if config.get("use_dora"):
-        family, maps, pairs = "dora", _dora(folder, grouped, pairs), {}
+    if peft_type == lora.peft_type and lora.variant_of:
+        family, maps, pairs = lora.name, _maps_of_pairs(folder, lora.name, grouped, pairs), {}
     _check_agreement(folder, own, pairs)
     scale, name = own.get("train_logit_scale", 1.0), own.get("base_model", config.get("base_model_name_or_path"))
     # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
@@ -233,17 +235,17 @@ def _pair(
     return Pair(A, B, scaling, origin, bias)
 
 
-def _dora(folder: Path, grouped: Grouped, pairs: dict[str, Pair]) -> dict[str, tuple[RowMap, ...]]:
-    """W + s·B·A, then every row of the length m."""
-    for module, found in grouped.items():
-        if found[MAGNITUDE].shape != pairs[module].B.shape[:1]:
-            raise UserError(
-                f"{folder}: {module}: {MAGNITUDE} is {tuple(found[MAGNITUDE].shape)}, and not as long as B."
-            )
-    return {
-        module: (Added(pair.A, pair.B, pair.scaling, pair.origin), RowNorms(grouped[module][MAGNITUDE]))
-        for module, pair in pairs.items()
-    }
+def _maps_of_pairs(
+    folder: Path, family: str, grouped: Grouped, pairs: dict[str, Pair]
+) -> dict[str, tuple[RowMap, ...]]:
+    maps = {}
+    for module, pair in pairs.items():
+        try:
+            added = Added(pair.A, pair.B, pair.scaling, pair.origin)
+            maps[module] = MAPS_OF_PAIRS[family](added, grouped[module])
+        except ValueError as error:
+            raise UserError(f"{folder}: {module}: {error}.") from None
+    return maps
 
 
 def _scaling(folder: Path, module: str, rank: int, config: Facts, own: Facts) -> tuple[float, str]:

@@ -5,14 +5,15 @@ UserError with the keys, their values and what is asked of them. PEFT, which rea
 a rank of 1 for it, and NaN an alpha. A key that is not listed is passed on as it is (adapter_configs decides about it).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from pipeline.artifacts.adapter.write import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, OWN_TYPE
 from pipeline.console import UserError
-from pipeline.families import KINDS
+from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE
 from pipeline.foreign import has_controls, parse_json, printable, read_object
 from pipeline.formats.safetensors import Header
 
@@ -77,42 +78,11 @@ class PeanutConfig(AdapterConfig):
     act_fn: str = "relu"
 
 
-class Ia3Config(AdapterConfig):
-    feedforward_modules: Names = None
-    init_ia3_weights: Switch = None
-
-
-class OftConfig(AdapterConfig):
-    r: NonNegativeInt | None = None  # 0 where the size of the blocks is given
-    oft_block_size: NonNegativeInt | None = None
-    module_dropout: float | None = None
-    coft: Switch = None
-    eps: float | None = None
-    block_share: Switch = None
-    use_cayley_neumann: Switch = None
-    num_cayley_neumann_terms: Annotated[int, Field(gt=0, le=1000)] = 5  # a product of matrices each
-
-
-class BoftConfig(AdapterConfig):
-    boft_block_size: NonNegativeInt | None = None
-    boft_block_num: NonNegativeInt | None = None
-    boft_n_butterfly_factor: NonNegativeInt | None = None
-    boft_dropout: float | None = None
-
-
-class HraConfig(AdapterConfig):
-    r: Count | None = None
-    apply_GS: Switch = None
-
-
-SCHEMAS: dict[str, type[AdapterConfig]] = {
-    "LORA": LoraConfig,
-    "PEANUT": PeanutConfig,
+# By PEFT's type; those of the families that are maps are beside the maps.
+OF_PAIRS: Mapping[str, type[AdapterConfig]] = {
+    FAMILIES[LORA].peft_type: LoraConfig,
+    FAMILIES[MULTIPLICATIVE].peft_type: PeanutConfig,
     OWN_TYPE: PeanutConfig,
-    "IA3": Ia3Config,
-    "OFT": OftConfig,
-    "BOFT": BoftConfig,
-    "HRA": HraConfig,
 }
 
 
@@ -149,12 +119,15 @@ class PairFacts(Facts):
     scaling: float
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` of the adapter in `folder`. Raises UserError where a key has a value it cannot have."""
+def read_config(folder: Path, schemas: Mapping[str, type[AdapterConfig]] = OF_PAIRS) -> dict[str, Any]:
+    """`adapter_config.json` of the adapter in `folder`; `schemas` by PEFT's type.
+
+    Raises UserError where a key has a value it cannot have.
+    """
     file = folder / CONFIG_FILE
     config = read_object(file, "--lora: an adapter's folder has one")
     kind = config.get("peft_type")
-    _check(SCHEMAS.get(kind, AdapterConfig) if isinstance(kind, str) else AdapterConfig, config, printable(file))
+    _check(schemas.get(kind, AdapterConfig) if isinstance(kind, str) else AdapterConfig, config, printable(file))
     return config
 
 

@@ -1,4 +1,4 @@
-"""What speaks against a fold that can be done: the user is warned, not refused.
+"""Warnings about a fold that is possible but suspicious.
 
 Takes a `FoldPlan`; gives warnings: an adapter of another base than this one, one that is in it already, one that is undone but
 by the model's own fold report was not what was folded, a rank above a weight's width, a change that a tensor trained in full

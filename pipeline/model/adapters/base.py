@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,35 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
+from pipeline.families import MULTIPLICATIVE
 from pipeline.model.stage import Stage, tied_head
 from pipeline.names import EMBEDDING_MODULE, HEAD_MODULE, layer_of, within_layer
 
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
 ROUTER = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*|\w*indexer\w*)(\.|$)")
+
+
+class Settings(NamedTuple):
+    """With what a family is put on modules of one size; each reads of it what it needs.
+
+    `s`: alpha / rank, or with `use_rslora` alpha / √rank. `start`: True, or the name of a start from the weight. `feedforward`:
+    full names of the modules with a factor for each input.
+    """
+
+    rank: int
+    alpha: float
+    s: float
+    dropout: float
+    dtype: torch.dtype
+    seed: int
+    use_rslora: bool
+    start: bool | str
+    block_size: int
+    feedforward: list[str]
+
+
+# Puts a family on those of the named modules that the stage owns.
+Injector = Callable[[Stage, list[str], Settings], None]
 
 
 class MultiplicativeLoRA(nn.Module):
@@ -289,3 +313,11 @@ def _plain(name: str) -> str:
     """PEFT's 'x.lora_A.default.weight' → 'x.A', 'x.ia3_l.default' → 'x.ia3_l'."""
     match = re.fullmatch(r"(.+)\.(?:lora_(?=[AB]\.))?(\w+)\.default(?:\.weight)?", name)
     return f"{match[1]}.{match[2]}" if match else name
+
+
+# In each of these modules: the families that it serves.
+INJECTORS: dict[str, Injector] = {
+    MULTIPLICATIVE: lambda stage, targets, to: inject_multiplicative(
+        stage, targets, to.rank, to.alpha, to.dropout, to.dtype, to.seed
+    ),
+}

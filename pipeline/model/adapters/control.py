@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.console import UserError
-from pipeline.model.adapters.base import device_of, wrap
+from pipeline.model.adapters.base import Injector, device_of, wrap
 from pipeline.model.stage import Stage
 
 
@@ -74,3 +74,10 @@ def _draw_orthonormal(parameter: nn.Parameter, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     normal = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     parameter.copy_(torch.linalg.qr(normal).Q)
+
+
+INJECTORS: dict[str, Injector] = {
+    "control_adapter": lambda stage, targets, to: inject_control(
+        stage, targets, to.rank, to.dropout, to.dtype, to.seed
+    ),
+}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.console import UserError
-from pipeline.model.adapters.base import device_of, draw, wrap
+from pipeline.families import LORA
+from pipeline.model.adapters.base import Injector, Settings, device_of, draw, inject_lora, wrap
 from pipeline.model.stage import Stage
 
 OVERSAMPLED = 10  # probes beyond the rank (Halko, Martinsson & Tropp 2011, §4.2)
@@ -228,3 +229,18 @@ def _squares(base_layer: Any) -> Tensor:
         columns = base_layer(rows)
         total += (columns if bias is None else columns - bias).float().square().sum(0)
     return total
+
+
+def _inject_plain(stage: Stage, targets: list[str], to: Settings) -> None:
+    """PEFT's LoRA, or one that starts from the weight."""
+    if to.start is True:
+        inject_lora(stage, targets, to.rank, to.alpha, to.dropout, to.dtype, to.seed, to.use_rslora)
+    else:
+        inject_from_weight(stage, targets, str(to.start), to.rank, to.s, to.dropout, to.dtype, to.seed)
+
+
+INJECTORS: dict[str, Injector] = {
+    LORA: _inject_plain,
+    "moslora": lambda stage, targets, to: inject_moslora(stage, targets, to.rank, to.s, to.dropout, to.dtype, to.seed),
+    "dora": lambda stage, targets, to: inject_dora(stage, targets, to.rank, to.s, to.dropout, to.dtype, to.seed),
+}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.console import UserError
-from pipeline.model.adapters.base import device_of, draw, inject_peft, owned, wrap
+from pipeline.model.adapters.base import Injector, device_of, draw, inject_peft, owned, wrap
 from pipeline.model.stage import Stage
 
 
@@ -121,3 +121,11 @@ def _check_blocks(stage: Stage, targets: list[str], block_size: int, key: str) -
         width: Any = stage.model.get_submodule(name).in_features
         if width % block_size:
             raise UserError(f"{key} = {block_size} does not divide the {width} inputs of {name}")
+
+
+INJECTORS: dict[str, Injector] = {
+    "ia3": lambda stage, targets, to: inject_ia3(stage, targets, to.feedforward, to.dtype),
+    "oft": lambda stage, targets, to: inject_oft(stage, targets, to.block_size, to.dtype),
+    "boft": lambda stage, targets, to: inject_boft(stage, targets, to.block_size, to.dtype),
+    "hra": lambda stage, targets, to: inject_hra(stage, targets, to.rank, to.dtype, to.seed),
+}

@@ -23,8 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.families import FAMILIES
 from pipeline.model.memory.levels import Level
 
+SMALL = tuple({f".{name}" for row in FAMILIES.values() for name in row.small})  # ends of names
 ATTENTION = "attention"  # the key of attention itself, beside the names of weights
 aten = torch.ops.aten
 # A product with a weight, and the shape of its result from the shapes of its arguments.
@@ -102,8 +104,8 @@ def recompute(
 
 
 def _reads_little(name: str) -> bool:
-    """Whether a trained matrix's product with the layer's states is small, [T, R]: A of ours or PEFT's, M, Q, HRA's u."""
-    return name.endswith((".A", ".M", ".Q", ".hra_u")) or ".lora_A." in name
+    """Whether a trained matrix's product with the layer's states is small, [T, R], by its name in our layers or PEFT's."""
+    return name.endswith(SMALL) or ".lora_A." in name
 
 
 def _keys(layer: nn.Module, names: Iterable[str]) -> dict[int, str]:

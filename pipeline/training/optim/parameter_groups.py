@@ -16,9 +16,11 @@ from torch import nn
 
 from pipeline.config import tables
 from pipeline.console import UserError
+from pipeline.families import FAMILIES
 from pipeline.patterns import matches
 
-FAST = re.compile(r"(.*\.)?(lora_)?[BM](\.default)?(\.weight)?")
+_NAMES = sorted({name for row in FAMILIES.values() for name in row.fast})
+FAST = re.compile(rf"(.*\.)?(lora_)?({'|'.join(_NAMES)})(\.default)?(\.weight)?")
 
 
 class ParamGroupOverride(NamedTuple):

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from pipeline.artifacts.adapter.peft import write_peft_adapter
 from pipeline.artifacts.adapter.write import NOTHING, adapter_norms, write_adapter
 from pipeline.console import UserError, warn
+from pipeline.families import CONFIGURED, FAMILIES, LORA, MULTIPLICATIVE, settings
+from pipeline.families import saved as saved_as
 from pipeline.formats.base_model import read_base
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
@@ -27,31 +29,36 @@ from pipeline.training.optim.inner import add, value
 from pipeline.training.stage import initial_adapter, patterns
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Size
 
-ON_THE_OUTPUT = ("multiplicative_lora", "control_adapter")
-WITH_ALPHA = ("multiplicative_lora", "lora", "moslora")
-IA3_TARGETS, IA3_FEEDFORWARD = ["k_proj", "v_proj", "down_proj"], ["down_proj"]
-BOFT_WIDEST = 4096  # inputs: 64 MiB for each of PEFT's permutations, one a module
+# By a family's name, what puts it into a stage.
+INJECTORS: dict[str, adapters.Injector] = {
+    **adapters.INJECTORS,
+    **control.INJECTORS,
+    **lora.INJECTORS,
+    **rotations.INJECTORS,
+}
 
 
 def default_targets(family: str) -> list[str] | str:
     """What target_modules is where the configuration does not say."""
-    if family in ON_THE_OUTPUT:
-        return ["down_proj"]
-    return IA3_TARGETS if family == "ia3" else "all-linear"
+    targets = FAMILIES[family].default_targets
+    return targets if isinstance(targets, str) else list(targets)
 
 
 def check_fits(adapter: AdapterSpec, shell: PreTrainedModel) -> None:
     """UserError, before any weight is read, where the adapter does not fit a module's shape."""
-    family, block, too_wide = adapter.family, adapter.block_size, []
+    row, block, too_wide = adapter.row, adapter.block_size, []
     for name, size in adapter.sizes.items():
         module: Any = shell.get_submodule(name)
         inputs, outputs, rank = module.in_features, module.out_features, size.rank
-        if family == "boft" and inputs > BOFT_WIDEST:
-            raise UserError(f"adapter_type = 'boft': PEFT makes {inputs} × {inputs} matrices for {name}; use 'oft'")
+        if row.most_inputs and inputs > row.most_inputs:
+            others = " or ".join(f"'{name}'" for name, r in CONFIGURED.items() if r.block_size and not r.most_inputs)
+            raise UserError(
+                f"adapter_type = '{row.name}': PEFT makes {inputs} × {inputs} matrices for {name}; use {others}"
+            )
         if block and inputs % block:
-            raise UserError(f"{family}_block_size = {block} does not divide the {inputs} inputs of {name}")
-        if family == "control_adapter" and rank > outputs:
-            raise UserError(f"lora_rank = {rank}: {name} has {outputs} outputs, which are all the directions there are")
+            raise UserError(f"{row.block_size} = {block} does not divide the {inputs} inputs of {name}")
+        if row.not_above_outputs and rank > outputs:
+            raise UserError(f"lora_rank = {rank}: {name} has {outputs} outputs, {row.not_above_outputs}")
         if adapter.start is not True and rank > min(inputs, outputs):
             key = "lora_rank" if rank == adapter.common.rank else "rank_pattern"
             raise UserError(f"{key} = {rank}: {name} has a weight of rank {min(inputs, outputs)} at most")
@@ -67,7 +74,8 @@ def check_fits(adapter: AdapterSpec, shell: PreTrainedModel) -> None:
 def describe(adapter: AdapterSpec) -> str:
     """Rank, scaling and what is special, in words."""
     (rank, alpha, s), dtype = adapter.common, dtype_name(adapter.dtype)
-    if adapter.family in WITH_ALPHA:
+    required = CONFIGURED[adapter.family].required
+    if "lora_alpha" in required:
         root = "√" if adapter.use_rslora else ""
         special = " (DoRA)" if adapter.use_dora else ""
         special += f" (starts as {adapter.start})" if adapter.start is not True else ""
@@ -76,7 +84,7 @@ def describe(adapter: AdapterSpec) -> str:
         return f"rank {rank}, s = alpha/{root}rank = {alpha:g}/{root}{rank} = {s:g}{special}, {dtype}"
     if adapter.block_size:
         return f"blocks of {adapter.block_size} inputs, {dtype}"
-    return dtype if adapter.family == "ia3" else f"rank {rank}, {dtype}"
+    return f"rank {rank}, {dtype}" if "lora_rank" in required else dtype
 
 
 def inject(stage: Stage, adapter: AdapterSpec) -> None:
@@ -86,28 +94,17 @@ def inject(stage: Stage, adapter: AdapterSpec) -> None:
 
 
 def _inject(stage: Stage, adapter: AdapterSpec, size: Size, targets: list[str]) -> None:
-    (rank, alpha, s), dropout, dtype, seed = size, adapter.dropout, adapter.dtype, adapter.seed
-    match adapter.family:
-        case "multiplicative_lora":
-            adapters.inject_multiplicative(stage, targets, rank, alpha, dropout, dtype, seed)
-        case "control_adapter":
-            control.inject_control(stage, targets, rank, dropout, dtype, seed)
-        case "moslora":
-            lora.inject_moslora(stage, targets, rank, s, dropout, dtype, seed)
-        case "lora" if adapter.use_dora:
-            lora.inject_dora(stage, targets, rank, s, dropout, dtype, seed)
-        case "lora" if adapter.start is not True:
-            lora.inject_from_weight(stage, targets, str(adapter.start), rank, s, dropout, dtype, seed)
-        case "lora":
-            adapters.inject_lora(stage, targets, rank, alpha, dropout, dtype, seed, adapter.use_rslora)
-        case "ia3":
-            rotations.inject_ia3(stage, targets, list(adapter.feedforward), dtype)
-        case "oft":
-            rotations.inject_oft(stage, targets, adapter.block_size or 1, dtype)
-        case "boft":
-            rotations.inject_boft(stage, targets, adapter.block_size or 1, dtype)
-        case "hra":
-            rotations.inject_hra(stage, targets, rank, dtype, seed)
+    made_with = adapters.Settings(
+        *size,
+        adapter.dropout,
+        adapter.dtype,
+        adapter.seed,
+        adapter.use_rslora,
+        adapter.start,
+        adapter.block_size or 1,
+        list(adapter.feedforward),
+    )
+    INJECTORS[adapter.row.name](stage, targets, made_with)
 
 
 def inject_for_trial(stage: Stage, adapter: AdapterSpec) -> None:
@@ -115,17 +112,17 @@ def inject_for_trial(stage: Stage, adapter: AdapterSpec) -> None:
 
     PEFT's layers show the base layer's weight to a model that reads it; ours, which stand around a module, do not.
     """
-    plain = not adapter.use_dora and adapter.start is True
-    by_peft = adapter.family in ("ia3", "oft", "boft") or (adapter.family == "lora" and plain)
+    by_peft = adapter.row.by_peft and adapter.start is True
     put = adapters.inject_lora if by_peft else adapters.inject_multiplicative
     put(stage, adapter.targets, 1, 1.0, 0.0, torch.float32, adapter.seed)
 
 
 def saved(adapter: AdapterSpec, folder: str) -> dict[str, Tensor]:
     """The tensors of the adapter in `folder`, by global name. UserError where it is not what this run trains."""
-    if family := _family_of_peft(adapter):
-        tensors = initial_adapter.read_family(folder, adapter.targets, family, _peft_settings(adapter))
-        if family != "dora":
+    form = saved_as(adapter.row)
+    if not form.is_pairs:
+        tensors = initial_adapter.read_family(folder, adapter.targets, form.name, _peft_settings(adapter))
+        if not {"A", "B"} <= set(form.tensors):
             return tensors
         ranks = {module: size.rank for module, size in adapter.sizes.items()}
         return patterns.from_one_rank(tensors, ranks, adapter.factors)
@@ -133,19 +130,19 @@ def saved(adapter: AdapterSpec, folder: str) -> dict[str, Tensor]:
         folder,
         {module: (size.rank, size.s) for module, size in adapter.sizes.items()},
         uniform=(adapter.saved_size.rank, adapter.saved_size.s),
-        on_the_output=adapter.family in ON_THE_OUTPUT,
+        on_the_output=form.on_output,
         biased_targets=adapter.biased_targets,
     )
 
 
 def saved_kind(adapter: AdapterSpec) -> str:
     """What pipeline/artifacts calls the form in which the family is saved."""
-    return _family_of_peft(adapter) or ("multiplicative_lora" if adapter.family in ON_THE_OUTPUT else "lora")
+    return saved_as(adapter.row).name
 
 
-def feedforward(named: list[str] | None, targets: list[str]) -> list[str]:
-    """Those of `targets` to which IA³ gives a factor for each input: those `named`, or its paper's."""
-    wanted = IA3_FEEDFORWARD if named is None else named
+def feedforward(family: str, named: list[str] | None, targets: list[str]) -> list[str]:
+    """Those of `targets` to which the family gives a factor for each input: those `named`, or its paper's."""
+    wanted = FAMILIES[family].default_input_factors if named is None else named
     return [name for name in targets if name.rpartition(".")[2] in wanted]
 
 
@@ -192,15 +189,15 @@ def _writer(adapter: AdapterSpec, base: BaseModel, train_logit_scale: float) -> 
         "trained_over": trained_over(base.scheme, base.dtype),
         "base_fingerprint": _fingerprint(Path(base.folder)),
     }
-    if family := _family_of_peft(adapter):
-        return partial(write_peft_adapter, family=family, settings=_peft_settings(adapter), **common)
-    kind: Any = "multiplicative_lora" if adapter.family in ON_THE_OUTPUT else "lora"
+    form = saved_as(adapter.row)
+    if not form.is_pairs:
+        return partial(write_peft_adapter, family=form.name, settings=_peft_settings(adapter), **common)
     rank, alpha, s = adapter.saved_size
     started = adapter.start is not True  # then of twice the rank, with the s of the rank it was trained with
     rslora = adapter.use_rslora and not started
     return partial(
         write_adapter,
-        kind=kind,
+        kind=MULTIPLICATIVE if form.on_output else LORA,
         rank=rank * (2 if started else 1),
         alpha=alpha if rslora else s * rank * (2 if started else 1),
         use_rslora=rslora,
@@ -242,49 +239,15 @@ def trained_over(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Any] | 
     }
 
 
-def _family_of_peft(adapter: AdapterSpec) -> Any:
-    """The family's name in artifacts/adapter/peft.py, or None for one that is pairs of A and B."""
-    if adapter.use_dora:
-        return "dora"
-    return adapter.family if adapter.family in ("ia3", "oft", "boft", "hra") else None
-
-
 def _peft_settings(adapter: AdapterSpec) -> dict[str, Any]:
     """The family's own keys of PEFT's config."""
     rank, alpha, _ = adapter.saved_size
-    if adapter.use_dora:
-        return {
-            "r": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": adapter.dropout,
-            "bias": "none",
-            "use_rslora": adapter.use_rslora,
-            "use_dora": True,
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-        }
-    if adapter.family == "ia3":
-        return {"feedforward_modules": list(adapter.feedforward), "fan_in_fan_out": False}
-    if adapter.family == "hra":
-        return {"r": rank, "apply_GS": False, "bias": "none"}
-    if adapter.family == "boft":
-        return {
-            "boft_block_size": adapter.block_size,
-            "boft_block_num": 0,
-            "boft_n_butterfly_factor": 1,
-            "boft_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": False,
-        }
-    return {
-        "r": 0,
-        "oft_block_size": adapter.block_size,
-        "module_dropout": 0.0,
-        "bias": "none",
-        "coft": False,
-        "block_share": False,
-        "use_cayley_neumann": True,
-        "num_cayley_neumann_terms": 5,
-        "fan_in_fan_out": False,
-        "peft_version": "0.18.0",  # the first with this form of the series; PEFT warns without it
+    values = {
+        "lora_rank": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.use_rslora,
+        "feedforward_modules": list(adapter.feedforward),
+        adapter.row.block_size: adapter.block_size,
     }
+    return settings(adapter.row, values)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.families import Family, chosen
 from pipeline.model.quantized import Scheme
 
 
@@ -46,8 +47,8 @@ class AdapterSpec:
     """An adapter of one family, with the size of each module's own.
 
     `common`: of lora_rank and lora_alpha, which rank_pattern and alpha_pattern change for some modules. `start`: how A and B
-    begin, True (A random, B zero) or init_lora_weights' name of another. `block_size`: of 'oft' and 'boft'. `feedforward`: the
-    modules to which 'ia3' gives a factor for each input. `biased_targets`: whether any of the modules has a bias.
+    begin, True (A random, B zero) or init_lora_weights' name of another. `block_size`: of families with blocks.
+    `feedforward`: the modules with a factor for each input. `biased_targets`: whether any of the modules has a bias.
     """
 
     family: str
@@ -62,6 +63,11 @@ class AdapterSpec:
     start: bool | str = True
     block_size: int | None = None
     feedforward: tuple[str, ...] = ()
+
+    @property
+    def row(self) -> Family:
+        """The family's row in pipeline/families.py."""
+        return chosen(self.family, vars(self))
 
     @property
     def targets(self) -> list[str]:

@@ -250,7 +250,7 @@ def resolve_adapter(config: Config, shell: PreTrainedModel) -> AdapterSpec:
     biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
     adapter = adapter_of(config, targets, biased)
     families.check_fits(adapter, shell)
-    where = "the output of" if adapter.family in families.ON_THE_OUTPUT else "the weights of"
+    where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
     log(f"training: {adapter.family} on {where} {modules}, {adapters.describe_layers(layers_of(targets), n_layers)}")
     for line in adapters.describe_targets(shell, targets, layers):
@@ -271,7 +271,6 @@ def adapter_of(config: Config, targets: list[str], biased_targets: bool = False)
     if rank is not None and alpha is not None:
         own = {n: patterns.resolve(n, rank, alpha, config.rank_pattern, config.alpha_pattern) for n in targets}
         sizes = {name: size_of(*rank_and_alpha, rslora) for name, rank_and_alpha in own.items()}
-    ia3 = config.adapter_type == "ia3"
     return AdapterSpec(
         family=config.adapter_type,
         sizes=sizes,
@@ -284,7 +283,7 @@ def adapter_of(config: Config, targets: list[str], biased_targets: bool = False)
         use_dora=config.use_dora,
         start=config.init_lora_weights,
         block_size=config.oft_block_size or config.boft_block_size,
-        feedforward=tuple(families.feedforward(config.feedforward_modules, targets)) if ia3 else (),
+        feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
     )
 
 

@@ -312,7 +312,7 @@ def test_adapter_has_its_own_dtype_over_a_16_bit_base(folder: Path, family: str,
         (
             {"adapter_type": "lora", "init_lora_weights": "pissa", "quantization": {"bnb": {"load_in_4bit": True}}},
             "init_lora_weights",
-            "4 or 8 bits",
+            "4- or 8-bit",
         ),
         (
             {"adapter_type": "hra", "lora_alpha": None, "quantization": {"bnb": {"load_in_8bit": True}}},
