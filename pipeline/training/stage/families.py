@@ -40,11 +40,11 @@ def default_targets(family: str) -> list[str] | str:
     return IA3_TARGETS if family == "ia3" else "all-linear"
 
 
-def check_fits(adapter: AdapterSpec, shell: PreTrainedModel) -> None:
+def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
     """UserError, before any weight is read, where the adapter does not fit a module's shape."""
     family, block, too_wide = adapter.family, adapter.block_size, []
     for name, size in adapter.sizes.items():
-        module: Any = shell.get_submodule(name)
+        module: Any = model.get_submodule(name)
         inputs, outputs, rank = module.in_features, module.out_features, size.rank
         if family == "boft" and inputs > BOFT_WIDEST:
             raise UserError(f"adapter_type = 'boft': PEFT makes {inputs} × {inputs} matrices for {name}; use 'oft'")
