@@ -122,23 +122,23 @@ def rank() -> int:
 def debug(text: str) -> None:
     """Of the first rank, for the log file; on the terminal with `--log_level debug` only."""
     if rank() == 0:
-        LOGGER.debug(text, extra={"shown": True})
+        LOGGER.debug(plain(text), extra={"shown": True})
 
 
 def log(text: str = "") -> None:
     """Print `text` on the first rank only."""
     if rank() == 0:
-        LOGGER.info(text, extra={"shown": True})
+        LOGGER.info(plain(text), extra={"shown": True})
 
 
 def warn(text: str) -> None:
     """Print a warning on the first rank only; a log file has those of all ranks."""
-    LOGGER.warning(text, extra={"shown": rank() == 0})
+    LOGGER.warning(plain(text), extra={"shown": rank() == 0})
 
 
 def complain(text: str, *, shown: bool = True) -> None:
     """Print an error on this rank, whichever it is; without `shown` it is for the log file only."""
-    LOGGER.error(text, extra={"shown": shown})
+    LOGGER.error(plain(text), extra={"shown": shown})
 
 
 def plain(text: str) -> str:
@@ -159,7 +159,7 @@ class Terminal(logging.Handler):
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
             # The terminal may be gone, or be a file on the full disk: of an error the exit code still says it.
             with suppress(*[OSError] * (record.levelno >= logging.ERROR)):
-                print(plain(prefix + record.getMessage()), file=stream, flush=True)
+                print(prefix + record.getMessage(), file=stream, flush=True)
         return True
 
     def show_from(self, level: str) -> None:

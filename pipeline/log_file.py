@@ -11,7 +11,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from pipeline.console import LOGGER, plain, rank, warn
+from pipeline.console import LOGGER, rank, warn
 
 FILE = "log.txt"
 MOST_WAITING = 10_000  # records before there is a folder
@@ -71,5 +71,5 @@ def in_lines(record: logging.LogRecord) -> bytes:
     """A record as lines, each with the time in UTC, the level and the rank; nothing for an empty one."""
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
     head = f"{when} {record.levelname.lower()} rank {rank()}: "
-    lines = plain(record.getMessage()).splitlines()
+    lines = record.getMessage().splitlines()
     return "".join(f"{head}{line}\n" for line in lines if line.strip()).encode()
