@@ -104,11 +104,11 @@ def main() -> int:
     asked = parser().parse_args()
     leave_on_sigterm()
     _check(asked)
-    shell = empty_model(read_model_config(asked.input), torch.float32, None)
-    n_layers, width = shell.config.num_hidden_layers, shell.config.hidden_size
+    model = empty_model(read_model_config(asked.input), torch.float32, None)
+    n_layers, width = model.config.num_hidden_layers, model.config.hidden_size
     layers = _layers(asked.layers, n_layers)
-    modules, biased = _targets(shell, asked.target_modules, layers, width)
-    _warn_of_norms(shell)
+    modules, biased = _targets(model, asked.target_modules, layers, width)
+    _warn_of_norms(model)
     used = layers if asked.direction_layer is None else [_direction_layer(asked.direction_layer, n_layers)]
     if asked.from_texts:
         found = {index: v.unsqueeze(0) for index, v in _from_texts(asked, used).items()}
@@ -177,11 +177,11 @@ def _direction_layer(index: int, n_layers: int) -> int:
     return index
 
 
-def _targets(shell: PreTrainedModel, names: list[str], layers: list[int], width: int) -> tuple[dict[str, int], bool]:
+def _targets(model: PreTrainedModel, names: list[str], layers: list[int], width: int) -> tuple[dict[str, int], bool]:
     """Target module → its layer, and whether any has a bias. UserError for one that does not give [.., D]."""
     modules, biased = {}, False
-    for name in resolve_targets(shell, names, layers):
-        module = shell.get_submodule(name)
+    for name in resolve_targets(model, names, layers):
+        module = model.get_submodule(name)
         if module.out_features != width:
             raise UserError(
                 f"--target-modules: {name} gives {module.out_features} numbers, not the hidden size {width}, so a direction "
@@ -192,9 +192,9 @@ def _targets(shell: PreTrainedModel, names: list[str], layers: list[int], width:
     return modules, biased
 
 
-def _warn_of_norms(shell: PreTrainedModel) -> None:
+def _warn_of_norms(model: PreTrainedModel) -> None:
     """Where a norm follows what the modules write, its gain turns the vector after the direction was taken off."""
-    names = {name for name, _ in shell.base_model.layers[0].named_modules()}
+    names = {name for name, _ in model.base_model.layers[0].named_modules()}
     if norms := names & NORMS_AFTER_WRITING:
         warn(
             f"in this model a norm ({norms.pop()}) stands between what the target modules write and the residual stream; the "

@@ -62,7 +62,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     engine.check_version()
     resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
     plan = resolve.resolve(config, resumes=bool(resume))
-    prepare.check_files(config.model, config.output_dir, plan.shell)
+    prepare.check_files(config.model, config.output_dir, plan.meta_model)
     after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
     data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
     resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None

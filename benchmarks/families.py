@@ -108,13 +108,13 @@ class Variant:
 
     def __init__(self, name: str, keys: dict[str, Any] | None, size: Size, base: Path) -> None:
         config = config_of(keys or {}, size, base)
-        shell = empty_model(read_model_config(str(base)), DTYPES[size.dtype], None)
-        targets = adapters.resolve_targets(shell, ["down_proj"], list(range(1, size.layers)))
+        model = empty_model(read_model_config(str(base)), DTYPES[size.dtype], None)
+        targets = adapters.resolve_targets(model, ["down_proj"], list(range(1, size.layers)))
         scheme = resolve.base_of(config).scheme
         if scheme:
-            quantized.foresee(shell, scheme)
+            quantized.foresee(model, scheme)
         parts.import_quantisation(scheme)
-        self.stage = Stage(shell, 0, size.layers)
+        self.stage = Stage(model, 0, size.layers)
         parts.put_quantised(self.stage, scheme)
         weights.load(self.stage, str(base), DTYPES[size.dtype], CPU)
         self.stage.train()

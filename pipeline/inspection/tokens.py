@@ -98,9 +98,9 @@ def lens(base: Base) -> Lens:
     from pipeline.model.stage import empty_model, read_model_config
 
     head = _head(base)
-    shell = empty_model(read_model_config(str(base.folder)), torch.float32, None)
-    form = norm_form(shell.base_model.norm)
-    stored = base.find(f"{shell.base_model_prefix}.norm.weight")
+    model = empty_model(read_model_config(str(base.folder)), torch.float32, None)
+    form = norm_form(model.base_model.norm)
+    stored = base.find(f"{model.base_model_prefix}.norm.weight")
     if form is None or stored is None or stored.dtype not in FLOATS or stored.shape != head.shape[1:]:
         return Lens(head, None, centred=False)
     function, options = form

@@ -120,12 +120,12 @@ def test_an_eos_beyond_the_embedding_is_refused(base: Path) -> None:
 
 
 def test_the_smaller_of_embedding_and_head_counts() -> None:
-    shell = empty_model(
+    meta_model = empty_model(
         LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=64), torch.float32, None
     )
-    assert data_fits.embedding_rows(shell) == 64
-    shell.set_output_embeddings(nn.Linear(32, 60, bias=False, device="meta"))
-    assert data_fits.embedding_rows(shell) == 60
+    assert data_fits.embedding_rows(meta_model) == 64
+    meta_model.set_output_embeddings(nn.Linear(32, 60, bias=False, device="meta"))
+    assert data_fits.embedding_rows(meta_model) == 60
 
 
 # Positions

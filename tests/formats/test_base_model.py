@@ -28,6 +28,7 @@ from pipeline.model.adapters import full as trained_modules
 from pipeline.model.stage import empty_model, logit_transform, read_model_config, tied_head
 from pipeline.publishing.push import files_of
 from pipeline.training.checkpoint import trained
+from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.start import prepare
 from tests.helpers import builders
 from tests.helpers.artifacts import multiplicative
@@ -141,8 +142,8 @@ def test_every_number_of_stages_reads_what_transformers_reads(tmp_path: Path, la
 @pytest.mark.parametrize(("change", "one"), [(another_head, False), (the_same_head, True), (head_alone, True)])
 def test_what_is_trained_of_a_tied_head(tmp_path: Path, change: Change, one: bool) -> None:
     tied(tmp_path, "llama", change)
-    shell = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
-    found = trained_modules.resolve(shell, ["embed_tokens"], [])
+    meta_model = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
+    found = trained_modules.resolve(meta_model, ["embed_tokens"], [])
     assert set(found) == ({EMBEDDING, HEAD} if one else {EMBEDDING})
     head = head_of(read_base(tmp_path))
     assert head.tied == one
@@ -242,9 +243,7 @@ def test_a_config_that_ties_what_the_file_does_not_is_said(
 ) -> None:
     tied(tmp_path, "llama", change)
     asked: Any = SimpleNamespace(model=str(tmp_path), output_dir=str(tmp_path / "runs"))
-    prepare.check_files(
-        asked.model, asked.output_dir, empty_model(read_model_config(str(tmp_path)), torch.float32, None)
-    )
+    prepare.check_files(asked.model, asked.output_dir, MetaModel(read_model_config(str(tmp_path)), torch.float32))
     assert ("two different tensors. Both are kept, as in transformers" in capsys.readouterr().err) == said
 
 
@@ -361,23 +360,23 @@ def test_fp8_without_scales_is_a_dtype_like_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_a_tensor_that_is_nowhere_is_named_before_anything_is_read(tmp_path: Path, kind: str) -> None:
     builders.save_model(tmp_path, kind)
-    shell = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
-    weights.check_complete(shell, read_base(tmp_path))
+    meta_model = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
+    weights.check_complete(meta_model, read_base(tmp_path))
     last = "3.self_attn.o_proj.weight"
     rewritten(tmp_path, lambda tensors: tensors.pop(f"model.layers.{last}"))
     with pytest.raises(UserError, match=f"has no tensor for model.layers.{last}$"):
-        weights.check_complete(shell, read_base(tmp_path))
+        weights.check_complete(meta_model, read_base(tmp_path))
 
 
 def test_a_model_saved_without_its_head(tmp_path: Path) -> None:
     """transformers would draw the head at random."""
     builders.save_model(tmp_path, "llama")
     rewritten(tmp_path, lambda tensors: tensors.pop(HEAD))
-    shell = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
+    meta_model = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
     with pytest.raises(
         UserError, match=r"no tensor for lm_head\.weight.*save the model again from AutoModelForCausalLM"
     ):
-        weights.check_complete(shell, read_base(tmp_path))
+        weights.check_complete(meta_model, read_base(tmp_path))
 
 
 # Links

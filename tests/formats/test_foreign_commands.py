@@ -122,7 +122,7 @@ def check(base: Path, adapter: Path, output: Path) -> None:
     )
     config = loading.validate(raw, "x.toml")
     plan = resolve.resolve(config)
-    prepare.check_files(config.model, config.output_dir, plan.shell)
+    prepare.check_files(config.model, config.output_dir, plan.meta_model)
     prepare.tokenizer_for(plan, config.model)
 
 

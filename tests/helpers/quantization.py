@@ -51,9 +51,9 @@ def theirs(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32) -> 
 
 def foreseen(folder: Path, scheme: Scheme, first: int, end: int, dtype: torch.dtype = torch.float32) -> Stage:
     """A stage on `meta` with the layers to quantise marked."""
-    shell = empty_model(read_model_config(str(folder)), dtype, None)
-    quantized.foresee(shell, scheme)
-    return Stage(shell, first, end)
+    meta_model = empty_model(read_model_config(str(folder)), dtype, None)
+    quantized.foresee(meta_model, scheme)
+    return Stage(meta_model, first, end)
 
 
 def build(folder: Path, scheme: Scheme, first: int, end: int, dtype: torch.dtype = torch.float32) -> Stage:

@@ -225,7 +225,7 @@ def test_layers_and_weights_without_an_adapter_are_told(tmp_path: Path, capsys: 
     ]
     said = capsys.readouterr().out
     assert "in 3 of 5 layers: mlp.shared_expert.down_proj; in 2 of 5 layers: mlp.down_proj" in said
-    layers = dict(made.shell.base_model.layers.named_parameters())
+    layers = dict(made.meta_model.shared.base_model.layers.named_parameters())
     held = sum(p.numel() for name, p in layers.items() if name.endswith("down_proj.weight") and name[0] != "0")
     share = 100 * held / sum(p.numel() for p in layers.values())
     assert f"on {share:.3g} % of the weights of all layers" in said
@@ -283,11 +283,11 @@ def test_a_mixture_that_cannot_be_quantised_is_refused_before_a_weight_is_read(t
     )
     made = resolve.resolve(config)
     with pytest.raises(UserError, match=r"quantization: .*'glm4_moe' in another form than it runs"):
-        prepare.check_files(config.model, config.output_dir, made.shell)
+        prepare.check_files(config.model, config.output_dir, made.meta_model)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_check_still_takes_a_model_with_weights(tmp_path: Path, stages: int) -> None:
     save_model(tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     config = loading.validate(small(model=str(tmp_path), pipeline_stages=stages, adapter_type="lora"), "x.toml")
-    prepare.check_files(config.model, str(tmp_path), resolve.resolve(config).shell)
+    prepare.check_files(config.model, str(tmp_path), resolve.resolve(config).meta_model)

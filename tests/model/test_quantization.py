@@ -218,9 +218,9 @@ def test_what_the_planner_counts_takes_the_same_kernels(folders: dict[str, Path]
 
 
 def test_a_mixture_whose_experts_are_one_tensor_is_refused(tmp_path: Path) -> None:
-    shell = empty_model(builders.model_config("mixtral", **SIZES), torch.float32, None)
+    meta_model = empty_model(builders.model_config("mixtral", **SIZES), torch.float32, None)
     with pytest.raises(UserError, match=r"'mixtral'.*experts\..*\[8, .*bitsandbytes cannot quantise"):
-        quantized.foresee(shell, NF4)
+        quantized.foresee(meta_model, NF4)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +232,9 @@ def test_a_mixture_whose_experts_are_one_tensor_is_refused(tmp_path: Path) -> No
     ],
 )
 def test_modules_to_skip_that_make_no_sense(skip: str, said: str) -> None:
-    shell = empty_model(builders.model_config("llama", **SIZES), torch.float32, None)
+    meta_model = empty_model(builders.model_config("llama", **SIZES), torch.float32, None)
     with pytest.raises(UserError, match=said):
-        quantized.foresee(shell, NF4._replace(skip=(skip,)))
+        quantized.foresee(meta_model, NF4._replace(skip=(skip,)))
 
 
 # Memory
@@ -250,10 +250,10 @@ def anonymous():
     return int(lines["RssAnon"].split()[0]) * 1024
 
 stage_of = lambda folder: empty_model(read_model_config(folder), torch.bfloat16, None)
-shell = stage_of(sys.argv[1])
+meta_model = stage_of(sys.argv[1])
 scheme = packed.Scheme(int(sys.argv[2]), "nf4", True, torch.bfloat16, 6.0, ())
-packed.foresee(shell, scheme)
-stage = Stage(shell, 0, len(shell.base_model.layers))
+packed.foresee(meta_model, scheme)
+stage = Stage(meta_model, 0, len(meta_model.base_model.layers))
 plain = sum(p.numel() * p.element_size() for p in stage.parameters())
 own = plain - packed.saved_bytes(stage)
 quantization.put_in(stage)

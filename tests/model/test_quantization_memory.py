@@ -46,9 +46,9 @@ def status(key):
     return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 def load(folder, bits):
-    shell = empty_model(read_model_config(folder), torch.bfloat16, None)
-    packed.foresee(shell, packed.Scheme(bits, "nf4", True, torch.bfloat16, 6.0, ()))
-    stage = Stage(shell, 0, len(shell.base_model.layers))
+    meta_model = empty_model(read_model_config(folder), torch.bfloat16, None)
+    packed.foresee(meta_model, packed.Scheme(bits, "nf4", True, torch.bfloat16, 6.0, ()))
+    stage = Stage(meta_model, 0, len(meta_model.base_model.layers))
     plain = sum(p.numel() * p.element_size() for p in stage.parameters())
     own = plain - packed.saved_bytes(stage)
     quantization.put_in(stage)

@@ -133,8 +133,8 @@ def build_stage(
     first, end = followed.ranges[place.stage]
     if followed.ranges != plan.ranges:  # chosen by 'auto'
         resolve.check_tiny(plan, followed.ranges)
-    stage = Stage(plan.shell, first, end)
-    with engine.agreement(place), unsupported.named(plan.shell.config.model_type, "putting its stage together"):
+    stage = Stage(plan.meta_model.make(), first, end)
+    with engine.agreement(place), unsupported.named(plan.meta_model.config.model_type, "putting its stage together"):
         check_room(stage, place)
         parts.put_quantised(stage, plan.base.scheme)
         weights.load(stage, plan.base.folder, plan.base.dtype, place.device)

@@ -44,11 +44,11 @@ def default_targets(family: str) -> list[str] | str:
     return targets if isinstance(targets, str) else list(targets)
 
 
-def check_fits(adapter: AdapterSpec, shell: PreTrainedModel) -> None:
+def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
     """UserError, before any weight is read, where the adapter does not fit a module's shape."""
     row, block, too_wide = adapter.row, adapter.block_size, []
     for name, size in adapter.sizes.items():
-        module: Any = shell.get_submodule(name)
+        module: Any = model.get_submodule(name)
         inputs, outputs, rank = module.in_features, module.out_features, size.rank
         if row.most_inputs and inputs > row.most_inputs:
             others = " or ".join(f"'{name}'" for name, r in CONFIGURED.items() if r.block_size and not r.most_inputs)

@@ -6,14 +6,14 @@ The same for a stage with its weights and for one on `meta` that is only counted
 from collections import Counter
 from typing import Any
 
-from pipeline.model import quantized
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.quantized import Scheme
-from pipeline.model.stage import Stage, empty_model, read_model_config
+from pipeline.model.stage import Stage
 from pipeline.training.stage import families
-from pipeline.training.stage.spec import BaseModel, Trained
+from pipeline.training.stage.meta_model import MetaModel
+from pipeline.training.stage.spec import Trained
 
 
 def import_quantisation(scheme: Scheme | None) -> None:
@@ -41,12 +41,10 @@ def put_trained(stage: Stage, trained: Trained) -> None:
     trained_modules.unfreeze(stage, trained.in_full)
 
 
-def whole_on_meta(base: BaseModel, trained: Trained) -> Stage:
+def whole_on_meta(meta_model: MetaModel, trained: Trained) -> Stage:
     """The whole model as one stage on `meta`, with what is trained and without kernels: for counting and for names."""
-    shell = empty_model(read_model_config(base.folder), base.dtype, base.attn_implementation)
-    if base.scheme:
-        quantized.foresee(shell, base.scheme)
-    stage = Stage(shell.requires_grad_(False), 0, len(shell.base_model.layers)).train()
+    model = meta_model.make()
+    stage = Stage(model.requires_grad_(False), 0, len(model.base_model.layers)).train()
     put_trained(stage, trained)
     return stage
 

@@ -13,8 +13,8 @@ from pipeline.training.start import kernel_places, prepare, resolve
 def look(config: Config, preview_chunks: int | None) -> int:
     """Resolve and check; with `preview_chunks`, show so many chunks as the model will read them."""
     plan = resolve.resolve(config)
-    kernel_places.foresee(config.kernels, plan.base, plan.trained)
-    prepare.check_files(config.model, config.output_dir, plan.shell)
+    kernel_places.foresee(config.kernels, plan.meta_model, plan.trained)
+    prepare.check_files(config.model, config.output_dir, plan.meta_model)
     after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(plan.data, data := prepare.read_data(plan.data, tokenizer, plan))

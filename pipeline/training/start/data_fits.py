@@ -15,9 +15,9 @@ from pipeline.data.store import Report
 from pipeline.foreign import printable, read_object
 
 
-def embedding_rows(shell: PreTrainedModel) -> int:
+def embedding_rows(model: PreTrainedModel) -> int:
     """Ids that the model can both read and predict."""
-    ends = (shell.get_input_embeddings(), shell.get_output_embeddings())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(int(end.weight.shape[0]) for end in ends if end is not None)  # type: ignore[arg-type, union-attr, index]
 
 
@@ -57,16 +57,16 @@ def check_ids(report: Report, tokenizer: Any, rows: int) -> None:
         )
 
 
-def check_length(key: str, sequence_len: int, shell: PreTrainedModel) -> None:
+def check_length(key: str, sequence_len: int, model: PreTrainedModel) -> None:
     """Warn of chunks longer than the positions the model was made for; UserError where it has no others.
 
     `key`: the config's, for the message.
     """
-    known = positions(shell.config)
+    known = positions(model.config)
     if known is None or sequence_len <= known:
         return
     what = f"{key} = {sequence_len:,} is more than the model's max_position_embeddings = {known:,}"
-    if name := _learned_positions(shell, sequence_len):
+    if name := _learned_positions(model, sequence_len):
         raise UserError(f"{what}, and it has a learned vector for each of these only ({name}): lower {key}")
     warn(f"{what}: it has not learned to read so far back, and may read worse even where it could; lower {key} to that")
 
@@ -83,13 +83,13 @@ def positions(config: PretrainedConfig) -> int | None:
     return known
 
 
-def _learned_positions(shell: PreTrainedModel, sequence_len: int) -> str | None:
+def _learned_positions(model: PreTrainedModel, sequence_len: int) -> str | None:
     """The name of a table with a vector for each position, and none for the last of `sequence_len`."""
-    tokens = shell.get_input_embeddings()
+    tokens = model.get_input_embeddings()
     return next(
         (
             name
-            for name, module in shell.named_modules()
+            for name, module in model.named_modules()
             if isinstance(module, nn.Embedding)
             and module is not tokens
             and module.num_embeddings < sequence_len

@@ -13,7 +13,8 @@ from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
 from pipeline.training.engine.engine import Place
 from pipeline.training.stage import parts
-from pipeline.training.stage.spec import BaseModel, Trained
+from pipeline.training.stage.meta_model import MetaModel
+from pipeline.training.stage.spec import Trained
 
 NOWHERE = {  # why, where a model has no module that a kernel might serve
     "norm": "no module has an epsilon, as norms have",
@@ -35,11 +36,11 @@ def put(stage: Stage, wanted: str | list[Any], place: Place) -> None:
     say_places(wanted, taken, reasons)
 
 
-def foresee(wanted: str | list[Any], base: BaseModel, trained: Trained) -> None:
+def foresee(wanted: str | list[Any], meta_model: MetaModel, trained: Trained) -> None:
     """Say what `put` will say, from the model's structure alone."""
     if wanted in ("none", []):
         return
-    stage = parts.whole_on_meta(base, trained)
+    stage = parts.whole_on_meta(meta_model, trained)
     taken = parts.put_kernels(stage, wanted)
     say_places(wanted, taken, [{name: fusion.why_not(stage, name) for name in missing(wanted, taken)}])
 

@@ -7,7 +7,6 @@ compared with. Costs are counted on fake tensors by the code that trains, on `me
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +65,7 @@ def host_bytes(layout: Layout) -> int:
 
 def costs(plan: Resolved, levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
     """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
-    stage = parts.whole_on_meta(plan.base, plan.trained)
+    stage = parts.whole_on_meta(plan.meta_model, plan.trained)
     parts.put_kernels(stage, plan.layout.kernels)
     rows, optimizer = plan.layout.rows, plan.updates.optimizer
     own_types = optimizer_types(optimizer, stage)
@@ -173,7 +172,7 @@ def for_run(plan: Resolved, place: Place) -> Followed:
     usable: list[Any] = [None] * place.world
     dist.all_gather_object(usable, (place.stage, _usable_here(place)))
     memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
-    solved = partial(_solved, _without_shell(plan), _products(plan), place, memory)
+    solved = partial(_solved, plan, _products(plan), place, memory)
     keeping = keeping_of(plan.layout)
     if keeping is None:
         found = _on_all(solved)
@@ -186,7 +185,7 @@ def for_run(plan: Resolved, place: Place) -> Followed:
             lambda: found,
         )
     shape = shape_of(plan.layout, place.stages)
-    input_bytes = shape.tokens * plan.shell.config.hidden_size * plan.shell.dtype.itemsize
+    input_bytes = shape.tokens * plan.meta_model.shared.config.hidden_size * plan.meta_model.shared.dtype.itemsize
     on_host = [
         (end - first) * input_bytes * in_flight(stage, shape) if keeping.on_host else 0
         for stage, (first, end) in enumerate(plan.ranges)
@@ -295,14 +294,9 @@ def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostAren
     log(table.compare(plan, measured, step_s))
 
 
-def _without_shell(plan: Resolved) -> Resolved:
-    """For what outlives the start of a run: the shell becomes a stage, whose weights must not be kept alive."""
-    return replace(plan, shell=None)  # type: ignore[arg-type]
-
-
 def _products(plan: Resolved) -> list[tuple[int, int]]:
     """(in, out) of the products of one layer."""
-    layer: Any = plan.shell.base_model.layers[0]
+    layer: Any = plan.meta_model.shared.base_model.layers[0]
     return sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import log, warn
 from pipeline.data import chunks
@@ -24,6 +22,7 @@ from pipeline.model import unsupported, weights
 from pipeline.model.stage import tied_head
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
+from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.start import data_fits
 from pipeline.training.start.resolve import DataSpec, Resolved, Updates
 
@@ -36,14 +35,14 @@ class Data:
     evaluation: dict[str, Selection]
 
 
-def check_files(model: str, output_dir: str, shell: PreTrainedModel) -> None:
+def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
     """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     check_writable(Path(output_dir), "output_dir")
     base = read_base(Path(model), "model")
-    with unsupported.named(shell.config.model_type, "finding its weights in the folder's files"):
-        weights.check_complete(shell, base)
+    with unsupported.named(meta_model.config.model_type, "finding its weights in the folder's files"):
+        weights.check_complete(meta_model.shared, base)
     warn_of_remarks(base)
-    if config_ties(base.config) and not tied_head(shell) and base.find(HEAD):
+    if config_ties(base.config) and not tied_head(meta_model.shared) and base.find(HEAD):
         warn(
             f"{model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
             "are kept, as in transformers; tie_word_embeddings = false would say so."
@@ -53,7 +52,7 @@ def check_files(model: str, output_dir: str, shell: PreTrainedModel) -> None:
 def tokenizer_for(plan: Resolved, folder: str) -> Any:
     """The tokenizer in `folder`; UserError if its BOS or EOS has no trained row in the model's embedding."""
     tokenizer = tokenizers.load(folder)
-    data_fits.check_tokenizer(tokenizer, folder, data_fits.embedding_rows(plan.shell))
+    data_fits.check_tokenizer(tokenizer, folder, data_fits.embedding_rows(plan.meta_model.shared))
     return tokenizer
 
 
@@ -68,7 +67,7 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         lengths = {f"datasets.{i}.sequence_len": dataset.sequence_len for i, dataset in enumerate(spec.datasets)}
         lengths |= {f"eval_datasets.{i}.sequence_len": held.sequence_len for i, held in enumerate(spec.eval_datasets)}
         for key, sequence_len in lengths.items():
-            data_fits.check_length(key, sequence_len, plan.shell)
+            data_fits.check_length(key, sequence_len, plan.meta_model.shared)
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         streams = _chunks(
@@ -102,7 +101,7 @@ def _chunks(
     for store in streams.stores:
         log(f"data:     {store.report}")
         if plan is not None:
-            data_fits.check_ids(store.report, tokenizer, data_fits.embedding_rows(plan.shell))
+            data_fits.check_ids(store.report, tokenizer, data_fits.embedding_rows(plan.meta_model.shared))
     return streams
 
 

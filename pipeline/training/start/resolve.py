@@ -22,10 +22,11 @@ from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.model import cut_check, partition, quantized, unsupported, weights
 from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
-from pipeline.model.stage import empty_model, read_model_config, tied_head
+from pipeline.model.stage import read_model_config, tied_head
 from pipeline.names import id_in_cache, layers_of
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_full_tensors, parts, patterns
+from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
 
 
@@ -83,10 +84,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run in plain values. `shell`: the model without weights; `ranges`: each stage's layers, [first, end)."""
+    """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end)."""
 
     base: BaseModel
-    shell: PreTrainedModel
+    meta_model: MetaModel
     trained: Trained
     ranges: list[tuple[int, int]]
     updates: Updates
@@ -111,15 +112,17 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
 @log_if_slow("starting: looking at the model, without its weights")
 def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> Resolved:
     base = base_of(config)
-    shell = empty_model(model_config, base.dtype, base.attn_implementation)
-    check_apart(config, shell)
-    if base.scheme and (quantised := quantized.foresee(shell, base.scheme)):
-        log(f"base:     {len(quantised)} linear layers in {base.scheme}")
-    trained = trained_of(config, base, shell)
+    meta_model = MetaModel(model_config, base.dtype, base.attn_implementation, base.scheme)
+    model = meta_model.shared
+    check_apart(config, model)
+    if base.scheme:
+        quantised = sum(isinstance(part, quantized.Foreseen) for part in model.modules())
+        log(f"base:     {quantised} linear layers in {base.scheme}")
+    trained = trained_of(config, base, model)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
-    check_groups(parameter_groups.specials(config.optimizer), base, trained)
+    check_groups(parameter_groups.specials(config.optimizer), meta_model, trained)
     data = data_of(config)
     tokens, budget = max(d.sequence_len for d in config.datasets), config.batch_size_tokens
     layout = Layout(
@@ -141,7 +144,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         warmup=config.warmup_steps,
         constant_lr=config.force_constant_lr,
     )
-    return Resolved(base, shell, trained, cut_into_stages(layout, shell, trained), updates, layout, data)
+    return Resolved(base, meta_model, trained, cut_into_stages(layout, model, trained), updates, layout, data)
 
 
 def data_of(config: Config) -> DataSpec:
@@ -179,22 +182,22 @@ def base_of(config: Config) -> BaseModel:
     return BaseModel(config.model, dtype, config.attn_implementation, scheme, name)
 
 
-def trained_of(config: Config, base: BaseModel, shell: PreTrainedModel) -> Trained:
+def trained_of(config: Config, base: BaseModel, model: PreTrainedModel) -> Trained:
     """What is trained of this model; says it in words."""
-    tied = tied_head(shell)
+    tied = tied_head(model)
     if config.full_fine_tune:
-        return Trained(None, own_weights(config.target_modules, shell), tied=tied)
-    adapter = resolve_adapter(config, shell)
-    in_full = trained_modules.resolve(shell, config.trainable_modules, adapter.targets)
+        return Trained(None, own_weights(config.target_modules, model), tied=tied)
+    adapter = resolve_adapter(config, model)
+    in_full = trained_modules.resolve(model, config.trainable_modules, adapter.targets)
     if in_full:
-        described = trained_modules.describe(shell, config.trainable_modules, in_full)
+        described = trained_modules.describe(model, config.trainable_modules, in_full)
         log(f"          and in full, in {dtype_name(base.dtype)}: {described}")
     return Trained(adapter, in_full=in_full, tied=tied)
 
 
-def check_apart(config: Config, shell: PreTrainedModel) -> None:
+def check_apart(config: Config, model: PreTrainedModel) -> None:
     """UserError with all mistakes at once that have nothing to do with each other: layers, modules, stages, paths."""
-    errors, n_layers = CollectedErrors(), len(shell.base_model.layers)
+    errors, n_layers = CollectedErrors(), len(model.base_model.layers)
     layers = list(range(n_layers))
     with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
@@ -203,9 +206,9 @@ def check_apart(config: Config, shell: PreTrainedModel) -> None:
         with errors.collect():
             layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
         with errors.collect():
-            adapters.resolve_targets(shell, names, layers)
+            adapters.resolve_targets(model, names, layers)
         with errors.collect():
-            trained_modules.resolve(shell, config.trainable_modules, [])
+            trained_modules.resolve(model, config.trainable_modules, [])
     with errors.collect():
         partition.check_possible(config.layers_per_stage, config.pipeline_stages, n_layers)
     # Looking for files warns of what it finds, and it is done again when they are read.
@@ -221,17 +224,17 @@ def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     the whole model, or does not run."""
     adapter = resolved.trained.adapter
     put = partial(families.inject_for_trial, adapter=adapter) if adapter else None
-    cut_check.check(read_model_config(resolved.base.folder), ranges, put)
+    cut_check.check(resolved.meta_model.config, ranges, put)
 
 
-def own_weights(targets: list[str] | str | None, shell: PreTrainedModel) -> list[str] | None:
+def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list[str] | None:
     """Of full fine-tuning: target_modules, said in words; UserError where the weights cannot be trained or saved."""
-    weights.check_saved_as_run(shell)
+    weights.check_saved_as_run(model)
     if isinstance(targets, str):
         raise UserError(
             "target_modules = 'all-linear': with full_fine_tune, give names of modules, or leave the key out to train everything"
         )
-    there = {part for name, _ in shell.named_parameters() for part in name.split(".")}
+    there = {part for name, _ in model.named_parameters() for part in name.split(".")}
     if unknown := [name for name in targets or () if name not in there]:
         raise UserError(
             f"target_modules: no parameter has {', '.join(unknown)} in its name; there are {', '.join(sorted(there))}"
@@ -241,21 +244,21 @@ def own_weights(targets: list[str] | str | None, shell: PreTrainedModel) -> list
     return targets
 
 
-def resolve_adapter(config: Config, shell: PreTrainedModel) -> AdapterSpec:
+def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     """The adapter on this model's modules, which it fits; says it in words."""
-    n_layers = len(shell.base_model.layers)
+    n_layers = len(model.base_model.layers)
     layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
     names = config.target_modules or families.default_targets(config.adapter_type)
-    targets = adapters.resolve_targets(shell, names, layers)
-    biased = any(getattr(shell.get_submodule(name), "bias", None) is not None for name in targets)
+    targets = adapters.resolve_targets(model, names, layers)
+    biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
     adapter = adapter_of(config, targets, biased)
-    families.check_fits(adapter, shell)
+    families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
     log(f"training: {adapter.family} on {where} {modules}, {adapters.describe_layers(layers_of(targets), n_layers)}")
-    for line in adapters.describe_targets(shell, targets, layers):
+    for line in adapters.describe_targets(model, targets, layers):
         log(f"          {line}")
-    if names == "all-linear" and (left_out := adapters.routers(shell, layers)):
+    if names == "all-linear" and (left_out := adapters.routers(model, layers)):
         log(f"          without {', '.join(left_out)}, which only choose")
     log(f"          {families.describe(adapter)}")
     return adapter
@@ -287,10 +290,12 @@ def adapter_of(config: Config, targets: list[str], biased_targets: bool = False)
     )
 
 
-def check_groups(specials: Sequence[parameter_groups.ParamGroupOverride], base: BaseModel, trained: Trained) -> None:
+def check_groups(
+    specials: Sequence[parameter_groups.ParamGroupOverride], meta_model: MetaModel, trained: Trained
+) -> None:
     """UserError for a name in [[optimizer.groups]] that nothing trained has. A tied head goes by its embedding's name."""
     if specials:
-        names = adapters.trainable(parts.whole_on_meta(base, trained))
+        names = adapters.trainable(parts.whole_on_meta(meta_model, trained))
         parameter_groups.check(specials, [name for name in names if name not in trained.tied])
 
 
@@ -301,20 +306,20 @@ def initial_adapter_of(trained: Trained, folder: str) -> dict[str, Tensor]:
     return families.saved(trained.adapter, folder) | initial_full_tensors.read(folder, trained.in_full, trained.tied)
 
 
-def cut_into_stages(layout: Layout, shell: PreTrainedModel, trained: Trained) -> list[tuple[int, int]]:
+def cut_into_stages(layout: Layout, model: PreTrainedModel, trained: Trained) -> list[tuple[int, int]]:
     """Each stage's range of layers; says it with the stage's weights and share of the work."""
     first_trained = None
     if trained.adapter:
-        first_trained = min(layers_of(trained.adapter.targets)[0], trained_modules.first_layer(shell, trained.in_full))
+        first_trained = min(layers_of(trained.adapter.targets)[0], trained_modules.first_layer(model, trained.in_full))
     cost = partition.costs(
-        shell.base_model,
-        shell.get_output_embeddings(),
+        model.base_model,
+        model.get_output_embeddings(),
         first_adapted=first_trained,
-        in_full=[shell.get_parameter(name) for name in trained.in_full],
+        in_full=[model.get_parameter(name) for name in trained.in_full],
         recompute=bool(layout.checkpointing),
         sequence_len=layout.tokens,
-        key_width=_key_width(shell.config),
-        active_share_of_experts=_active_share(shell.config),
+        key_width=_key_width(model.config),
+        active_share_of_experts=_active_share(model.config),
     )
     if layout.checkpointing == "auto" and not layout.layers:
         log("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")

@@ -197,7 +197,7 @@ def test_stock_peft_finds_the_base_of_an_adapter_on_this_machine(tmp_path: Path,
     rank, generator = config.lora_rank or 1, torch.Generator().manual_seed(0)
     tensors = {}
     for module in plan.trained.targets:
-        rows, columns = plan.shell.get_submodule(module).weight.shape
+        rows, columns = plan.meta_model.shared.get_submodule(module).weight.shape
         shapes = {"A": (rank, columns if config.adapter_type == "lora" else rows), "B": (rows, rank)}
         shapes |= {"lora_magnitude_vector": (rows,)} if case == "dora" else {}
         shapes = {"hra_u": (columns, rank)} if case == "hra" else shapes

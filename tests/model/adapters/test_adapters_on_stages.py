@@ -32,8 +32,8 @@ def injected(
 ) -> tuple[list, dict[str, nn.Parameter]]:
     """Stages with an adapter on every down_proj and o_proj, and all trained parameters by global name."""
     inject = adapters.inject_multiplicative if kind == "multiplicative_lora" else adapters.inject_lora
-    shell = empty_model(model_config("llama"), dtype, None)
-    targets = adapters.resolve_targets(shell, ["down_proj", "o_proj"], [0, 1, 3])
+    meta_model = empty_model(model_config("llama"), dtype, None)
+    targets = adapters.resolve_targets(meta_model, ["down_proj", "o_proj"], [0, 1, 3])
     stages, trained = chain(folder, cuts, base), {}
     for stage in stages:
         inject(stage, targets, RANK, ALPHA, 0.0, dtype, seed)

@@ -215,8 +215,8 @@ def test_fold_is_pefts_merge_and_the_live_model(folder: Path, tmp_path: Path, fa
 def test_counted_on_meta_it_has_the_same_parameters(folder: Path, family: str) -> None:
     config = config_of(folder, family)
     plan = resolve.resolve(config)
-    shell = empty_model(read_model_config(str(folder)), torch.float32, None)
-    stage = Stage(shell.requires_grad_(False), 0, 4)
+    meta_model = empty_model(read_model_config(str(folder)), torch.float32, None)
+    stage = Stage(meta_model.requires_grad_(False), 0, 4)
     families.inject(stage, plan.trained.adapter)
     counted = {name: p.shape for name, p in adapters.trainable(stage).items()}
     assert counted == {name: p.shape for name, p in trained(stages_of(folder, config, [0, 4])).items()}

@@ -59,7 +59,9 @@ def targets_of(layers: tuple[int, ...] = (1, 2)) -> list[str]:
 def stages_with(folder: Path, cuts: list[int], names: list[str]) -> list[Stage]:
     """Stages in training, with a multiplicative adapter that does something and `names` free to train."""
     stages = chain(folder, cuts)
-    in_full = trained_modules.resolve(shell("llama", tie_word_embeddings=folder.name == "tied"), names, targets_of())
+    in_full = trained_modules.resolve(
+        meta_model("llama", tie_word_embeddings=folder.name == "tied"), names, targets_of()
+    )
     for stage in stages:
         inject_multiplicative(stage.train(), targets_of(), 4, 8.0, 0.0, torch.float32, 42)
         trained_modules.unfreeze(stage, in_full)
@@ -72,7 +74,7 @@ def stages_with(folder: Path, cuts: list[int], names: list[str]) -> list[Stage]:
     return stages
 
 
-def shell(kind: str, **changes: Any) -> Any:
+def meta_model(kind: str, **changes: Any) -> Any:
     return empty_model(model_config(kind, 4, **changes), torch.float32, None)
 
 
@@ -122,7 +124,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_names_are_whole_parts_and_in_every_layer() -> None:
-    model = shell("llama")
+    model = meta_model("llama")
     resolve = trained_modules.resolve
     assert resolve(model, ["norm"], []) == ["model.norm.weight"]
     assert resolve(model, ["model.norm", "norm"], []) == ["model.norm.weight"]
@@ -140,14 +142,14 @@ def test_names_are_whole_parts_and_in_every_layer() -> None:
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 def test_naming_one_of_a_tied_pair_names_both(name: str) -> None:
-    found = trained_modules.resolve(shell("cohere"), [name], [])
+    found = trained_modules.resolve(meta_model("cohere"), [name], [])
     assert found == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert tied_head(shell("cohere")) == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert tied_head(shell("llama")) == {}
+    assert tied_head(meta_model("cohere")) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert tied_head(meta_model("llama")) == {}
 
 
 def test_the_first_layer_with_a_gradient() -> None:
-    model = shell("llama")
+    model = meta_model("llama")
     of = lambda *names: trained_modules.first_layer(model, trained_modules.resolve(model, names, []))  # noqa: E731
     assert of("embed_tokens", "norm") == 0
     assert of("layers.2.input_layernorm") == 2
@@ -179,14 +181,14 @@ def test_the_first_layer_with_a_gradient() -> None:
 def test_what_cannot_be_trained_in_full_is_refused(kind: str, name: str, said: str) -> None:
     targets = targets_of() if kind == "llama" else []
     with pytest.raises(UserError) as caught:
-        trained_modules.resolve(shell(kind), ["norm", name], targets)
+        trained_modules.resolve(meta_model(kind), ["norm", name], targets)
     assert said in str(caught.value)
     assert str(caught.value).startswith("trainable_modules: ")
 
 
 def test_of_a_mixture_what_is_stored_as_it_runs_is_trained() -> None:
-    assert len(trained_modules.resolve(shell("mixtral"), ["input_layernorm", "norm"], [])) == 5
-    assert len(trained_modules.resolve(shell("qwen3_moe"), ["gate"], [])) == 4
+    assert len(trained_modules.resolve(meta_model("mixtral"), ["input_layernorm", "norm"], [])) == 5
+    assert len(trained_modules.resolve(meta_model("qwen3_moe"), ["gate"], [])) == 4
 
 
 def test_keys_that_contradict_it() -> None:
@@ -311,7 +313,7 @@ def test_work_of_trained_matrices_is_counted_in_the_cut() -> None:
     """2 operations a weight and token more for its gradient; below the first layer with any, no backward."""
     from pipeline.model import partition
 
-    model = shell("llama")
+    model = meta_model("llama")
 
     def cost(*names: str, first: int = 4) -> partition.Costs:
         in_full = [model.get_parameter(name) for name in trained_modules.resolve(model, names, [])]

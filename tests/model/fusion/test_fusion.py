@@ -35,11 +35,11 @@ def stage_of(
 
     Without `loaded` all parameters stay on `meta`, as the planner has them.
     """
-    shell = empty_model(read_model_config(str(folder)), dtype, None)
-    kind = shell.config.model_type
+    meta_model = empty_model(read_model_config(str(folder)), dtype, None)
+    kind = meta_model.config.model_type
     names = ["o_proj"] if kind == "mixtral" else ["down_proj"]
-    targets = adapters.resolve_targets(shell, names, [0, 1, 2])
-    stage = Stage(shell, 0, 4)
+    targets = adapters.resolve_targets(meta_model, names, [0, 1, 2])
+    stage = Stage(meta_model, 0, 4)
     if loaded:
         weights.load(stage, str(folder), dtype, torch.device("cpu"))
     stage.requires_grad_(False)
@@ -137,8 +137,8 @@ def test_dropout_needs_h_so_the_adapter_stays_a_module(tmp_path: Path) -> None:
 def test_a_module_that_computes_something_else_is_left_alone(tmp_path: Path) -> None:
     """A gated MLP with a clamp, a norm with a twist: the same parts, another function."""
     save_model(tmp_path, "llama")
-    shell = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
-    stage = Stage(shell, 0, 4)
+    meta_model = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
+    stage = Stage(meta_model, 0, 4)
     weights.load(stage, str(tmp_path), torch.float32, torch.device("cpu"))
 
     class Clamped(nn.Module):
@@ -168,8 +168,8 @@ def test_a_module_that_computes_something_else_is_left_alone(tmp_path: Path) -> 
 def test_another_activation_is_not_taken_for_one_of_ours(tmp_path: Path, act_fn: Any, dtype: Any) -> None:
     """At small weights quick-gelu and even ReLU come within a few percent of SiLU in bf16."""
     save_model(tmp_path, "llama")
-    shell = empty_model(read_model_config(str(tmp_path)), dtype, None)
-    stage = Stage(shell, 0, 4)
+    meta_model = empty_model(read_model_config(str(tmp_path)), dtype, None)
+    stage = Stage(meta_model, 0, 4)
     weights.load(stage, str(tmp_path), dtype, torch.device("cpu"))
     for layer in stage.layers.values():
         mlp: Any = layer.mlp
@@ -185,9 +185,9 @@ def test_behind_peft_s_lora_on_every_linear_module(tmp_path: Path, kind: str) ->
     save_model(tmp_path, kind)
     found: list[dict[str, Tensor]] = []
     for kernels in (frozenset[str](), ALL):
-        shell = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
-        targets = adapters.resolve_targets(shell, "all-linear", [0, 1, 2, 3])
-        stage = Stage(shell, 0, 4)
+        meta_model = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
+        targets = adapters.resolve_targets(meta_model, "all-linear", [0, 1, 2, 3])
+        stage = Stage(meta_model, 0, 4)
         weights.load(stage, str(tmp_path), torch.float32, torch.device("cpu"))
         adapters.inject_lora(stage, targets, 2, 4, 0.0, torch.float32, seed=1)
         generator = torch.Generator().manual_seed(2)

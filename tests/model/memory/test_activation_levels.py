@@ -41,12 +41,14 @@ def stage_of(
     dropout: float = 0.0,
 ) -> Stage:
     """A stage in fp32 with adapters that do something on layers 0 to 2: on down_proj where there is one, and o_proj."""
-    shell = empty_model(read_model_config(str(folder)), torch.float32, None)
+    meta_model = empty_model(read_model_config(str(folder)), torch.float32, None)
     names = (
-        ["o_proj"] if shell.config.model_type == "mixtral" else ["down_proj", "o_proj"][: 1 if kind != "lora" else 2]
+        ["o_proj"]
+        if meta_model.config.model_type == "mixtral"
+        else ["down_proj", "o_proj"][: 1 if kind != "lora" else 2]
     )
-    targets = adapters.resolve_targets(shell, names, [0, 1, 2])
-    stage = Stage(shell, first, end)
+    targets = adapters.resolve_targets(meta_model, names, [0, 1, 2])
+    stage = Stage(meta_model, first, end)
     weights.load(stage, str(folder), torch.float32, torch.device("cpu"))
     inject = adapters.inject_lora if kind == "lora" else adapters.inject_multiplicative
     inject(stage, targets, 4, 8, dropout, torch.float32, 1)

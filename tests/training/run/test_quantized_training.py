@@ -217,14 +217,14 @@ def test_the_plan_counts_quantised_weights_and_the_products_of_plain_ones(
         for scheme in (None, base.scheme)
     )
     stage = build(folder, NF4._replace(bits=4 if "load_in_4bit" in keys else 8), 0, 4)
-    shell = empty_model(read_model_config(str(folder)), torch.float32, None)
+    meta_model = empty_model(read_model_config(str(folder)), torch.float32, None)
     for index, layer in stage.layers.items():
         packed = [t for p in layer.parameters() if not p.is_floating_point() for t in stored(p).values()]
         tensors = [*packed, *(p for p in layer.parameters() if p.is_floating_point())]
         forward, before = quantised.layers[index].forward, plain.layers[index].forward
         assert quantised.layers[index].weight_bytes == sum(t.numel() * t.element_size() for t in tensors)
         assert forward.flops == before.flops
-        weights = sum(p.numel() for name, p in shell.base_model.layers[index].named_parameters() if "proj" in name)
+        weights = sum(p.numel() for name, p in meta_model.base_model.layers[index].named_parameters() if "proj" in name)
         moved = sum(t.numel() * t.element_size() for t in packed) + 4 * weights if "load_in_4bit" in keys else 0
         assert 64 * (forward.elementwise_bytes - before.elementwise_bytes) == pytest.approx(moved)
         extra = 64 * (quantised.layers[index].working_bytes - plain.layers[index].working_bytes)

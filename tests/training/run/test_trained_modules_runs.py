@@ -172,8 +172,8 @@ def test_beside_an_adapter_over_4_bits(tmp_path: Path, tied: bool) -> None:
     is frozen has none.
     """
     folder = quantization.save_model(tmp_path / "llama", "llama", tie_word_embeddings=tied)
-    shell = empty_model(read_model_config(str(folder)), torch.float32, None)
-    in_full = trained_modules.resolve(shell, NAMES["untied"], [])
+    meta_model = empty_model(read_model_config(str(folder)), torch.float32, None)
+    in_full = trained_modules.resolve(meta_model, NAMES["untied"], [])
 
     def trained(cuts: list[int], plain: bool) -> tuple[list[Any], dict[str, Any]]:
         stages = quantization.chain(folder, quantization.NF4, cuts)

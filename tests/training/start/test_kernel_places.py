@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pipeline.config import loading
 from pipeline.model.fusion import apply as fusion
-from pipeline.model.stage import Stage, empty_model
+from pipeline.model.stage import Stage
+from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained
 from pipeline.training.start import check as look
 from pipeline.training.start import kernel_places, resolve
@@ -167,11 +168,11 @@ def test_what_found_no_place_is_said_with_the_reason(
         tmp_path / "run.toml", model=str(tmp_path), output_dir=str(tmp_path / "runs"), **{"kernels": "all", **keys}
     )
     config = loading.load(file, [])
-    shell = empty_model(model_config(kind, **changes), torch.float32, None)
+    meta_model = MetaModel(model_config(kind, **changes), torch.float32)
     layers = range(4) if "layers_to_transform" in keys else range(3)
     part = {"o_proj": "self_attn.o_proj"}.get(keys.get("target_modules", [""])[0], "mlp.down_proj")
-    adapter = resolve.adapter_of(config, [f"{shell.base_model_prefix}.layers.{i}.{part}" for i in layers])
-    kernel_places.foresee(config.kernels, resolve.base_of(config), Trained(adapter))
+    adapter = resolve.adapter_of(config, [f"{meta_model.shared.base_model_prefix}.layers.{i}.{part}" for i in layers])
+    kernel_places.foresee(config.kernels, meta_model, Trained(adapter))
     lines = capsys.readouterr().out.splitlines()
     said = dict(line.removeprefix("kernels:  no place for ").split(": ", 1) for line in lines if "no place" in line)
     assert said == expected

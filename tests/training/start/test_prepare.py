@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.config.loading import load
 from pipeline.console import UserError
+from pipeline.model import weights
+from pipeline.model.stage import Stage
 from pipeline.training.run import folder as run_folder
+from pipeline.training.stage import parts
 from pipeline.training.start import launch, prepare, resolve
 from tests.helpers.builders import write_config
 
@@ -18,7 +22,7 @@ def plan(tmp_path: Path, base: Path, **changes: Any) -> resolve.Resolved:
     settings = {"model": str(base), "output_dir": str(tmp_path / "out"), **changes}
     config = load(str(write_config(tmp_path / "c.toml", **settings)))
     made = resolve.resolve(config)
-    prepare.check_files(config.model, config.output_dir, made.shell)
+    prepare.check_files(config.model, config.output_dir, made.meta_model)
     prepare.tokenizer_for(made, config.model)
     return made
 
@@ -29,6 +33,35 @@ def test_a_plan_says_what_is_trained_where(tmp_path: Path, base: Path, capsys: p
     assert made.ranges[0][0] == 0
     said = capsys.readouterr().out
     assert "multiplicative_lora on the output of down_proj, layers 0 to 2 (3 of 4: all but the last)" in said
+
+
+def test_one_resolved_run_gives_its_stages_as_often_as_asked(tmp_path: Path, base: Path) -> None:
+    """A stage is cut from a model of its own: what the run looks at keeps every parameter, and no random number is drawn."""
+    made = plan(tmp_path, base, pipeline_stages=2)
+    whole = {name: parameter.shape for name, parameter in made.meta_model.shared.named_parameters()}
+
+    owned = set()
+
+    def stages() -> list[dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        found = []
+        for first, end in made.ranges:
+            stage = Stage(made.meta_model.make(), first, end)
+            owned.update(name for name, _ in stage.model.named_parameters())
+            weights.load(stage, made.base.folder, made.base.dtype, torch.device("cpu"))
+            parts.put_trained(stage, made.trained)
+            found.append(dict(stage.named_parameters()))
+        return found
+
+    once, again = stages(), stages()
+    for one, other in zip(once, again, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert owned == {*whole}
+    assert {name: parameter.shape for name, parameter in made.meta_model.shared.named_parameters()} == whole
+    state = torch.get_rng_state()
+    made.meta_model.make()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def copy_of(base: Path, tmp_path: Path, **config: Any) -> Path:
