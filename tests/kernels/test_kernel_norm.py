@@ -255,6 +255,7 @@ def test_triton_kernels_through_the_interpreter() -> None:
     helpers.through_interpreter("tests/kernels/test_kernel_norm.py")
 
 
+@pytest.mark.slow
 @once
 @pytest.mark.parametrize("capability", helpers.COMPUTE_CAPABILITIES)
 def test_kernels_compile_without_spilling(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,7 @@ def test_triton_kernel_through_the_interpreter() -> None:
     through_interpreter("tests/kernels/test_kernel_parallel_block.py")
 
 
+@pytest.mark.slow
 @once
 @summed
 @pytest.mark.parametrize("adapter", ["*bf16", "*fp32"])

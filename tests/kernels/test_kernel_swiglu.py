@@ -201,6 +201,7 @@ def test_gradcheck(activation: str) -> None:
 # Triton without a GPU
 
 
+@pytest.mark.slow
 @once
 def test_triton_kernels_through_the_interpreter() -> None:
     through_interpreter("tests/kernels/test_kernel_swiglu.py")

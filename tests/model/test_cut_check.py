@@ -91,6 +91,7 @@ def test_more_than_a_hidden_state_between_layers_is_a_refusal(kind: str) -> None
         cut_check.check(config_of(kind), TWO)
 
 
+@pytest.mark.slow
 def test_a_family_without_a_tiny_copy_is_not_cut_and_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     """It takes the hidden state of another model."""
     config = AutoConfig.for_model("gemma4_unified_assistant")

@@ -235,6 +235,7 @@ for folder in sys.argv[3:]:  # each in a process of its own, so that none finds 
 MIB = 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
 def test_loading_a_stage_needs_about_its_own_size(tmp_path: Path) -> None:
     """A quarter of the layers of a model of 170 MiB as stored in fp32, loaded in bf16, in a process of its own.

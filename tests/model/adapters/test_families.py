@@ -277,7 +277,7 @@ def test_few_iterations_come_near_the_best_approximation() -> None:
     assert (left[:, :8].T @ left[:, :8] - torch.eye(8)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @ALL
 def test_adapter_has_its_own_dtype_over_a_16_bit_base(folder: Path, family: str, dtype: str) -> None:
     config = config_of(folder, family, lora_weight_dtype=dtype)

@@ -145,6 +145,7 @@ def test_half_a_line_is_ended_before_the_next(
     assert LINE.fullmatch(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_shows_warnings_only_and_goes_on(tmp_path: Path) -> None:
     save_model(tmp_path / "base")
     config = write_config(
