@@ -84,13 +84,13 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             record.end(run.step)
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
-            run_dir, step, resume_line = run.saver.run_dir, run.step, run.resume_line
+            run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked
             engine.let_go(run.engine)
             del run, plan  # and with them the stage's weights
             after_training.follow(
                 config.after_training,
                 watcher,
-                run_dir=run_dir,
+                run_dir=run_folder.path,
                 step=step,
                 base=Path(config.model),
                 resume_line=resume_line,

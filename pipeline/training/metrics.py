@@ -113,24 +113,28 @@ class Clock:
         )
 
 
-def at_rest(tensors: Iterable[Tensor]) -> None:
-    """Nothing runs now, and of tensors only these are there. Peaks from here on count.
+class StepMemory:
+    """The peak memory of training steps, without what else a process holds in main memory.
 
-    What a process holds in main memory besides (libraries and what they set up at their first use, data) is not the
-    model's, and `added_memory` leaves it out. So this is called before the first step and again after it.
+    Libraries, what they set up at their first use, and data are not the model's. So `reset` is called before the first
+    step and again after it.
     """
-    global _held_besides
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    _held_besides = _resident("VmRSS") - sum(tensor.nbytes for tensor in tensors)
-    with contextlib.suppress(OSError):  # some containers forbid it; the peak is then the whole run's
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
+    def __init__(self) -> None:
+        self._held_besides = 0
 
-def added_memory() -> int:
-    """Bytes: the peak since `at_rest`, on a GPU of all tensors, else without what the process held besides."""
-    return peak_memory() - _held_besides
+    def reset(self, tensors: Iterable[Tensor]) -> None:
+        """Reset peak-memory tracking. Call while idle, passing every tensor that is alive."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        self._held_besides = _resident("VmRSS") - sum(tensor.nbytes for tensor in tensors)
+        with contextlib.suppress(OSError):  # some containers forbid it; the peak is then the whole run's
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def peak(self) -> int:
+        """Bytes: the peak since `reset`, on a GPU of all tensors, else without what the process held besides."""
+        return peak_memory() - self._held_besides
 
 
 def peak_memory() -> int:
@@ -144,6 +148,3 @@ def peak_memory() -> int:
 def _resident(field: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
-_held_besides = 0

@@ -150,7 +150,6 @@ def test_what_a_run_writes_on_the_way(tmp_path: Path, what: str) -> None:
             metrics.sync()
     assert refused.value.exit_code == 28
     assert not list(tmp_path.rglob("*.tmp"))
-    run_folder._LOCKS.clear()
 
 
 SAID = [

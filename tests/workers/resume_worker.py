@@ -49,7 +49,8 @@ def main() -> None:
         codes.append(run.run())
         runs.append(str(run.saver.run_dir))
         (run.saver.run_dir / stop.STOP_FILE).unlink(missing_ok=True)
-        folder._LOCKS.clear()  # this process may resume its own run
+        if run.folder.lock:
+            run.folder.lock.close()  # this process may resume its own run
         watcher._since = None
     if place.rank == 0:
         plan_path.with_suffix(".runs.json").write_text(json.dumps({"codes": codes, "runs": runs}))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.training.checkpoint import commit as checkpoint
-from pipeline.training.optim.pipeline_optimizer import UPDATE_LOCK, PipelineOptimizer
+from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 
 INTEGER = "#int"  # marks an optimizer state that is a Python integer, not a tensor
 
@@ -47,13 +47,13 @@ class RunState:
 
     def completed(self, step: int, progress: Progress) -> None:
         """The trainer is at the boundary after `step`; what it does next belongs to a later step."""
-        with UPDATE_LOCK:
+        with self.optimizer.update_lock:
             self._progress = {step: progress}
             self._rng = {step: rng_state(self.device)}
 
     def ahead(self, step: int, progress: Progress) -> None:
         """`step` is about to be computed, and `progress` will be true once it is."""
-        with UPDATE_LOCK:
+        with self.optimizer.update_lock:
             self._progress[step] = progress
 
     @property
@@ -63,7 +63,7 @@ class RunState:
 
     def snapshot(self) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         """(step, tensors on the CPU, facts) of the last completed step."""
-        with UPDATE_LOCK:
+        with self.optimizer.update_lock:
             step = self.optimizer.completed_steps
             rng = self._rng.get(step) or rng_state(self.device)
             tensors = {f"rng/{self.rank}/{name}": state for name, state in rng.items()}

@@ -20,9 +20,6 @@ from torch.optim import Optimizer
 
 from pipeline.console import EXIT_NON_FINITE, UserError
 
-# Where a stop can come in the middle of an update, a save must wait for its end: this lock is held during the update.
-UPDATE_LOCK = threading.RLock()
-
 
 class NonFiniteError(UserError):
     """A loss or gradient that is not a number; nothing has been updated or saved."""
@@ -36,7 +33,8 @@ class PipelineOptimizer(Optimizer):
 
     `parameters`: this stage's trained ones by global name. `clip`: largest norm, 0 for none. `tied`: names of
     parameters that exist on the first and on the last stage; their gradients are summed over `tied_group`, and they
-    count once in the norm (`counts_tied` on one of the two stages).
+    count once in the norm (`counts_tied` on one of the two stages). `update_lock` is held during an update: a save that
+    a stop asks for meanwhile waits for the update's end.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], inner: Optimizer, clip: float) -> None:
@@ -46,6 +44,7 @@ class PipelineOptimizer(Optimizer):
         self.param_groups = inner.param_groups
         self.clip = clip
         self.completed_steps = 0
+        self.update_lock = threading.RLock()
         self.updated: torch.cuda.Event | None = None  # on a GPU, when the last update is done
         self.grad_norm = math.nan
         self.clip_coefficient = 1.0
@@ -89,7 +88,7 @@ class PipelineOptimizer(Optimizer):
         self.clip_coefficient = min(1.0, self.clip / (self.grad_norm + 1e-6)) if self.clip else 1.0
         if self.on_gradients:
             self.on_gradients(self._sums)
-        with UPDATE_LOCK:
+        with self.update_lock:
             for name, parameter in self.parameters_by_name.items():
                 parameter.grad = self._sums[name].mul_(self.clip_coefficient).to(parameter.dtype)
             if self.parameters_by_name:

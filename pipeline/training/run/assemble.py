@@ -28,7 +28,7 @@ from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import RunState, restore
 from pipeline.training.engine import engine
-from pipeline.training.metrics import Metrics, at_rest, peak_memory
+from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
 from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.lr_schedule import learning_rate, warmup_steps
@@ -37,7 +37,7 @@ from pipeline.training.run import folder as run_folder
 from pipeline.training.run import record
 from pipeline.training.run.peers import UNHURRIED
 from pipeline.training.run.stop import Watcher
-from pipeline.training.run.trainer import Cadence, Trainer
+from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
@@ -86,7 +86,8 @@ def trainer(
     elif config.init_adapter:
         with engine.agreement(place):
             initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, config.init_adapter))
-    run_dir = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
+    opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
+    run_dir = opened.path
     went: dict[str, Any] = (
         resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
     )
@@ -97,7 +98,8 @@ def trainer(
     saved_already = went["step"] if goes_on else None
     saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
     say_memory(place)
-    at_rest(engine.held_tensors(pipeline_engine, optimizer))
+    memory = StepMemory()
+    memory.reset(engine.held_tensors(pipeline_engine, optimizer))
     return Trainer(
         engine=pipeline_engine,
         place=place,
@@ -107,10 +109,14 @@ def trainer(
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
-        cadence=Cadence(**{key: getattr(config, key) for key in Cadence.__dataclass_fields__}),
+        intervals=plan.intervals,
+        epochs=plan.data.epochs,
+        max_steps=plan.data.max_steps,
         state=state,
+        folder=opened,
         saver=saver,
         metrics=metrics,
+        memory=memory,
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, run_dir),
         step=went["step"],

@@ -9,7 +9,7 @@ import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import torch.distributed as dist
 
@@ -24,6 +24,15 @@ from pipeline.training.start import launch
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
 LOCK = ".lock"
+
+
+class RunFolder(NamedTuple):
+    """A run's folder, and the open file that locks it (the first process's alone): closing it would free the lock."""
+
+    path: Path
+    lock: TextIO | None
+
+
 # What the start of PiSSA and OLoRA depends on.
 OF_A_START = (
     "lora_rank",
@@ -113,36 +122,38 @@ def _optimizer_types(optimizer: dict[str, Any]) -> str:
     return ", ".join([optimizer["type"], *own])
 
 
-def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_toml: str) -> Path:
+def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_toml: str) -> RunFolder:
     """The run's folder, locked, the same on all processes. Call when nothing can be wrong with the checkpoint any more:
     later saves than its step are put aside. Raises UserError, everywhere, if another run is at work in the folder.
     """
     told: list[Any] = [None, None]
+    lock = None
     if place.rank == 0:
         try:
             with explain_out_of_space(output_dir / "a run's folder"):
-                told = [_take_folder(output_dir, resumed, config_toml), None]
+                path, lock = _take_folder(output_dir, resumed, config_toml)
+            told = [str(path), None]
         except UserError as error:
             told = [None, (str(error), error.exit_code)]
     dist.broadcast_object_list(told)
     if told[1] is not None:
         raise UserError(*told[1])
     log(f"run:      {told[0]}")
-    return Path(told[0])
+    return RunFolder(Path(told[0]), lock)
 
 
-def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) -> str:
+def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) -> RunFolder:
     folder = resumed[0] if resumed else None
     # A checkpoint that was copied somewhere alone starts a new run: what lies beside it is not ours.
     is_run = folder is not None and (folder.parent / "metrics.jsonl").exists()
     run_dir = folder.parent if folder is not None and is_run else _new_folder(output_dir)
-    _lock(run_dir)
+    lock = _lock(run_dir)
     (run_dir / STOP_FILE).unlink(missing_ok=True)
     retention.clear_rubbish(run_dir)
     if resumed and (abandoned := retention.abandon_after(run_dir, resumed[1]["step"])):
         log(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
     write_text(run_dir / "config.toml", config_toml)
-    return str(run_dir)
+    return RunFolder(run_dir, lock)
 
 
 def _new_folder(output_dir: Path) -> Path:
@@ -156,17 +167,14 @@ def _new_folder(output_dir: Path) -> Path:
             time.sleep(0.2)
 
 
-def _lock(run_dir: Path) -> None:
-    """Hold the folder's lock as long as this process lives; the system frees it however the process ends."""
+def _lock(run_dir: Path) -> TextIO:
+    """An open file that holds the folder's lock; the system frees it however the process ends."""
     file = (run_dir / LOCK).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is at work in {run_dir}; stop it before resuming it") from None
-    _LOCKS.append(file)
-
-
-_LOCKS: list[Any] = []  # open files: closing one would free its lock
+    return file
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -22,29 +22,13 @@ from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
 from pipeline.training.engine import evaluate, prefetch, wires
 from pipeline.training.engine.engine import Place, held_tensors
-from pipeline.training.metrics import Clock, Metrics, at_rest, peak_memory
+from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
+from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.stop import Watcher
+from pipeline.training.start.resolve import Intervals
 
 SIGNAL_FILES = ("save", "save_quit")
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """When things happen, in optimizer steps, epochs or minutes; None is never. Names and meanings are the config's."""
-
-    epochs: int | None
-    max_steps: int | None
-    logging_steps: int
-    steps_per_print: int
-    eval_steps: int | None
-    eval_before_first_step: bool
-    eval_after_last_step: bool
-    save_steps: int | None
-    save_every_n_epochs: int
-    save_checkpoint_on_epoch_end: bool
-    checkpoint_every_n_minutes: float | None
-    checkpoint_on_save: bool
 
 
 @dataclass
@@ -62,14 +46,18 @@ class Trainer:
     objective: Objective
     learning_rate: Callable[[int, int], float]
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
-    cadence: Cadence
+    intervals: Intervals
+    epochs: int | None  # the run ends after so many, or after max_steps
+    max_steps: int | None
     state: RunState
+    folder: RunFolder  # its lock is held as long as this is
     saver: Saver
     metrics: Metrics
+    memory: StepMemory
     watcher: Watcher
     resume_line: str
     first_step_done: Callable[[], object]  # says what only a step shows
-    outcome: Callable[[float], None]  # says what was planned and what became of it, given a step's seconds
+    outcome: Callable[[float, int], None]  # says what was planned and what became of it: a step's seconds, peak bytes
     step: int = 0
     position: Position = field(default_factory=Position)
     best_loss: float | None = None
@@ -81,7 +69,7 @@ class Trainer:
         self._completed(self.settled)
         self.watcher.attach(self.saver.run_dir, self.save_between_boundaries, self.resume_line)
         total = self.total_steps()
-        if self.step == 0 and self.cadence.eval_before_first_step:
+        if self.step == 0 and self.intervals.eval_before_first_step:
             self._evaluate(may_be_best=False)
         if not self.settled:
             self._after_step(last=self.step == total)
@@ -96,16 +84,16 @@ class Trainer:
                 return self._stopped()
         self._finish()
         if clock.mean_s:
-            self.outcome(clock.mean_s)
+            self.outcome(clock.mean_s, self.memory.peak())
         return EXIT_DONE
 
     def total_steps(self) -> int:
         """Steps of the whole run: those done, and those from here to the end of the last epoch or to max_steps."""
-        epochs, most = self.cadence.epochs, self.cadence.max_steps
-        if epochs is None:
+        most = self.max_steps
+        if self.epochs is None:
             return most or self.step
         left = None if most is None else max(0, most - self.step)
-        steps = self.step + self.batches.steps_to_come(self.position, epochs, left)
+        steps = self.step + self.batches.steps_to_come(self.position, self.epochs, left)
         return min(steps, most or steps)
 
     def _train_step(self, clock: Clock, total: int) -> None:
@@ -129,15 +117,15 @@ class Trainer:
             ) from None
         seconds = clock.stop()
         if clock.steps == 1:
-            at_rest(held_tensors(self.engine, self.optimizer))
+            self.memory.reset(held_tensors(self.engine, self.optimizer))
         self.step += 1
         self.position = info.next_position
         self._completed(settled=False)
         self._report(clock, loss, lr, info, info.tokens / seconds, last=self.step == total)
 
     def _report(self, clock: Clock, loss: float, lr: float, info: StepInfo, tokens_per_s: float, last: bool) -> None:
-        logs = self.step % self.cadence.logging_steps == 0 or last
-        prints = self.step % self.cadence.steps_per_print == 0 or last
+        logs = self.step % self.intervals.logging_steps == 0 or last
+        prints = self.step % self.intervals.steps_per_print == 0 or last
         if not logs and not prints:
             return
         own = (self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {}, peak_memory())
@@ -162,7 +150,7 @@ class Trainer:
 
     def _after_step(self, last: bool) -> None:
         """What is due at this step: evaluation, saves of what is trained, checkpoints at the end of an epoch."""
-        c, epoch, epoch_ended = self.cadence, self.position.epoch, self.position.rows == 0
+        c, epoch, epoch_ended = self.intervals, self.position.epoch, self.position.rows == 0
         if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
             self._evaluate(may_be_best=True)
         if epoch_ended and epoch % c.save_every_n_epochs == 0:
@@ -258,6 +246,6 @@ class Trainer:
         return True
 
     def _minutes_are_up(self) -> bool:
-        minutes = self.cadence.checkpoint_every_n_minutes
+        minutes = self.intervals.checkpoint_every_n_minutes
         due = minutes is not None and time.monotonic() - self.saver.last_checkpoint > minutes * 60
-        return due and self.place.rank == 0 and not self.cadence.checkpoint_on_save
+        return due and self.place.rank == 0 and not self.intervals.checkpoint_on_save

@@ -32,7 +32,6 @@ from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, Update
 from pipeline.planning.solve import solve
 from pipeline.planning.timeline import in_flight
 from pipeline.training.engine.engine import Place
-from pipeline.training.metrics import added_memory
 from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.inner import bytes_per_parameter, update_bytes_per_parameter
 from pipeline.training.stage import parts
@@ -272,17 +271,19 @@ def _rounded_up(value: float) -> str:
 
 
 @log_if_slow("done:     counting what was planned")
-def say_outcome(followed: Followed, place: Place, run_dir: Path, arena: HostArena | None, step_s: float) -> None:
+def say_outcome(
+    followed: Followed, place: Place, run_dir: Path, arena: HostArena | None, step_s: float, peak_bytes: int
+) -> None:
     """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
     overflowed = say_overflow(followed, place, arena)
     everyone: list[Any] = [None] * place.world
-    dist.all_gather_object(everyone, (place.stage, added_memory()))
+    dist.all_gather_object(everyone, (place.stage, peak_bytes))
     if place.rank != 0:
         return
     measured = [max(m for stage, m in everyone if stage == n) for n in range(place.stages)]
     try:
         plan = followed.plan()
-    except Exception as error:  # the run is done and saved: what cannot be foreseen for this model must not fail it
+    except Exception as error:  # a planning failure must not fail a run that is finished and saved
         log(f"no plan to compare with: {error}")
         return
     stages = [

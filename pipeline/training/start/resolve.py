@@ -83,6 +83,22 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Intervals:
+    """When things happen, in optimizer steps, epochs or minutes; None is never. Names and meanings are the config's."""
+
+    logging_steps: int
+    steps_per_print: int
+    eval_steps: int | None
+    eval_before_first_step: bool
+    eval_after_last_step: bool
+    save_steps: int | None
+    save_every_n_epochs: int
+    save_checkpoint_on_epoch_end: bool
+    checkpoint_every_n_minutes: float | None
+    checkpoint_on_save: bool
+
+
+@dataclass(frozen=True)
 class Resolved:
     """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end)."""
 
@@ -93,6 +109,7 @@ class Resolved:
     updates: Updates
     layout: Layout
     data: DataSpec
+    intervals: Intervals
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -144,7 +161,20 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         warmup=config.warmup_steps,
         constant_lr=config.force_constant_lr,
     )
-    return Resolved(base, meta_model, trained, cut_into_stages(layout, model, trained), updates, layout, data)
+    intervals = Intervals(
+        logging_steps=config.logging_steps,
+        steps_per_print=config.steps_per_print,
+        eval_steps=config.eval_steps,
+        eval_before_first_step=config.eval_before_first_step,
+        eval_after_last_step=config.eval_after_last_step,
+        save_steps=config.save_steps,
+        save_every_n_epochs=config.save_every_n_epochs,
+        save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end,
+        checkpoint_every_n_minutes=config.checkpoint_every_n_minutes,
+        checkpoint_on_save=config.checkpoint_on_save,
+    )
+    ranges = cut_into_stages(layout, model, trained)
+    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals)
 
 
 def data_of(config: Config) -> DataSpec:

@@ -203,12 +203,9 @@ def test_later_saves_are_put_aside_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    run_folder._lock(tmp_path)
-    try:
-        with pytest.raises(UserError, match="another run is at work"):
-            run_folder._lock(tmp_path)
-    finally:
-        run_folder._LOCKS.clear()
+    with run_folder._lock(tmp_path), pytest.raises(UserError, match="another run is at work"):
+        run_folder._lock(tmp_path)
+    run_folder._lock(tmp_path).close()
 
 
 def test_without_a_launcher_the_whole_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
