@@ -120,8 +120,9 @@ class StepMemory:
     step and again after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._held_besides = 0
+        self.reset(tensors)
 
     def reset(self, tensors: Iterable[Tensor]) -> None:
         """Reset peak-memory tracking. Call while idle, passing every tensor that is alive."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.data.batches import Position
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 
@@ -18,17 +19,32 @@ INTEGER = "#int"  # marks an optimizer state that is a Python integer, not a ten
 
 
 class Progress(NamedTuple):
-    """What the trainer knows besides tensors, after a step: the position in the data and the best evaluation loss.
+    """How far a run is: the last completed step, the position in the data after it, and the best evaluation loss.
 
-    `order` tells the order of the epoch's rows from any other; a position means nothing in another order. `settled`: what
-    is due at this step (evaluation, saves of what is trained) has been done.
+    The fields are a manifest's keys. `order` tells the order of the epoch's rows from any other; a position means nothing
+    in another order. `settled`: what is due at this step (evaluation, saves of what is trained) has been done.
     """
 
-    epoch: int
-    rows: int
-    order: str
-    best_loss: float | None
-    settled: bool
+    step: int = 0
+    epoch: int = 0
+    rows: int = 0
+    order: str = ""
+    best_loss: float | None = None
+    settled: bool = True
+
+    @property
+    def position(self) -> Position:
+        """In the data."""
+        return Position(self.epoch, self.rows)
+
+    def after_step(self, position: Position, order: str) -> "Progress":
+        """One step further, at `position`; what is due at that step is yet to be done."""
+        return Progress(self.step + 1, position.epoch, position.rows, order, self.best_loss, settled=False)
+
+    @staticmethod
+    def of(manifest: dict[str, Any]) -> "Progress":
+        """As a checkpoint's manifest has it."""
+        return Progress(**{key: manifest[key] for key in Progress._fields})
 
 
 class RunState:
@@ -45,16 +61,16 @@ class RunState:
         self._progress: dict[int, Progress] = {}
         self._rng: dict[int, dict[str, Tensor]] = {}
 
-    def completed(self, step: int, progress: Progress) -> None:
-        """The trainer is at the boundary after `step`; what it does next belongs to a later step."""
+    def completed(self, progress: Progress) -> None:
+        """The trainer is at the boundary after `progress.step`; what it does next belongs to a later step."""
         with self.optimizer.update_lock:
-            self._progress = {step: progress}
-            self._rng = {step: rng_state(self.device)}
+            self._progress = {progress.step: progress}
+            self._rng = {progress.step: rng_state(self.device)}
 
-    def ahead(self, step: int, progress: Progress) -> None:
-        """`step` is about to be computed, and `progress` will be true once it is."""
+    def ahead(self, progress: Progress) -> None:
+        """`progress.step` is about to be computed, and `progress` will be true once it is."""
         with self.optimizer.update_lock:
-            self._progress[step] = progress
+            self._progress[progress.step] = progress
 
     @property
     def completed_step(self) -> int:
@@ -69,7 +85,9 @@ class RunState:
             tensors = {f"rng/{self.rank}/{name}": state for name, state in rng.items()}
             if self.writes_weights:
                 tensors |= self._trained()
-            return step, tensors, {**self.facts, **self._progress[step]._asdict()}
+            progress = self._progress[step]._asdict()
+            del progress["step"]
+            return step, tensors, {**self.facts, **progress}
 
     def _trained(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -111,8 +129,8 @@ def restore(
     aliases: dict[str, str],
     optimizer_states: bool,
     same_layout: bool,
-) -> None:
-    """Put weights, optimizer states and (for the same layout of processes) RNG states back.
+) -> Progress:
+    """Put weights, optimizer states and (for the same layout of processes) RNG states back; returns how far the run was.
 
     `aliases`: our name of a parameter → another under which the checkpoint may hold it (a tied head). Raises
     CheckpointError if the checkpoint lacks a trained parameter.
@@ -153,6 +171,7 @@ def restore(
     optimizer.completed_steps = manifest["step"]
     if same_layout and rng:
         set_rng_state(rng, device)
+    return Progress.of(manifest)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

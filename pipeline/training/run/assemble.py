@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.config.loading import to_toml
 from pipeline.config.schema import Config
 from pipeline.console import UserError, gib, log, log_if_slow
-from pipeline.data.batches import MicroBatches, Position
+from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters import base as adapters
@@ -26,7 +27,7 @@ from pipeline.model.stage import Stage, check_head, logit_transform, tied_head
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
-from pipeline.training.checkpoint.state import RunState, restore
+from pipeline.training.checkpoint.state import Progress, RunState, restore
 from pipeline.training.engine import engine
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
@@ -64,42 +65,24 @@ def trainer(
     with watcher.phase(UNHURRIED):
         stage = build_stage(plan, followed, place, arena, config.neftune_noise_alpha)
     optimizer = build_optimizer(plan.updates, stage, place)
-    families.after_updates(stage, optimizer.inner)
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
-    head = stage.head if stage.is_last else None  # only the last stage computes a loss
-    objective = LanguageModelling(head, logit_transform(stage.model.config), config.train_logit_scale)
-    pipeline_engine = engine.build(
-        stage,
-        place,
-        objective,
-        optimizer,
-        config.gradient_accumulation_steps,
-        dynamic_shape=batches.fixed_shape is None,
-        first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
-    )
-    engine.announce(pipeline_engine, watcher.doing)
-    tie_trained_embeddings(stage, optimizer, place)
-    trained = names_on_all_stages(optimizer, place)
+    objective = objective_of(stage, config.train_logit_scale)
+    pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
+    about = facts(recorded, place, names_on_all_stages(optimizer, place))
+    progress = Progress(order=batches.order_hash(0))
     if resumed is not None:
-        put_back(*resumed, recorded, stage, optimizer, place, batches, trained, config.load_optimizer_states)
+        progress = put_back(*resumed, about, stage, optimizer, place, batches)
     elif config.init_adapter:
         with engine.agreement(place):
             initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, config.init_adapter))
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    run_dir = opened.path
-    went: dict[str, Any] = (
-        resumed[1] if resumed else {"step": 0, "epoch": 0, "rows": 0, "best_loss": None, "settled": True}
-    )
-    goes_on = resumed is not None and resumed[0].parent == run_dir
-    state = RunState(optimizer, place.device, place.rank, place.replica == 0, facts(recorded, place, trained))
-    metrics = Metrics(run_dir, went["step"] if goes_on else 0, went["settled"])
+    resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
+    metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
+    state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale)
-    saved_already = went["step"] if goes_on else None
-    saver = Saver(run_dir, engine.launched_by(), place, state, metrics, write, config.keep_states, saved_already)
     say_memory(place)
-    memory = StepMemory()
-    memory.reset(engine.held_tensors(pipeline_engine, optimizer))
+    memory = StepMemory(engine.held_tensors(pipeline_engine, optimizer))
     return Trainer(
         engine=pipeline_engine,
         place=place,
@@ -112,19 +95,16 @@ def trainer(
         intervals=plan.intervals,
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
-        state=state,
         folder=opened,
-        saver=saver,
+        saver=Saver(opened.path, engine.launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
+        state=state,
         metrics=metrics,
         memory=memory,
         watcher=watcher,
-        resume_line=run_folder.resume_line(command, place.world, run_dir),
-        step=went["step"],
-        position=Position(went["epoch"], went["rows"]),
-        best_loss=went["best_loss"],
-        settled=went["settled"],
+        resume_line=run_folder.resume_line(command, place.world, opened.path),
+        progress=progress,
         first_step_done=partial(planned.say_overflow, followed, place, arena),
-        outcome=partial(planned.say_outcome, followed, place, run_dir, arena),
+        outcome=partial(planned.say_outcome, followed, place, opened.path, arena),
     )
 
 
@@ -200,7 +180,38 @@ def build_optimizer(updates: resolve.Updates, stage: Stage, place: engine.Place)
     inner = make_inner(table.type, groups, lr=table.lr, betas=betas, eps=table.eps, weight_decay=table.weight_decay)
     optimizer = PipelineOptimizer(parameters, inner, updates.clip)
     regularisation.attach(optimizer, factors, updates.product_decay, updates.largest_norm)
+    families.after_updates(stage, inner)
     return optimizer
+
+
+def objective_of(stage: Stage, train_logit_scale: float) -> LanguageModelling:
+    """The loss; only the last stage, which has the head, computes it."""
+    head = stage.head if stage.is_last else None
+    return LanguageModelling(head, logit_transform(stage.model.config), train_logit_scale)
+
+
+def build_engine(
+    plan: resolve.Resolved,
+    place: engine.Place,
+    stage: Stage,
+    optimizer: PipelineOptimizer,
+    objective: LanguageModelling,
+    batches: MicroBatches,
+    watcher: Watcher,
+) -> PipelineEngine:
+    """DeepSpeed's engine over our stage; it tells the watcher what it is about to do."""
+    built = engine.build(
+        stage,
+        place,
+        objective,
+        optimizer,
+        plan.data.accumulation,
+        dynamic_shape=batches.fixed_shape is None,
+        first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
+    )
+    engine.announce(built, watcher.doing)
+    tie_trained_embeddings(stage, optimizer, place)
+    return built
 
 
 def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: engine.Place) -> None:
@@ -222,42 +233,43 @@ def tie_trained_embeddings(stage: Stage, optimizer: PipelineOptimizer, place: en
 def put_back(
     folder: Path,
     manifest: dict[str, Any],
-    recorded: dict[str, Any],
+    about: dict[str, Any],
     stage: Stage,
     optimizer: PipelineOptimizer,
     place: engine.Place,
     batches: MicroBatches,
-    trained: list[str],
-    optimizer_states: bool,
-) -> None:
+) -> Progress:
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration.
 
-    `recorded`: this run's configuration, as checkpoints record it.
+    `about`: what this run's checkpoints say about it (`facts`). Gives how far the run was, in this run's order of the data.
     """
+    recorded = about["config"]
     if lines := run_folder.differences(manifest["config"], recorded):
         log("changed since the checkpoint:\n" + "\n".join(lines))
     aliases = tied_head(stage.model)
-    same_layout = manifest["layout"] == [place.stages, place.replicas]
+    same_layout = manifest["layout"] == about["layout"]
     with engine.agreement(place):
-        run_folder.check_continues(manifest, recorded, set(trained), aliases)
-        if manifest["rows"] and batches.order_hash(manifest["epoch"]) != manifest["order"]:
+        run_folder.check_continues(manifest, recorded, set(about["trained"]), aliases)
+        order = batches.order_hash(manifest["epoch"])
+        if manifest["rows"] and order != manifest["order"]:
             raise UserError(
                 "the training data or its order is not the checkpoint's, so its position in the data means nothing; "
                 "restore the datasets, their settings and the seed, or start a new run"
             )
-        restore(
+        progress = restore(
             folder,
             manifest,
             optimizer,
             place.device,
             place.rank,
             aliases=aliases,
-            optimizer_states=optimizer_states,
+            optimizer_states=recorded["load_optimizer_states"],
             same_layout=same_layout,
         )
     if not same_layout:
-        torch.manual_seed(recorded["seed"] + place.rank + 1000003 * manifest["step"])
-    log(f"resumed:  after step {manifest['step']}, from {folder}")
+        torch.manual_seed(recorded["seed"] + place.rank + 1000003 * progress.step)
+    log(f"resumed:  after step {progress.step}, from {folder}")
+    return progress._replace(order=order)
 
 
 def schedule(updates: resolve.Updates, steps_in_epoch: int) -> Callable[[int, int], float]:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
-from pipeline.data.batches import EvaluationBatches, MicroBatches, Position, StepInfo
+from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
 from pipeline.objectives.objective import Objective
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
@@ -33,10 +33,7 @@ SIGNAL_FILES = ("save", "save_quit")
 
 @dataclass
 class Trainer:
-    """One run on one process. `learning_rate(step, total)` is the config's schedule.
-
-    `settled`: what is due at the step the run goes on from (evaluation, saves) has been done.
-    """
+    """One run on one process, which goes on from `progress`. `learning_rate(step, total)` is the config's schedule."""
 
     engine: PipelineEngine
     place: Place
@@ -56,22 +53,24 @@ class Trainer:
     memory: StepMemory
     watcher: Watcher
     resume_line: str
+    progress: Progress
     first_step_done: Callable[[], object]  # says what only a step shows
     outcome: Callable[[float, int], None]  # says what was planned and what became of it: a step's seconds, peak bytes
-    step: int = 0
-    position: Position = field(default_factory=Position)
-    best_loss: float | None = None
-    settled: bool = True
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext  # profiler.StepProfiler's
+
+    @property
+    def step(self) -> int:
+        """The last completed one."""
+        return self.progress.step
 
     def run(self) -> int:
         """To the end of the run (exit code 0) or to a stop (75)."""
-        self._completed(self.settled)
+        self._completed(self.progress)
         self.watcher.attach(self.saver.run_dir, self.save_between_boundaries, self.resume_line)
         total = self.total_steps()
         if self.step == 0 and self.intervals.eval_before_first_step:
             self._evaluate(may_be_best=False)
-        if not self.settled:
+        if not self.progress.settled:
             self._after_step(last=self.step == total)
         clock = Clock(total)
         while self.step < total:
@@ -93,15 +92,16 @@ class Trainer:
         if self.epochs is None:
             return most or self.step
         left = None if most is None else max(0, most - self.step)
-        steps = self.step + self.batches.steps_to_come(self.position, self.epochs, left)
+        steps = self.step + self.batches.steps_to_come(self.progress.position, self.epochs, left)
         return min(steps, most or steps)
 
     def _train_step(self, clock: Clock, total: int) -> None:
         """One optimizer step; NonFiniteError names the documents it came from."""
-        micro_batches, info = self.batches.step(self.position)
+        micro_batches, info = self.batches.step(self.progress.position)
         lr = self.learning_rate(self.step, total)
         self.optimizer.set_lr(lr)
-        self.state.ahead(self.step + 1, self._progress(info.next_position, settled=False))
+        ahead = self.progress.after_step(info.next_position, self.batches.order_hash(info.next_position.epoch))
+        self.state.ahead(ahead)
         clock.start()
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
@@ -118,9 +118,7 @@ class Trainer:
         seconds = clock.stop()
         if clock.steps == 1:
             self.memory.reset(held_tensors(self.engine, self.optimizer))
-        self.step += 1
-        self.position = info.next_position
-        self._completed(settled=False)
+        self._completed(ahead)
         self._report(clock, loss, lr, info, info.tokens / seconds, last=self.step == total)
 
     def _report(self, clock: Clock, loss: float, lr: float, info: StepInfo, tokens_per_s: float, last: bool) -> None:
@@ -150,7 +148,7 @@ class Trainer:
 
     def _after_step(self, last: bool) -> None:
         """What is due at this step: evaluation, saves of what is trained, checkpoints at the end of an epoch."""
-        c, epoch, epoch_ended = self.intervals, self.position.epoch, self.position.rows == 0
+        c, epoch, epoch_ended = self.intervals, self.progress.epoch, self.progress.rows == 0
         if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
             self._evaluate(may_be_best=True)
         if epoch_ended and epoch % c.save_every_n_epochs == 0:
@@ -158,7 +156,7 @@ class Trainer:
         saves = bool(c.save_steps and self.step % c.save_steps == 0)
         if saves or last:
             self._save_trained()
-        self._completed(settled=True)
+        self._completed(self.progress._replace(settled=True))
         if not last and ((saves and c.checkpoint_on_save) or (epoch_ended and c.save_checkpoint_on_epoch_end)):
             self._checkpoint()
 
@@ -215,8 +213,9 @@ class Trainer:
             log(f"step {self.step}  evaluation of {name}: loss {loss:.4f}, perplexity {evaluate.perplexity(loss):.2f}")
         self.metrics.log(self.step, results)
         mean = sum(loss for tag, loss in results.items() if tag.endswith("/loss")) / len(self.evaluations)
-        if self.best_loss is None or mean < self.best_loss:
-            self.best_loss = mean
+        best = self.progress.best_loss
+        if best is None or mean < best:
+            self.progress = self.progress._replace(best_loss=mean)
             if may_be_best:
                 self._save_trained("best_loss")
 
@@ -229,13 +228,10 @@ class Trainer:
         with self.watcher.phase("writing a checkpoint", self.step):
             self.saver.checkpoint_and_prune()
 
-    def _completed(self, settled: bool) -> None:
-        """Tell the state where the run is; with `settled`, that nothing is left to do at this step."""
-        self.state.completed(self.step, self._progress(self.position, settled))
-
-    def _progress(self, position: Position, settled: bool) -> Progress:
-        order = self.batches.order_hash(position.epoch)
-        return Progress(position.epoch, position.rows, order, self.best_loss, settled)
+    def _completed(self, progress: Progress) -> None:
+        """The run is at `progress`; a checkpoint from here on says so."""
+        self.progress = progress
+        self.state.completed(progress)
 
     def _file_was_made(self, name: str) -> bool:
         """A file named `save` or `save_quit` in the run's folder, removed when seen, as in qlora-pipe."""
