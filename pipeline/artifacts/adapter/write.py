@@ -154,31 +154,46 @@ def write_adapter(
         "target_modules": list(pairs),
     }
     if kind == LORA:
-        config |= {
-            "peft_type": "LORA",
-            "lora_alpha": alpha,
-            "lora_dropout": dropout,
-            "bias": "none",
-            "use_rslora": use_rslora,
-            "use_dora": False,
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-        }
+        config |= _of_lora(alpha, dropout, use_rslora)
     else:
-        peft_type = OWN_TYPE if biased_targets else "PEANUT"
-        config |= {"peft_type": peft_type, "depth": 0, "act_fn": "linear", "scaling": scaling, "init_weights": True}
+        config |= _of_peanut(scaling, biased_targets)
     config |= full_tensors.for_config(full, tied, config["peft_type"])
-    stem = "lora" if kind == LORA else "peanut"
-    stored = {
-        f"{PEFT_PREFIX}{module}.{stem}_{letter}.weight": tensor
-        for module, pair in pairs.items()
-        for letter, tensor in zip("AB", pair, strict=True)
-    }
+    stored = _names_in_file(pairs, kind)
     stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
     specs = [TensorSpec(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
     metadata = {"format": "pt", METADATA_KEY: json.dumps(own)}
     write_safetensors(folder / WEIGHTS_FILE, specs, lambda name: [tensor_bytes(stored[name])], metadata)
     write_json(folder / CONFIG_FILE, config)
+
+
+def _of_lora(alpha: float, dropout: float, use_rslora: bool) -> dict[str, Any]:
+    """PEFT's keys of a LoRA."""
+    return {
+        "peft_type": "LORA",
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "use_rslora": use_rslora,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _of_peanut(scaling: float, biased_targets: bool) -> dict[str, Any]:
+    """PEFT's keys of a multiplicative adapter."""
+    peft_type = OWN_TYPE if biased_targets else "PEANUT"
+    return {"peft_type": peft_type, "depth": 0, "act_fn": "linear", "scaling": scaling, "init_weights": True}
+
+
+def _names_in_file(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: Kind) -> dict[str, torch.Tensor]:
+    """A and B of every module under the names that PEFT looks for."""
+    stem = "lora" if kind == LORA else "peanut"
+    return {
+        f"{PEFT_PREFIX}{module}.{stem}_{letter}.weight": tensor
+        for module, pair in pairs.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
 
 
 def adapter_norms(tensors: Mapping[str, torch.Tensor], scaling: float) -> dict[str, float]:

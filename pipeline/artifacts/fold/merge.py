@@ -81,11 +81,7 @@ def merge(
     )
     copied = files_to_copy(base_folder)
     needed = plan.weight_bytes + sum((base_folder / file).stat().st_size for file in copied)
-    for line in plan_lines(plan, keep_logit_scale=keep_logit_scale):
-        log(line)
-    log(f"output   {output.resolve()}: {gib(needed)} in all, {len(copied)} other files copied")
-    for line in warnings_of(plan):
-        warn(line)
+    _say_plan(plan, f"{output.resolve()}: {gib(needed)} in all, {len(copied)} other files copied", keep_logit_scale)
     if dry_run:
         check_disk_space(output.resolve().parent, needed)
         log("dry run: nothing was written. Whether the values fit into the dtype shows when they are computed.")
@@ -94,13 +90,27 @@ def merge(
         check_disk_space(unfinished, needed)
         figures, deviation = _write(plan, copied, unfinished, where)
         write_json(unfinished / REPORT_FILE, report_json(plan, figures))
+    _say_result(plan, figures, deviation)
+    log(f"written: {output.resolve()}")
+    return figures
+
+
+def _say_plan(plan: FoldPlan, output: str, keep_logit_scale: bool) -> None:
+    """What is going to be folded, written to `output`, and what is suspicious about it."""
+    for line in plan_lines(plan, keep_logit_scale=keep_logit_scale):
+        log(line)
+    log(f"output   {output}")
+    for line in warnings_of(plan):
+        warn(line)
+
+
+def _say_result(plan: FoldPlan, figures: list[Survival], deviation: float) -> None:
+    """How much of the change survived rounding."""
     dtypes = {spec.name: spec.dtype for specs in plan.files.values() for spec in specs}
     for line in result_lines(plan, figures, deviation):
         log(line)
     for line in warnings(figures, dtypes):
         warn(line)
-    log(f"written: {output.resolve()}")
-    return figures
 
 
 def _one_each(scale: float | Sequence[float], adapters: int) -> list[float]:
