@@ -204,7 +204,7 @@ class Stage(nn.Module):
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
         """First stage: (ids [B, T] int64, positions [B, T] int64); later ones: (hidden [B, T, D], positions).
 
-        What follows on the first stage, the lengths of the rows, is for hooks (neftune.py).
+        The first stage also receives row lengths, which only hooks read (neftune.py).
 
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """

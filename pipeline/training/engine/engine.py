@@ -194,7 +194,7 @@ def held_tensors(engine: PipelineEngine, optimizer: PipelineOptimizer) -> list[t
 
 @contextlib.contextmanager
 def agreement(place: Place) -> Iterator[None]:
-    """What one process finds wrong inside, all of them raise when they leave."""
+    """If any rank raises UserError inside the block, every rank raises it on exit."""
     problem: UserError | None = None
     try:
         yield

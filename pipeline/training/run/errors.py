@@ -41,7 +41,7 @@ def explained(watcher: Watcher, save: Callable[[], None]) -> Iterator[None]:
         watcher.request(EXIT_OUT_OF_MEMORY)
         save()
         raise RankError(
-            f"out of memory: {(str(error) or 'Python got no more').splitlines()[0]}\n"
+            f"out of memory: {(str(error) or 'the machine could not allocate more').splitlines()[0]}\n"
             "Try activation_checkpointing = 'auto', a shorter sequence_len, or more stages.",
             EXIT_OUT_OF_MEMORY,
         ) from error

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors")
 
 
 class RunRecord:
-    """The part of a run that begins now, at step `step`, in `run_dir`."""
+    """Records one segment of a run in `run_dir`, from its start or resumption at `step` to its stop."""
 
     def __init__(self, run_dir: Path, place: Place, data: Data, step: int) -> None:
         self._run_dir, self._place, self._data, self._step = run_dir, place, data, step

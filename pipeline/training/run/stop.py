@@ -110,8 +110,9 @@ class Watcher:
         return ""
 
     def hand_over(self) -> None:
-        """Call from the main thread when the run is over and there is more to do: from here on a stop ends that with
-        SystemExit(75), on the way of any error, so that unfinished outputs are removed. At once if one was asked for.
+        """Call from the main thread when the run is over and there is more to do: after this, a stop raises
+        SystemExit(75) in the main thread, like any other error, so that unfinished outputs are removed. At once if one was
+        asked for.
         """
         for number in self._held:
             signal.signal(number, _leave)

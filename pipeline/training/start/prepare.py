@@ -151,12 +151,12 @@ def describe_steps(spec: DataSpec, updates: Updates, batches: MicroBatches, repl
         f"a step:   {per_step} micro-batches ({spec.accumulation} accumulated × {replicas} replica(s)) "
         f"= {len(info.rows)} rows = {info.tokens:,} tokens"
     )
-    epochs = f"{spec.epochs} epoch(s) of {steps} steps" if spec.epochs else "max_steps"
     limit = f", at most {spec.max_steps} steps" if spec.max_steps else ""
+    length = f"{spec.epochs} epoch(s) of {steps} steps{limit}" if spec.epochs else f"{spec.max_steps} steps (max_steps)"
     total = min(spec.max_steps or math.inf, (spec.epochs or math.inf) * steps)
     if (warmup := warmup_steps(updates.warmup, steps)) >= total:
         warn(
             f"warmup_steps: {warmup} steps of warmup in a run of {total:.0f}: the learning rate never reaches "
             f"optimizer.lr = {updates.optimizer.lr:g}; give fewer"
         )
-    log(f"the run:  {epochs}{limit}; warmup {updates.warmup:g}, then {updates.lr_shape} at lr {updates.optimizer.lr:g}")
+    log(f"the run:  {length}; warmup {updates.warmup:g}, then {updates.lr_shape} at lr {updates.optimizer.lr:g}")
