@@ -249,6 +249,7 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     errors.raise_all()
 
 
+@log_if_slow("starting: trying out a tiny copy of the model")
 def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     """UserError where a tiny copy of the model, cut into these stages and with the adapter, computes something else than
     the whole model, or does not run."""
