@@ -23,7 +23,7 @@ OURS = {"pipeline", "kernels", "docs", "benchmarks", "tests", *(p.stem for p in 
 OPTIONAL = {"triton": "comes with a CUDA build of torch", "liger_kernel": "a benchmark compares with it"}
 # Required without an import of ours.
 USED_BY_OTHERS = {"tensorboard": "torch.utils.tensorboard", "datasets": "for data, in what comes next"}
-TOOLS = {"ruff", "mypy", "pytest-timeout", "pytest-xdist", "triton"}
+TOOLS = {"ruff", "mypy", "pytest-timeout", "pytest-xdist", "triton", "trl"}
 
 
 def required(name: str) -> dict[str, Requirement]:
