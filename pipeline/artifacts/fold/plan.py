@@ -62,12 +62,16 @@ Step = PairStep | RowStep
 
 @dataclass(frozen=True)
 class Change:
-    """One stored tensor and what is done to it, in order. A bias is folded as a weight with one column."""
+    """One stored tensor and what is done to it, in order. A bias is folded as a weight with one column.
+
+    `blocks`: its rows, where they are in memory (`rows.held`).
+    """
 
     tensor: StoredTensor
     steps: tuple[Step, ...]
     base_quant: BaseQuant | None
     base_dtype: BaseDtype | None = None
+    blocks: tuple[torch.Tensor, ...] | None = None
 
     @property
     def columns(self) -> int:
@@ -78,7 +82,9 @@ class Change:
         return math.prod(self.tensor.shape) // self.columns
 
     def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
-        """The weight before the fold, in blocks of about `piece_items` values."""
+        """The weight before the fold, in blocks of about `piece_items` values, or of the size they have in memory."""
+        if self.blocks is not None:
+            return iter(self.blocks)
         return read_rows(self.tensor, self.columns, piece_items, self.base_quant, self.base_dtype)
 
 
