@@ -10,6 +10,7 @@ not. Figures are ratios to be read within one run.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,8 +114,6 @@ def copy(folder: Path) -> None:
 
 def hashed_copy(folder: Path) -> None:
     """The weights copied with their SHA-256, one thing after the other, and put on the disk."""
-    import hashlib
-
     digest = hashlib.sha256()
     with (folder / "base" / "model.safetensors").open("rb") as source, (folder / "out").open("wb") as target:
         while piece := source.read(PIECE):
@@ -122,16 +121,6 @@ def hashed_copy(folder: Path) -> None:
             target.write(piece)
         target.flush()
         os.fsync(target.fileno())
-
-
-def peft(folder: Path) -> None:
-    """PEFT's load, merge and save of the additive adapter."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-    merged = PeftModel.from_pretrained(model, str(folder / "peft")).merge_and_unload()
-    merged.save_pretrained(folder / "out")
 
 
 def ours(script: str, *arguments: str) -> str:
@@ -144,40 +133,49 @@ def ours(script: str, *arguments: str) -> str:
     )
 
 
-def baseline(name: str, module: str = "benchmarks.fold") -> str:
-    """A function of this file, which is imported only where that costs nothing beside it."""
-    return f"from {module} import {name}; {name}(folder)\n"
-
-
-VARIANTS = {
-    "read": baseline("read"),
-    "copy": baseline("copy"),
-    "hashed copy": baseline("hashed_copy"),
+# PEFT's load, merge and save of the additive adapter.
+PEFT = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, str(folder / "peft")).merge_and_unload().save_pretrained(folder / "out")
+"""
+BASELINES: dict[str, Callable[[Path], None]] = {"read": read, "copy": copy, "hashed copy": hashed_copy}
+COMMANDS = {
     "fold, multiplicative": ours("merge_lora.py", "--lora", MULTIPLICATIVE),
     "fold, additive": ours("merge_lora.py", "--lora", LORA),
     "export": ours("export_lora.py", "--lora", MULTIPLICATIVE, "--format", "peft"),
-    "PEFT": baseline("peft"),
+    "PEFT": PEFT,
 }
-IN_THIS_PROCESS = {"read": read, "copy": copy, "hashed copy": hashed_copy}  # what needs no library
-PEAK = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+# The last line of a command's output: the kernel's high-water mark of its memory in KiB.
+PEAK = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
 
 
-def measured(variant: str, folder: Path, threads: int) -> tuple[float, float | None]:
-    """Seconds of a variant, and the peak of its process in MiB; the baselines run here, and have none."""
-    began = time.perf_counter()
-    if variant in IN_THIS_PROCESS:
-        IN_THIS_PROCESS[variant](folder)
-        seconds, peak = time.perf_counter() - began, None
+class Cost(NamedTuple):
+    """Of one run: wall time and the processors' time in seconds, and the peak of a process of its own in MiB."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float | None
+
+
+def measured(variant: str, folder: Path, threads: int) -> Cost:
+    """What a variant costs. The baselines need no library and run here; a command is a process, with its imports."""
+    began, before = time.perf_counter(), os.times()
+    peak = None
+    if variant in BASELINES:
+        BASELINES[variant](folder)
     else:
-        code = f"import sys; from pathlib import Path; folder = Path({str(folder)!r})\n{VARIANTS[variant]}{PEAK}"
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        code = f"import sys; from pathlib import Path; folder = Path({str(folder)!r})\n{COMMANDS[variant]}\n{PEAK}"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
-        seconds = time.perf_counter() - began
         if done.returncode:
             raise RuntimeError(f"{variant} failed:\n{done.stdout}{done.stderr}")
-        peak = int(done.stdout.split("peak")[-1].split()[0]) / 1024
+        peak = int(done.stdout.split()[-1]) / 1024
+    seconds, after = time.perf_counter() - began, os.times()
     remove(folder / "out")
-    return seconds, peak
+    return Cost(seconds, sum(after[:4]) - sum(before[:4]), peak)
 
 
 def remove(path: Path) -> None:
@@ -187,21 +185,22 @@ def remove(path: Path) -> None:
 
 def compare(folder: Path, names: Iterable[str], rounds: int, threads: int) -> list[dict[str, Any]]:
     """A row for each variant: its least time, as a ratio to the hashed copy and to reading, and its greatest peak."""
-    found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in names}
+    found: dict[str, list[Cost]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name, times in found.items():
-            times.append(measured(name, folder, threads))
-    least = {name: min(seconds for seconds, _ in times) for name, times in found.items()}
+        for name, costs in found.items():
+            costs.append(measured(name, folder, threads))
+    least = {name: min(cost.seconds for cost in costs) for name, costs in found.items()}
     return [
         {
             "variant": name,
             "seconds": least[name],
-            "all_seconds": [seconds for seconds, _ in times],
+            "all_seconds": [cost.seconds for cost in costs],
+            "cpu_seconds": min(cost.cpu_seconds for cost in costs),
             "to_hashed_copy": least[name] / least["hashed copy"],
             "to_read": least[name] / least["read"],
-            "peak_mib": max((peak for _, peak in times if peak is not None), default=None),
+            "peak_mib": max((cost.peak_mib for cost in costs if cost.peak_mib is not None), default=None),
         }
-        for name, times in found.items()
+        for name, costs in found.items()
     ]
 
 
@@ -211,12 +210,12 @@ def main() -> None:
         parser.add_argument(f"--{key}", type=int, default=value, help=f"of the base or the adapters (default {value})")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a product of matrices")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="beside reading and the hashed copy")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, help="commands to run; the baselines always do")
     parser.add_argument("--tiny", action="store_true", help="to see that it runs")
     parser.add_argument("--out", type=Path, help="folder of the JSON")
     given = parser.parse_args()
     size = TINY if given.tiny else Size(*(getattr(given, key) for key in Size._fields))
-    names = [name for name in VARIANTS if not given.only or name in ("read", "hashed copy", *given.only)]
+    names = [*BASELINES, *(given.only or COMMANDS)]
     with tempfile.TemporaryDirectory(prefix="fold-") as made:
         folder = Path(made)
         torch.manual_seed(0)
@@ -226,12 +225,11 @@ def main() -> None:
         shutil.copytree(folder / LORA, folder / "peft")
         print(f"{n_bytes / 1e9:.2f} GB, rank {size.rank} on {size.layers} down_proj, {given.threads} threads")
         rows = compare(folder, names, 1 if given.tiny else given.rounds, given.threads)
-    print(f"{'':22} {'seconds':>8} {'× hashed copy':>14} {'× read':>8} {'peak MiB':>9}")
+    print(f"{'':22} {'seconds':>8} {'CPU s':>7} {'× hashed copy':>14} {'× read':>8} {'peak MiB':>9}")
     for row in rows:
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        print(
-            f"{row['variant']:22} {row['seconds']:8.2f} {row['to_hashed_copy']:14.2f} {row['to_read']:8.2f} {peak:>9}"
-        )
+        ratios = f"{row['to_hashed_copy']:14.2f} {row['to_read']:8.2f}"
+        print(f"{row['variant']:22} {row['seconds']:8.2f} {row['cpu_seconds']:7.2f} {ratios} {peak:>9}")
     settings = {**size._asdict(), "bytes": n_bytes, "threads": given.threads, "rounds": given.rounds}
     print(f"\nwritten: {record.write('fold', settings, rows, given.out)}")
 

@@ -156,7 +156,7 @@ def _write(plan: FoldPlan, copied: list[Path], folder: Path, device: torch.devic
         check_written(plan, folder, digests, advance)
     missing = set(plan.changes) - set(figures)
     assert not missing, f"planned and not folded: {missing}"
-    return [figures[name] for name in sorted(figures, key=natural_order)], max(deviations)
+    return [figures[name] for name in sorted(figures, key=natural_order)], max(deviations, default=0.0)
 
 
 def _pieces(
