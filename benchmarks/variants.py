@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedModel, Tr
 
 from benchmarks.shapes import Shape, kept_bytes
 from pipeline.formats.dtypes import DTYPES
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.multiplicative import inject_multiplicative
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
@@ -190,9 +192,9 @@ def ours(
 
 def stage_of(whole: PreTrainedModel, shape: Shape, first: int, end: int, kernels: frozenset[str]) -> Stage:
     """Layers [first, end) with adapters of known values and `kernels`, ready for training."""
-    targets = adapters.resolve_targets(whole, ["down_proj"], list(shape.adapted))
+    targets = resolve_targets(whole, ["down_proj"], list(shape.adapted))
     stage = Stage(whole, first, end).train()
-    adapters.inject_multiplicative(stage, targets, shape.rank, shape.rank, 0.0, next(whole.parameters()).dtype, SEED)
+    inject_multiplicative(stage, targets, shape.rank, shape.rank, 0.0, next(whole.parameters()).dtype, SEED)
     found = trained_in(stage)
     for index in sorted({int(name.split(".")[0]) for name in found}):
         set_adapter(index, found[f"{index}.A"], found[f"{index}.B"])
@@ -202,7 +204,7 @@ def stage_of(whole: PreTrainedModel, shape: Shape, first: int, end: int, kernels
 
 def trained_in(stage: Stage) -> dict[str, nn.Parameter]:
     """'model.layers.3.mlp.down_proj.A' → '3.A'."""
-    return {f"{n.split('.layers.')[1].split('.')[0]}.{n[-1]}": p for n, p in adapters.trainable(stage).items()}
+    return {f"{n.split('.layers.')[1].split('.')[0]}.{n[-1]}": p for n, p in trainable(stage).items()}
 
 
 def arena(shape: Shape, level: Level, device: torch.device) -> HostArena:
