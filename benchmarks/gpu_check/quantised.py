@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from benchmarks import correctness, variants
 from benchmarks.gpu_check.setting import Outcome, Setting, base_folder
 from pipeline.model import quantized, quantized_bnb, weights
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.multiplicative import inject_multiplicative
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage, empty_model, read_model_config
 
@@ -48,12 +49,12 @@ def build(folder: Path, scheme: Scheme, given: Setting) -> Stage:
     """The whole model with quantised layers and adapters on down_proj."""
     dtype = torch.float32
     whole = empty_model(read_model_config(str(folder)), dtype, None)
-    targets = adapters.resolve_targets(whole, ["down_proj"], list(given.small.adapted))
+    targets = resolve_targets(whole, ["down_proj"], list(given.small.adapted))
     quantized.foresee(whole, scheme)
     stage = Stage(whole, 0, given.small.layers)
     quantized_bnb.put_in(stage)
     weights.load(stage, str(folder), dtype, given.device)
-    adapters.inject_multiplicative(stage, targets, given.small.rank, given.small.rank, 0.0, dtype, variants.SEED)
+    inject_multiplicative(stage, targets, given.small.rank, given.small.rank, 0.0, dtype, variants.SEED)
     pairs = variants.trained_in(stage)
     for index in given.small.adapted:
         variants.set_adapter(index, pairs[f"{index}.A"], pairs[f"{index}.B"])
