@@ -37,12 +37,13 @@ class Variant:
     """One side of a comparison: a training step that can be looked into.
 
     `trained`: parameters by '<layer>.A' and '<layer>.B'. `decoder`: the module whose return ends the layers' forward.
-    `before_backward` is called when the loss is there and nothing has been freed yet.
+    `before_backward` is called when the loss is there and nothing has been freed yet. `arena`: what it keeps on the host.
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor], decoder: nn.Module, trained: dict[str, nn.Parameter]) -> None:
         self._run, self.decoder, self.trained = run, decoder, trained
         self.before_backward: Callable[[], None] = lambda: None
+        self.arena: HostArena | None = None
 
     def step(self, ids_BT: Tensor) -> Tensor:
         """Forward, loss and backward on ids [B, T] int64; the loss, fp32 or the peer's dtype. Gradients start from none."""
@@ -171,7 +172,8 @@ def ours(
     whole = model(shape, device)
     stage = stage_of(whole, shape, 0, shape.layers, frozenset(fusion.KERNELS) if kernels is None else kernels)
     keeping = dict.fromkeys(range(shape.layers), Keeping(level, on_host))
-    activation.apply(stage, keeping, arena(shape, level, device) if on_host else None)
+    on_the_host = arena(shape, level, device) if on_host else None
+    activation.apply(stage, keeping, on_the_host)
     objective = LanguageModelling(stage.head, logit_transform(whole.config))
     positions = torch.arange(shape.tokens, device=device).unsqueeze(0)
 
@@ -184,6 +186,7 @@ def ours(
         return loss.detach()
 
     made = Variant(run, whole.base_model, trained_in(stage))
+    made.arena = on_the_host
     return made
 
 

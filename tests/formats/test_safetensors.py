@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from pipeline import files as files_module
 from pipeline.artifacts.fold.check import half_spacing
 from pipeline.console import UserError
-from pipeline.files import in_order
-from pipeline.files import atomic_folder, check_disk_space
+from pipeline.files import atomic_folder, check_disk_space, in_order
 from pipeline.formats.dtypes import FLOATS, ITEM_BITS
 from pipeline.formats.safetensors import (
     TensorSpec,
