@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup train test test-all test-newest golden lint bench docs clean
+.PHONY: help setup train test test-all test-newest golden lint bench gpu-check docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -54,6 +54,9 @@ bench: setup ## the benchmarks that run on this machine, which should be idle (w
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.families
 	$(RUN)/python -m docs.families
 	if command -v nvidia-smi > /dev/null; then PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.gpu_h200; fi
+
+gpu-check: setup ## on a GPU, in under five minutes: kernels, memory levels, quantisation, resuming, plan, speed (one JSON, one page)
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.gpu_check
 
 docs: setup ## regenerate configs/schema.json and docs/config.md from the schema
 	$(RUN)/python -m docs.generate

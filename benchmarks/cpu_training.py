@@ -47,7 +47,17 @@ def check(workers: dict[str, Worker]) -> dict[str, dict[str, float]]:
             path = Path(folder) / f"{number}.safetensors"
             losses[variant] = worker.ask(do="gradients", path=str(path))["loss"]
             gradients[variant] = load_file(path)
-    found = {v: {"loss": losses[v], "gradient_error": distance(gradients[v], gradients[ORACLE])} for v in workers}
+    found, off = compare(losses, gradients)
+    if off:
+        raise UserError(f"{', '.join(off)}: not the same training as the peer's; nothing was timed")
+    return found
+
+
+def compare(
+    losses: dict[str, float], gradients: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """By variant, ORACLE and HF among them: loss and gradients' distance from ORACLE's; those that are not the same training."""
+    found = {v: {"loss": losses[v], "gradient_error": distance(gradients[v], gradients[ORACLE])} for v in losses}
     print(f"{'the same training?':34} {'loss':>10} {'gradients: distance from fp32':>32}")
     for variant, facts in found.items():
         print(f"{variant:34} {facts['loss']:10.5f} {facts['gradient_error']:32.2e}")
@@ -59,9 +69,7 @@ def check(workers: dict[str, Worker]) -> dict[str, dict[str, float]]:
         for v, f in found.items()
         if f["gradient_error"] > limit or abs(f["loss"] - found[ORACLE]["loss"]) > 2**-9 * found[ORACLE]["loss"]
     ]
-    if off:
-        raise UserError(f"{', '.join(off)}: not the same training as the peer's; nothing was timed")
-    return found
+    return found, off
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -29,7 +29,8 @@ from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import quantized, weights
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.stage import Stage, empty_model, logit_transform, read_model_config
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.optim.inner import make_inner
@@ -109,7 +110,7 @@ class Variant:
     def __init__(self, name: str, keys: dict[str, Any] | None, size: Size, base: Path) -> None:
         config = config_of(keys or {}, size, base)
         model = empty_model(read_model_config(str(base)), DTYPES[size.dtype], None)
-        targets = adapters.resolve_targets(model, ["down_proj"], list(range(1, size.layers)))
+        targets = resolve_targets(model, ["down_proj"], list(range(1, size.layers)))
         scheme = resolve.base_of(config).scheme
         if scheme:
             quantized.foresee(model, scheme)
@@ -128,7 +129,7 @@ class Variant:
         began = time.perf_counter()
         adapter_families.inject(self.stage, resolve.adapter_of(config, targets))
         self.start_s = time.perf_counter() - began
-        trained = adapters.trainable(self.stage)
+        trained = trainable(self.stage)
         inner = make_inner(
             "adamw_kahan", [{"params": list(trained.values())}], lr=1e-4, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.01
         )

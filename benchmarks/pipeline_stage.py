@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import variants
 from benchmarks.shapes import Shape
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.levels import Keeping, Level
@@ -44,7 +44,7 @@ def main() -> None:
     labels = ids, torch.tensor(1 / (shape.tokens - 1))
     facts = stage_times(stage, objective, shape, positions, labels, place, request["rounds"])
 
-    parameters = adapters.trainable(stage)
+    parameters = trainable(stage)
     inner = make_inner(
         "adamw_kahan", [{"params": list(parameters.values())}], lr=1e-5, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0
     )

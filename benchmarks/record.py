@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline import version
+from pipeline.files import write_text
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "triton", "liger_kernel")
 
@@ -45,5 +46,5 @@ def write(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], folde
     folder = folder or Path(__file__).resolve().parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
+    write_text(path, json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
     return path

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedModel, Tr
 
 from benchmarks.shapes import Shape, kept_bytes
 from pipeline.formats.dtypes import DTYPES
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.multiplicative import inject_multiplicative
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
@@ -35,12 +37,13 @@ class Variant:
     """One side of a comparison: a training step that can be looked into.
 
     `trained`: parameters by '<layer>.A' and '<layer>.B'. `decoder`: the module whose return ends the layers' forward.
-    `before_backward` is called when the loss is there and nothing has been freed yet.
+    `before_backward` is called when the loss is there and nothing has been freed yet. `arena`: what it keeps on the host.
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor], decoder: nn.Module, trained: dict[str, nn.Parameter]) -> None:
         self._run, self.decoder, self.trained = run, decoder, trained
         self.before_backward: Callable[[], None] = lambda: None
+        self.arena: HostArena | None = None
 
     def step(self, ids_BT: Tensor) -> Tensor:
         """Forward, loss and backward on ids [B, T] int64; the loss, fp32 or the peer's dtype. Gradients start from none."""
@@ -169,7 +172,8 @@ def ours(
     whole = model(shape, device)
     stage = stage_of(whole, shape, 0, shape.layers, frozenset(fusion.KERNELS) if kernels is None else kernels)
     keeping = dict.fromkeys(range(shape.layers), Keeping(level, on_host))
-    activation.apply(stage, keeping, arena(shape, level, device) if on_host else None)
+    on_the_host = arena(shape, level, device) if on_host else None
+    activation.apply(stage, keeping, on_the_host)
     objective = LanguageModelling(stage.head, logit_transform(whole.config))
     positions = torch.arange(shape.tokens, device=device).unsqueeze(0)
 
@@ -182,14 +186,15 @@ def ours(
         return loss.detach()
 
     made = Variant(run, whole.base_model, trained_in(stage))
+    made.arena = on_the_host
     return made
 
 
 def stage_of(whole: PreTrainedModel, shape: Shape, first: int, end: int, kernels: frozenset[str]) -> Stage:
     """Layers [first, end) with adapters of known values and `kernels`, ready for training."""
-    targets = adapters.resolve_targets(whole, ["down_proj"], list(shape.adapted))
+    targets = resolve_targets(whole, ["down_proj"], list(shape.adapted))
     stage = Stage(whole, first, end).train()
-    adapters.inject_multiplicative(stage, targets, shape.rank, shape.rank, 0.0, next(whole.parameters()).dtype, SEED)
+    inject_multiplicative(stage, targets, shape.rank, shape.rank, 0.0, next(whole.parameters()).dtype, SEED)
     found = trained_in(stage)
     for index in sorted({int(name.split(".")[0]) for name in found}):
         set_adapter(index, found[f"{index}.A"], found[f"{index}.B"])
@@ -199,7 +204,7 @@ def stage_of(whole: PreTrainedModel, shape: Shape, first: int, end: int, kernels
 
 def trained_in(stage: Stage) -> dict[str, nn.Parameter]:
     """'model.layers.3.mlp.down_proj.A' → '3.A'."""
-    return {f"{n.split('.layers.')[1].split('.')[0]}.{n[-1]}": p for n, p in adapters.trainable(stage).items()}
+    return {f"{n.split('.layers.')[1].split('.')[0]}.{n[-1]}": p for n, p in trainable(stage).items()}
 
 
 def arena(shape: Shape, level: Level, device: torch.device) -> HostArena:

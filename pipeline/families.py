@@ -1,8 +1,8 @@
 """The adapter families: one row each, for everything that asks what a family is, needs or does.
 
 A family is a row here, a module in pipeline/model/adapters/ (what it computes in training), and, unless it is saved as
-another one, its maps of a weight in pipeline/artifacts/adapter/maps.py (what it changes, for the fold). Nothing else
-names one. Torch-free; tests/house/test_family_rows.py holds the three together.
+another one, an entry in pipeline/artifacts/adapter/family_maps.py (what it does to a weight, for the fold, in terms of
+the maps in maps.py). Nothing else names one. Torch-free; tests/house/test_family_rows.py holds the three together.
 
 Names: W a module's weight [D_out, D_in], x its input, h its output, R the rank, s = alpha / R.
 """

@@ -20,7 +20,9 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -149,6 +151,29 @@ def explain_out_of_space(output: Path, needed: str = "") -> Iterator[None]:
             "What was written has been removed; make room and run again.",
             EXIT_DISK_FULL,
         ) from error
+
+
+@contextmanager
+def in_order(most: int = 4) -> Iterator[Callable[..., None]]:
+    """Yield `do(call, *arguments)`: a thread makes the calls, one after the other, while the block goes on.
+
+    `do` waits where `most` calls are outstanding, so that what they hold is bounded. The end of the block waits for all of
+    them; an error of one is raised by a later `do` or by the end, and an error in the block drops those not begun.
+    """
+    waiting: deque[Future[Any]] = deque()
+
+    def do(call: Callable[..., Any], *arguments: Any) -> None:
+        if len(waiting) >= most:
+            waiting.popleft().result()
+        waiting.append(thread.submit(call, *arguments))
+
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield do
+            for one in waiting:
+                one.result()
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def write_text(file: Path, text: str) -> None:

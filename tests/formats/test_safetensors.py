@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from pipeline import files as files_module
 from pipeline.artifacts.fold.check import half_spacing
 from pipeline.console import UserError
-from pipeline.files import atomic_folder, check_disk_space
+from pipeline.files import atomic_folder, check_disk_space, in_order
 from pipeline.formats.dtypes import FLOATS, ITEM_BITS
 from pipeline.formats.safetensors import (
     TensorSpec,
@@ -201,3 +201,15 @@ def test_disk_space_is_checked_with_figures(tmp_path: Path, monkeypatch) -> None
     with pytest.raises(UserError, match=r"1.5 GiB needed, 1 GiB free") as refused:
         check_disk_space(tmp_path / "not" / "yet", 3 * 2**29)
     assert refused.value.exit_code == 28
+
+
+def test_calls_are_made_in_order_beside_the_block_and_their_errors_raised() -> None:
+    done: list[int] = []
+    with in_order(most=2) as beside:
+        for number in range(50):
+            beside(done.append, number)
+    assert done == list(range(50))
+    with pytest.raises(ZeroDivisionError), in_order() as beside:
+        beside(divmod, 1, 0)
+    with pytest.raises(KeyError), in_order() as beside:
+        raise KeyError

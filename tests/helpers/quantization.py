@@ -9,7 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pipeline.model import quantized, quantized_bnb, weights
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.lora import inject_lora
+from pipeline.model.adapters.multiplicative import inject_multiplicative
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from tests.helpers import builders
@@ -71,12 +74,12 @@ def chain(folder: Path, scheme: Scheme, cuts: list[int], dtype: torch.dtype = to
 
 def adapt(stages: list[Stage], kind: str, names: list[str], layers: list[int], folder: Path) -> dict[str, Any]:
     """An adapter that does something on the modules `names` of `layers`; all trained parameters by name."""
-    targets = adapters.resolve_targets(empty_model(read_model_config(str(folder)), torch.float32, None), names, layers)
-    inject = adapters.inject_lora if kind == "lora" else adapters.inject_multiplicative
+    targets = resolve_targets(empty_model(read_model_config(str(folder)), torch.float32, None), names, layers)
+    inject = inject_lora if kind == "lora" else inject_multiplicative
     trained: dict[str, Any] = {}
     for stage in stages:
         inject(stage, targets, 4, 8.0, 0.0, torch.float32, 1)
-        trained |= adapters.trainable(stage)
+        trained |= trainable(stage)
         stage.train()
     for name, parameter in sorted(trained.items()):
         if name.endswith(".B"):

@@ -45,6 +45,15 @@ def test_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fold(tmp_path: Path) -> None:
+    rows = benchmark("fold", tmp_path)["rows"]
+    assert {"hashed copy", "fold, multiplicative", "fold, additive", "export", "PEFT"} < {
+        row["variant"] for row in rows
+    }
+    assert all(row["to_hashed_copy"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_cpu_training(tmp_path: Path) -> None:
     """Levels and kernels are one line each in the same code: one of ours stands for them."""

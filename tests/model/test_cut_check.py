@@ -13,7 +13,9 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model import cut_check, tiny_copy
 from pipeline.model import stage as stage_module
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.lora import inject_lora
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.stage import Stage, empty_model
 from pipeline.model.unsupported import named, router_loss
 from pipeline.training.start import prepare, resolve
@@ -180,12 +182,12 @@ def test_a_module_that_is_linear_in_name_only_is_told_by_its_class(tmp_path: Pat
 def test_lora_is_in_the_modules_that_are_named(kind: str, names: Any) -> None:
     """PEFT, which knows the model's type, puts it into the experts' parameters instead."""
     model, _ = tiny_copy.tiny_copy(config_of(kind))
-    targets = adapters.resolve_targets(model, names, [0, 1, 2, 3])
+    targets = resolve_targets(model, names, [0, 1, 2, 3])
     stage = Stage(model.requires_grad_(False), 1, 4)
-    adapters.inject_lora(stage, targets, 2, 4.0, 0.0, torch.float32, 0)
+    inject_lora(stage, targets, 2, 4.0, 0.0, torch.float32, 0)
     mine = {name for name in targets if not name.startswith("model.layers.0.")}
     assert mine
-    assert {name.rpartition(".")[0] for name in adapters.trainable(stage)} == mine
+    assert {name.rpartition(".")[0] for name in trainable(stage)} == mine
 
 
 def test_the_workaround_is_still_needed() -> None:
@@ -205,9 +207,9 @@ def test_a_target_that_peft_passes_over_ends_the_run(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(peft, "inject_adapter_in_model", all_but_one)
     model, _ = tiny_copy.tiny_copy(model_config("llama"))
-    targets = adapters.resolve_targets(model, ["o_proj"], [0, 1, 2, 3])
+    targets = resolve_targets(model, ["o_proj"], [0, 1, 2, 3])
     with pytest.raises(UserError, match=r"target_modules: PEFT puts no adapter into model.layers.0.self_attn.o_proj"):
-        adapters.inject_lora(Stage(model, 0, 4), targets, 2, 4.0, 0.0, torch.float32, 0)
+        inject_lora(Stage(model, 0, 4), targets, 2, 4.0, 0.0, torch.float32, 0)
 
 
 # What is said

@@ -18,7 +18,7 @@ from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.console import UserError
 from pipeline.model import tiny_copy
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
 from pipeline.model.stage import logit_transform
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
@@ -126,7 +126,7 @@ def outcome(whole: PreTrainedModel, logits: Tensor, folder: Path, n_stages: int,
     # Most are equal to the bit. A mask that adds where transformers leaves out rounds otherwise: some tens of fp32's 2⁻²³.
     assert (found.detach() - logits).abs().max() <= 2**-18 * logits.abs().max()
     found.square().sum().backward()
-    trained = {name: p for stage in stages for name, p in adapters.trainable(stage).items()}
+    trained = {name: p for stage in stages for name, p in trainable(stage).items()}
     assert {name.rpartition(".")[0] for name in trained} == set(plan.trained.targets)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained.values())
     untrained = [n for n, p in trained.items() if p.grad is None and not any(idle in n for idle in IDLE)]

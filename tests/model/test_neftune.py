@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model import neftune
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.memory import activation
 from pipeline.model.stage import Stage
 from tests.helpers.builders import save_model
@@ -132,8 +133,8 @@ def test_gradients_with_and_without_recomputation(folder: Path, dropout: float) 
     def gradients(recompute: bool) -> dict[str, Tensor]:
         stage = build(folder, 0, 4).train()
         targets = [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
-        adapters.inject_multiplicative(stage, targets, 4, 8.0, dropout, torch.float32, 42)
-        trained = adapters.trainable(stage)
+        inject_multiplicative(stage, targets, 4, 8.0, dropout, torch.float32, 42)
+        trained = trainable(stage)
         with torch.no_grad():
             for i, parameter in enumerate(trained.values()):
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.1)

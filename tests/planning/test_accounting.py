@@ -13,7 +13,7 @@ from pipeline.kernels.cross_entropy import linear_cross_entropy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CohereConfig
 
-from pipeline.model.adapters.base import inject_multiplicative
+from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage, empty_model
 from pipeline.planning.counts.counting import Measured, measure

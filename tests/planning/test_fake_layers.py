@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage, empty_model
 from pipeline.planning.counts.counting import measure
@@ -37,7 +37,7 @@ def frozen_with_an_adapter(model: Any, kind: str) -> None:
     parent, _, leaf = f"model.layers.{LAYER}.{target}".rpartition(".")
     base = model.get_submodule(f"{parent}.{leaf}")
     device = base.weight.device
-    setattr(model.get_submodule(parent), leaf, adapters.MultiplicativeLoRA(base, RANK, 1.0, 0.0, torch.float32, device))
+    setattr(model.get_submodule(parent), leaf, MultiplicativeLoRA(base, RANK, 1.0, 0.0, torch.float32, device))
 
 
 def attention(kind: str) -> str:

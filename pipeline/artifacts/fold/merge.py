@@ -8,23 +8,24 @@ come along. Memory: a few dozen MiB of blocks, the adapters, and one projection 
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.adapter.write import write_json
-from pipeline.artifacts.fold.check import check_result
-from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
+from pipeline.artifacts.fold.check import RowCheck, check_written
+from pipeline.artifacts.fold.plan import FoldPlan, plan_fold
 from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines, warnings
-from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows
+from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows, held
 from pipeline.artifacts.fold.warnings import warnings_of
 from pipeline.artifacts.fold_history import REPORT_FILE
 from pipeline.console import UserError, gib, log, progress, warn
 from pipeline.families import Kind
 from pipeline.files import atomic_folder, check_disk_space, check_free
 from pipeline.formats.base_model import INDEX, files_to_copy, read_base, warn_of_remarks
+from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.device import usable_device
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
 from pipeline.names import natural_order
@@ -45,7 +46,7 @@ def merge(
     layers: str | None = None,
     unmerge: bool = False,
     base_quant: BaseQuant | None = None,
-    base_dtype: BaseDtype | None = None,
+    base_dtype: Dtype | None = None,
 ) -> list[Survival]:
     """Fold one adapter or several, in order, and write the model to `output`; the figures of the changed tensors.
 
@@ -138,10 +139,11 @@ def check_places(base: Path, adapter: Path, output: Path) -> None:
 def _write(plan: FoldPlan, copied: list[Path], folder: Path, device: torch.device) -> tuple[list[Survival], float]:
     """Write every file of the model into `folder` and check it; the figures, and the largest deviation found."""
     figures: dict[str, Survival] = {}
+    deviations: list[float] = []
     digests = {}
     with exact_fp32(), progress("folding  ", plan.weight_bytes) as advance:
         for name, specs in plan.files.items():
-            pieces = _pieces(plan, specs, device, figures, advance)
+            pieces = _pieces(plan, specs, device, figures, deviations, advance)
             digests[name] = write_safetensors(folder / name, specs, pieces, plan.base.headers[name].metadata)
     for file in copied:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +154,10 @@ def _write(plan: FoldPlan, copied: list[Path], folder: Path, device: torch.devic
         metadata = {**(plan.base.index.get("metadata") or {}), "total_size": plan.weight_bytes}
         write_json(folder / INDEX, {**plan.base.index, "metadata": metadata})
     with progress("verifying", plan.weight_bytes) as advance:
-        deviation = check_result(plan, folder, digests, advance)
+        check_written(plan, folder, digests, advance)
     missing = set(plan.changes) - set(figures)
     assert not missing, f"planned and not folded: {missing}"
-    return [figures[name] for name in sorted(figures, key=natural_order)], deviation
+    return [figures[name] for name in sorted(figures, key=natural_order)], max(deviations, default=0.0)
 
 
 def _pieces(
@@ -163,17 +165,29 @@ def _pieces(
     specs: tuple[TensorSpec, ...],
     device: torch.device,
     figures: dict[str, Survival],
+    deviations: list[float],
     advance: Callable[[int], None],
 ) -> Callable[[str], Iterable[memoryview | bytearray]]:
-    """The bytes of a file's tensors as they will be written: folded, converted or as they are."""
+    """The bytes of a file's tensors as they will be written: folded, converted or as they are.
+
+    Fills `figures` and `deviations` of the folded ones; raises UserError (exit code 3) where fp64 sees something else.
+    """
+
+    def folded(name: str) -> Iterator[memoryview]:
+        figures[name] = Survival(name)
+        change = held(plan.changes[name])
+        check = RowCheck(change, dtypes[name])
+        for before, after in fold_rows(change, dtypes[name], device, figures[name]):
+            check.add(before, after)
+            yield tensor_bytes(after)
+        deviations.append(check.deviation())
+
     dtypes = {spec.name: spec.dtype for spec in specs}
 
     def blocks(name: str) -> Iterable[memoryview | bytearray]:
         stored, dtype = plan.base.tensors[name], dtypes[name]
         if name in plan.changes:
-            figures[name] = Survival(name)
-            rows = fold_rows(plan.changes[name], dtype, device, figures[name])
-            return (tensor_bytes(block) for block in rows)
+            return folded(name)
         if dtype != stored.dtype or name in plan.quantised:
             quant = plan.base_quant if name in plan.quantised else None
             return (tensor_bytes(block) for block in convert(stored, dtype, quant, plan.base_dtype))

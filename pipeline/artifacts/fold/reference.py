@@ -122,7 +122,7 @@ def _streamed(change: Change, paths: Sequence[RowPath], piece_items: int) -> Ite
     first = 0
     for block in change.rows(piece_items):
         numbers = slice(first, first + len(block))
-        rows: Rows = block.double(), torch.zeros(block.shape, dtype=torch.float64)
+        rows: Rows = block.double(), torch.zeros(1, 1, dtype=torch.float64).expand(block.shape)
         for path in paths:
             rows = path(rows, numbers)
         yield numbers, rows

@@ -12,20 +12,22 @@ them one more pass over the weight gives its A·W.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
 import torch
 
 from pipeline.artifacts.adapter.maps import RowChange
-from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, RowStep, read_rows
+from pipeline.artifacts.fold.plan import Change, PairStep, RowStep, read_rows
 from pipeline.console import UserError
 from pipeline.families import MULTIPLICATIVE
+from pipeline.formats.choices import BaseQuant, Dtype
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import StoredTensor
 
 BLOCK_ITEMS = 2**19  # values of a block. 2 MiB in fp32: about ten such arrays are alive at a time
+HELD_BYTES = 32 * 2**20  # a weight up to this size is read once, into memory; a larger one once for every pass over it
 
 
 @contextmanager
@@ -153,7 +155,7 @@ class Survival:
     parts: dict[int, float] = field(default_factory=dict)  # ‖ΔW‖² of each adapter's own change, by its place
 
     def add(self, before: torch.Tensor, change: torch.Tensor, after: torch.Tensor) -> None:
-        """Count a block: W and ΔW in fp32, and W' as rounded. Sums of products are kept in fp64."""
+        """Count a block: W and ΔW in fp32, and W' as rounded. Products are summed in fp32 in a block, in fp64 over blocks."""
         difference = after.float() - before
         error = difference - change
         for key, left, right in (
@@ -162,8 +164,8 @@ class Survival:
             ("E·E", error, error),
             ("W·W", before, before),
         ):
-            self.products[key] += float(torch.sum(left * right, dtype=torch.float64))
-        self.equal += int((difference == 0).sum())
+            self.products[key] += float(torch.dot(left.flatten(), right.flatten()))
+        self.equal += before.numel() - int(torch.count_nonzero(difference))
         self.items += before.numel()
 
     def add_part(self, part: int, squared: float) -> None:
@@ -190,8 +192,19 @@ class Survival:
         return math.sqrt(self.products["Δ·Δ"] / self.products["W·W"]) if self.products["W·W"] else math.nan
 
 
-def fold_rows(change: Change, dtype: str, device: torch.device, survival: Survival) -> Iterator[torch.Tensor]:
-    """The rows of W' in blocks [rows, D_in], on the CPU, in the safetensors dtype `dtype`. Fills `survival`.
+def held(change: Change) -> Change:
+    """The change with its weight in memory, where it takes several passes over one of at most HELD_BYTES (a multiplicative
+    pair takes A·W first, in the fold and in its check): each byte is read once."""
+    several = any(isinstance(step, PairStep) and step.kind == MULTIPLICATIVE for step in change.steps)
+    if not several or change.tensor.n_bytes > HELD_BYTES:
+        return change
+    return replace(change, blocks=tuple(change.rows(BLOCK_ITEMS)))
+
+
+def fold_rows(
+    change: Change, dtype: str, device: torch.device, survival: Survival
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks of rows [rows, D_in] of W, as stored, and of W', in the safetensors dtype `dtype`, on the CPU. Fills `survival`.
 
     Raises UserError where a value is NaN or infinite, or too large for `dtype`.
     """
@@ -212,7 +225,7 @@ def fold_rows(change: Change, dtype: str, device: torch.device, survival: Surviv
                 exact = changed
         if len(operations) > 1 or not isinstance(operations[0], LowRank):
             delta = exact - before
-        if not torch.isfinite(exact).all():
+        if not all_finite(exact):
             raise UserError(
                 f"{change.tensor.name}: the fold gives NaN or infinite values. Either the base holds them already, or "
                 "an adapter or --scale is far too large. Nothing was written."
@@ -220,12 +233,20 @@ def fold_rows(change: Change, dtype: str, device: torch.device, survival: Surviv
         after = round_to(exact, dtype, change.tensor.name)
         survival.add(before, delta, after)
         first += len(before)
-        yield after.cpu()
+        yield block, after.cpu()
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. Then the sum is finite too, which is found at a fortieth of the time; where it
+    is not, it may have been too large itself."""
+    return bool(values.sum().isfinite()) or bool(torch.isfinite(values).all())
 
 
 def round_to(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     """`values` in the safetensors dtype `dtype`, rounded to nearest even. Raises UserError where one is too large."""
     rounded = values.to(FLOATS[dtype])
+    if all_finite(rounded):
+        return rounded
     lost = torch.isfinite(values) & ~torch.isfinite(rounded)
     if lost.any():
         raise UserError(
@@ -236,7 +257,7 @@ def round_to(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
 
 
 def convert(
-    tensor: StoredTensor, dtype: str, base_quant: BaseQuant | None = None, base_dtype: BaseDtype | None = None
+    tensor: StoredTensor, dtype: str, base_quant: BaseQuant | None = None, base_dtype: Dtype | None = None
 ) -> Iterator[torch.Tensor]:
     """The values of a tensor that no adapter changes, in another dtype or through 4 bits, in blocks.
 

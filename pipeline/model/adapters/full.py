@@ -1,8 +1,8 @@
-"""Modules of the model itself that are trained in full beside the adapter: the embedding, norms, the head, a router.
+"""The model's own weights that are trained: modules in full beside the adapter (the embedding, norms), or the whole model.
 
 Takes the whole model without weights and the names of modules; gives the full names of their parameters, and sets those
-that a stage owns free to train. They stay in the dtype of the base weights and are in no adapter: `adapters.trainable`
-lists them by their own names (`model.norm.weight`), and they are saved whole.
+that a stage owns free to train. They stay in the dtype of the base weights and are in no adapter: `base.trainable` lists
+them by their own names (`model.norm.weight`), and they are saved whole.
 
 A tied embedding and head are one weight, wherever they are: naming one names both.
 """
@@ -16,7 +16,7 @@ from pipeline.console import UserError
 from pipeline.model.quantized import Foreseen
 from pipeline.model.stage import Stage, tied_head
 from pipeline.model.weights import stored_in_another_form
-from pipeline.names import EMBEDDING_MODULE, layers_of
+from pipeline.names import EMBEDDING_MODULE, HEAD_MODULE, layers_of
 
 
 def resolve(model: PreTrainedModel, names: Sequence[str], targets: Collection[str]) -> list[str]:
@@ -46,6 +46,19 @@ def unfreeze(stage: Stage, parameters: Collection[str]) -> None:
     for name in parameters:
         if name in own:
             own[name].requires_grad_(True)
+
+
+def unfreeze_model(stage: Stage, target_modules: list[str] | None) -> None:
+    """Full fine-tuning: every parameter, or those with one of `target_modules` as a part of their name.
+
+    A tied head and embedding are one weight, wherever they are: naming one of them names both.
+    """
+    targets = set(target_modules or ())
+    if tied_head(stage.model) and targets & {EMBEDDING_MODULE, HEAD_MODULE}:
+        targets |= {EMBEDDING_MODULE, HEAD_MODULE}
+    for name, parameter in stage.model.named_parameters():
+        wanted = target_modules is None or bool(targets & set(name.split(".")))
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
 
 
 def describe(model: PreTrainedModel, names: Sequence[str], parameters: Collection[str]) -> str:

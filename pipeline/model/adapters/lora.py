@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.console import UserError
 from pipeline.families import LORA
-from pipeline.model.adapters.base import Injector, Settings, device_of, draw, inject_lora, wrap
+from pipeline.model.adapters.base import Injector, Settings, device_of, draw, inject_peft, wrap
 from pipeline.model.stage import Stage
 
 OVERSAMPLED = 10  # probes beyond the rank (Halko, Martinsson & Tropp 2011, §4.2)
@@ -112,6 +112,38 @@ class DoRA(nn.Module):
         crossed = (AW if bias is None else AW - bias.float()).T * B
         own = (B @ (A @ A.T)) * B
         return (self.squares + (2 * self.scaling * crossed + self.scaling**2 * own).sum(1)).clamp_min(0).sqrt()
+
+
+def inject_lora(
+    stage: Stage,
+    targets: list[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    dtype: torch.dtype,
+    seed: int,
+    use_rslora: bool = False,
+) -> None:
+    """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`; s = alpha/R, or alpha/√R with `use_rslora`."""
+    from peft import LoraConfig
+
+    mine = inject_peft(
+        stage,
+        targets,
+        lambda names: LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=names,
+            bias="none",
+            use_rslora=use_rslora,
+        ),
+    )
+    for name in mine:
+        module = stage.model.get_submodule(name)
+        module.lora_A.to(dtype)
+        module.lora_B.to(dtype)
+        draw(module.lora_A["default"].weight, f"{name}.A", seed)
 
 
 def inject_moslora(

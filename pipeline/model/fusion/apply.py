@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.kernels.multiplicative import gated_down_proj
 from pipeline.kernels.rope import rope
 from pipeline.kernels.swiglu import ACTIVATIONS, swiglu
-from pipeline.model.adapters.base import MultiplicativeLoRA
+from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.fusion import probe
 from pipeline.model.stage import Stage
 

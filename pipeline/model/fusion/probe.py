@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from pipeline.kernels.norm import layer_norm, rms_norm
 from pipeline.kernels.rope import rope
 from pipeline.kernels.swiglu import ACTIVATIONS, swiglu
-from pipeline.model.adapters.base import MultiplicativeLoRA
+from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 
 ROWS, WIDTH, FEED_FORWARD, RANK = 5, 16, 24, 2
 # An offset of the rows for a norm's mean, a scale for its variance.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
 from pipeline.model.stage import Stage
 from pipeline.training.optim.inner import add, value
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
@@ -29,7 +29,7 @@ class Factors(NamedTuple):
 
 def factors_of(stage: Stage) -> dict[str, Factors]:
     """The adapters of a stage that are a pair (A, B) with a scaling, ours or PEFT's, by module."""
-    trained, found = adapters.trainable(stage), {}
+    trained, found = trainable(stage), {}
     for name, parameter in trained.items():
         module, _, letter = name.rpartition(".")
         if letter == "A" and f"{module}.B" in trained:

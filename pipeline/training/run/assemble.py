@@ -19,7 +19,7 @@ from pipeline.console import UserError, gib, log, log_if_slow
 from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable, written
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
@@ -131,7 +131,7 @@ def build_stage(
     with log_if_slow("starting: looking where the kernels fit"):
         kernel_places.put(stage, plan.layout.kernels, place)
     keeping = dict(enumerate(followed.keeping[place.stage], start=first))
-    first_trained = engine.first_trained_stage(bool(adapters.trainable(stage)), place)
+    first_trained = engine.first_trained_stage(bool(trainable(stage)), place)
     if neftune_alpha:
         neftune.apply(stage, neftune_alpha)
     activation.apply(stage, keeping, arena, place.stage > first_trained)
@@ -154,7 +154,7 @@ def check_room(stage: Stage, place: engine.Place) -> None:
 def build_optimizer(updates: resolve.Updates, stage: Stage, place: engine.Place) -> PipelineOptimizer:
     """Over this stage's trained parameters, which may be none."""
     table = updates.optimizer
-    parameters = adapters.trainable(stage)
+    parameters = trainable(stage)
     # A tied head on a stage of its own is the embedding once more.
     copies = {} if stage.is_first else tied_head(stage.model)
     counts: list[int] = [0] * place.world
@@ -292,7 +292,7 @@ def artifact_writer(
     write = families.writer(plan.trained.adapter, base, train_logit_scale, tied)
 
     def save(folder: Path, step: int) -> None:
-        tensors = {name: t for name, t in adapters.written(stage).items() if name not in tied}
+        tensors = {name: t for name, t in written(stage).items() if name not in tied}
         saving.save_adapter(folder, step, place, tensors, dtype, write)
 
     return save

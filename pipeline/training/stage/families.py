@@ -21,8 +21,8 @@ from pipeline.families import saved as saved_as
 from pipeline.formats.base_model import read_base
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
-from pipeline.model.adapters import base as adapters
-from pipeline.model.adapters import control, lora, rotations
+from pipeline.model.adapters import control, lora, multiplicative, rotations
+from pipeline.model.adapters.base import Injector, Settings, written
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.training.optim.inner import add, value
@@ -30,8 +30,8 @@ from pipeline.training.stage import initial_adapter, patterns
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Size
 
 # By a family's name, what puts it into a stage.
-INJECTORS: dict[str, adapters.Injector] = {
-    **adapters.INJECTORS,
+INJECTORS: dict[str, Injector] = {
+    **multiplicative.INJECTORS,
     **control.INJECTORS,
     **lora.INJECTORS,
     **rotations.INJECTORS,
@@ -94,7 +94,7 @@ def inject(stage: Stage, adapter: AdapterSpec) -> None:
 
 
 def _inject(stage: Stage, adapter: AdapterSpec, size: Size, targets: list[str]) -> None:
-    made_with = adapters.Settings(
+    made_with = Settings(
         *size,
         adapter.dropout,
         adapter.dtype,
@@ -113,8 +113,8 @@ def inject_for_trial(stage: Stage, adapter: AdapterSpec) -> None:
     PEFT's layers show the base layer's weight to a model that reads it; ours, which stand around a module, do not.
     """
     by_peft = adapter.row.by_peft and adapter.start is True
-    put = adapters.inject_lora if by_peft else adapters.inject_multiplicative
-    put(stage, adapter.targets, 1, 1.0, 0.0, torch.float32, adapter.seed)
+    inject_one = lora.inject_lora if by_peft else multiplicative.inject_multiplicative
+    inject_one(stage, adapter.targets, 1, 1.0, 0.0, torch.float32, adapter.seed)
 
 
 def saved(adapter: AdapterSpec, folder: str) -> dict[str, Tensor]:
@@ -162,15 +162,15 @@ def orthonormalise(directions: list[nn.Parameter], optimizer: Optimizer) -> None
 
 def norms(stage: Stage, adapter: AdapterSpec) -> dict[str, float]:
     """‖s·B·A‖_F of every module of the stage; nothing for families that are no pair of A and B."""
-    pairs = {name: t for name, t in adapters.written(stage).items() if name.endswith((".A", ".B"))}
+    pairs = {name: t for name, t in written(stage).items() if name.endswith((".A", ".B"))}
     return {module: norm * abs(adapter.sizes[module].s) for module, norm in adapter_norms(pairs, 1.0).items()}
 
 
 def writer(
     adapter: AdapterSpec, base: BaseModel, train_logit_scale: float = 1.0, tied: Mapping[str, str] = NOTHING
 ) -> Callable[[Path, dict[str, Tensor]], None]:
-    """What writes `adapters.written` of all stages into a folder: the adapter in the form of its family, and what is
-    trained in full beside it. `tied`: names under which a stage has another one's weight, from `stage.tied_head`.
+    """What writes the saved tensors of all stages (`written`) into a folder: the adapter in the form of its family, and what
+    is trained in full beside it. `tied`: names under which a stage has another one's weight, from `stage.tied_head`.
     """
     write, adapted = _writer(adapter, base, train_logit_scale), set(adapter.targets)
 

@@ -20,7 +20,7 @@ from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
 from pipeline.foreign import printable
 from pipeline.formats.safetensors import load_tensors, read_header
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.model.adapters.lora import MosLoRA
 from pipeline.model.stage import Stage
@@ -85,7 +85,7 @@ def read_family(folder: str, targets: Collection[str], family: Any, settings: di
 @torch.no_grad()
 def put(stage: Stage, tensors: dict[str, Tensor]) -> None:
     """Into those adapters that the stage has. UserError for a tensor of another shape, before any of them is changed."""
-    parameters = adapters.trainable(stage)
+    parameters = trainable(stage)
     modules = {name.rpartition(".")[0] for name in parameters}
     mine = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
     given: dict[nn.Parameter, Tensor] = {}

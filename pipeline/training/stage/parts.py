@@ -6,8 +6,7 @@ The same for a stage with its weights and for one on `meta` that is only counted
 from collections import Counter
 from typing import Any
 
-from pipeline.model.adapters import base as adapters
-from pipeline.model.adapters import full as trained_modules
+from pipeline.model.adapters.full import unfreeze, unfreeze_model
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
@@ -35,10 +34,10 @@ def put_trained(stage: Stage, trained: Trained) -> None:
     without an adapter, the model's own weights that are trained.
     """
     if trained.adapter is None:
-        adapters.unfreeze(stage, trained.own_weights)
+        unfreeze_model(stage, trained.own_weights)
         return
     families.inject(stage, trained.adapter)
-    trained_modules.unfreeze(stage, trained.in_full)
+    unfreeze(stage, trained.in_full)
 
 
 def whole_on_meta(meta_model: MetaModel, trained: Trained) -> Stage:

@@ -21,7 +21,7 @@ from pipeline.config.tables import Optimizer
 from pipeline.console import EXIT_DONE, UserError, gib, log, log_if_slow, warn
 from pipeline.data.batches import Position
 from pipeline.files import write_text
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import Keeping, Level
 from pipeline.model.stage import Stage, logit_transform
@@ -92,7 +92,7 @@ def costs(plan: Resolved, levels: Iterable[Level], on_gpu: bool) -> Callable[[in
 def optimizer_types(optimizer: Optimizer, stage: Stage) -> dict[nn.Parameter, str]:
     """The optimizer's type of those trained parameters for which [[optimizer.groups]] names one."""
     specials = parameter_groups.specials(optimizer)
-    found = {p: parameter_groups.values_of(name, specials) for name, p in adapters.trainable(stage).items()}
+    found = {p: parameter_groups.values_of(name, specials) for name, p in trainable(stage).items()}
     return {p: values["type"] for p, values in found.items() if "type" in values}
 
 

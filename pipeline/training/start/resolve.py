@@ -20,8 +20,9 @@ from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.model import cut_check, partition, quantized, unsupported, weights
-from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.names import id_in_cache, layers_of
 from pipeline.training.optim import parameter_groups
@@ -234,9 +235,9 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     if not config.full_fine_tune:
         names = config.target_modules or families.default_targets(config.adapter_type)
         with errors.collect():
-            layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
+            layers = resolve_layers(config.layers_to_transform, n_layers)
         with errors.collect():
-            adapters.resolve_targets(model, names, layers)
+            resolve_targets(model, names, layers)
         with errors.collect():
             trained_modules.resolve(model, config.trainable_modules, [])
     with errors.collect():
@@ -278,18 +279,18 @@ def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list
 def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     """The adapter on this model's modules, which it fits; says it in words."""
     n_layers = len(model.base_model.layers)
-    layers = adapters.resolve_layers(config.layers_to_transform, n_layers)
+    layers = resolve_layers(config.layers_to_transform, n_layers)
     names = config.target_modules or families.default_targets(config.adapter_type)
-    targets = adapters.resolve_targets(model, names, layers)
+    targets = resolve_targets(model, names, layers)
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
     adapter = adapter_of(config, targets, biased)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    log(f"training: {adapter.family} on {where} {modules}, {adapters.describe_layers(layers_of(targets), n_layers)}")
-    for line in adapters.describe_targets(model, targets, layers):
+    log(f"training: {adapter.family} on {where} {modules}, {describe_layers(layers_of(targets), n_layers)}")
+    for line in describe_targets(model, targets, layers):
         log(f"          {line}")
-    if names == "all-linear" and (left_out := adapters.routers(model, layers)):
+    if names == "all-linear" and (left_out := routers(model, layers)):
         log(f"          without {', '.join(left_out)}, which only choose")
     log(f"          {families.describe(adapter)}")
     return adapter
@@ -326,7 +327,7 @@ def check_groups(
 ) -> None:
     """UserError for a name in [[optimizer.groups]] that nothing trained has. A tied head goes by its embedding's name."""
     if specials:
-        names = adapters.trainable(parts.whole_on_meta(meta_model, trained))
+        names = trainable(parts.whole_on_meta(meta_model, trained))
         parameter_groups.check(specials, [name for name in names if name not in trained.tied])
 
 

@@ -118,7 +118,7 @@ def test_an_output_with_something_in_it(work: Path, fold: Callable[..., str]) ->
 
 def test_force_keeps_the_old_output_when_the_fold_fails(work: Path, fold: Callable[..., str], monkeypatch) -> None:
     fold()
-    monkeypatch.setattr(merge_module, "check_result", lambda *_: 1 / 0)
+    monkeypatch.setattr(merge_module, "check_written", lambda *_: 1 / 0)
     before = files_of(work)
     with pytest.raises(ZeroDivisionError):
         fold("--force")
@@ -318,7 +318,7 @@ def test_a_dry_run_checks_prints_and_writes_nothing(work: Path, fold: Callable[.
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_a_byte_that_changes_on_the_disk_is_found(work: Path, fold: Callable[..., str], monkeypatch, name: str) -> None:
     """Between writing and checking one bit of one tensor flips; safetensors itself would not notice."""
-    check = merge_module.check_result
+    check = merge_module.check_written
 
     def after_damage(plan: Any, folder: Path, *rest: Any) -> float:
         file = next(f for f in folder.glob("*.safetensors") if name in {t.name for t in read_header(f).tensors})
@@ -328,7 +328,7 @@ def test_a_byte_that_changes_on_the_disk_is_found(work: Path, fold: Callable[...
         file.write_bytes(content)
         return check(plan, folder, *rest)
 
-    monkeypatch.setattr(merge_module, "check_result", after_damage)
+    monkeypatch.setattr(merge_module, "check_written", after_damage)
     refuses(work, fold, f"{name} in .* reads back with other bytes", code=3)
 
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeanutConfig, get_peft_model
 from torch import Tensor, nn
 
 from pipeline.console import UserError
-from pipeline.model.adapters import base as adapters
-from pipeline.model.adapters.base import MultiplicativeLoRA
+from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
+from pipeline.model.adapters.targets import describe_layers, resolve_layers, resolve_targets
 from pipeline.model.stage import empty_model
 from tests.helpers.builders import model_config
 from tests.helpers.stages import CPU
@@ -168,23 +168,20 @@ def test_dropout_acts_on_what_the_adapter_reads_alone() -> None:
     [(None, [0, 1, 2, 3]), ("0:2", [0, 1, 2]), ("3", [3]), ("2,0:1", [0, 1, 2]), ("0:1,1:2", [0, 1, 2]), ("1", [1])],
 )
 def test_resolve_layers(text: str | None, layers: list[int]) -> None:
-    assert adapters.resolve_layers(text, 4) == layers
+    assert resolve_layers(text, 4) == layers
 
 
 @pytest.mark.parametrize("text", ["4", "0:4", "0,9"])
 def test_layers_the_model_does_not_have(text: str) -> None:
     with pytest.raises(UserError, match=r"4 decoder layers, 0 to 3"):
-        adapters.resolve_layers(text, 4)
+        resolve_layers(text, 4)
 
 
 def test_layers_in_words() -> None:
-    assert (
-        adapters.describe_layers(adapters.resolve_layers("0:38", 40), 40)
-        == "layers 0 to 38 (39 of 40: all but the last)"
-    )
-    assert adapters.describe_layers([0, 1, 2, 3], 4) == "layers 0 to 3 (all)"
-    assert adapters.describe_layers([0, 1, 2, 7, 9, 10], 12) == "layers 0 to 2, 7, 9 to 10 (6 of 12)"
-    assert adapters.describe_layers([0], 1) == "layers 0 (all)"
+    assert describe_layers(resolve_layers("0:38", 40), 40) == "layers 0 to 38 (39 of 40: all but the last)"
+    assert describe_layers([0, 1, 2, 3], 4) == "layers 0 to 3 (all)"
+    assert describe_layers([0, 1, 2, 7, 9, 10], 12) == "layers 0 to 2, 7, 9 to 10 (6 of 12)"
+    assert describe_layers([0], 1) == "layers 0 (all)"
 
 
 @pytest.mark.parametrize("kind", ["cohere", "llama", "gemma2", "qwen2"])
@@ -196,7 +193,7 @@ def test_layers_in_words() -> None:
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [1, 3]], ids=str)
 def test_targets_are_those_of_peft(kind: str, targets: list[str] | str, layers: list[int]) -> None:
     model = empty_model(model_config(kind), torch.float32, None)
-    ours = adapters.resolve_targets(model, targets, layers)
+    ours = resolve_targets(model, targets, layers)
     with torch.device("meta"):
         theirs = get_peft_model(model, LoraConfig(target_modules=targets)).targeted_module_names
     assert ours == [name for name in theirs if int(name.split(".")[2]) in layers]
@@ -204,7 +201,7 @@ def test_targets_are_those_of_peft(kind: str, targets: list[str] | str, layers: 
 
 def test_targets_of_a_mixture_of_experts_are_linear_modules() -> None:
     model = empty_model(model_config("mixtral"), torch.float32, None)
-    names = adapters.resolve_targets(model, "all-linear", [0])
+    names = resolve_targets(model, "all-linear", [0])
     assert names == [f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"]
 
 
@@ -212,4 +209,4 @@ def test_targets_of_a_mixture_of_experts_are_linear_modules() -> None:
 def test_target_that_matches_nothing_is_named_with_what_there_is(target: str) -> None:
     model = empty_model(model_config("cohere"), torch.float32, None)
     with pytest.raises(UserError, match=f"no linear module '{target}'.*mlp.down_proj.*self_attn.q_proj"):
-        adapters.resolve_targets(model, ["down_proj", target], [0, 1])
+        resolve_targets(model, ["down_proj", target], [0, 1])

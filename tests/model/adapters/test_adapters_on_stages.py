@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.full import unfreeze_model
+from pipeline.model.adapters.lora import inject_lora
+from pipeline.model.adapters.multiplicative import inject_multiplicative
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.stage import empty_model
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.stages import build, chain, hidden, token_ids
@@ -31,13 +35,13 @@ def injected(
     base: torch.dtype = torch.float32,
 ) -> tuple[list, dict[str, nn.Parameter]]:
     """Stages with an adapter on every down_proj and o_proj, and all trained parameters by global name."""
-    inject = adapters.inject_multiplicative if kind == "multiplicative_lora" else adapters.inject_lora
+    inject = inject_multiplicative if kind == "multiplicative_lora" else inject_lora
     meta_model = empty_model(model_config("llama"), dtype, None)
-    targets = adapters.resolve_targets(meta_model, ["down_proj", "o_proj"], [0, 1, 3])
+    targets = resolve_targets(meta_model, ["down_proj", "o_proj"], [0, 1, 3])
     stages, trained = chain(folder, cuts, base), {}
     for stage in stages:
         inject(stage, targets, RANK, ALPHA, 0.0, dtype, seed)
-        own = adapters.trainable(stage)
+        own = trainable(stage)
         assert not own.keys() & trained.keys()
         trained |= own
     return stages, trained
@@ -53,7 +57,7 @@ def test_start_does_not_depend_on_the_cut(folder: Path, kind: str) -> None:
         stages, parts = injected(folder, cuts, kind)
         assert parts.keys() == whole.keys()
         assert all(torch.equal(parts[name], whole[name]) for name in whole)
-    assert not adapters.trainable(stages[2]), "layer 2 has no adapter, and its stage nothing to train"
+    assert not trainable(stages[2]), "layer 2 has no adapter, and its stage nothing to train"
 
 
 @KINDS
@@ -62,9 +66,7 @@ def test_trained_parameters_are_the_adapters_by_the_names_of_the_whole_model(fol
     modules = [f"model.layers.{i}.{m}" for i in (0, 1, 3) for m in ("self_attn.o_proj", "mlp.down_proj")]
     assert sorted(trained) == sorted(f"{m}.{letter}" for m in modules for letter in "AB")
     for stage in stages:
-        assert {id(p) for p in stage.parameters() if p.requires_grad} == {
-            id(p) for p in adapters.trainable(stage).values()
-        }
+        assert {id(p) for p in stage.parameters() if p.requires_grad} == {id(p) for p in trainable(stage).values()}
     width = {"self_attn.o_proj": (32, 32), "mlp.down_proj": (64, 32)}
     for name, parameter in trained.items():
         d_in, d_out = next(w for m, w in width.items() if m in name)
@@ -137,14 +139,14 @@ def test_multiplicative_on_stages_is_one_plus_s_b_a_times_w(folder: Path) -> Non
 
 def test_unfreeze_everything_or_by_name(folder: Path) -> None:
     stage = build(folder, 0, 2)
-    assert not adapters.trainable(stage), "weights are frozen as loaded"
-    adapters.unfreeze(stage, ["down_proj", "embed_tokens"])
+    assert not trainable(stage), "weights are frozen as loaded"
+    unfreeze_model(stage, ["down_proj", "embed_tokens"])
     expected = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))]
-    assert sorted(adapters.trainable(stage)) == expected
-    adapters.unfreeze(stage, None)
-    assert adapters.trainable(stage).keys() == dict(stage.model.named_parameters()).keys()
-    adapters.unfreeze(stage, ["no_such"])
-    assert not adapters.trainable(stage)
+    assert sorted(trainable(stage)) == expected
+    unfreeze_model(stage, None)
+    assert trainable(stage).keys() == dict(stage.model.named_parameters()).keys()
+    unfreeze_model(stage, ["no_such"])
+    assert not trainable(stage)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -152,6 +154,6 @@ def test_naming_one_of_a_tied_pair_names_both(tmp_path: Path, target: str) -> No
     save_model(tmp_path, "cohere", layers=2)
     names = []
     for stage in chain(tmp_path, [0, 1, 2]):
-        adapters.unfreeze(stage, [target])
-        names += list(adapters.trainable(stage))
+        unfreeze_model(stage, [target])
+        names += list(trainable(stage))
     assert names == ["model.embed_tokens.weight", "lm_head.weight"]

@@ -19,8 +19,8 @@ from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.console import UserError
-from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import lora
+from pipeline.model.adapters.base import _plain, trainable, written
 from pipeline.model.memory.levels import Level
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from pipeline.training.stage import families
@@ -90,7 +90,7 @@ def stages_of(folder: Path, config: Config, cuts: list[int]) -> list[Stage]:
 
 
 def trained(stages: list[Stage]) -> dict[str, nn.Parameter]:
-    return {name: p for stage in stages for name, p in adapters.trainable(stage).items()}
+    return {name: p for stage in stages for name, p in trainable(stage).items()}
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def move(stages: list[Stage]) -> list[Stage]:
 def save(config: Config, stages: list[Stage], output: Path) -> Path:
     plan = resolve.resolve(config)
     output.mkdir()
-    tensors = {name: t for stage in stages for name, t in adapters.written(stage).items()}
+    tensors = {name: t for stage in stages for name, t in written(stage).items()}
     families.writer(plan.trained.adapter, plan.base, config.train_logit_scale)(output, tensors)
     return output
 
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_peft_with_what_was_saved(folder: Path, tmp_path:
         stage.train()
     (hidden(stages, token_ids()) * g).sum().backward()
     (loaded.base_model.model.model(token_ids(), use_cache=False).last_hidden_state * g).sum().backward()
-    plain = {adapters._plain(n.replace("peanut_", "lora_")): p for n, p in loaded.base_model.model.named_parameters()}
+    plain = {_plain(n.replace("peanut_", "lora_")): p for n, p in loaded.base_model.model.named_parameters()}
     gradients = {name: p.grad for name, p in plain.items() if p.grad is not None}
     own = trained(stages)
     for name, parameter in own.items():
@@ -218,7 +218,7 @@ def test_counted_on_meta_it_has_the_same_parameters(folder: Path, family: str) -
     meta_model = empty_model(read_model_config(str(folder)), torch.float32, None)
     stage = Stage(meta_model.requires_grad_(False), 0, 4)
     families.inject(stage, plan.trained.adapter)
-    counted = {name: p.shape for name, p in adapters.trainable(stage).items()}
+    counted = {name: p.shape for name, p in trainable(stage).items()}
     assert counted == {name: p.shape for name, p in trained(stages_of(folder, config, [0, 4])).items()}
 
 
@@ -289,7 +289,7 @@ def test_adapter_has_its_own_dtype_over_a_16_bit_base(folder: Path, family: str,
     # At the start; PiSSA in bf16 subtracts what it adds, each rounded to 2⁻⁹, in four layers.
     assert (output - plain).abs().max() < 0.25
     output.float().square().sum().backward()
-    parameters = adapters.trainable(stage)
+    parameters = trainable(stage)
     assert {p.dtype for p in parameters.values()} == {getattr(torch, dtype)}
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters.values())
 

@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.config import loading
 from pipeline.config.schema import Config
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable, written
 from pipeline.model.stage import Stage
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
@@ -54,7 +54,7 @@ def stages_of(folder: Path, config: Config, scheme: Any, cuts: list[int], plain:
             stage.model.is_loaded_in_4bit = stage.model.is_loaded_in_8bit = False  # type: ignore[assignment]
         families.inject(stage, resolve.adapter_of(config, targets))
         stage.train()
-        for name, parameter in adapters.trainable(stage).items():
+        for name, parameter in trainable(stage).items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             if not name.endswith(".Q"):
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -62,7 +62,7 @@ def stages_of(folder: Path, config: Config, scheme: Any, cuts: list[int], plain:
 
 
 def trained(stages: list[Stage]) -> dict[str, nn.Parameter]:
-    return {name: p for stage in stages for name, p in adapters.trainable(stage).items()}
+    return {name: p for stage in stages for name, p in trainable(stage).items()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -92,7 +92,7 @@ def test_what_is_saved_says_over_which_weights_it_was_trained(folder: Path, tmp_
     stage = build(folder, NF4, 0, 4)
     families.inject(stage, plan.trained.adapter)
     families.writer(plan.trained.adapter, plan.base, config.train_logit_scale, plan.trained.tied)(
-        tmp_path, adapters.written(stage)
+        tmp_path, written(stage)
     )
     says = {"bits": 4, "quant_type": "nf4", "double_quant": True, "skip": ["o_proj"], "dtype": "bfloat16"}
     assert load_adapter(tmp_path).trained_over == says

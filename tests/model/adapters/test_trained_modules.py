@@ -16,7 +16,8 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model import neftune
 from pipeline.model.adapters import full as trained_modules
-from pipeline.model.adapters.base import inject_multiplicative, trainable
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.levels import Keeping, Level

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
 from pipeline.model import weights
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.lora import inject_lora
+from pipeline.model.adapters.multiplicative import inject_multiplicative
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from tests.helpers.builders import save_model
@@ -38,14 +41,14 @@ def stage_of(
     meta_model = empty_model(read_model_config(str(folder)), dtype, None)
     kind = meta_model.config.model_type
     names = ["o_proj"] if kind == "mixtral" else ["down_proj"]
-    targets = adapters.resolve_targets(meta_model, names, [0, 1, 2])
+    targets = resolve_targets(meta_model, names, [0, 1, 2])
     stage = Stage(meta_model, 0, 4)
     if loaded:
         weights.load(stage, str(folder), dtype, torch.device("cpu"))
     stage.requires_grad_(False)
-    adapters.inject_multiplicative(stage, targets, 4, 8, dropout, dtype, seed=1)
+    inject_multiplicative(stage, targets, 4, 8, dropout, dtype, seed=1)
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in adapters.trainable(stage).items():
+    for name, parameter in trainable(stage).items():
         if name.endswith(".B"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return stage, fusion.apply(stage, kernels)
@@ -58,7 +61,7 @@ def gradients(stage: Stage) -> dict[str, Tensor]:
     assert isinstance(hidden, Tensor)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
     (hidden.float() * weight).sum().backward()
-    found = {name: p.grad for name, p in adapters.trainable(stage).items() if p.grad is not None}
+    found = {name: p.grad for name, p in trainable(stage).items() if p.grad is not None}
     return {"hidden": hidden.detach(), **found}
 
 
@@ -186,12 +189,12 @@ def test_behind_peft_s_lora_on_every_linear_module(tmp_path: Path, kind: str) ->
     found: list[dict[str, Tensor]] = []
     for kernels in (frozenset[str](), ALL):
         meta_model = empty_model(read_model_config(str(tmp_path)), torch.float32, None)
-        targets = adapters.resolve_targets(meta_model, "all-linear", [0, 1, 2, 3])
+        targets = resolve_targets(meta_model, "all-linear", [0, 1, 2, 3])
         stage = Stage(meta_model, 0, 4)
         weights.load(stage, str(tmp_path), torch.float32, torch.device("cpu"))
-        adapters.inject_lora(stage, targets, 2, 4, 0.0, torch.float32, seed=1)
+        inject_lora(stage, targets, 2, 4, 0.0, torch.float32, seed=1)
         generator = torch.Generator().manual_seed(2)
-        for parameter in adapters.trainable(stage).values():
+        for parameter in trainable(stage).values():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         taken = fusion.apply(stage, kernels)
         found.append(gradients(stage))

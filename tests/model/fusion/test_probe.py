@@ -22,7 +22,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from pipeline.model.adapters.base import MultiplicativeLoRA
+from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.fusion import probe
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena, Ticket
 from pipeline.model.stage import Stage
@@ -37,9 +38,9 @@ def stage_with_adapters(folder: Path, first: int, end: int, mode: bool | str, dr
     """With an adapter of useful size on every o_proj of the stage, in train mode."""
     stage = build(folder, first, end)
     targets = [f"model.layers.{i}.self_attn.o_proj" for i in range(first, end)]
-    adapters.inject_multiplicative(stage, targets, 4, 8.0, dropout, torch.float32, 42)
+    inject_multiplicative(stage, targets, 4, 8.0, dropout, torch.float32, 42)
     with torch.no_grad():
-        for i, (name, p) in enumerate(sorted(adapters.trainable(stage).items())):
+        for i, (name, p) in enumerate(sorted(trainable(stage).items())):
             if name.endswith(".B"):
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     put_away(stage, mode)
@@ -61,7 +62,7 @@ def gradients(stage: Stage, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     output = output if stage.is_last else output[0]
     torch.rand(3)  # as another stage would, between forward and backward
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-    found = {name: p.grad for name, p in adapters.trainable(stage).items() if p.grad is not None}
+    found = {name: p.grad for name, p in trainable(stage).items() if p.grad is not None}
     return output.detach(), found | ({"input": x.grad} if x.grad is not None else {})
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.model import weights
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.lora import inject_lora
+from pipeline.model.adapters.multiplicative import inject_multiplicative
+from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation, replay
 from pipeline.model.memory.host_arena import HostArena
@@ -47,13 +50,13 @@ def stage_of(
         if meta_model.config.model_type == "mixtral"
         else ["down_proj", "o_proj"][: 1 if kind != "lora" else 2]
     )
-    targets = adapters.resolve_targets(meta_model, names, [0, 1, 2])
+    targets = resolve_targets(meta_model, names, [0, 1, 2])
     stage = Stage(meta_model, first, end)
     weights.load(stage, str(folder), torch.float32, torch.device("cpu"))
-    inject = adapters.inject_lora if kind == "lora" else adapters.inject_multiplicative
+    inject = inject_lora if kind == "lora" else inject_multiplicative
     inject(stage, targets, 4, 8, dropout, torch.float32, 1)
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in adapters.trainable(stage).items():
+    for name, parameter in trainable(stage).items():
         if name.endswith(".B"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     fusion.apply(stage, kernels)
@@ -72,7 +75,7 @@ def gradients(stage: Stage) -> dict[str, Tensor]:
     hidden: Tensor = output if stage.is_last else output[0]
     torch.rand(3)  # as another stage would, between forward and backward
     (hidden * torch.randn(hidden.shape, generator=generator)).sum().backward()
-    found = {name: p.grad for name, p in adapters.trainable(stage).items() if p.grad is not None}
+    found = {name: p.grad for name, p in trainable(stage).items() if p.grad is not None}
     return {"hidden": hidden.detach(), **found} | ({"x": x.grad} if x.grad is not None else {})
 
 
@@ -119,7 +122,7 @@ def test_layers_may_keep_different_things(folders: dict[str, Path]) -> None:
     activation.apply(stage, dict(enumerate(mixed)), arena)
     for _ in range(2):  # and again: slots are used anew
         found = gradients(stage)
-        for parameter in adapters.trainable(stage).values():
+        for parameter in trainable(stage).values():
             parameter.grad = None
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -7,7 +7,7 @@ import torch
 from pipeline.kernels.cross_entropy import LogitTransform
 from transformers import CohereConfig
 
-from pipeline.model.adapters.base import inject_multiplicative
+from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory.levels import Level
 from pipeline.model.stage import Stage, empty_model

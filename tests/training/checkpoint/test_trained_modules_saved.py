@@ -23,8 +23,8 @@ from pipeline.artifacts.adapter import full as full_tensors
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading
 from pipeline.console import UserError
-from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
+from pipeline.model.adapters.base import trainable, written
 from pipeline.model.stage import Stage
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.commit import CheckpointError
@@ -89,7 +89,7 @@ def stages_of(folder: Path, config: Any, plan: resolve.Resolved, cuts: list[int]
 def move(stages: list[Stage], plan: resolve.Resolved) -> list[Stage]:
     """As after training; both ends of a tied weight alike."""
     for stage in stages:
-        for name, parameter in adapters.trainable(stage).items():
+        for name, parameter in trainable(stage).items():
             g = torch.Generator().manual_seed(zlib.crc32(plan.trained.tied.get(name, name).encode()))
             if not name.endswith(".Q"):
                 parameter += 0.05 * torch.randn(parameter.shape, generator=g)
@@ -98,7 +98,7 @@ def move(stages: list[Stage], plan: resolve.Resolved) -> list[Stage]:
 
 def save(output: Path, config: Any, plan: resolve.Resolved, stages: list[Stage]) -> Path:
     output.mkdir()
-    tensors = {name: t for stage in stages for name, t in adapters.written(stage).items()}
+    tensors = {name: t for stage in stages for name, t in written(stage).items()}
     families.writer(plan.trained.adapter, plan.base, config.train_logit_scale, plan.trained.tied)(output, tensors)
     return output
 
@@ -149,7 +149,7 @@ def test_the_files_say_what_is_in_them(folders: dict[str, Path], tmp_path: Path,
     copies = {"lm_head"} if kind == "tied" else set()
     assert set(said["modules_to_save"]) == modules | copies
     assert said.get("ensure_weight_tying", False) == (kind == "tied" and family == "lora")
-    trained = {name: p for stage in stages for name, p in adapters.trainable(stage).items()}
+    trained = {name: p for stage in stages for name, p in trainable(stage).items()}
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         own = json.loads(file.metadata()["mulora_pipe"])
         assert {f"{module}.weight" for module in modules} == set(own["full"])
@@ -166,7 +166,7 @@ def test_an_adapter_without_them_is_as_it_was(folders: dict[str, Path], tmp_path
     adapter = save(tmp_path / "adapter", config, plan, stages)
     assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] is None
     assert not plan.trained.in_full
-    assert all(name.endswith((".A", ".B")) for name in adapters.trainable(stages[0]))
+    assert all(name.endswith((".A", ".B")) for name in trainable(stages[0]))
 
 
 def test_numbers_that_are_none_are_not_written() -> None:
@@ -183,13 +183,13 @@ def test_what_the_stages_contribute_is_put_together_and_gone(tmp_path: Path) -> 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     place = Place(0, 1, 0, 1, 0, 1, None, torch.device("cpu"))  # type: ignore[arg-type]
     tensors = {"a.B": torch.randn(6, 4).T, "model.norm.weight": torch.ones(6, dtype=torch.bfloat16)}
-    written: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
 
     def write(folder: Path, found: dict[str, Tensor]) -> None:
         assert [file.name for file in folder.iterdir()] == [".stage-0.safetensors"]
-        written.update({name: tensor.clone() for name, tensor in found.items()})
+        saved.update({name: tensor.clone() for name, tensor in found.items()})
         (folder / "file").touch()
-        if len(written) > 2:
+        if len(saved) > 2:
             raise ValueError("no")
 
     try:
@@ -201,8 +201,8 @@ def test_what_the_stages_contribute_is_put_together_and_gone(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out"]
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"file", ".saved_at_step"}
     assert saved_at.step_of(tmp_path / "out") == 7
-    assert written["a.B"].dtype == torch.float16
-    assert torch.equal(written["a.B"], tensors["a.B"].half())
+    assert saved["a.B"].dtype == torch.float16
+    assert torch.equal(saved["a.B"], tensors["a.B"].half())
 
 
 @pytest.mark.parametrize("kind", KINDS)

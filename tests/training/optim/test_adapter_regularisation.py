@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import loading
-from pipeline.model.adapters import base as adapters_module
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.full import unfreeze_model
 from pipeline.training.optim.adamw_kahan import AdamWKahan
 from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.parameter_groups import build
@@ -221,12 +222,12 @@ def test_factors_of_a_stage(tmp_path: Path, keys: dict[str, Any], scaling: float
     assert list(factors) == targets
     of_layer_1 = 0.5 if "alpha_pattern" in keys else scaling
     assert [f.scaling for f in factors.values()] == pytest.approx([scaling, of_layer_1])
-    trained = adapters_module.trainable(stage)
+    trained = trainable(stage)
     assert all(f.A is trained[f"{m}.A"] and f.B is trained[f"{m}.B"] for m, f in factors.items())
 
 
 def test_a_fully_trained_stage_has_none(tmp_path: Path) -> None:
     save_model(tmp_path, "llama", layers=2)
     (stage,) = chain(tmp_path, [0, 2])
-    adapters_module.unfreeze(stage, None)
+    unfreeze_model(stage, None)
     assert factors_of(stage) == {}

@@ -18,7 +18,8 @@ from pipeline.kernels.cross_entropy import LogitTransform
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data.microbatch import MicroBatch
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.fusion import apply as fusion
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.engine import prefetch, wires
@@ -204,9 +205,9 @@ def test_backward_of_the_first_adapted_layer_ends_at_its_adapter(root: Path, ker
     """Its FLOPs are the adapter's products alone, and below the adapter nothing is kept."""
     feed_forward = 64
     stage = build(root / "model", 2, 3)
-    adapters.inject_multiplicative(stage, ["model.layers.2.mlp.down_proj"], RANK, ALPHA, 0.0, torch.float32, 0)
+    inject_multiplicative(stage, ["model.layers.2.mlp.down_proj"], RANK, ALPHA, 0.0, torch.float32, 0)
     fusion.apply(stage, kernels)
-    parameters = list(adapters.trainable(stage).values())
+    parameters = list(trainable(stage).values())
     own = {p.data_ptr() for p in stage.parameters()}
     saved: list[torch.Tensor] = []
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.model.adapters import base as adapters
 from pipeline.model.adapters import full as trained_modules
+from pipeline.model.adapters.base import trainable
 from pipeline.model.stage import empty_model, read_model_config
 from tests.helpers import builders, quantization, stage_runs, unsplit
 from tests.helpers.stage_runs import STEPS, Case, Result
@@ -182,7 +182,7 @@ def test_beside_an_adapter_over_4_bits(tmp_path: Path, tied: bool) -> None:
         quantization.adapt(stages, "multiplicative_lora", ["down_proj"], [1, 2], folder)
         for stage in stages:
             trained_modules.unfreeze(stage, in_full)
-        return stages, {name: p for stage in stages for name, p in adapters.trainable(stage).items()}
+        return stages, {name: p for stage in stages for name, p in trainable(stage).items()}
 
     expected = gradients(*trained([0, 4], plain=True))
     assert len(expected) == 1 + 4 + 10

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config import loading
 from pipeline.console import UserError
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable, written
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.training.stage import families, initial_adapter
 from pipeline.training.start import resolve
@@ -63,7 +63,7 @@ def perturb(stages: list[Any]) -> None:
     """As if trained; a control adapter's Q stays orthonormal, as it does in training."""
     for number, stage in enumerate(stages):
         controls = {f"{n}.Q" for n, m in stage.model.named_modules() if isinstance(m, ControlAdapter)}
-        for name, parameter in adapters.trainable(stage).items():
+        for name, parameter in trainable(stage).items():
             g = torch.Generator().manual_seed(len(name) + 100 * number)
             if name not in controls:
                 parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
@@ -72,7 +72,7 @@ def perturb(stages: list[Any]) -> None:
 def save(folder: Path, stages: list[Any], config: Any) -> None:
     tensors: dict[str, Tensor] = {}
     for stage in stages:
-        tensors |= adapters.written(stage)
+        tensors |= written(stage)
     folder.mkdir()
     families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(folder, tensors)
 
@@ -98,9 +98,7 @@ def test_goes_on_as_the_function_that_was_saved(base: Path, tmp_path: Path, fami
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
         return
     assert torch.equal(found, wanted)
-    parameters = [
-        {n: p for stage in stages for n, p in adapters.trainable(stage).items()} for stages in (trained, begun)
-    ]
+    parameters = [{n: p for stage in stages for n, p in trainable(stage).items()} for stages in (trained, begun)]
     assert parameters[0].keys() == parameters[1].keys()
     assert all(torch.equal(p, parameters[1][name]) for name, p in parameters[0].items())
 
@@ -181,10 +179,10 @@ def test_another_models_shapes_change_nothing(base: Path, saved: Mapping[str, Pa
     (stage,) = stages_with(base, config, [0, 4])
     tensors = families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
     tensors[f"{TARGETS[2]}.B"] = torch.ones(48, 4)
-    before = {name: p.detach().clone() for name, p in adapters.trainable(stage).items()}
+    before = {name: p.detach().clone() for name, p in trainable(stage).items()}
     with pytest.raises(UserError, match=r"is \[48, 4\], and the model's module asks for \[32, 4\]"):
         initial_adapter.put(stage, tensors)
-    assert all(torch.equal(p, before[name]) for name, p in adapters.trainable(stage).items())
+    assert all(torch.equal(p, before[name]) for name, p in trainable(stage).items())
 
 
 def test_peanut_of_others_leaves_biases_alone(base: Path, saved: Mapping[str, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import loading
 from pipeline.console import UserError
-from pipeline.model.adapters import base as adapters
+from pipeline.model.adapters.base import trainable, written
 from pipeline.training.stage import families, initial_adapter, patterns
 from pipeline.training.start import resolve
 from tests.helpers.builders import save_model
@@ -59,7 +59,7 @@ def trained(base: Path, config: Any, cuts: list[int]) -> list[Any]:
     for stage in stages:
         families.inject(stage, resolve.adapter_of(config, TARGETS))
         with torch.no_grad():
-            for name, parameter in adapters.trainable(stage).items():
+            for name, parameter in trainable(stage).items():
                 g = torch.Generator().manual_seed(sum(map(ord, name)))
                 parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
         stage.eval()
@@ -67,7 +67,7 @@ def trained(base: Path, config: Any, cuts: list[int]) -> list[Any]:
 
 
 def parameters(stages: list[Any]) -> dict[str, Tensor]:
-    return {name: p.detach() for stage in stages for name, p in adapters.trainable(stage).items()}
+    return {name: p.detach() for stage in stages for name, p in trainable(stage).items()}
 
 
 def expected_sizes() -> dict[str, tuple[int, float]]:
@@ -120,7 +120,7 @@ def test_stock_peft_runs_what_is_saved(base: Path, tmp_path: Path, family: str) 
     stages = trained(base, config, [0, 2, 4])
     tensors: dict[str, Tensor] = {}
     for stage in stages:
-        tensors |= adapters.written(stage)
+        tensors |= written(stage)
     (tmp_path / "saved").mkdir()
     families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(tmp_path / "saved", tensors)
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -138,7 +138,7 @@ def test_goes_on_from_what_is_saved(base: Path, tmp_path: Path, family: str) -> 
     stages = trained(base, config, [0, 4])
     (tmp_path / "saved").mkdir()
     families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(
-        tmp_path / "saved", adapters.written(stages[0])
+        tmp_path / "saved", written(stages[0])
     )
     again = config_of(base, family, init_adapter=str(tmp_path / "saved"), seed=7)
     begun = chain(base, [0, 2, 4])

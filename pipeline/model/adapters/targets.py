@@ -1,0 +1,120 @@
+"""Which linear modules an adapter goes to: `target_modules` and `layers_to_transform` as full names of modules.
+
+Takes a model, of whose weights only the sizes are read, and the config's words; gives names in model order, and lines
+that say what was chosen.
+"""
+
+import re
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.config.schema import layer_ranges
+from pipeline.console import UserError
+from pipeline.names import layer_of, within_layer
+
+# Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
+ROUTER = re.compile(r"(^|\.)(gate|shared_expert_gate|\w*router\w*|\w*indexer\w*)(\.|$)")
+
+
+def resolve_layers(text: str | None, n_layers: int) -> list[int]:
+    """'0:38' on 40 layers → [0, …, 38]; None → all. UserError for layers the model does not have."""
+    if text is None:
+        return list(range(n_layers))
+    wanted = sorted({index for low, high in layer_ranges(text) for index in range(low, high + 1)})
+    if wanted[-1] >= n_layers:
+        raise UserError(
+            f"layers_to_transform = '{text}': the model has {n_layers} decoder layers, 0 to {n_layers - 1} "
+            "(both ends of a range are included)"
+        )
+    return wanted
+
+
+def resolve_targets(model: PreTrainedModel, target_modules: list[str] | str, layers: list[int]) -> list[str]:
+    """Full names of the linear modules to adapt, in model order. UserError if a name matches nothing that can be adapted.
+
+    A target matches a module whose name within its layer is the target or ends in '.target'; 'all-linear' matches every
+    linear module of the decoder layers but routers and indexers, which only choose (`routers` names them).
+    """
+    found = _linear_modules(model, layers)
+    if target_modules == "all-linear":
+        wanted = [name for name in found if not ROUTER.search(name)]
+    else:
+        wanted = [name for name in found if any(_ends(name, target) for target in target_modules)]
+        for target in target_modules:
+            if not any(_ends(name, target) for name in wanted):
+                raise UserError(
+                    f"target_modules: no linear module '{target}' in the chosen layers{_what_it_is(model, target, layers)}; "
+                    f"there are {', '.join(sorted(found)) or 'none'}"
+                )
+    if not wanted:
+        raise UserError(f"target_modules = '{target_modules}': the chosen layers have no linear module to adapt")
+    chosen = {full for name in wanted for full in found[name]}
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def routers(model: PreTrainedModel, layers: list[int]) -> list[str]:
+    """Names within a layer of the linear modules that 'all-linear' leaves out because they only choose."""
+    return [name for name in _linear_modules(model, layers) if ROUTER.search(name)]
+
+
+def describe_targets(model: PreTrainedModel, targets: list[str], layers: list[int]) -> list[str]:
+    """Lines: how many of the chosen `layers` have an adapter in each kind of module, and the share of weights in these.
+
+    'in 3 of 4 layers: mlp.down_proj; in 1: mlp.shared_expert.down_proj', 'on 12.3 % of the weights of all layers'.
+    """
+    layers_with: dict[str, set[int | None]] = {}
+    for full in targets:
+        layers_with.setdefault(_kind(within_layer(full)), set()).add(layer_of(full))
+    kinds_in: dict[int, list[str]] = {}
+    for name, those in layers_with.items():
+        kinds_in.setdefault(len(those), []).append(name)
+    counts = [f"{n} of {len(layers)} layers: {', '.join(kinds_in[n])}" for n in sorted(kinds_in, reverse=True)]
+    held = sum(model.get_submodule(name).weight.numel() for name in targets)  # type: ignore[operator,union-attr]
+    share = held / sum(p.numel() for p in model.base_model.layers.parameters())
+    return [f"in {'; in '.join(counts)}", f"on {100 * share:.3g} % of the weights of all layers"]
+
+
+def describe_layers(layers: list[int], n_layers: int) -> str:
+    """The resolved layers in words: 'layers 0 to 38 (39 of 40: all but the last)'."""
+    runs: list[list[int]] = []
+    for index in layers:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    words = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    extent = "all" if len(layers) == n_layers else f"{len(layers)} of {n_layers}"
+    if layers == list(range(n_layers - 1)):
+        extent += ": all but the last"
+    return f"layers {words} ({extent})"
+
+
+def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list[str]]:
+    """Name within a layer → full names, of all modules of `layers` that compute x·Wᵀ + b as nn.Linear does."""
+    prefix = f"{model.base_model_prefix}.layers"
+    found: dict[str, list[str]] = {}
+    for index in layers:
+        for name, module in model.get_submodule(f"{prefix}.{index}").named_modules():
+            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+                found.setdefault(name, []).append(f"{prefix}.{index}.{name}")
+    return found
+
+
+def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
+    """What `target` names in the layers that is no linear module."""
+    for index in layers:
+        layer = model.get_submodule(f"{model.base_model_prefix}.layers.{index}")
+        for name, module in layer.named_modules():
+            if name and _ends(name, target):
+                return f" (in layer {index} it is a {type(module).__name__})"
+    return ""
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _kind(name: str) -> str:
+    """'mlp.experts.3.w1' → 'mlp.experts.*.w1'."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
