@@ -17,6 +17,7 @@ from pipeline.model.adapters import base as adapters
 from pipeline.model.stage import Stage, empty_model
 from pipeline.model.unsupported import named, router_loss
 from pipeline.training.start import prepare, resolve
+from pipeline.training.start.resolved import Resolved
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.configs import small
 
@@ -132,7 +133,7 @@ def test_a_layer_of_experts_is_never_in_memory() -> None:
 # Adapters
 
 
-def plan(folder: Path, config: Any, **changes: Any) -> resolve.Resolved:
+def plan(folder: Path, config: Any, **changes: Any) -> Resolved:
     return resolve.resolve(saved_config(folder, config, **changes))
 
 

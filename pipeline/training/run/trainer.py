@@ -26,7 +26,7 @@ from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.stop import Watcher
-from pipeline.training.start.resolve import Intervals
+from pipeline.training.start.resolved import Intervals
 
 SIGNAL_FILES = ("save", "save_quit")
 
