@@ -21,9 +21,8 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from pipeline.console import UserError
 from pipeline.model.memory.levels import Keeping, Level
-from pipeline.planning.cut import Choice, Ranges, best_split, undominated
+from pipeline.planning.cut import Choice, Ranges, best_split, check_possible, undominated
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, StagePlan
 from pipeline.planning.stage_cost import (
     compute_seconds,
@@ -51,6 +50,18 @@ class Point(NamedTuple):
     kept: float
     seconds: float
     chosen: Any
+
+
+class _Kept(NamedTuple):
+    """What a stage's layers keep: the first `n_host` that run backward at `host_level` on the host; the others on the device,
+    `resident` as in a `Point`."""
+
+    n_host: int
+    host_level: Level
+    resident: Any
+
+
+_Choice = Choice[_Kept | None]  # None where every layer's keeping is given
 
 
 class _Limit(NamedTuple):
@@ -106,17 +117,13 @@ def solve(
     """
     if len(devices) != shape.stages or (ranges is not None and len(ranges) != shape.stages):
         raise ValueError(f"{shape.stages} stages, {len(devices)} devices, ranges {ranges}")
-    if shape.stages > len(model.layers):
-        raise UserError(
-            f"pipeline_stages = {shape.stages}: the model has only {len(model.layers)} decoder layers, and each stage "
-            "needs one"
-        )
+    check_possible(None, shape.stages, len(model.layers))
     search = _Search(model, devices, rates, shape, host_bytes, keeping)
     if (plan := _fastest(search, ranges)) is not None:
         return plan
     for memory in (host_bytes, math.inf):
-        if (found := best_split(search.least, len(model.layers), shape.stages, memory, ranges)) is not None:
-            return _plan(search, found, fits=False)
+        if (split := best_split(search.least, len(model.layers), shape.stages, memory, ranges)) is not None:
+            return _plan(search, split, fits=False)
     raise ValueError(f"ranges {ranges} do not follow on one another from 0 to {len(model.layers)}")
 
 
@@ -126,13 +133,13 @@ def fastest(model: ModelCost, devices: list[int], rates: Rates, shape: Shape, ho
 
 
 def _fastest(search: "_Search", ranges: Ranges | None) -> Plan | None:
-    found = best_split(search.fitting, len(search.model.layers), search.shape.stages, search.host_bytes, ranges)
-    return _plan(search, found, fits=True) if found is not None else None
+    split = best_split(search.fitting, len(search.model.layers), search.shape.stages, search.host_bytes, ranges)
+    return _plan(search, split, fits=True) if split is not None else None
 
 
-def _plan(search: "_Search", found: list[tuple[int, int, Choice]], fits: bool) -> Plan:
+def _plan(search: "_Search", split: list[tuple[int, int, _Choice]], fits: bool) -> Plan:
     model, rates, shape = search.model, search.rates, search.shape
-    stages = [search.stage_plan(stage, *cut) for stage, cut in enumerate(found)]
+    stages = [search.stage_plan(stage, *cut) for stage, cut in enumerate(split)]
     first = first_trained_stage(model, [(s.first, s.end) for s in stages])
     link_s = model.hidden_bytes * shape.tokens / rates.link_bytes_per_s
     time = simulate([s.forward_s for s in stages], [s.backward_s for s in stages], link_s, shape.micro_batches, first)
@@ -157,17 +164,17 @@ class _Search:
             {level: seconds(cost.recomputed, rates) for level, cost in levels.items()} for levels in self.classes
         ]
         self._fronts: dict[tuple[Level, tuple[int, ...]], list[Point]] = {}
-        self._choices: dict[tuple[Any, ...], list[Choice]] = {}
+        self._choices: dict[tuple[Any, ...], list[_Choice]] = {}
 
-    def fitting(self, stage: int, first: int, end: int) -> list[Choice]:
+    def fitting(self, stage: int, first: int, end: int) -> list[_Choice]:
         """By host memory, the fastest that fits the device: more host memory, fewer seconds."""
         return self._kept_choices(stage, first, end, self._fitting)
 
-    def least(self, stage: int, first: int, end: int) -> list[Choice]:
+    def least(self, stage: int, first: int, end: int) -> list[_Choice]:
         """By host memory, the one that needs least of the device; values are bytes above its memory."""
         return self._kept_choices(stage, first, end, self._least)
 
-    def _kept_choices(self, stage: int, first: int, end: int, of: Callable[..., Iterator[Choice]]) -> list[Choice]:
+    def _kept_choices(self, stage: int, first: int, end: int, of: Callable[..., Iterator[_Choice]]) -> list[_Choice]:
         trained = self.model.first_trained
         key = (
             of.__name__,
@@ -179,13 +186,14 @@ class _Search:
             tuple(self.kind_of[first:end]),
         )
         if key not in self._choices:
-            self._choices[key] = undominated(of(stage, first, end))
+            fewest_on_host_first = sorted(of(stage, first, end), key=lambda c: c.how.n_host if c.how else 0)
+            self._choices[key] = undominated(fewest_on_host_first)
         return self._choices[key]
 
-    def _fitting(self, stage: int, first: int, end: int) -> Iterator[Choice]:
+    def _fitting(self, stage: int, first: int, end: int) -> Iterator[_Choice]:
         if self.keeping is not None:
             if (plan := self._uniform(stage, first, end)).headroom_bytes >= 0:
-                yield Choice(plan.forward_s + plan.backward_s, plan.host_bytes, 0, self.keeping.level, None)
+                yield Choice(plan.forward_s + plan.backward_s, plan.host_bytes, None)
             return
         tokens = self.shape.tokens
         forward, backward = compute_seconds(self.model, first, end, self.rates, tokens)
@@ -202,16 +210,17 @@ class _Search:
             if at >= 0:
                 again = front[at].seconds + again_s[place.level][place.n_host]
                 both = copied((forward, backward + again * tokens), place.copied_bytes, self.rates)
-                yield Choice(sum(both), place.host_bytes, place.n_host, place.level, front[at].chosen)
+                yield Choice(sum(both), place.host_bytes, _Kept(place.n_host, place.level, front[at].chosen))
 
-    def _least(self, stage: int, first: int, end: int) -> Iterator[Choice]:
+    def _least(self, stage: int, first: int, end: int) -> Iterator[_Choice]:
         if self.keeping is not None:
             plan = self._uniform(stage, first, end)
-            yield Choice(-plan.headroom_bytes, plan.host_bytes, 0, self.keeping.level, None)
+            yield Choice(-plan.headroom_bytes, plan.host_bytes, None)
             return
         for place in self._placements(stage, first, end):
             least = self._front(place.floor, place.resident)[0]
-            yield Choice(place.above(least.kept), place.host_bytes, place.n_host, place.level, least.chosen)
+            kept = _Kept(place.n_host, place.level, least.chosen)
+            yield Choice(place.above(least.kept), place.host_bytes, kept)
 
     def _placements(self, stage: int, first: int, end: int) -> Iterator[_Placement]:
         """Every number of layers on the host at every level, with every lowest level of the stage's layers."""
@@ -273,18 +282,18 @@ class _Search:
         keeping = [self.keeping if layer.levels else Keeping(Level.INPUT) for layer in self.model.layers[first:end]]
         return evaluate(self.model, first, end, stage, keeping, self.devices[stage], self.rates, self.shape)
 
-    def stage_plan(self, stage: int, first: int, end: int, choice: Choice) -> StagePlan:
-        if self.keeping is not None:
+    def stage_plan(self, stage: int, first: int, end: int, choice: _Choice) -> StagePlan:
+        if (kept := choice.how) is None:
             return self._uniform(stage, first, end)
-        keeping = {i: Keeping(choice.host_level, on_host=True) for i in self._held(first, end)[: choice.n_host]}
+        keeping = {i: Keeping(kept.host_level, on_host=True) for i in self._held(first, end)[: kept.n_host]}
         levels: dict[int, list[Level]] = {}
-        chosen = choice.chosen
-        while chosen is not None:
-            kind, level, chosen = chosen
-            levels.setdefault(kind, []).append(level)
-        for of_class in levels.values():
-            of_class.sort(reverse=True)  # taken from the end: what recomputes most has its backward last
-        for i in self._held(first, end)[choice.n_host :]:
+        linked = kept.resident
+        while linked is not None:
+            of_class, level, linked = linked
+            levels.setdefault(of_class, []).append(level)
+        for each in levels.values():
+            each.sort(reverse=True)  # taken from the end: what recomputes most has its backward last
+        for i in self._held(first, end)[kept.n_host :]:
             keeping[i] = Keeping(levels[self.class_of[i]].pop())
         every = [keeping.get(i, Keeping(Level.INPUT)) for i in range(first, end)]
         return evaluate(self.model, first, end, stage, every, self.devices[stage], self.rates, self.shape)

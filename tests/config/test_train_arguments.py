@@ -11,6 +11,7 @@ from pipeline.console import UserError
 from pipeline.data.selection import Streams, whole
 from pipeline.training.start import plan as planned
 from pipeline.training.start import prepare, resolve
+from pipeline.training.start.resolved import Updates
 from tests.helpers.builders import ROOT
 from tests.helpers.configs import small
 from tests.helpers.data import store
@@ -56,6 +57,6 @@ def test_warmup_that_outlasts_the_run_is_said(
     config = loading.validate(small(**{"epochs": None, **changes}), "x")
     rows = whole(Streams(tmp_path, store(tmp_path / "store", 8, 40)))
     spec = resolve.data_of(config)
-    updates = resolve.Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
+    updates = Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
     prepare.describe_steps(spec, updates, prepare.micro_batches(spec, prepare.Data([rows], {})), replicas=1)
     assert ("never reaches optimizer.lr" in capsys.readouterr().err) == warns

@@ -19,6 +19,7 @@ from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.stage import Stage, empty_model
 from pipeline.model.unsupported import named, router_loss
 from pipeline.training.start import prepare, resolve
+from pipeline.training.start.resolved import Resolved
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.configs import small
 
@@ -134,7 +135,7 @@ def test_a_layer_of_experts_is_never_in_memory() -> None:
 # Adapters
 
 
-def plan(folder: Path, config: Any, **changes: Any) -> resolve.Resolved:
+def plan(folder: Path, config: Any, **changes: Any) -> Resolved:
     return resolve.resolve(saved_config(folder, config, **changes))
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pipeline.console import UserError
 from pipeline.model.memory.levels import Keeping, Level
 from pipeline.planning import quantities
-from pipeline.planning.cut import Choice, best_split, undominated
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Plan, Rates, Shape, StagePlan, Work
 from pipeline.planning.solve import solve
 from tests.helpers.planning import A6000, GIB, L, command_r
@@ -237,30 +236,6 @@ def test_given_ranges_are_kept(model: ModelCost, device: int) -> None:
 def test_more_stages_than_layers() -> None:
     with pytest.raises(UserError, match=r"pipeline_stages = 41.*only 40 decoder layers"):
         solve(command_r(), [GIB] * 41, A6000, Shape(8192, 16, 41), 0)
-
-
-@given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 12), st.data())
-def test_split_is_the_best_of_all_cuts_and_choices(n: int, p: int, host_bytes: int, data: st.DataObject) -> None:
-    """Smallest largest value; of those the least host memory; of those the smallest sum of squares."""
-    some = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=3)
-    table = {
-        (s, a, b): undominated(Choice(value, host, 0, Level.INPUT, None) for value, host in data.draw(some))
-        for s in range(p)
-        for a in range(n)
-        for b in range(a + 1, n + 1)
-    }
-    every = [
-        (max(c.value for c in one), sum(c.host_bytes for c in one), sum(c.value**2 for c in one))
-        for inner in itertools.combinations(range(1, n), p - 1)
-        for one in itertools.product(*(table[s, *cut] for s, cut in enumerate(itertools.pairwise((0, *inner, n)))))
-        if sum(c.host_bytes for c in one) <= host_bytes
-    ]
-    found = best_split(lambda s, a, b: table[s, a, b], n, p, host_bytes, None)
-    assert (found is None) == (not every)
-    if found is not None:
-        chosen = [choice for *_, choice in found]
-        key = max(c.value for c in chosen), sum(c.host_bytes for c in chosen), sum(c.value**2 for c in chosen)
-        assert key == min(every)
 
 
 def test_ranges_that_leave_a_gap() -> None:

@@ -42,11 +42,12 @@ from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
+from pipeline.training.start.resolved import Resolved, Updates
 
 
 def trainer(
     config: Config,
-    plan: resolve.Resolved,
+    plan: Resolved,
     data: prepare.Data,
     place: engine.Place,
     watcher: Watcher,
@@ -109,7 +110,7 @@ def trainer(
 
 
 def build_stage(
-    plan: resolve.Resolved,
+    plan: Resolved,
     followed: planned.Followed,
     place: engine.Place,
     arena: HostArena | None,
@@ -151,7 +152,7 @@ def check_room(stage: Stage, place: engine.Place) -> None:
         )
 
 
-def build_optimizer(updates: resolve.Updates, stage: Stage, place: engine.Place) -> PipelineOptimizer:
+def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> PipelineOptimizer:
     """Over this stage's trained parameters, which may be none."""
     table = updates.optimizer
     parameters = trainable(stage)
@@ -191,7 +192,7 @@ def objective_of(stage: Stage, train_logit_scale: float) -> LanguageModelling:
 
 
 def build_engine(
-    plan: resolve.Resolved,
+    plan: Resolved,
     place: engine.Place,
     stage: Stage,
     optimizer: PipelineOptimizer,
@@ -272,7 +273,7 @@ def put_back(
     return progress._replace(order=order)
 
 
-def schedule(updates: resolve.Updates, steps_in_epoch: int) -> Callable[[int, int], float]:
+def schedule(updates: Updates, steps_in_epoch: int) -> Callable[[int, int], float]:
     """(step, total steps) → learning rate."""
     if (constant := updates.constant_lr) is not None:
         return lambda step, total: constant
@@ -282,7 +283,7 @@ def schedule(updates: resolve.Updates, steps_in_epoch: int) -> Callable[[int, in
 
 
 def artifact_writer(
-    plan: resolve.Resolved, stage: Stage, place: engine.Place, save_dtype: str | None, train_logit_scale: float
+    plan: Resolved, stage: Stage, place: engine.Place, save_dtype: str | None, train_logit_scale: float
 ) -> Callable[[Path, int], None]:
     """What writes the adapter, or the model, as it is at a step, into a folder."""
     dtype = DTYPES[save_dtype] if save_dtype else None

@@ -27,7 +27,7 @@ from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineO
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
-from pipeline.training.start.resolve import Intervals
+from pipeline.training.start.resolved import Intervals
 
 SIGNAL_FILES = ("save", "save_quit")
 

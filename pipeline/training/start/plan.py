@@ -36,7 +36,8 @@ from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.inner import bytes_per_parameter, update_bytes_per_parameter
 from pipeline.training.stage import parts
 from pipeline.training.start import prepare
-from pipeline.training.start.resolve import Layout, Resolved, resolve
+from pipeline.training.start.resolve import resolve
+from pipeline.training.start.resolved import Layout, Resolved
 
 GIB = 1 << 30
 HOST_SHARE = 0.8  # of what is free, what a plan may take: the system and the data need some

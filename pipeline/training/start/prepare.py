@@ -24,7 +24,7 @@ from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.start import data_fits
-from pipeline.training.start.resolve import DataSpec, Resolved, Updates
+from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 
 
 @dataclass(frozen=True)

@@ -5,112 +5,30 @@ itself goes no further.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.schema import Config
-from pipeline.config.tables import Dataset, EvalDataset, Optimizer
+from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
-from pipeline.model import cut_check, partition, quantized, unsupported, weights
+from pipeline.model import cut_check, quantized, unsupported, weights
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.names import id_in_cache, layers_of
+from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_full_tensors, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
-
-
-@dataclass(frozen=True)
-class Updates:
-    """How parameters are updated: by what, with which gradient, at which rate.
-
-    `product_decay`, `largest_norm`: of s·B·A (optim/regularisation.py). `warmup`: steps, below 1 a fraction of an epoch.
-    `constant_lr`: the rate throughout, whatever else is said.
-    """
-
-    optimizer: Optimizer
-    clip: float
-    product_decay: float | None
-    largest_norm: float | None
-    lr_shape: str
-    warmup: float
-    constant_lr: float | None
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
-
-    datasets: list[Dataset]
-    eval_datasets: list[EvalDataset]
-    cache: Path
-    combination: Literal["concatenate", "interleave"]
-    stopping: Literal["first_exhausted", "all_exhausted"]
-    seed: int
-    micro_batch_size: int
-    batch_size_tokens: int | None
-    accumulation: int
-    group_by_length: bool
-    epochs: int | None
-    max_steps: int | None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the work is laid out: stages, the largest micro-batch (`rows` of `tokens`), what layers keep for backward.
-
-    `layers`: of each stage, where the user says so. `checkpointing`: activation_checkpointing. `host_gib`: host_memory_gib.
-    """
-
-    stages: int
-    layers: list[int] | None
-    rows: int
-    tokens: int
-    accumulation: int
-    checkpointing: bool | str
-    host_gib: float
-    kernels: str | list[Any]
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """When things happen, in optimizer steps, epochs or minutes; None is never. Names and meanings are the config's."""
-
-    logging_steps: int
-    steps_per_print: int
-    eval_steps: int | None
-    eval_before_first_step: bool
-    eval_after_last_step: bool
-    save_steps: int | None
-    save_every_n_epochs: int
-    save_checkpoint_on_epoch_end: bool
-    checkpoint_every_n_minutes: float | None
-    checkpoint_on_save: bool
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end)."""
-
-    base: BaseModel
-    meta_model: MetaModel
-    trained: Trained
-    ranges: list[tuple[int, int]]
-    updates: Updates
-    layout: Layout
-    data: DataSpec
-    intervals: Intervals
+from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, Updates
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -241,7 +159,7 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
         with errors.collect():
             trained_modules.resolve(model, config.trainable_modules, [])
     with errors.collect():
-        partition.check_possible(config.layers_per_stage, config.pipeline_stages, n_layers)
+        cut.check_possible(config.layers_per_stage, config.pipeline_stages, n_layers)
     # Looking for files warns of what it finds, and it is done again when they are read.
     datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
     for dataset in datasets if errors.errors else ():
@@ -343,26 +261,23 @@ def cut_into_stages(layout: Layout, model: PreTrainedModel, trained: Trained) ->
     first_trained = None
     if trained.adapter:
         first_trained = min(layers_of(trained.adapter.targets)[0], trained_modules.first_layer(model, trained.in_full))
-    cost = partition.costs(
-        model.base_model,
-        model.get_output_embeddings(),
-        first_adapted=first_trained,
+    cost = formula.costs(
+        model,
+        first_trained=first_trained,
         in_full=[model.get_parameter(name) for name in trained.in_full],
         recompute=bool(layout.checkpointing),
         sequence_len=layout.tokens,
-        key_width=_key_width(model.config),
-        active_share_of_experts=_active_share(model.config),
     )
     if layout.checkpointing == "auto" and not layout.layers:
         log("stages:   chosen with what each layer keeps (activation_checkpointing = 'auto'; --plan shows it)")
-        return partition.split(cost, layout.stages)
+        return cut.balanced(cost.layers, cost.head, layout.stages)
     if layout.layers:
-        ranges = partition.explicit(layout.layers, len(cost.layers))
+        ranges = cut.explicit(layout.layers, len(cost.layers))
         log("stages:   as layers_per_stage says")
     else:
-        ranges = partition.split(cost, layout.stages)
+        ranges = cut.balanced(cost.layers, cost.head, layout.stages)
         log("stages:   balanced by floating-point operations, the head's included")
-    shares, sizes = partition.shares(cost, ranges), partition.stage_bytes(cost, ranges)
+    shares, sizes = formula.shares(cost, ranges), formula.stage_bytes(cost, ranges)
     for stage, ((first, end), share, size) in enumerate(zip(ranges, shares, sizes, strict=True)):
         extra = (" + embedding" if stage == 0 else "") + (" + head" if stage == len(ranges) - 1 else "")
         log(
@@ -370,25 +285,3 @@ def cut_into_stages(layout: Layout, model: PreTrainedModel, trained: Trained) ->
             f"{gib(size)} of weights, {share:.0%} of the work"
         )
     return ranges
-
-
-def _key_width(config: PretrainedConfig) -> float:
-    """Heads × head size, of the layers' mean where they differ: what attention's own work is proportional to."""
-    layers = list(getattr(config, "per_layer_config", None) or [config])
-    return sum(map(_width_of_keys, layers)) / len(layers)
-
-
-def _width_of_keys(layer: PretrainedConfig) -> int:
-    heads = getattr(layer, "num_attention_heads", None) or 1
-    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
-
-
-def _active_share(config: PretrainedConfig) -> float:
-    """Experts used per token over experts there are; 1 for a dense model."""
-    there = (
-        getattr(config, "num_local_experts", None)
-        or getattr(config, "num_experts", None)
-        or getattr(config, "n_routed_experts", None)
-    )
-    used = getattr(config, "num_experts_per_tok", None)
-    return used / there if there and used else 1.0

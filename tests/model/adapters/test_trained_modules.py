@@ -26,6 +26,7 @@ from pipeline.objectives.language_modelling import token_losses
 from pipeline.training.optim.inner import bytes_per_parameter
 from pipeline.training.start import plan as planned
 from pipeline.training.start import resolve
+from pipeline.training.start.resolved import Resolved
 from tests.helpers import unsplit
 from tests.helpers.builders import VOCABULARY, model_config, save_model
 from tests.helpers.configs import problems, small
@@ -199,7 +200,7 @@ def test_keys_that_contradict_it() -> None:
     assert "trainable_modules" in line
 
 
-def plan(folder: Path, **changes: Any) -> tuple[Any, resolve.Resolved]:
+def plan(folder: Path, **changes: Any) -> tuple[Any, Resolved]:
     settings = {"model": str(folder), "layers_to_transform": "2:3", "model_weight_dtype": "float32", **changes}
     config = loading.validate(small(**settings), "x.toml")
     return config, resolve.resolve(config)
@@ -312,21 +313,13 @@ def test_the_planner_counts_what_is_trained_in_full(folders: dict[str, Path]) ->
 
 def test_work_of_trained_matrices_is_counted_in_the_cut() -> None:
     """2 operations a weight and token more for its gradient; below the first layer with any, no backward."""
-    from pipeline.model import partition
+    from pipeline.planning import formula
 
     model = meta_model("llama")
 
-    def cost(*names: str, first: int = 4) -> partition.Costs:
+    def cost(*names: str, first: int = 4) -> formula.Costs:
         in_full = [model.get_parameter(name) for name in trained_modules.resolve(model, names, [])]
-        return partition.costs(
-            model.base_model,
-            model.get_output_embeddings(),
-            first_adapted=first,
-            recompute=False,
-            sequence_len=8,
-            key_width=32,
-            in_full=in_full,
-        )
+        return formula.costs(model, first_trained=first, recompute=False, sequence_len=8, in_full=in_full)
 
     bare = cost().layers[0]
     found = cost("layers.2.mlp.gate_proj", "lm_head", first=2)

@@ -31,6 +31,7 @@ from pipeline.training.checkpoint.commit import CheckpointError
 from pipeline.training.engine.engine import Place
 from pipeline.training.stage import families, initial_adapter, initial_full_tensors
 from pipeline.training.start import resolve
+from pipeline.training.start.resolved import Resolved
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
 from tests.helpers.stages import build, hidden, token_ids
@@ -66,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: root / kind for kind in KINDS}
 
 
-def planned(folder: Path, **changes: Any) -> tuple[Any, resolve.Resolved]:
+def planned(folder: Path, **changes: Any) -> tuple[Any, Resolved]:
     raw = {
         "model": str(folder),
         "model_weight_dtype": "float32",
@@ -77,7 +78,7 @@ def planned(folder: Path, **changes: Any) -> tuple[Any, resolve.Resolved]:
     return config, resolve.resolve(config)
 
 
-def stages_of(folder: Path, config: Any, plan: resolve.Resolved, cuts: list[int]) -> list[Stage]:
+def stages_of(folder: Path, config: Any, plan: Resolved, cuts: list[int]) -> list[Stage]:
     stages = [build(folder, first, end) for first, end in pairwise(cuts)]
     for stage in stages:
         families.inject(stage, plan.trained.adapter)
@@ -86,7 +87,7 @@ def stages_of(folder: Path, config: Any, plan: resolve.Resolved, cuts: list[int]
 
 
 @torch.no_grad()
-def move(stages: list[Stage], plan: resolve.Resolved) -> list[Stage]:
+def move(stages: list[Stage], plan: Resolved) -> list[Stage]:
     """As after training; both ends of a tied weight alike."""
     for stage in stages:
         for name, parameter in trainable(stage).items():
@@ -96,7 +97,7 @@ def move(stages: list[Stage], plan: resolve.Resolved) -> list[Stage]:
     return stages
 
 
-def save(output: Path, config: Any, plan: resolve.Resolved, stages: list[Stage]) -> Path:
+def save(output: Path, config: Any, plan: Resolved, stages: list[Stage]) -> Path:
     output.mkdir()
     tensors = {name: t for stage in stages for name, t in written(stage).items()}
     families.writer(plan.trained.adapter, plan.base, config.train_logit_scale, plan.trained.tied)(output, tensors)

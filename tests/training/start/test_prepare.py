@@ -15,10 +15,11 @@ from pipeline.model.stage import Stage
 from pipeline.training.run import folder as run_folder
 from pipeline.training.stage import parts
 from pipeline.training.start import launch, prepare, resolve
+from pipeline.training.start.resolved import Resolved
 from tests.helpers.builders import write_config
 
 
-def plan(tmp_path: Path, base: Path, **changes: Any) -> resolve.Resolved:
+def plan(tmp_path: Path, base: Path, **changes: Any) -> Resolved:
     settings = {"model": str(base), "output_dir": str(tmp_path / "out"), **changes}
     config = load(str(write_config(tmp_path / "c.toml", **settings)))
     made = resolve.resolve(config)

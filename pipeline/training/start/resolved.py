@@ -1,0 +1,94 @@
+"""`Resolved`: a run in plain values, all that is known of it before a weight or a row is read.
+
+`resolve.py` makes it of the config; what follows takes it, or the part of it that concerns it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config.tables import Dataset, EvalDataset, Optimizer
+from pipeline.training.stage.meta_model import MetaModel
+from pipeline.training.stage.spec import BaseModel, Trained
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How parameters are updated: by what, with which gradient, at which rate.
+
+    `product_decay`, `largest_norm`: of s·B·A (optim/regularisation.py). `warmup`: steps, below 1 a fraction of an epoch.
+    `constant_lr`: the rate throughout, whatever else is said.
+    """
+
+    optimizer: Optimizer
+    clip: float
+    product_decay: float | None
+    largest_norm: float | None
+    lr_shape: str
+    warmup: float
+    constant_lr: float | None
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
+
+    datasets: list[Dataset]
+    eval_datasets: list[EvalDataset]
+    cache: Path
+    combination: Literal["concatenate", "interleave"]
+    stopping: Literal["first_exhausted", "all_exhausted"]
+    seed: int
+    micro_batch_size: int
+    batch_size_tokens: int | None
+    accumulation: int
+    group_by_length: bool
+    epochs: int | None
+    max_steps: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is laid out: stages, the largest micro-batch (`rows` of `tokens`), what layers keep for backward.
+
+    `layers`: of each stage, where the user says so. `checkpointing`: activation_checkpointing. `host_gib`: host_memory_gib.
+    """
+
+    stages: int
+    layers: list[int] | None
+    rows: int
+    tokens: int
+    accumulation: int
+    checkpointing: bool | str
+    host_gib: float
+    kernels: str | list[Any]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When things happen, in optimizer steps, epochs or minutes; None is never. Names and meanings are the config's."""
+
+    logging_steps: int
+    steps_per_print: int
+    eval_steps: int | None
+    eval_before_first_step: bool
+    eval_after_last_step: bool
+    save_steps: int | None
+    save_every_n_epochs: int
+    save_checkpoint_on_epoch_end: bool
+    checkpoint_every_n_minutes: float | None
+    checkpoint_on_save: bool
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end)."""
+
+    base: BaseModel
+    meta_model: MetaModel
+    trained: Trained
+    ranges: list[tuple[int, int]]
+    updates: Updates
+    layout: Layout
+    data: DataSpec
+    intervals: Intervals
