@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.artifacts.adapter.read import load_pairs
-from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.fold.match import pair_kind
 from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, UserError, leave_on_sigterm, log, run_command

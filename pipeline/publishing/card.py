@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.files import atomic_file
 from pipeline.foreign import printable, read_front_matter, read_object

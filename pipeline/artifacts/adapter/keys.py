@@ -7,7 +7,7 @@ otherwise. A key that is not known here is refused as well: it may be either.
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE
 from pipeline.console import UserError
 from pipeline.families import SAVED
 from pipeline.foreign import printable

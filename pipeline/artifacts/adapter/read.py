@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, Pair
 from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS, maps_of
-from pipeline.artifacts.adapter.full_reading import read_full
+from pipeline.artifacts.adapter.full import read_full
 from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
 from pipeline.artifacts.adapter.maps import Added, RowMap
 from pipeline.artifacts.adapter.schema import OF_PAIRS, own_facts, read_config
-from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, Pair
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Kind, chosen
 from pipeline.foreign import has_controls, printable, read_by_library

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, OWN_TYPE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE
 from pipeline.foreign import has_controls, parse_json, printable, read_object

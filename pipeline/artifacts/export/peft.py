@@ -16,15 +16,9 @@ import torch
 
 from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
-from pipeline.artifacts.adapter.write import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    METADATA_KEY,
-    PEFT_PREFIX,
-    WEIGHTS_FILE,
-    write_json,
-)
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE
 from pipeline.artifacts.export.additive import AdditiveForm, lora_A, lora_B, lora_B_bias
+from pipeline.files import write_json
 from pipeline.formats.dtypes import CODES
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import loadable_name, public_name

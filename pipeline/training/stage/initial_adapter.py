@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifacts.adapter.adapter import PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.artifacts.adapter.read import load_pairs
 from pipeline.artifacts.adapter.schema import own_facts
-from pipeline.artifacts.adapter.write import PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
 from pipeline.foreign import printable
