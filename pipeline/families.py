@@ -15,7 +15,6 @@ AdapterType = Literal["multiplicative_lora", "control_adapter", "lora", "moslora
 Kind = Literal["multiplicative_lora", "lora"]  # of adapters that are saved as pairs of A and B
 MULTIPLICATIVE: Kind = "multiplicative_lora"
 LORA: Kind = "lora"
-PEANUT = "PEANUT"
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ _ROWS = (
         default_targets=("down_proj",),
         small=("A",),
         fast=("B",),
-        peft_type=PEANUT,
+        peft_type="PEANUT",
         tensors={"A": "peanut_A.weight", "B": "peanut_B.weight"},
         settings={
             "r": Key("lora_rank"),

@@ -3,13 +3,13 @@
 Takes folders of safetensors; gives folders of safetensors. Needs torch and the standard library: neither
 DeepSpeed nor transformers nor PEFT is imported here. In the order in which a fold walks through it:
 
-    adapter/write         what an adapter is, in memory and on disk; writing one
-    adapter/full          what an adapter's files say of weights that were trained in full beside it
+    adapter/adapter       what an adapter is: its tensors, configuration and norms
+    adapter/write         writing one
+    adapter/full          weights that were trained in full beside an adapter: written among its tensors, and read
     adapter/maps          what the families that are no pairs do to a weight, row by row, and what undoes it
     adapter/family_maps   DoRA, IA3, OFT, BOFT and HRA as such maps
     adapter/keys          which keys of a configuration change what an adapter computes
     adapter/schema        the types that an adapter's files must have
-    adapter/full_reading  weights that were trained in full, among an adapter's tensors
     adapter/read          reading ours, PEFT's, and the founding method's hacked LoRA
     adapter/stored_form   an adapter by its base's own names: renamed, transposed, several weights in one tensor
     fold/ties             a head and an embedding that are one tensor, and adapters that change them apart

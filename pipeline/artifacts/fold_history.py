@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.adapter.write import WEIGHTS_FILE
+from pipeline.artifacts.adapter.adapter import WEIGHTS_FILE
 from pipeline.foreign import read_object
 from pipeline.names import public_name
 

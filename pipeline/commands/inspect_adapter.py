@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.artifacts.adapter.read import load_pairs
-from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.fold.match import pair_kind
 from pipeline.console import UserError, log
 from pipeline.families import Kind

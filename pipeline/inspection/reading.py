@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.artifacts.adapter.write import Adapter
+from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.console import UserError, progress
 from pipeline.families import Kind
 from pipeline.formats.base_model import Base

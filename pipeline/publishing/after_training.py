@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.artifacts import saved_at
-from pipeline.artifacts.adapter.write import CONFIG_FILE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config.rules import PARTS, Part

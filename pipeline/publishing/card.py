@@ -12,8 +12,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
+from pipeline.families import FAMILIES, LORA
 from pipeline.files import atomic_file
 from pipeline.foreign import printable, read_front_matter, read_object
 from pipeline.publishing import card_text
@@ -44,7 +45,8 @@ def card(folder: Path, facts: Facts, *, repository: str | None) -> ModelCard:
     title = repository.rpartition("/")[2] if repository else f"{facts.base.rpartition('/')[2]}, {facts.name}"
     about = TITLES[what].format(base=card_text.in_code(facts.base), family=card_text.family(facts).split(",")[0])
     peft_type = _peft_type(folder)
-    if peft_type == "LORA" and facts.adapter.get("peft_type") != "LORA":
+    lora = FAMILIES[LORA].peft_type
+    if peft_type == lora and facts.adapter.get("peft_type") != lora:
         about += ", in its exact additive form W' = W + s·B'·A' (an ordinary LoRA)"
     sections = {
         "Use": use(what, facts.base, repository or folder.name, peft_type),

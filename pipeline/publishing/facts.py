@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.console import UserError
 from pipeline.foreign import parse_json, parse_toml, read_object
 from pipeline.formats.dtypes import ITEM_BITS

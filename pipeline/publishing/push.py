@@ -15,7 +15,7 @@ import httpx
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, WEIGHTS_FILE
 from pipeline.console import UserError
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import read_base

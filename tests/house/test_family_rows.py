@@ -19,9 +19,10 @@ from tests.house.test_one_home import path, texts
 
 MODULES = [import_module(f"{adapters.__name__}.{file.name}") for file in pkgutil.iter_modules(adapters.__path__)]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
-# 'lora' and 'multiplicative_lora' are also kinds of saved pairs, and LORA is DoRA's type in PEFT: not searched.
+# 'lora' and 'multiplicative_lora' are also kinds of saved pairs: not searched.
 NAMES = {name for name in FAMILIES if name not in KINDS}
-NAMES |= {row.peft_type for row in FAMILIES.values()} - {"", *(FAMILIES[kind].peft_type for kind in KINDS)}
+NAMES |= {row.peft_type for row in FAMILIES.values()} - {""}
+NAMES |= {stored for row in FAMILIES.values() for stored in row.tensors.values()}
 NAMED_IN = ("pipeline/families.py", "pipeline/model/adapters/", "pipeline/artifacts/adapter/family_maps.py")
 
 

@@ -7,9 +7,9 @@ otherwise. A key that is not known here is refused as well: it may be either.
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE
 from pipeline.console import UserError
-from pipeline.families import SAVED
+from pipeline.families import FAMILIES, LORA, SAVED
 from pipeline.foreign import printable
 
 # Keys that change nothing about the tensors of the file once the adapter is trained. (How the base stores its weights is for
@@ -62,7 +62,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     if config.get("use_dora") and config.get("lora_bias"):
         raise UserError(f"{folder}: use_dora with lora_bias, a bias of lora_B: DoRA's scale and it do not go together.")
     start = config.get("init_lora_weights", True)
-    if peft_type == "LORA" and start not in PLAIN_STARTS:
+    if peft_type == FAMILIES[LORA].peft_type and start not in PLAIN_STARTS:
         raise UserError(
             f"{folder}: init_lora_weights = {start!r} trains against a base whose weights were changed first, so it "
             "cannot be folded into the original. Save it in PEFT with path_initial_model_for_weight_conversion."

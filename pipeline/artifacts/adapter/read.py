@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, Pair
 from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS, maps_of
-from pipeline.artifacts.adapter.full_reading import read_full
+from pipeline.artifacts.adapter.full import read_full
 from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
 from pipeline.artifacts.adapter.maps import Added, RowMap
 from pipeline.artifacts.adapter.schema import OF_PAIRS, own_facts, read_config
-from pipeline.artifacts.adapter.write import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, Pair
 from pipeline.console import UserError
-from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Kind, chosen
+from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Family, Kind, chosen
 from pipeline.foreign import has_controls, printable, read_by_library
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
@@ -32,11 +32,20 @@ Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
 Grouped = dict[str, dict[str, torch.Tensor]]
 PICKLE = "adapter_model.bin"
-MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+LORA_TYPE, PEANUT_TYPE = FAMILIES[LORA].peft_type, FAMILIES[MULTIPLICATIVE].peft_type
+BIAS = "lora_B.bias"
 OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 # By PEFT's type, the families that are maps and no pair of A and B.
 OF_MAPS = {FAMILIES[name].peft_type: FAMILIES[name] for name in MAPS}
 SCHEMAS = {**OF_PAIRS, **{key: MAPS[row.name].config for key, row in OF_MAPS.items()}}
+# What a variant of a family has beside that one's tensors: PEFT stores it as the weight of a module.
+OF_VARIANTS = tuple(
+    stored
+    for row in FAMILIES.values()
+    if row.variant_of
+    for stored in row.tensors.values()
+    if stored not in FAMILIES[row.variant_of].tensors.values()
+)
 # What a tensor of the adapter is called, in words.
 EXPECTED = {
     key: f"{' or '.join(row.tensors.values()).replace('.weight', '')} of a module"
@@ -58,66 +67,52 @@ def load_adapter(folder: Path) -> Adapter:
     peft_type, lora = config.get("peft_type"), chosen(LORA, config)
     pairs: dict[str, Pair] = {}
     maps: dict[str, tuple[RowMap, ...]] = {}
-    if peft_type == "LORA":
+    if peft_type == LORA_TYPE:
         check_config(folder, config)
-        if config.get("use_dora") and (of_one := next((name for name in tensors if name.endswith(OF_EMBEDDING)), None)):
-            raise UserError(f"{folder}: use_dora on an embedding ({of_one}). That is not folded: load it with PEFT.")
-        ends = (*lora.tensors.values(), *([BIAS] if config.get("lora_bias") else []))
-        grouped, rest = _grouped(folder, tensors, ends)
-        pairs = _pairs(folder, grouped, "lora", config, own)
-        if any(name.endswith(OF_EMBEDDING) for name in rest):
-            of_embedding, rest = _grouped(folder, rest, OF_EMBEDDING)
-            pairs |= _embedding_pairs(folder, of_embedding, config, own)
-            grouped = grouped | of_embedding
-    elif peft_type in ("PEANUT", OWN_TYPE):
+        grouped, rest, pairs = _lora(folder, tensors, lora, config, own)
+    elif peft_type in (PEANUT_TYPE, OWN_TYPE):
         check_peanut_config(folder, config)
         grouped, rest = _grouped(folder, tensors, tuple(FAMILIES[MULTIPLICATIVE].tensors.values()))
-        pairs = _pairs(folder, grouped, "peanut", config, own)
+        pairs = _pairs(folder, grouped, FAMILIES[MULTIPLICATIVE], config, own)
     elif peft_type in OF_MAPS:
         check_config(folder, config)
         grouped, rest = _grouped(folder, tensors, tuple(OF_MAPS[peft_type].tensors.values()))
-        maps = {
-            module: _maps(folder, module, OF_MAPS[peft_type].name, found, config) for module, found in grouped.items()
-        }
+        maps = {m: _maps(folder, m, OF_MAPS[peft_type].name, group, config) for m, group in grouped.items()}
     else:
-        raise UserError(
-            f"{folder} is an adapter of type {peft_type!r}. LORA, PEANUT, {', '.join(OF_MAPS)} are what can be folded."
-        )
+        types = ", ".join([LORA_TYPE, PEANUT_TYPE, *OF_MAPS])
+        raise UserError(f"{folder} is an adapter of type {peft_type!r}. {types} are what can be folded.")
     if not grouped:
         raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
-    full, copied = read_full(
-        folder, rest, config, own, EXPECTED.get(str(peft_type), EXPECTED[FAMILIES[MULTIPLICATIVE].peft_type])
-    )
+    full, copied = read_full(folder, rest, config, own, EXPECTED.get(str(peft_type), EXPECTED[PEANUT_TYPE]))
     family = OF_MAPS[str(peft_type)].name if maps else None
     if peft_type == lora.peft_type and lora.variant_of:
         family, maps, pairs = lora.name, _maps_of_pairs(folder, lora.name, grouped, pairs), {}
     _check_agreement(folder, own, pairs)
-    scale, name = own.get("train_logit_scale", 1.0), own.get("base_model", config.get("base_model_name_or_path"))
-    # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
     return Adapter(
         folder,
         _kind(folder, str(peft_type), own, family),
         pairs,
-        bool(own) or peft_type == "LORA",
-        scale,
-        name,
-        family,
-        maps,
-        full,
-        bool(config.get("ensure_weight_tying")),
-        own.get("trained_over"),
-        copied,
-        own.get("base_fingerprint"),
+        # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
+        moves_bias=bool(own) or peft_type == LORA_TYPE,
+        train_logit_scale=own.get("train_logit_scale", 1.0),
+        base_model=own.get("base_model", config.get("base_model_name_or_path")),
+        family=family,
+        maps=maps,
+        full=full,
+        keeps_tie=bool(config.get("ensure_weight_tying")),
+        trained_over=own.get("trained_over"),
+        copied=copied,
+        base_fingerprint=own.get("base_fingerprint"),
     )
 
 
 def load_pairs(folder: Path) -> Adapter:
-    """As `load_adapter`, of an adapter that is pairs of A and B and nothing beside them in its modules. UserError else."""
+    """As `load_adapter`; UserError where the adapter is not pairs of A and B with nothing beside them in their modules."""
     adapter = load_adapter(folder)
     if adapter.family:
         raise UserError(
-            f"{folder} is an adapter of the family {adapter.family}, which is no pair of A and B a module: it can be "
-            "folded into the base (merge_lora.py) or loaded with PEFT."
+            f"{folder} is an adapter of the family {adapter.family}, which is not a pair of A and B for each module: it "
+            "can be folded into the base (merge_lora.py) or loaded with PEFT."
         )
     if biased := [module for module, pair in adapter.pairs.items() if pair.bias is not None]:
         raise UserError(
@@ -150,7 +145,7 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{printable(file)} does not hold named tensors.")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or has_controls(name) or len(name) > LONGEST_NAME:
-            raise UserError(f"{printable(file)}: '{printable(name, 80)}' is no name of a tensor. The file is damaged.")
+            raise UserError(f"{printable(file)}: '{printable(name, 80)}' is not a tensor's name. The file is damaged.")
         # A view can claim any size, and other layouts hold no plain numbers: whoever reads them runs out of memory, or fails.
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.numel() * tensor.element_size() > file.stat().st_size:
@@ -160,25 +155,26 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
 
 def _grouped(folder: Path, tensors: dict[str, torch.Tensor], ends: tuple[str, ...]) -> tuple[Grouped, dict]:
     """The tensors that end in one of `ends`, by module in natural order, each module with all of them; and the rest."""
-    found: Grouped = {}
+    groups: Grouped = {}
     rest = {}
     pattern = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.+?)\.({'|'.join(map(re.escape, ends))})")
     for name, tensor in tensors.items():
-        match = pattern.fullmatch(name.removesuffix(".weight") if f".{MAGNITUDE}." in name else name)
-        if match is None or match.group(2) in found.setdefault(match.group(1), {}):
+        stem = name.removesuffix(".weight")
+        match = pattern.fullmatch(stem if stem.endswith(OF_VARIANTS) else name)
+        if match is None or match.group(2) in groups.setdefault(match.group(1), {}):
             rest[name] = tensor
         else:
-            found[match.group(1)][match.group(2)] = tensor
-    if not any(found.values()) and not rest:
+            groups[match.group(1)][match.group(2)] = tensor
+    if not any(groups.values()) and not rest:
         raise UserError(f"{folder} holds no tensors: there is nothing to fold.")
-    single = [module for module, group in found.items() if len(group) < len(ends)]
+    single = [module for module, group in groups.items() if len(group) < len(ends)]
     if single:
-        has = ", ".join(name.removesuffix(".weight") for name in found[single[0]])
+        has = ", ".join(name.removesuffix(".weight") for name in groups[single[0]])
         raise UserError(f"{folder}: {single[0]} has {has} only. The adapter is incomplete.")
-    for module, group in found.items():
+    for module, group in groups.items():
         for name, tensor in group.items():
             _check_numbers(folder, module, name, tensor)
-    return {module: found[module] for module in sorted(found, key=natural_order)}, rest
+    return {module: groups[module] for module in sorted(groups, key=natural_order)}, rest
 
 
 def _check_numbers(folder: Path, module: str, name: str, tensor: torch.Tensor) -> None:
@@ -190,19 +186,34 @@ def _check_numbers(folder: Path, module: str, name: str, tensor: torch.Tensor) -
         raise UserError(f"{folder}: {module}: the adapter holds NaN or infinite values. Its training diverged.")
 
 
-def _maps(folder: Path, module: str, family: str, found: dict[str, torch.Tensor], config: Facts) -> tuple[RowMap, ...]:
+def _maps(folder: Path, module: str, family: str, group: dict[str, torch.Tensor], config: Facts) -> tuple[RowMap, ...]:
     try:
-        return maps_of(family, found, config)
+        return maps_of(family, group, config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder}: {module}: {error}.") from None
 
 
-def _pairs(folder: Path, grouped: Grouped, stem: str, config: Facts, own: Facts) -> dict[str, Pair]:
+def _lora(
+    folder: Path, tensors: dict[str, torch.Tensor], row: Family, config: Facts, own: Facts
+) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, Pair]]:
+    """Of a LoRA or a variant of it: the tensors by module, the rest, and the pairs; those of an embedding are among them."""
+    if config.get("use_dora") and (of_one := next((name for name in tensors if name.endswith(OF_EMBEDDING)), None)):
+        raise UserError(f"{folder}: use_dora on an embedding ({of_one}). That is not folded: load it with PEFT.")
+    ends = (*row.tensors.values(), *([BIAS] if config.get("lora_bias") else []))
+    grouped, rest = _grouped(folder, tensors, ends)
+    pairs = _pairs(folder, grouped, row, config, own)
+    if any(name.endswith(OF_EMBEDDING) for name in rest):
+        of_embedding, rest = _grouped(folder, rest, OF_EMBEDDING)
+        pairs |= _embedding_pairs(folder, of_embedding, config, own)
+        grouped = grouped | of_embedding
+    return grouped, rest, pairs
+
+
+def _pairs(folder: Path, grouped: Grouped, row: Family, config: Facts, own: Facts) -> dict[str, Pair]:
+    A, B = row.tensors["A"], row.tensors["B"]
     return {
-        module: _pair(
-            folder, module, found[f"{stem}_A.weight"], found[f"{stem}_B.weight"], config, own, found.get(BIAS)
-        )
-        for module, found in grouped.items()
+        module: _pair(folder, module, group[A], group[B], config, own, group.get(BIAS))
+        for module, group in grouped.items()
     }
 
 
@@ -250,7 +261,7 @@ def _maps_of_pairs(
 
 def _scaling(folder: Path, module: str, rank: int, config: Facts, own: Facts) -> tuple[float, str]:
     """A module's s and where it comes from."""
-    if config["peft_type"] != "LORA":
+    if config["peft_type"] != LORA_TYPE:
         origin = f"alpha / rank = {own['alpha']:g} / {own['rank']}" if own else f"scaling of {CONFIG_FILE}"
         return float(config["scaling"]), origin
     alphas = _matching(folder, config, "alpha_pattern", module) or [config["lora_alpha"]]
@@ -277,10 +288,10 @@ def _kind(folder: Path, peft_type: str, own: Facts, family: str | None) -> Kind 
             raise UserError(f"{folder}: {CONFIG_FILE} says {family}, the weights' metadata {own.get('kind')!r}.")
         return None
     if own:
-        if own.get("kind") not in KINDS or (own["kind"] == LORA) != (peft_type == "LORA"):
+        if own.get("kind") not in KINDS or (own["kind"] == LORA) != (peft_type == LORA_TYPE):
             raise UserError(f"{folder}: {CONFIG_FILE} says {peft_type}, the weights' metadata {own.get('kind')!r}.")
         return own["kind"]
-    return None if peft_type == "LORA" else MULTIPLICATIVE
+    return None if peft_type == LORA_TYPE else MULTIPLICATIVE
 
 
 def _check_agreement(folder: Path, own: Facts, pairs: dict[str, Pair]) -> None:

@@ -2,7 +2,7 @@
 
 Takes `adapter_config.json` and the facts that we write into the weights' metadata; gives both as plain JSON, or one
 UserError with the keys, their values and what is asked of them. PEFT, which reads the first, checks no type: `true` is
-a rank of 1 for it, and NaN an alpha. A key that is not listed is passed on as it is (adapter_configs decides about it).
+a rank of 1 for it, and NaN an alpha. A key that is not listed is passed on as it is (keys.py decides about it).
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from pipeline.artifacts.adapter.write import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, OWN_TYPE
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE
 from pipeline.foreign import has_controls, parse_json, printable, read_object
@@ -97,7 +97,7 @@ class TrainedOver(_Foreign):
 
 
 class Facts(_Foreign):
-    """Our own facts, as adapter_files and peft_files write them."""
+    """Our own facts, as write.py writes them."""
 
     kind: Name
     version: Name | None = None  # of the program that wrote it

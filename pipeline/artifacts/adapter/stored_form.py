@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from pipeline.artifacts.adapter.write import Adapter, Pair
+from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.safetensors import StoredTensor

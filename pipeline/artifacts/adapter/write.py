@@ -1,10 +1,14 @@
-"""Adapters: what one is, and how one is written to disk.
+"""Writing an adapter: a folder that stock PEFT loads wherever one of its types computes the same function.
 
-Takes tensors under global names (`model.layers.3.mlp.down_proj.A` and `.B`) and the facts of their training; gives a
-folder with `adapter_model.safetensors` and `adapter_config.json`, and no pickle. Kinds, with s = alpha / rank:
+Takes tensors under global names (`model.layers.3.mlp.down_proj.A` and `.B`) and the facts of their training; gives
+`adapter_model.safetensors` and `adapter_config.json`, and no pickle. What the tensors of each family are:
 
-    multiplicative_lora   h' = h + s·B·A·h on a module's output h;  A [R, D_out], B [D_out, R];  W' = W + s·B·(A·W)
-    lora                  y' = y + s·B·A·x, x the module's input;   A [R, D_in],  B [D_out, R];  W' = W + s·B·A
+    multiplicative_lora, lora                      .A and .B, of the shapes in adapter.py
+    dora   m/‖W + s·B·A‖ ⊙ (W + s·B·A), by rows    .A [R, D_in], .B [D_out, R], .lora_magnitude_vector [D_out]
+    ia3    l ⊙ W, by rows, or by columns where feedforward      .ia3_l [D_out, 1] or [1, D_in]
+    oft    W·R, R of orthogonal blocks             .oft_R [blocks, k·(k − 1)/2]
+    boft   s ⊙ W·R, by rows                        .boft_R [1, blocks, k, k], .boft_s [D_out, 1]
+    hra    W·H₁·…·H_R, reflections                 .hra_u [D_in, R]
 
 A multiplicative adapter is written as PEFT's `PEANUT` type (depth 0, linear): stock PEFT then loads, runs and merges it
 correctly, and tools that know LoRA alone refuse it. As `LORA` they would take it, and be wrong on square layers.
@@ -15,77 +19,54 @@ is written under a type of ours, which PEFT refuses.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 
 from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
-from pipeline.artifacts.adapter.maps import RowMap
-from pipeline.families import KINDS, LORA, MULTIPLICATIVE, Kind
+from pipeline.artifacts.adapter.adapter import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    OWN_TYPE,
+    PEFT_PREFIX,
+    WEIGHTS_FILE,
+    adapter_pairs,
+)
+from pipeline.families import FAMILIES, KINDS, MULTIPLICATIVE, Kind
+from pipeline.families import settings as settings_of
 from pipeline.files import atomic_folder, write_json
 from pipeline.formats.dtypes import CODES
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import layers_of, loadable_name, natural_order, public_name
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-METADATA_KEY = "mulora_pipe"  # in the safetensors metadata: one JSON object with our own facts
-FORMAT_VERSION = 1
-OWN_TYPE = "MULTIPLICATIVE_LORA"
-PEFT_PREFIX = "base_model.model."
+Tensors = Mapping[str, torch.Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One module's adapter: A [R, D_in] or, multiplicative, [R, D_out]; B [D_out, R]; s, and where s comes from."""
+class Training(TypedDict, total=False):
+    """What the files say of the training, whatever the family.
 
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-    origin: str  # such as "alpha / rank = 32 / 64"
-    bias: torch.Tensor | None = None  # PEFT's lora_bias: of lora_B [D_out], so that b' = b + s·bias
-    of_embedding: bool = False  # PEFT's lora_embedding_A and _B: of an embedding's [V, D], A is their Bᵀ and B their Aᵀ
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter as it was read. `kind` is None where the files leave it open (type LORA, not written by us).
-
-    `moves_bias`: where multiplicative, it was trained on the whole output, bias included, so that b' = b + s·B·A·b.
-    `family`: one of peft_files.FAMILIES where it is no pairs; then `maps` has each module's, and `pairs` is empty.
-    `full`: tensors that were trained in full, by their names in the model; of a tied head and embedding both. `keeps_tie`:
-    PEFT's word that the two were trained as one tensor, should the file hold one of them alone. `trained_over`: of an
-    adapter of ours that was trained over quantised weights, how they were (`write_adapter`); None where nothing says so.
-    `copied`: those of `full` that nothing announces: the embedding or head that PEFT saves along where the vocabulary was
-    resized or one of the two is adapted, mostly the base's own values. `base_fingerprint`: of the base that an adapter of ours
-    was trained on (formats/fingerprint.py), where it says.
+    `base_model`: the name or path it was trained on. Of a path the metadata has the last part alone, as adapters get shared;
+    the configuration has all of it, so that PEFT finds the base on this machine (an upload writes the name there).
+    `full`: weights of the model that were trained in full beside the adapter, by their names in it; `tied`: another name
+    of one of them → that one's (full.py). `trained_over`: of a quantised base its `bits`, `quant_type`, `double_quant`,
+    `skip` (modules left alone) and the `dtype` in which it was held before; `base_fingerprint`: of its values
+    (formats/fingerprint.py). The fold compares both with what it is given.
     """
 
-    folder: Path
-    kind: Kind | None
-    pairs: dict[str, Pair]
-    moves_bias: bool
-    train_logit_scale: float
-    base_model: str | None
-    family: str | None = None
-    maps: dict[str, tuple[RowMap, ...]] = field(default_factory=dict)
-    full: dict[str, torch.Tensor] = field(default_factory=dict)
-    keeps_tie: bool = False
-    trained_over: dict[str, Any] | None = None
-    copied: frozenset[str] = frozenset()
-    base_fingerprint: str | None = None
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return tuple(self.maps if self.family else self.pairs)
+    base_model: Required[str]
+    train_logit_scale: Required[float]
+    full: Tensors
+    tied: Mapping[str, str]
+    trained_over: Mapping[str, Any] | None
+    base_fingerprint: str | None
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], *, replace: bool = False, **arguments: Any) -> None:
+def save_adapter(folder: Path, tensors: Tensors, *, replace: bool = False, **arguments: Any) -> None:
     """Write an adapter to `folder`, which appears whole or not at all. Arguments are those of `write_adapter`.
 
     Raises UserError where `folder` has something in it (unless `replace`) or the disk is full (exit code 28).
@@ -96,132 +77,107 @@ def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], *, replace: 
 
 def write_adapter(
     folder: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Tensors,
     *,
     kind: Kind,
     rank: int,
     alpha: float,
     dropout: float,
-    base_model: str,
-    train_logit_scale: float,
     biased_targets: bool,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] = NOTHING,
     use_rslora: bool = False,
-    full: Mapping[str, torch.Tensor] = NOTHING,
-    tied: Mapping[str, str] = NOTHING,
-    trained_over: Mapping[str, Any] | None = None,
-    base_fingerprint: str | None = None,
+    **training: Unpack[Training],
 ) -> None:
-    """Write an adapter's two files into `folder`, which exists without them and is the caller's to put in place.
+    """Write the two files of an adapter that is pairs into `folder`, which exists and is the caller's to put in place.
 
-    `tensors`: `<module>.A` and `<module>.B` for every module, floating point, of the shapes above with R = `rank`.
-    `base_model`: the name or path it was trained on. Of a path the metadata has the last part alone, as adapters get shared;
-    the configuration says all of it, so that PEFT finds the base on this machine (an upload writes the name there).
-    `biased_targets`: whether any of the modules has a bias. `facts`: more for the metadata (JSON values).
-    `use_rslora`: s = alpha / √rank (rsLoRA, arXiv 2312.03732); of a LoRA only. `full`: weights of the model that were
-    trained whole, by their names in it; `tied`: another name of one of them, with that one's (adapter/full.py).
-    `trained_over`: of a quantised base its `bits`, `quant_type`, `double_quant`, `skip` (modules left alone) and the `dtype`
-    in which it was held before, for the fold to compare with what it is asked for. `base_fingerprint`: for the fold as well.
-    Raises ValueError where a pair is incomplete or misshapen.
+    `tensors`: `<module>.A` and `<module>.B` for every module, floating point, with R = `rank`. `biased_targets`: whether
+    any of the modules has a bias. `facts`: more for the metadata (JSON values). `use_rslora`: s = alpha / √rank (rsLoRA,
+    arXiv 2312.03732); of a LoRA only. Raises ValueError where a pair is incomplete or misshapen, or not finite.
     """
     pairs = adapter_pairs(tensors)
-    _check_shapes(pairs, kind, rank)
+    _check_pairs(pairs, kind, rank)
     scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
-    name = public_name(base_model)
+    values = {
+        "lora_rank": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": use_rslora,
+        "scaling": scaling,
+    }
+    row = FAMILIES[kind]
+    config = {"peft_type": OWN_TYPE if row.on_output and biased_targets else row.peft_type, **settings_of(row, values)}
     own = {
-        **(facts or {}),
-        "format_version": FORMAT_VERSION,
-        "version": version.full(),
-        "kind": kind,
+        **facts,
         "rank": rank,
         "alpha": alpha,
         "scaling": scaling,
         "dropout": dropout,
-        "train_logit_scale": train_logit_scale,
-        "base_model": name,
         "biased_targets": biased_targets,
-        "modules": list(pairs),
         "layers": layers_of(pairs),
-        "trained_over": trained_over,
-        "base_fingerprint": base_fingerprint,
+    }
+    _write(folder, tensors, list(pairs), kind, config, own, **training)
+
+
+def write_family(
+    folder: Path, tensors: Tensors, *, family: str, settings: Mapping[str, Any], **training: Unpack[Training]
+) -> None:
+    """Write the two files of an adapter of a family that is more than pairs, into `folder` as `write_adapter` does.
+
+    `tensors`: for every module those of its family, floating point. `settings`: the family's own keys of PEFT's config.
+    Raises ValueError where a module lacks a tensor or has one too many, or a tensor is not finite.
+    """
+    names = FAMILIES[family].tensors
+    modules = sorted({name.rpartition(".")[0] for name in tensors}, key=natural_order)
+    if not modules or {f"{module}.{key}" for module in modules for key in names} != set(tensors):
+        raise ValueError(f"an adapter of the family {family} has {', '.join(names)} for every module and nothing else")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not math.isfinite(float(tensor.float().abs().sum())):
+            raise ValueError(f"{name}: the adapter holds NaN or infinite values, or integers")
+    config = {**settings, "peft_type": FAMILIES[family].peft_type}
+    _write(folder, tensors, modules, family, config, {"settings": dict(settings)}, **training)
+
+
+def _write(
+    folder: Path,
+    tensors: Tensors,
+    modules: list[str],
+    family: str,
+    config: Mapping[str, Any],
+    own: Mapping[str, Any],
+    **training: Unpack[Training],
+) -> None:
+    """Both files. `config` and `own`: what only this family's configuration and metadata have."""
+    full, tied = training.get("full", NOTHING), training.get("tied", NOTHING)
+    stored = {
+        f"{PEFT_PREFIX}{module}.{in_file}": tensors[f"{module}.{key}"].contiguous()
+        for module in modules
+        for key, in_file in FAMILIES[family].tensors.items()
+    }
+    stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "version": version.full(),
+        "kind": family,
+        "train_logit_scale": training["train_logit_scale"],
+        "base_model": public_name(training["base_model"]),
+        "modules": modules,
+        "trained_over": training.get("trained_over"),
+        "base_fingerprint": training.get("base_fingerprint"),
         **full_tensors.for_metadata(full, tied),
     }
-    config: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": loadable_name(base_model),
-        "inference_mode": True,
-        "r": rank,
-        "target_modules": list(pairs),
-    }
-    if kind == LORA:
-        config |= _of_lora(alpha, dropout, use_rslora)
-    else:
-        config |= _of_peanut(scaling, biased_targets)
-    config |= full_tensors.for_config(full, tied, config["peft_type"])
-    stored = _names_in_file(pairs, kind)
-    stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
     specs = [TensorSpec(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(own)}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps({**own, **facts})}
     write_safetensors(folder / WEIGHTS_FILE, specs, lambda name: [tensor_bytes(stored[name])], metadata)
-    write_json(folder / CONFIG_FILE, config)
-
-
-def _of_lora(alpha: float, dropout: float, use_rslora: bool) -> dict[str, Any]:
-    """PEFT's keys of a LoRA."""
-    return {
-        "peft_type": "LORA",
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "bias": "none",
-        "use_rslora": use_rslora,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
+    head = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": loadable_name(training["base_model"]),
+        "inference_mode": True,
+        "target_modules": modules,
     }
+    write_json(folder / CONFIG_FILE, {**head, **config, **full_tensors.for_config(full, tied, config["peft_type"])})
 
 
-def _of_peanut(scaling: float, biased_targets: bool) -> dict[str, Any]:
-    """PEFT's keys of a multiplicative adapter."""
-    peft_type = OWN_TYPE if biased_targets else "PEANUT"
-    return {"peft_type": peft_type, "depth": 0, "act_fn": "linear", "scaling": scaling, "init_weights": True}
-
-
-def _names_in_file(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: Kind) -> dict[str, torch.Tensor]:
-    """A and B of every module under the names that PEFT looks for."""
-    stem = "lora" if kind == LORA else "peanut"
-    return {
-        f"{PEFT_PREFIX}{module}.{stem}_{letter}.weight": tensor
-        for module, pair in pairs.items()
-        for letter, tensor in zip("AB", pair, strict=True)
-    }
-
-
-def adapter_norms(tensors: Mapping[str, torch.Tensor], scaling: float) -> dict[str, float]:
-    """‖s·B·A‖_F of every module, `tensors` as for `write_adapter`, all on one device. One transfer to the host.
-
-    ‖BA‖² = tr(AᵀBᵀBA) = Σ (BᵀB) ⊙ (AAᵀ): two R×R products, never a D×D one.
-    """
-    pairs = adapter_pairs(tensors)
-    if not pairs:
-        return {}
-    squares = []
-    for A, B in pairs.values():
-        A32, B32 = A.detach().float(), B.detach().float()
-        squares.append(((B32.T @ B32).double() * (A32 @ A32.T).double()).sum())
-    norms = torch.stack(squares).clamp(min=0).sqrt() * abs(scaling)
-    return dict(zip(pairs, norms.tolist(), strict=True))
-
-
-def adapter_pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """`<module>.A` and `<module>.B` as {module: (A, B)}, modules in natural order (layer 2 before layer 10)."""
-    modules = {name[:-2] for name in tensors if name.endswith((".A", ".B"))}
-    wanted = {f"{module}.{letter}" for module in modules for letter in "AB"}
-    if wanted != set(tensors):
-        raise ValueError(f"adapter tensors are not pairs <module>.A, <module>.B: {sorted(wanted ^ set(tensors))[:4]}")
-    return {m: (tensors[f"{m}.A"], tensors[f"{m}.B"]) for m in sorted(modules, key=natural_order)}
-
-
-def _check_shapes(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: Kind, rank: int) -> None:
+def _check_pairs(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: Kind, rank: int) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {KINDS}")
     if not pairs or rank < 1:
@@ -231,6 +187,6 @@ def _check_shapes(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: 
         if kind == MULTIPLICATIVE:
             fits = fits and A.shape[1] == B.shape[0]
         if not fits or not (A.is_floating_point() and B.is_floating_point()):
-            raise ValueError(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are no {kind} of rank {rank}")
+            raise ValueError(f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are not a {kind} of rank {rank}")
         if not math.isfinite(float(A.float().abs().sum() + B.float().abs().sum())):
             raise ValueError(f"{module}: the adapter holds NaN or infinite values")

@@ -17,8 +17,8 @@ from functools import partial
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.artifacts.adapter.stored_form import as_matrix, places
-from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.fold.plan import Change, PairStep, plan_fold
 from pipeline.artifacts.fold.rows import BLOCK_ITEMS, compose, round_to
 from pipeline.artifacts.fold.ties import settled

@@ -6,8 +6,8 @@ adapter's target weights are read and nothing else. Memory: a block of rows, the
 
 from pathlib import Path
 
+from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.artifacts.adapter.read import load_pairs
-from pipeline.artifacts.adapter.write import Adapter
 from pipeline.artifacts.export.additive import AdditiveForm, additive_form
 from pipeline.artifacts.export.gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export.peft import write_peft

@@ -16,15 +16,10 @@ import torch
 
 from pipeline import version
 from pipeline.artifacts.adapter import full as full_tensors
-from pipeline.artifacts.adapter.write import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    METADATA_KEY,
-    PEFT_PREFIX,
-    WEIGHTS_FILE,
-    write_json,
-)
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, FORMAT_VERSION, METADATA_KEY, PEFT_PREFIX, WEIGHTS_FILE
 from pipeline.artifacts.export.additive import AdditiveForm, lora_A, lora_B, lora_B_bias
+from pipeline.families import FAMILIES, LORA, settings
+from pipeline.files import write_json
 from pipeline.formats.dtypes import CODES
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import loadable_name, public_name
@@ -78,22 +73,18 @@ def write_peft(
 
 def _config(form: AdditiveForm, base_model: str, biased: bool) -> dict[str, Any]:
     """`lora_alpha` is whole where it can be: the key is an integer in PEFT's and vLLM's own definitions."""
+    row = FAMILIES[LORA]
+    alpha = int(form.alpha) if form.alpha.is_integer() else form.alpha
+    values = {"lora_rank": form.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": False}
     return {
-        "peft_type": "LORA",
+        "peft_type": row.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": form.rank,
-        "lora_alpha": int(form.alpha) if form.alpha.is_integer() else form.alpha,
-        "lora_dropout": 0.0,
         "target_modules": [target.module for target in form.targets],
-        "bias": "none",
+        **settings(row, values),
         "lora_bias": biased,
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        **full_tensors.for_config(form.full, form.tied, "LORA"),
+        **full_tensors.for_config(form.full, form.tied, row.peft_type),
     }
 
 
@@ -102,7 +93,7 @@ def _own_facts(form: AdditiveForm, base_model: str, train_logit_scale: float) ->
     return {
         "format_version": FORMAT_VERSION,
         "version": version.full(),
-        "kind": "lora",
+        "kind": LORA,
         "rank": form.rank,
         "alpha": form.alpha,
         "scaling": form.scaling,

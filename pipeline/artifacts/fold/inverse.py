@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import Pair
 from pipeline.artifacts.adapter.maps import ColumnFactors, RowFactors
-from pipeline.artifacts.adapter.write import Pair
 from pipeline.artifacts.fold.match import Part
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, MULTIPLICATIVE

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.artifacts.adapter.maps import Added, shape_of
 from pipeline.artifacts.adapter.stored_form import as_matrix, in_stored_form, is_transposed, places
-from pipeline.artifacts.adapter.write import Adapter, Pair
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from pipeline.artifacts.adapter.read import load_adapter
-from pipeline.artifacts.adapter.write import write_json
 from pipeline.artifacts.fold.check import RowCheck, check_written
 from pipeline.artifacts.fold.plan import FoldPlan, plan_fold
 from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines, warnings
@@ -23,7 +22,7 @@ from pipeline.artifacts.fold.warnings import warnings_of
 from pipeline.artifacts.fold_history import REPORT_FILE
 from pipeline.console import UserError, gib, log, progress, warn
 from pipeline.families import Kind
-from pipeline.files import atomic_folder, check_disk_space, check_free
+from pipeline.files import atomic_folder, check_disk_space, check_free, write_json
 from pipeline.formats.base_model import INDEX, files_to_copy, read_base, warn_of_remarks
 from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.device import usable_device

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.artifacts.adapter.maps import Added, Replaced, RowFactors, RowMap
-from pipeline.artifacts.adapter.write import Adapter, Pair
 from pipeline.artifacts.fold.config import logit_factor, new_config
 from pipeline.artifacts.fold.inverse import check_invertible, inverse
 from pipeline.artifacts.fold.match import Part, match

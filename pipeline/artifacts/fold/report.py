@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import version
+from pipeline.artifacts.adapter.adapter import Pair
 from pipeline.artifacts.adapter.maps import Added
-from pipeline.artifacts.adapter.write import Pair
 from pipeline.artifacts.fold.config import LOGIT_KEYS, logit_factor
 from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
+from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.artifacts.adapter.stored_form import places
-from pipeline.artifacts.adapter.write import Adapter
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base, config_ties, same_values
 from pipeline.formats.dtypes import FLOATS

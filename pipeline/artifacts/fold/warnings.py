@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.adapter.write import Adapter
+from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan
 from pipeline.artifacts.fold_history import REPORT_FILE, Folded, describe, earlier_folds, is_same, still_in

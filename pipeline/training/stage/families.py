@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from pipeline.artifacts.adapter.peft import write_peft_adapter
-from pipeline.artifacts.adapter.write import NOTHING, adapter_norms, write_adapter
+from pipeline.artifacts.adapter.adapter import adapter_norms
+from pipeline.artifacts.adapter.write import NOTHING, write_adapter, write_family
 from pipeline.console import UserError, warn
 from pipeline.families import CONFIGURED, FAMILIES, LORA, MULTIPLICATIVE, settings
 from pipeline.families import saved as saved_as
@@ -191,7 +191,7 @@ def _writer(adapter: AdapterSpec, base: BaseModel, train_logit_scale: float) -> 
     }
     form = saved_as(adapter.row)
     if not form.is_pairs:
-        return partial(write_peft_adapter, family=form.name, settings=_peft_settings(adapter), **common)
+        return partial(write_family, family=form.name, settings=_peft_settings(adapter), **common)
     rank, alpha, s = adapter.saved_size
     started = adapter.start is not True  # then of twice the rank, with the s of the rank it was trained with
     rslora = adapter.use_rslora and not started

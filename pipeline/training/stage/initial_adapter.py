@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifacts.adapter.adapter import PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.artifacts.adapter.read import load_pairs
 from pipeline.artifacts.adapter.schema import own_facts
-from pipeline.artifacts.adapter.write import PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
 from pipeline.foreign import printable
@@ -58,7 +58,7 @@ def read_pairs(
 
 
 def read_family(folder: str, targets: Collection[str], family: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an adapter that peft_files wrote, by the names of training. UserError naming what differs."""
+    """The tensors of an adapter of a family in PEFT's layout, as write_family wrote them, by the names of training. UserError naming what differs."""
     where, path = f"init_adapter = '{folder}'", _existing(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pipeline.artifacts.adapter.adapter import PEFT_PREFIX, WEIGHTS_FILE
 from pipeline.artifacts.adapter.schema import own_facts
-from pipeline.artifacts.adapter.write import PEFT_PREFIX, WEIGHTS_FILE
 from pipeline.console import UserError
 from pipeline.formats.safetensors import Header, load_tensors, read_header
 

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline import version
+from pipeline.artifacts.adapter.adapter import adapter_norms
 from pipeline.artifacts.adapter.read import _matching, load_adapter
-from pipeline.artifacts.adapter.write import adapter_norms, save_adapter
+from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.console import UserError
 from pipeline.families import Kind
 from pipeline.names import natural_order, public_name

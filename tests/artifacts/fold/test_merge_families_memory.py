@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts.adapter.peft import write_peft_adapter
-from pipeline.artifacts.adapter.write import save_adapter
+from pipeline.artifacts.adapter.write import save_adapter, write_family
 from tests.artifacts.fold.test_merge_process import GROWTH as ONE_FOLD
 from tests.artifacts.fold.test_merge_process import ROOT, adapter_for, big_base
 from tests.helpers.artifacts import FACTS as LORA
@@ -46,7 +45,7 @@ OFT = {
 
 def write(folder: Path, family: str, tensors: dict[str, torch.Tensor], **settings: object) -> None:
     folder.mkdir()
-    write_peft_adapter(folder, tensors, family=family, settings=settings, **FACTS)  # type: ignore[arg-type]
+    write_family(folder, tensors, family=family, settings=settings, **FACTS)  # type: ignore[arg-type]
 
 
 def adapters(folder: Path, size: str, layers: int, rows: int, columns: int) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.artifacts.adapter.write import Pair, save_adapter
+from pipeline.artifacts.adapter.adapter import Pair
+from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.artifacts.fold import check as fold_check
 from pipeline.artifacts.fold import rows as fold_rows
 from pipeline.artifacts.fold.inverse import MOST_LOST, condition_number, inverse
