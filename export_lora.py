@@ -9,10 +9,9 @@ is left behind.
 import argparse
 from pathlib import Path
 
-from pipeline.artifacts.export.export import FORMATS, export
 from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
-from pipeline.formats.dtypes import DTYPES
+from pipeline.formats.choices import DTYPE_NAMES, EXPORT_FORMATS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,10 +26,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--output", type=Path, required=True, metavar="OUT", help="folder (peft) or file (gguf) to write to"
     )
-    command.add_argument("--format", choices=FORMATS, required=True, help="peft: PEFT and vLLM; gguf: llama.cpp")
+    command.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="peft: PEFT and vLLM; gguf: llama.cpp")
     command.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=DTYPE_NAMES,
         default="float32",
         help="dtype of the result (default float32: the exported A is a product with the weights, and 16 bit round it)",
     )
@@ -52,6 +51,8 @@ def main() -> int:
     """Parse the command line and export."""
     asked = parser().parse_args()
     leave_on_sigterm()
+    from pipeline.artifacts.export.export import export  # torch: only now that the command line is right
+
     export(
         asked.input,
         asked.lora,

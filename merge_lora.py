@@ -14,10 +14,9 @@ tensor that was trained in full takes the place of what stands then.
 import argparse
 from pathlib import Path
 
-from pipeline.artifacts.fold.merge import merge
-from pipeline.artifacts.fold.plan import OUTPUT_DTYPES
 from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.formats.choices import OUTPUT_DTYPES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,6 +89,8 @@ def main() -> int:
     """Parse the command line and fold."""
     asked = parser().parse_args()
     leave_on_sigterm()
+    from pipeline.artifacts.fold.merge import merge  # torch: only now that the command line is right
+
     merge(
         asked.input,
         asked.lora,

@@ -5,6 +5,7 @@ a multiplicative LoRA on a book the base has not read, stops half way by a signa
 compares. Everything is left under runs/quickstart/, with what was measured in summary.json.
 """
 
+import argparse
 import json
 import os
 import re
@@ -39,6 +40,7 @@ ARCHITECTURE = {
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()  # --help, and no options
     os.chdir(ROOT)
     began = time.monotonic()
     if HERE.exists():

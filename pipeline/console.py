@@ -20,9 +20,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_CHECKPOINT = 3
@@ -192,6 +189,9 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
     On a terminal it is drawn in place; in a log it leaves one line when it ends, so logs stay readable.
     """
+    from rich.console import Console  # rich takes longer to import than all else here
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     began = time.monotonic()
     with Progress(

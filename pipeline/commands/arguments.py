@@ -1,14 +1,13 @@
 """Options that several commands have, each with one name, one default and one meaning.
 
-Takes an argparse parser, or a group of one, and what the option does in this command; adds the option to it.
+Takes an argparse parser, or a group of one, and what the option does in this command; adds the option to it. Needs no torch.
 """
 
 import argparse
 from pathlib import Path
 
-from pipeline.artifacts.fold.plan import BASE_QUANTS
 from pipeline.families import KINDS
-from pipeline.formats.dtypes import DTYPES
+from pipeline.formats.choices import BASE_QUANTS, DTYPE_NAMES
 from pipeline.version import ShowVersion
 
 Options = argparse._ActionsContainer
@@ -22,7 +21,7 @@ def add_base(command: Options) -> None:
 def add_base_quant(command: Options, *, why: str, dtype: str) -> None:
     """--base-quant and --base-dtype: the base as it was in 4 bits. `why` and `dtype` are their help."""
     command.add_argument("--base-quant", choices=BASE_QUANTS, help=why)
-    command.add_argument("--base-dtype", choices=tuple(DTYPES), help=dtype)
+    command.add_argument("--base-dtype", choices=DTYPE_NAMES, help=dtype)
 
 
 def add_kind(command: Options) -> None:

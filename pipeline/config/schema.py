@@ -33,9 +33,9 @@ from pipeline.config.tables import (
     regular_expression,
 )
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
+from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
 
-Dtype = Literal["bfloat16", "float16", "float32"]
 Pattern = Annotated[str, AfterValidator(regular_expression)]
 
 

@@ -15,7 +15,6 @@ layer, named by its number: '3', 'layers.3' or 'model.layers.3'.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,11 +23,14 @@ from torch import Tensor
 from pipeline.console import UserError
 from pipeline.files import atomic_file
 from pipeline.foreign import printable, read_by_library
+from pipeline.formats.choices import DirectionMethod
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import load_tensors, read_header, write_tensors
 
-Method = Literal["abliteration", "householder"]
-STRENGTHS: dict[Method, float] = {"abliteration": 1.0, "householder": 2.0}  # times f: how much of V·h is taken off
+STRENGTHS: dict[DirectionMethod, float] = {
+    "abliteration": 1.0,
+    "householder": 2.0,
+}  # times f: how much of V·h is taken off
 
 _LAYER_NAME = re.compile(r"(?:(?:model\.)?layers\.)?(\d+)")
 
@@ -85,7 +87,7 @@ def orthonormal(directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 
 def adapter_tensors(
-    bases: Mapping[int, Tensor], modules: Mapping[str, int], method: Method, factor: float
+    bases: Mapping[int, Tensor], modules: Mapping[str, int], method: DirectionMethod, factor: float
 ) -> dict[str, Tensor]:
     """`<module>.A` [k, D] and `<module>.B` [D, k] in fp32 for each of `modules` (name → layer), for a scaling of 1."""
     tensors = {}

@@ -19,13 +19,14 @@ import torch
 
 from pipeline.artifacts.adapter.stored_form import as_matrix, places
 from pipeline.artifacts.adapter.write import Adapter
-from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, plan_fold
+from pipeline.artifacts.fold.plan import Change, PairStep, plan_fold
 from pipeline.artifacts.fold.rows import BLOCK_ITEMS, compose, round_to
 from pipeline.artifacts.fold.ties import settled
 from pipeline.artifacts.fold.warnings import warnings_of
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, KINDS, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
+from pipeline.formats.choices import BaseQuant, Dtype
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import StoredTensor, read_floats
 from pipeline.formats.stored_names import Place
@@ -91,7 +92,7 @@ def additive_form(
     kind: Kind | None,
     dtype: str,
     base_quant: BaseQuant | None = None,
-    base_dtype: BaseDtype | None = None,
+    base_dtype: Dtype | None = None,
 ) -> AdditiveForm:
     """Match the adapter with the base and settle rank, scaling and constants. `kind`, `base_quant` and `base_dtype` as for
     `plan_fold`: with these A' = A·W₄, which beside a base that is served in 4 bits is what was trained.

@@ -5,7 +5,6 @@ adapter's target weights are read and nothing else. Memory: a block of rows, the
 """
 
 from pathlib import Path
-from typing import Literal, get_args
 
 from pipeline.artifacts.adapter.read import load_pairs
 from pipeline.artifacts.adapter.write import Adapter
@@ -13,18 +12,15 @@ from pipeline.artifacts.export.additive import AdditiveForm, additive_form
 from pipeline.artifacts.export.gguf import architecture, gguf_names, write_gguf
 from pipeline.artifacts.export.peft import write_peft
 from pipeline.artifacts.fold.merge import check_places
-from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant
 from pipeline.artifacts.fold.rows import exact_fp32
 from pipeline.console import UserError, gib, log, progress, warn
 from pipeline.families import Kind
 from pipeline.files import atomic_file, atomic_folder, check_disk_space, check_file_free, check_free
 from pipeline.formats.base_model import Base, read_base, warn_of_remarks
+from pipeline.formats.choices import BaseQuant, Dtype, ExportFormat
 from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import code_of
 from pipeline.names import public_name
-
-Format = Literal["peft", "gguf"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def export(
@@ -32,14 +28,14 @@ def export(
     adapter_folder: Path,
     output: Path,
     *,
-    format: Format,
+    format: ExportFormat,
     dtype: str = "float32",
     device: str = "cpu",
     dry_run: bool = False,
     force: bool = False,
     kind: Kind | None = None,
     base_quant: BaseQuant | None = None,
-    base_dtype: BaseDtype | None = None,
+    base_dtype: Dtype | None = None,
 ) -> None:
     """Write the adapter's additive form to `output`: with "peft" a folder, with "gguf" a file.
 

@@ -16,7 +16,7 @@ import torch
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.adapter.write import write_json
 from pipeline.artifacts.fold.check import check_result
-from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, FoldPlan, OutputDtype, plan_fold
+from pipeline.artifacts.fold.plan import FoldPlan, plan_fold
 from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines, warnings
 from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows
 from pipeline.artifacts.fold.warnings import warnings_of
@@ -25,6 +25,7 @@ from pipeline.console import UserError, gib, log, progress, warn
 from pipeline.families import Kind
 from pipeline.files import atomic_folder, check_disk_space, check_free
 from pipeline.formats.base_model import INDEX, files_to_copy, read_base, warn_of_remarks
+from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.device import usable_device
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
 from pipeline.names import natural_order
@@ -45,7 +46,7 @@ def merge(
     layers: str | None = None,
     unmerge: bool = False,
     base_quant: BaseQuant | None = None,
-    base_dtype: BaseDtype | None = None,
+    base_dtype: Dtype | None = None,
 ) -> list[Survival]:
     """Fold one adapter or several, in order, and write the model to `output`; the figures of the changed tensors.
 

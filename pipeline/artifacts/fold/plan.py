@@ -13,7 +13,7 @@ takes the inverses in the opposite order. Everything is rounded once, at the end
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -26,16 +26,11 @@ from pipeline.artifacts.fold.ties import settled, touches
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
+from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
 from pipeline.formats.safetensors import StoredTensor, TensorSpec, read_floats
 from pipeline.names import layer_of
-
-OutputDtype = Literal["keep", "bfloat16", "float16", "float32"]
-OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
-BaseQuant = Literal["nf4", "nf4-double"]
-BASE_QUANTS: tuple[BaseQuant, ...] = get_args(BaseQuant)
-BaseDtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Change:
     tensor: StoredTensor
     steps: tuple[Step, ...]
     base_quant: BaseQuant | None
-    base_dtype: BaseDtype | None = None
+    base_dtype: Dtype | None = None
 
     @property
     def columns(self) -> int:
@@ -96,7 +91,7 @@ class FoldPlan:
     unmerge: bool
     changes: dict[str, Change]
     base_quant: BaseQuant | None
-    base_dtype: BaseDtype | None
+    base_dtype: Dtype | None
     quantised: frozenset[str]
     conditions: dict[tuple[int, str], float]
     files: dict[str, tuple[TensorSpec, ...]]
@@ -119,7 +114,7 @@ def plan_fold(
     layers: str | None = None,
     unmerge: bool = False,
     base_quant: BaseQuant | None = None,
-    base_dtype: BaseDtype | None = None,
+    base_dtype: Dtype | None = None,
 ) -> FoldPlan:
     """Match adapters and base, and settle steps, dtypes and config. Raises UserError where anything is left over.
 
@@ -261,7 +256,7 @@ def quantised_weights(base: Base) -> frozenset[str]:
 
 
 def read_rows(
-    tensor: StoredTensor, columns: int, piece_items: int, base_quant: BaseQuant | None, base_dtype: BaseDtype | None
+    tensor: StoredTensor, columns: int, piece_items: int, base_quant: BaseQuant | None, base_dtype: Dtype | None
 ) -> Iterator[torch.Tensor]:
     """A stored float tensor as [rows, columns] blocks: as it is, or after 4 bits and back (from `base_dtype`, in that)."""
     if base_quant is None:

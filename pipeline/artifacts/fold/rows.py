@@ -19,9 +19,10 @@ from itertools import groupby
 import torch
 
 from pipeline.artifacts.adapter.maps import RowChange
-from pipeline.artifacts.fold.plan import BaseDtype, BaseQuant, Change, PairStep, RowStep, read_rows
+from pipeline.artifacts.fold.plan import Change, PairStep, RowStep, read_rows
 from pipeline.console import UserError
 from pipeline.families import MULTIPLICATIVE
+from pipeline.formats.choices import BaseQuant, Dtype
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import StoredTensor
 
@@ -236,7 +237,7 @@ def round_to(values: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
 
 
 def convert(
-    tensor: StoredTensor, dtype: str, base_quant: BaseQuant | None = None, base_dtype: BaseDtype | None = None
+    tensor: StoredTensor, dtype: str, base_quant: BaseQuant | None = None, base_dtype: Dtype | None = None
 ) -> Iterator[torch.Tensor]:
     """The values of a tensor that no adapter changes, in another dtype or through 4 bits, in blocks.
 

@@ -6,6 +6,7 @@ killed has no entry, which its neighbours' steps show; nothing is guessed for it
 """
 
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors")
 
 
 class RunRecord:
-    """Records one segment of a run in `run_dir`, from its start or resumption at `step` to its stop."""
+    """Records one segment of a run in `run_dir`, from its start or resumption at `step` to its stop.
 
-    def __init__(self, run_dir: Path, place: Place, data: Data, step: int) -> None:
-        self._run_dir, self._place, self._data, self._step = run_dir, place, data, step
+    `start_s`: how long each phase of the first process's start took, read at the end.
+    """
+
+    def __init__(self, run_dir: Path, place: Place, data: Data, step: int, start_s: Mapping[str, float]) -> None:
+        self._run_dir, self._place, self._data, self._step, self._start_s = run_dir, place, data, step, start_s
         self._began = time.monotonic()
 
     def end(self, step: int) -> None:
@@ -46,6 +50,7 @@ class RunRecord:
             "from_step": self._step,
             "to_step": step,
             "seconds": seconds,
+            "start_s": {phase: round(s, 3) for phase, s in self._start_s.items()},
             "stages": self._place.stages,
             "replicas": self._place.replicas,
             "devices": [name for name, _ in everyone],

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from pipeline.training.engine.engine import Place, held_tensors
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start.resolve import Intervals
 
@@ -57,6 +58,7 @@ class Trainer:
     first_step_done: Callable[[], object]  # says what only a step shows
     outcome: Callable[[float, int], None]  # says what was planned and what became of it: a step's seconds, peak bytes
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext  # profiler.StepProfiler's
+    times: StartTimes = field(default_factory=StartTimes)  # of the start, said after the first step
 
     @property
     def step(self) -> int:
@@ -70,6 +72,7 @@ class Trainer:
         total = self.total_steps()
         if self.step == 0 and self.intervals.eval_before_first_step:
             self._evaluate(may_be_best=False)
+            self.times.ended("evaluation")
         if not self.progress.settled:
             self._after_step(last=self.step == total)
         clock = Clock(total)
@@ -77,6 +80,8 @@ class Trainer:
             with self.watcher.phase("step", self.step + 1), self.around_step(self.step + 1):
                 self._train_step(clock, total)
             if clock.steps == 1:
+                self.times.ended("first step")
+                self.times.say()
                 self.first_step_done()
             self._after_step(last=self.step == total)
             if self._boundary():

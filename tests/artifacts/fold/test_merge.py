@@ -11,7 +11,7 @@ from peft import LoraConfig, PeanutConfig, get_peft_model
 
 from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.artifacts.fold.merge import merge
-from pipeline.artifacts.fold.plan import OUTPUT_DTYPES, OutputDtype
+from pipeline.formats.choices import OUTPUT_DTYPES, OutputDtype
 from tests.helpers.artifacts import (
     FACTS,
     bytes_of,

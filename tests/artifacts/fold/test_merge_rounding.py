@@ -13,8 +13,8 @@ from pipeline import version
 from pipeline.artifacts.fold import check as fold_check
 from pipeline.artifacts.fold import rows as fold_rows
 from pipeline.artifacts.fold.merge import merge
-from pipeline.artifacts.fold.plan import OUTPUT_DTYPES
 from pipeline.artifacts.fold.rows import Survival
+from pipeline.formats.choices import OUTPUT_DTYPES
 from tests.helpers.artifacts import bytes_of, down_proj, fold64, make_base, multiplicative, tensors_of
 
 

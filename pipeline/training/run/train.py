@@ -1,0 +1,71 @@
+"""A run from its config to its exit code, on every process: check, read the data, meet, assemble, train, and what follows.
+
+Takes the config, the parsed command line, and what has listened since the process began (stops, the log, the times of the
+start). Errors of the data and the config come before any process waits for another.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.config.schema import Config
+from pipeline.console import EXIT_DONE, rank
+from pipeline.log_file import LogFile
+from pipeline.training.engine import engine, selftest
+from pipeline.training.run import after_training, assemble, errors, folder, profiler
+from pipeline.training.run.record import RunRecord
+from pipeline.training.run.start_times import StartTimes
+from pipeline.training.run.stop import Watcher
+from pipeline.training.start import prepare, resolve
+
+
+def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_file: LogFile, times: StartTimes) -> int:
+    """The run; its exit code."""
+    engine.check_version()
+    resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
+    plan = resolve.resolve(config, resumes=bool(resume))
+    prepare.check_files(config.model, config.output_dir, plan.meta_model)
+    after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
+    times.ended("checks")
+    data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
+    times.ended("data")
+    resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
+    rendezvous = engine.rendezvous_in(Path(config.output_dir))
+    try:
+        place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
+        watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
+        times.ended("meeting")
+        batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
+        with errors.explained(watcher, save=lambda: None):
+            selftest.run(place, config.gradient_accumulation_steps)
+            times.ended("self-test")
+            run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
+            log_file.open(run.saver.run_dir)
+        times.ended("model")
+        run.times = times
+        if arguments.profile:
+            run.around_step = profiler.StepProfiler(run.saver.run_dir, place.rank, arguments.profile).step
+        with errors.explained(watcher, run.save_between_boundaries):
+            record = RunRecord(run.saver.run_dir, place, data, run.step, times.seconds)
+            code = run.run()
+            record.end(run.step)
+        engine.shutdown()
+        if code == EXIT_DONE and rank() == 0:
+            run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked
+            engine.let_go(run.engine)
+            del run, plan  # and with them the stage's weights
+            after_training.follow(
+                config.after_training,
+                watcher,
+                run_dir=run_folder.path,
+                step=step,
+                base=Path(config.model),
+                resume_line=resume_line,
+                repository=config.hub_model_id,
+                private=config.hub_private_repo,
+            )
+        return code
+    finally:
+        if rank() == 0:
+            rendezvous.unlink(missing_ok=True)
