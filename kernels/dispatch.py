@@ -19,6 +19,11 @@ try:
 except ImportError:  # the PyTorch form serves every device
     triton = None
 
+# Kinds of devices on which all kernels were checked, by their compute capability, and what shows it: for a GPU the results of
+# `make gpu-check` that are committed under benchmarks/results/ (tests/house/test_gpu_check.py reads them).
+CHECKED = {"cpu": "the tests"}
+NOT_HERE = "a GPU that is not here"
+
 Watcher = Callable[[Callable[..., Any], tuple[Any, ...]], Any]
 _watchers: list[Watcher] = []
 
@@ -40,6 +45,14 @@ def takes_triton(*tensors: Tensor) -> bool:
     return triton is not None and all(
         type(x) in (Tensor, torch.nn.Parameter) and x.is_cuda and x.dtype != torch.float64 for x in tensors
     )
+
+
+def kinds(on_gpu: bool) -> list[str]:
+    """Of the devices of this machine that a run or a plan is for: 'cpu', or 'sm_90' and the like for its GPUs."""
+    if not on_gpu:
+        return ["cpu"]
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"sm_{major}{minor}" for major, minor in sorted(capabilities)] or [NOT_HERE]
 
 
 @contextlib.contextmanager

@@ -189,6 +189,7 @@ def carry_out(run: Run, folder: Path, log: Path) -> dict[str, Any]:
         "model": str(base),
         "output_dir": str(folder / "runs"),
         "pipeline_stages": run.stages,
+        "kernels": "none",
         "max_steps": STEPS,
         "optimizer": {"type": "adamw_kahan", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.01},
         "datasets": [data(BOOK, 64, "book")],

@@ -16,6 +16,7 @@ from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import levels, page, quantised, training
 from benchmarks.gpu_check.checks import CHECKS, carry_out, failed
 from benchmarks.gpu_check.setting import Setting, setting
+from pipeline.kernels import dispatch
 from tests.golden.runs import import_everything
 from tests.helpers import builders
 
@@ -87,6 +88,16 @@ def test_a_process_that_dies_is_a_failed_check(tmp_path: Path, monkeypatch: pyte
     sleeper.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(sleeper))
     assert "given up after" in command.in_a_process("kernels", "cpu", True, tmp_path)["problem"]
+
+
+def test_a_gpu_counts_as_checked_where_its_results_are_committed() -> None:
+    """The table by which kernels = 'auto' chooses has the CPU, which these tests check, and what a committed file shows."""
+    for kind, shown in dispatch.CHECKED.items():
+        if kind != "cpu":
+            results = json.loads((builders.ROOT / shown).read_text())
+            assert kind in results["settings"]["kinds"]
+            assert not results["settings"]["tiny"]
+            assert {row["name"] for row in results["rows"] if row["passed"]} == {*CHECKS}
 
 
 def test_what_a_check_raises_is_its_row(tiny: Setting) -> None:

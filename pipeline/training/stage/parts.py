@@ -6,6 +6,7 @@ The same for a stage with its weights and for one on `meta` that is only counted
 from collections import Counter
 from typing import Any
 
+from pipeline.kernels import dispatch
 from pipeline.model.adapters.full import unfreeze, unfreeze_model
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.quantized import Scheme
@@ -46,6 +47,13 @@ def whole_on_meta(meta_model: MetaModel, trained: Trained) -> Stage:
     stage = Stage(model.requires_grad_(False), 0, len(model.base_model.layers)).train()
     put_trained(stage, trained)
     return stage
+
+
+def chosen_kernels(wanted: str | list[Any], on_gpu: bool) -> str | list[Any]:
+    """What `wanted` asks for; for 'auto' all kernels where they were checked on every kind of device at hand, else none."""
+    if wanted != "auto":
+        return wanted
+    return "all" if all(kind in dispatch.CHECKED for kind in dispatch.kinds(on_gpu)) else "none"
 
 
 def put_kernels(stage: Stage, wanted: str | list[Any]) -> Counter[str]:

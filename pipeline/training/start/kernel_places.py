@@ -6,9 +6,11 @@ A kernel that was asked for and found no place is said with the reason: the mode
 from collections import Counter
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pipeline.console import log
+from pipeline.kernels import dispatch
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
 from pipeline.training.engine.engine import Place
@@ -27,6 +29,7 @@ NOWHERE = {  # why, where a model has no module that a kernel might serve
 
 def put(stage: Stage, wanted: str | list[Any], place: Place) -> None:
     """Put the kernels into `stage`; the first process says what became of each in the whole model."""
+    wanted = choose(wanted, place.device.type == "cuda")
     everyone: list[Counter[str]] = [Counter()] * place.world
     dist.all_gather_object(everyone, parts.put_kernels(stage, wanted) if place.replica == 0 else Counter())
     taken = sum(everyone, Counter[str]())
@@ -38,11 +41,27 @@ def put(stage: Stage, wanted: str | list[Any], place: Place) -> None:
 
 def foresee(wanted: str | list[Any], meta_model: MetaModel, trained: Trained) -> None:
     """Say what `put` will say, from the model's structure alone."""
+    wanted = choose(wanted, torch.cuda.is_available())
     if wanted in ("none", []):
         return
     stage = parts.whole_on_meta(meta_model, trained)
     taken = parts.put_kernels(stage, wanted)
     say_places(wanted, taken, [{name: fusion.why_not(stage, name) for name in missing(wanted, taken)}])
+
+
+def choose(wanted: str | list[Any], on_gpu: bool) -> str | list[Any]:
+    """`parts.chosen_kernels`; says what 'auto' has chosen, and why."""
+    chosen = parts.chosen_kernels(wanted, on_gpu)
+    if wanted == "auto":
+        kinds = dispatch.kinds(on_gpu)
+        unchecked = [kind for kind in kinds if kind not in dispatch.CHECKED]
+        why = (
+            f"not checked on {', '.join(unchecked)} yet: run `make gpu-check`, or set kernels = 'all'"
+            if unchecked
+            else f"checked on {', '.join(kinds)} by {', '.join(dispatch.CHECKED[kind] for kind in kinds)}"
+        )
+        log(f"kernels:  '{chosen}', {why}")
+    return chosen
 
 
 def missing(wanted: str | list[Any], taken: Counter[str]) -> list[str]:

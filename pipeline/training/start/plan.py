@@ -66,7 +66,7 @@ def host_bytes(layout: Layout) -> int:
 def costs(plan: Resolved, levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
     """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
     stage = parts.whole_on_meta(plan.meta_model, plan.trained)
-    parts.put_kernels(stage, plan.layout.kernels)
+    parts.put_kernels(stage, parts.chosen_kernels(plan.layout.kernels, on_gpu))
     rows, optimizer = plan.layout.rows, plan.updates.optimizer
     own_types = optimizer_types(optimizer, stage)
 

@@ -9,8 +9,10 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.config import loading
+from pipeline.kernels import dispatch
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
+from pipeline.training.stage import parts
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained
 from pipeline.training.start import check as look
@@ -203,3 +205,24 @@ def test_check_says_what_the_run_says(tmp_path: Path, capsys: pytest.CaptureFixt
         "kernels:  no place for parallel_block: CohereDecoderLayer has an MLP without the 'multiplicative' kernel, "
         "which would make the sum (4 of them)",
     ]
+
+
+def test_auto_takes_all_kernels_on_the_cpu_and_none_on_a_gpu_nobody_has_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parts.chosen_kernels("auto", on_gpu=False) == "all"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0) if i else (8, 6))
+    monkeypatch.setitem(dispatch.CHECKED, "sm_90", "benchmarks/results/one.json")
+    assert kernel_places.choose("auto", on_gpu=True) == "none"
+    assert "'none', not checked on sm_86 yet" in capsys.readouterr().out
+    monkeypatch.setitem(dispatch.CHECKED, "sm_86", "benchmarks/results/other.json")
+    assert kernel_places.choose("auto", on_gpu=True) == "all"
+    assert "benchmarks/results/other.json" in capsys.readouterr().out
+    assert kernel_places.choose(["norm"], on_gpu=True) == ["norm"]
+    assert not capsys.readouterr().out
+
+
+def test_a_plan_for_gpus_that_are_not_here_counts_what_a_run_there_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert parts.chosen_kernels("auto", on_gpu=True) == "none"
