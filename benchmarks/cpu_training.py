@@ -25,10 +25,10 @@ from benchmarks.shapes import CPU, TINY, Shape
 from benchmarks.variants import HF, HF_CHECKPOINTING, ORACLE, kernel_sets, name
 from benchmarks.worker import MEMORY_ENVIRONMENT, Worker
 from pipeline.console import UserError
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 
-LEVELS = [HF, HF_CHECKPOINTING, *(name(level) for level in reversed(Level))]
-KERNELS = [HF, HF_CHECKPOINTING, *(name(Level.EVERYTHING, label) for label in kernel_sets())]
+LEVELS = [HF, HF_CHECKPOINTING, *(name(level) for level in reversed(RecomputeLevel))]
+KERNELS = [HF, HF_CHECKPOINTING, *(name(RecomputeLevel.EVERYTHING, label) for label in kernel_sets())]
 # Every bf16 variant rounds at the same places but for what a kernel keeps in fp32, so its distance from fp32 is about the
 # peer's. Twice the peer's leaves room for roundings that fall differently.
 ALLOWED = 2.0
@@ -115,7 +115,7 @@ def table(rows: list[dict[str, Any]], shape: Shape) -> None:
 def targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What was to be shown, and whether it was: nothing recomputed against both peers."""
     by_name = {row["variant"]: row for row in rows}
-    ours, whole, checkpointing = by_name[name(Level.EVERYTHING)], by_name[HF], by_name[HF_CHECKPOINTING]
+    ours, whole, checkpointing = by_name[name(RecomputeLevel.EVERYTHING)], by_name[HF], by_name[HF_CHECKPOINTING]
     found = {
         "speed_over_checkpointing": checkpointing["seconds"] / ours["seconds"],
         "speed_over_hf": whole["seconds"] / ours["seconds"],
@@ -173,7 +173,7 @@ def main() -> None:
         "ours": "one process, no DeepSpeed",
         "memory_environment": MEMORY_ENVIRONMENT,
     }
-    if name(Level.EVERYTHING) in variants:
+    if name(RecomputeLevel.EVERYTHING) in variants:
         settings["targets"] = targets(rows)
     print("written:", record.write("cpu_kernels" if given.kernels else "cpu_training", settings, rows, given.out))
 

@@ -113,7 +113,7 @@ class Variant:
         targets = resolve_targets(model, ["down_proj"], list(range(1, size.layers)))
         scheme = resolve.base_of(config).scheme
         if scheme:
-            quantized.foresee(model, scheme)
+            quantized.put_placeholders(model, scheme)
         parts.import_quantisation(scheme)
         self.stage = Stage(model, 0, size.layers)
         parts.put_quantised(self.stage, scheme)

@@ -25,7 +25,7 @@ from benchmarks.shapes import COMMAND_R, TINY, Ceilings, Shape, Work, kept_bytes
 from benchmarks.variants import HF, HF_CHECKPOINTING, ORACLE, name
 from benchmarks.worker import Worker, WorkerError
 from pipeline.console import UserError
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 
 WARM_UP, TIMED = 3, 5
 WALL_LIMIT_S = 570.0
@@ -45,19 +45,21 @@ class Case(NamedTuple):
 
 def cases(shape: Shape) -> list[Case]:
     """The most important first."""
-    every = Level.EVERYTHING
-    levels = (Level.INPUT, Level.PROJECTIONS, Level.ATTENTION, Level.ADAPTER)
+    every = RecomputeLevel.EVERYTHING
+    levels = (RecomputeLevel.INPUT, RecomputeLevel.PROJECTIONS, RecomputeLevel.ATTENTION, RecomputeLevel.ADAPTER)
     return [
         Case(HF_CHECKPOINTING, peer_step(shape, checkpointing=True)),
         Case(name(every), step(shape, every)),
         Case(HF, peer_step(shape, checkpointing=False)),
-        Case(name(Level.INPUT), step(shape, Level.INPUT)),
+        Case(name(RecomputeLevel.INPUT), step(shape, RecomputeLevel.INPUT)),
         Case(name(every, on_host=True), step(shape, every), kept_bytes(shape, every)),
         Case(name(every, "none"), step(shape, every, fused=False)),
         *(Case(name(level), step(shape, level)) for level in levels[1:]),
-        Case(name(Level.INPUT, "none"), step(shape, Level.INPUT, fused=False)),
+        Case(name(RecomputeLevel.INPUT, "none"), step(shape, RecomputeLevel.INPUT, fused=False)),
         Case(
-            name(Level.PROJECTIONS, on_host=True), step(shape, Level.PROJECTIONS), kept_bytes(shape, Level.PROJECTIONS)
+            name(RecomputeLevel.PROJECTIONS, on_host=True),
+            step(shape, RecomputeLevel.PROJECTIONS),
+            kept_bytes(shape, RecomputeLevel.PROJECTIONS),
         ),
     ]
 
@@ -117,7 +119,13 @@ def show(row: dict[str, Any], peer_s: float | None) -> None:
 
 def same_training(device: str, shape: Shape) -> dict[str, Any]:
     """Loss and gradients of ours, with all kernels and with none, beside the peer's, on a model of seconds."""
-    variants = [ORACLE, HF, name(Level.EVERYTHING), name(Level.EVERYTHING, "none"), name(Level.INPUT)]
+    variants = [
+        ORACLE,
+        HF,
+        name(RecomputeLevel.EVERYTHING),
+        name(RecomputeLevel.EVERYTHING, "none"),
+        name(RecomputeLevel.INPUT),
+    ]
     try:
         with contextlib.ExitStack() as stack:
             return cpu_training.check({v: stack.enter_context(Worker(v, shape, device)) for v in variants})
@@ -171,8 +179,8 @@ def main() -> int:
         raise UserError(f"no variant {sorted(unknown)}; there are {sorted(known)}")
     rows = measure([known[v] for v in given.only or known], shape, given.device, rates, began + given.wall_limit)
     seconds = {row["variant"]: row["seconds"] for row in rows if "seconds" in row}
-    if {HF_CHECKPOINTING, name(Level.EVERYTHING)} <= set(seconds):
-        ratio = seconds[HF_CHECKPOINTING] / seconds[name(Level.EVERYTHING)]
+    if {HF_CHECKPOINTING, name(RecomputeLevel.EVERYTHING)} <= set(seconds):
+        ratio = seconds[HF_CHECKPOINTING] / seconds[name(RecomputeLevel.EVERYTHING)]
         settings["speed_over_checkpointing"] = ratio
         print(f"nothing recomputed against the checkpointing peer: × {ratio:.2f} (target {TARGET})")
     label = f"gpu_{shape.layers}_layers" if device.type == "cuda" else "gpu_on_cpu"

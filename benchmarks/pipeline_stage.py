@@ -24,7 +24,7 @@ from benchmarks.shapes import Shape
 from pipeline.model.adapters.base import trainable
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.engine import engine
@@ -37,7 +37,7 @@ def main() -> None:
     request = json.loads(request_path.read_text())
     shape, micro_batches = Shape(*request["shape"]), request["micro_batches"]
     place = engine.initialise(2, folder.resolve() / "rendezvous", column_major=False)
-    stage = build(shape, place, request["cut"], Level[request["level"].upper()])
+    stage = build(shape, place, request["cut"], RecomputeLevel[request["level"].upper()])
     objective = LanguageModelling(stage.head if stage.is_last else None, logit_transform(stage.model.config))
     ids = variants.tokens(shape, place.device)
     positions = torch.arange(shape.tokens).unsqueeze(0)
@@ -78,12 +78,12 @@ class Timed:
         return result
 
 
-def build(shape: Shape, place: engine.Place, cut: int, level: Level) -> Stage:
+def build(shape: Shape, place: engine.Place, cut: int, level: RecomputeLevel) -> Stage:
     """Layers [0, cut) or [cut, L) of the model, at `level`, with all kernels."""
     first, end = ((0, cut), (cut, shape.layers))[place.stage]
     whole = variants.model(shape, place.device)
     stage = variants.stage_of(whole, shape, first, end, frozenset(fusion.KERNELS))
-    activation.apply(stage, dict.fromkeys(range(first, end), Keeping(level)))
+    activation.apply(stage, dict.fromkeys(range(first, end), ActivationPolicy(level)))
     return stage
 
 

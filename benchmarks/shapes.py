@@ -7,7 +7,7 @@ V vocabulary, L layers, r rank; key width = d, as in Command-R. Frozen weights: 
 
 from typing import NamedTuple
 
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Elementwise traffic of one layer in bytes per token and unit of d, bf16: counted at Command-R's dimensions, where an
@@ -40,7 +40,7 @@ CPU = Shape(hidden=512, feed_forward=1408, heads=8, layers=8, vocabulary=32768, 
 COMMAND_R = Shape(hidden=8192, feed_forward=22528, heads=64, layers=40, vocabulary=256000, tokens=8192, rank=64)
 
 
-def kept_bytes(shape: Shape, level: Level) -> int:
+def kept_bytes(shape: Shape, level: RecomputeLevel) -> int:
     """Per token and layer: x with its mean and reciprocal deviation; z; attention's output and log-sum-exp; q, k, v; gate, up."""
     size = BYTES[shape.dtype]
     parts = [
@@ -67,31 +67,31 @@ class Work(NamedTuple):
         return self.linear_flops + one * (self.attention_forwards + 2.5 * self.attention_backwards)
 
 
-def step(shape: Shape, level: Level, fused: bool = True) -> Work:
+def step(shape: Shape, level: RecomputeLevel, fused: bool = True) -> Work:
     """Ours: L forwards, backward from the last layer down to the first adapter, and what `level` computes once more."""
     T, d, f = shape.tokens, shape.hidden, shape.feed_forward
     layer = 2 * (4 * d * d + 3 * d * f)
     attention_input, mlp_input = 2 * 3 * d * d, 2 * 2 * d * f
     again = {
-        Level.INPUT: layer,
-        Level.ADAPTER: attention_input + mlp_input,
-        Level.ATTENTION: attention_input + mlp_input,
-        Level.PROJECTIONS: mlp_input,
-        Level.EVERYTHING: 0,
+        RecomputeLevel.INPUT: layer,
+        RecomputeLevel.ADAPTER: attention_input + mlp_input,
+        RecomputeLevel.ATTENTION: attention_input + mlp_input,
+        RecomputeLevel.PROJECTIONS: mlp_input,
+        RecomputeLevel.EVERYTHING: 0,
     }[level]
     L, back = shape.layers, shape.layers - 1
     # The first adapted layer's backward ends at its adapter; recomputing it takes what its level says all the same.
     adapters = len(shape.adapted) * (4 + 8) * d * shape.rank
     per_token = L * layer + back * (layer + again) + adapters + 2 * 2 * shape.vocabulary * d
-    repeats = back if level <= Level.ADAPTER else 0
+    repeats = back if level <= RecomputeLevel.ADAPTER else 0
     forward, backward = (x * shape.tokens * d / COUNTED_AT for x in (FUSED if fused else EAGER))
-    recomputed = back * forward * (0 if level == Level.EVERYTHING else 1)
+    recomputed = back * forward * (0 if level == RecomputeLevel.EVERYTHING else 1)
     return Work(per_token * T, L + repeats, back, L * forward + back * backward + recomputed)
 
 
 def peer_step(shape: Shape, checkpointing: bool) -> Work:
     """Hugging Face: with checkpointing transformers has the embedding's output want a gradient, so all layers run backward."""
-    level = Level.INPUT if checkpointing else Level.EVERYTHING
+    level = RecomputeLevel.INPUT if checkpointing else RecomputeLevel.EVERYTHING
     work = step(shape, level, fused=False)
     if not checkpointing:
         return work

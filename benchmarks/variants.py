@@ -26,7 +26,7 @@ from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 
@@ -166,12 +166,16 @@ def _founding_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
 
 
 def ours(
-    shape: Shape, device: torch.device, level: Level, kernels: frozenset[str] | None = None, on_host: bool = False
+    shape: Shape,
+    device: torch.device,
+    level: RecomputeLevel,
+    kernels: frozenset[str] | None = None,
+    on_host: bool = False,
 ) -> Variant:
     """A Stage of all layers, each at `level`, with `kernels` (None: all of them)."""
     whole = model(shape, device)
     stage = stage_of(whole, shape, 0, shape.layers, frozenset(fusion.KERNELS) if kernels is None else kernels)
-    keeping = dict.fromkeys(range(shape.layers), Keeping(level, on_host))
+    keeping = dict.fromkeys(range(shape.layers), ActivationPolicy(level, on_host))
     on_the_host = arena(shape, level, device) if on_host else None
     activation.apply(stage, keeping, on_the_host)
     objective = LanguageModelling(stage.head, logit_transform(whole.config))
@@ -207,12 +211,12 @@ def trained_in(stage: Stage) -> dict[str, nn.Parameter]:
     return {f"{n.split('.layers.')[1].split('.')[0]}.{n[-1]}": p for n, p in trainable(stage).items()}
 
 
-def arena(shape: Shape, level: Level, device: torch.device) -> HostArena:
+def arena(shape: Shape, level: RecomputeLevel, device: torch.device) -> HostArena:
     """Host memory for all layers at `level`, and a tenth for the rounding of sizes."""
     return HostArena(int(1.1 * kept_bytes(shape, level) * shape.tokens * shape.layers) + 2**20, device)
 
 
-def name(level: Level, kernels: str = "all", on_host: bool = False) -> str:
+def name(level: RecomputeLevel, kernels: str = "all", on_host: bool = False) -> str:
     """'ours everything', 'ours input, kernels none', 'ours projections, on the host'."""
     return (
         f"ours {level.name.lower()}"
@@ -236,7 +240,7 @@ VARIANTS: dict[str, Builder] = {
     ORACLE: functools.partial(peer, checkpointing=False, wide=True),
     **{
         name(level, label, on_host): functools.partial(ours, level=level, kernels=chosen, on_host=on_host)
-        for level in Level
+        for level in RecomputeLevel
         for label, chosen in kernel_sets().items()
         for on_host in (False, True)
     },

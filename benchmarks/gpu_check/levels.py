@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import variants
 from benchmarks.gpu_check.setting import Outcome, Setting, deterministic
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 
 
 def check(given: Setting) -> Outcome:
@@ -17,7 +17,7 @@ def check(given: Setting) -> Outcome:
     counted, ids = 0, variants.tokens(given.small, given.device)
     with deterministic():
         for kernels in ("none", "all"):
-            expected = second_step(build(given, Level.EVERYTHING, kernels, False), ids)
+            expected = second_step(build(given, RecomputeLevel.EVERYTHING, kernels, False), ids)
             for level, on_host in cases():
                 variant = build(given, level, kernels, on_host)
                 name, counted = variants.name(level, kernels, on_host), counted + 1
@@ -36,14 +36,14 @@ def check(given: Setting) -> Outcome:
     )
 
 
-def cases() -> Iterator[tuple[Level, bool]]:
+def cases() -> Iterator[tuple[RecomputeLevel, bool]]:
     """Nothing recomputed, once more, comes first: where that differs, the device is not deterministic."""
-    yield Level.EVERYTHING, False
-    yield from ((level, False) for level in Level if level != Level.EVERYTHING)
-    yield from ((level, True) for level in Level)
+    yield RecomputeLevel.EVERYTHING, False
+    yield from ((level, False) for level in RecomputeLevel if level != RecomputeLevel.EVERYTHING)
+    yield from ((level, True) for level in RecomputeLevel)
 
 
-def build(given: Setting, level: Level, kernels: str, on_host: bool) -> variants.Variant:
+def build(given: Setting, level: RecomputeLevel, kernels: str, on_host: bool) -> variants.Variant:
     """The variant."""
     return variants.VARIANTS[variants.name(level, kernels, on_host)](given.small, given.device)
 

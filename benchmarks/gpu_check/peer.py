@@ -11,11 +11,17 @@ from benchmarks import cpu_training, variants, worker
 from benchmarks.gpu_check.setting import Outcome, Setting
 from benchmarks.shapes import Shape
 from benchmarks.variants import HF, HF_CHECKPOINTING, ORACLE, name
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 
 WARM_UP, TIMED = 2, 5
-SAME = [ORACLE, HF, name(Level.EVERYTHING), name(Level.EVERYTHING, "none"), name(Level.INPUT)]
-TIMES = [HF_CHECKPOINTING, name(Level.EVERYTHING), name(Level.INPUT)]
+SAME = [
+    ORACLE,
+    HF,
+    name(RecomputeLevel.EVERYTHING),
+    name(RecomputeLevel.EVERYTHING, "none"),
+    name(RecomputeLevel.INPUT),
+]
+TIMES = [HF_CHECKPOINTING, name(RecomputeLevel.EVERYTHING), name(RecomputeLevel.INPUT)]
 
 
 def check(given: Setting) -> Outcome:
@@ -26,7 +32,7 @@ def check(given: Setting) -> Outcome:
     found, wrong = cpu_training.compare(losses, gradients)
     rows = [measured(variant, given.large, given.device) for variant in TIMES]
     seconds = {row["variant"]: row["seconds"] for row in rows}
-    ratio = seconds[HF_CHECKPOINTING] / seconds[name(Level.EVERYTHING)]
+    ratio = seconds[HF_CHECKPOINTING] / seconds[name(RecomputeLevel.EVERYTHING)]
     print(f"nothing recomputed against the checkpointing peer: × {ratio:.2f}")
     return Outcome(
         passed=not wrong and (ratio > 1 or not given.speed_counts),

@@ -50,7 +50,7 @@ def build(folder: Path, scheme: Scheme, given: Setting) -> Stage:
     dtype = torch.float32
     whole = empty_model(read_model_config(str(folder)), dtype, None)
     targets = resolve_targets(whole, ["down_proj"], list(given.small.adapted))
-    quantized.foresee(whole, scheme)
+    quantized.put_placeholders(whole, scheme)
     stage = Stage(whole, 0, given.small.layers)
     quantized_bnb.put_in(stage)
     weights.load(stage, str(folder), dtype, given.device)

@@ -1,8 +1,8 @@
 """Which base weights are quantised, and what that takes: known before a weight is read.
 
-Takes a model on `meta` and a `Scheme`; puts a `Foreseen` in the place of every linear layer whose weight is to be quantised.
-It computes as a linear layer does, so that the planner can count it, and knows the bytes it will take.
-`quantization.put_in` replaces it by bitsandbytes' layer; bitsandbytes itself is not needed here.
+Takes a model on `meta` and a `Scheme`; puts a `QuantizedPlaceholder` in the place of every linear layer whose weight is to
+be quantised. It computes as a linear layer does, so that the planner can count it, and knows the bytes it will take.
+`quantized_bnb.put_in` replaces it by bitsandbytes' layer; bitsandbytes itself is not needed here.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -51,7 +51,7 @@ class Scheme(NamedTuple):
 
 
 @runtime_checkable
-class Packs(Protocol):
+class PackedLinear(Protocol):
     """A layer that stores its weight in another form than it is given."""
 
     def pack(self, weight: Tensor) -> nn.Parameter:
@@ -59,7 +59,7 @@ class Packs(Protocol):
         ...
 
 
-class Foreseen(nn.Linear):
+class QuantizedPlaceholder(nn.Linear):
     """A linear layer whose weight will be quantised: on `meta`, with the shapes of before."""
 
     def __init__(self, plain: nn.Linear, scheme: Scheme) -> None:
@@ -76,12 +76,12 @@ class Foreseen(nn.Linear):
 
 def saved_bytes(module: nn.Module) -> int:
     """By which the weights of `module` will be smaller than its parameters on `meta` say."""
-    return sum(part.saved_bytes for part in module.modules() if isinstance(part, Foreseen))
+    return sum(part.saved_bytes for part in module.modules() if isinstance(part, QuantizedPlaceholder))
 
 
 def dequantised_bytes(module: nn.Module) -> int:
     """Of the largest weight in `module` that will be quantised, in the form in which it is multiplied: alive in a product."""
-    foreseen = [part for part in module.modules() if isinstance(part, Foreseen)]
+    foreseen = [part for part in module.modules() if isinstance(part, QuantizedPlaceholder)]
     return max((part.weight.numel() * part.scheme.compute_dtype.itemsize for part in foreseen), default=0)
 
 
@@ -91,7 +91,7 @@ def dequantising_traffic(module: nn.Module) -> tuple[int, int]:
     4 bits are unpacked for both, 8 bits for backward only: their forward multiplies the codes.
     """
     forward = backward = 0
-    for part in (part for part in module.modules() if isinstance(part, Foreseen)):
+    for part in (part for part in module.modules() if isinstance(part, QuantizedPlaceholder)):
         codes = part.scheme.packed_bytes(part.out_features, part.in_features)
         unpacked = part.weight.numel() * part.scheme.compute_dtype.itemsize
         backward += codes + unpacked
@@ -99,8 +99,8 @@ def dequantising_traffic(module: nn.Module) -> tuple[int, int]:
     return forward, backward
 
 
-def foresee(model: PreTrainedModel, scheme: Scheme) -> list[str]:
-    """Put a `Foreseen` for every linear layer of the decoder layers that `scheme` quantises; returns their names.
+def put_placeholders(model: PreTrainedModel, scheme: Scheme) -> list[str]:
+    """Put a `QuantizedPlaceholder` for every linear layer of the decoder layers that `scheme` quantises; returns their names.
 
     The embedding, the head and a mixture's routers stay as they are. UserError for a name in `skip` that no module has,
     and for a model most of whose weights are in no linear layer (experts stacked in one tensor).
@@ -119,7 +119,7 @@ def foresee(model: PreTrainedModel, scheme: Scheme) -> list[str]:
         raise UserError(f"llm_int8_skip_modules = {list(scheme.skip)} leaves nothing to quantise")
     for name in chosen:
         plain: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
-        model.set_submodule(name, Foreseen(plain, scheme))
+        model.set_submodule(name, QuantizedPlaceholder(plain, scheme))
     return chosen
 
 

@@ -1,6 +1,6 @@
 """Quantised base weights: bitsandbytes' 4-bit and 8-bit linear layers, filled one tensor at a time.
 
-Takes a stage on `meta` in which `packed.foresee` has marked the layers; puts bitsandbytes' layers in their place.
+Takes a stage on `meta` in which `quantized.put_placeholders` has marked the layers; puts bitsandbytes' layers in their place.
 `weights.load` then hands each its weight as soon as that is read, in 16 bits on the device, and keeps what `pack` returns:
 of the 16-bit model no more than one tensor is alive at a time.
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.memory import replay
-from pipeline.model.quantized import Foreseen
+from pipeline.model.quantized import QuantizedPlaceholder
 from pipeline.model.stage import Stage
 
 # It says at every product in 8 bits that the input is rounded to float16.
@@ -30,7 +30,7 @@ class Linear4bit(bnb.nn.Linear4bit):
     x [..., D_in] → [..., D_out], in x's dtype.
     """
 
-    def __init__(self, like: Foreseen) -> None:
+    def __init__(self, like: QuantizedPlaceholder) -> None:
         scheme = like.scheme
         super().__init__(
             like.in_features,
@@ -65,7 +65,7 @@ class Linear8bit(bnb.nn.Linear8bitLt):
     does not see it, so a recomputed layer would keep it all the same; a frozen W needs nothing but itself.
     """
 
-    def __init__(self, like: Foreseen) -> None:
+    def __init__(self, like: QuantizedPlaceholder) -> None:
         super().__init__(
             like.in_features,
             like.out_features,
@@ -100,10 +100,10 @@ class _Product8bit(torch.autograd.Function):
 
 
 def put_in(stage: Stage) -> None:
-    """bitsandbytes' layers, on `meta`, in place of the stage's `Foreseen` ones."""
+    """bitsandbytes' layers, on `meta`, in place of the stage's `QuantizedPlaceholder` ones."""
     model: Any = stage.model
     for name, module in list(model.named_modules()):
-        if isinstance(module, Foreseen):
+        if isinstance(module, QuantizedPlaceholder):
             four = module.scheme.bits == 4
             model.set_submodule(name, (Linear4bit if four else Linear8bit)(module).requires_grad_(False))
             # PEFT looks at these to choose its layer.

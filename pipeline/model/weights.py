@@ -20,7 +20,7 @@ from pipeline.console import UserError, log_if_slow, progress
 from pipeline.foreign import printable
 from pipeline.formats.base_model import Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
-from pipeline.model.quantized import Foreseen, Packs
+from pipeline.model.quantized import PackedLinear, QuantizedPlaceholder
 from pipeline.model.stage import Stage, tied_head
 from pipeline.names import HEAD, layer_of
 
@@ -80,7 +80,7 @@ def stored_in_another_form(model: PreTrainedModel, names: Collection[str]) -> li
 
 def check_complete(model: PreTrainedModel, base: Base) -> None:
     """Raise UserError if the folder lacks a tensor of the whole `model`, as `empty_model` makes it, or holds one in a form
-    that cannot be quantised while it is `Foreseen`. Nothing is read."""
+    that cannot be quantised while it is `QuantizedPlaceholder`. Nothing is read."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -105,7 +105,7 @@ def check_complete(model: PreTrainedModel, base: Base) -> None:
 
 def _check_packs_none(model: PreTrainedModel, converted: list[str]) -> None:
     """Raise UserError if weights are to be quantised while `converted` are stored in another form than they run."""
-    if any(isinstance(module, Packs | Foreseen) for module in model.modules()):
+    if any(isinstance(module, PackedLinear | QuantizedPlaceholder) for module in model.modules()):
         raise UserError(
             f"quantization: the model folder stores model_type '{model.config.model_type}' in another form than it runs "
             f"(it has no tensor for {converted[0]}), and quantising such weights is not built; remove [quantization]"
@@ -186,7 +186,7 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def _packs(model: nn.Module, name: str) -> bool:
     """Whether `name` is the weight of a layer that stores it in another form."""
     parent, _, leaf = name.rpartition(".")
-    return leaf == "weight" and isinstance(model.get_submodule(parent), Packs)
+    return leaf == "weight" and isinstance(model.get_submodule(parent), PackedLinear)
 
 
 class _Slice:

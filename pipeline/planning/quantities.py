@@ -7,7 +7,7 @@ bytes of activations are per token (of one micro-batch); weights are bytes.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 
 
 class Work(NamedTuple):
@@ -45,7 +45,7 @@ class LayerCost(NamedTuple):
     trained_bytes: int  # adapter, its fp32 gradient sum and optimizer state; not what only the update has
     forward: Work
     backward: Work
-    levels: dict[Level, LevelCost]  # empty where nothing runs backward
+    levels: dict[RecomputeLevel, LevelCost]  # empty where nothing runs backward
     # Most that is alive within one pass of the layer, in either direction, beyond what is kept where everything is kept.
     # A layer that keeps less also has alive, in its backward, what it computes again.
     working_bytes: float
@@ -104,7 +104,7 @@ class StagePlan(NamedTuple):
 
     first: int
     end: int
-    keeping: list[Keeping]  # of layers first … end − 1
+    keeping: list[ActivationPolicy]  # of layers first … end − 1
     in_flight: int  # micro-batches whose activations are held at once
     weight_bytes: int
     trained_bytes: int

@@ -21,7 +21,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning.cut import Choice, Ranges, best_split, check_possible, undominated
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, StagePlan
 from pipeline.planning.stage_cost import (
@@ -57,7 +57,7 @@ class _Kept(NamedTuple):
     `resident` as in a `Point`."""
 
     n_host: int
-    host_level: Level
+    host_level: RecomputeLevel
     resident: Any
 
 
@@ -76,12 +76,12 @@ class _Placement(NamedTuple):
     `limits`. `copied_bytes` are of one micro-batch."""
 
     limits: tuple[_Limit, ...]
-    floor: Level
+    floor: RecomputeLevel
     resident: tuple[int, ...]
     copied_bytes: float
     flight: int
     n_host: int
-    level: Level
+    level: RecomputeLevel
 
     @property
     def host_bytes(self) -> float:
@@ -107,7 +107,7 @@ def solve(
     host_bytes: int,
     *,
     ranges: Ranges | None = None,
-    keeping: Keeping | None = None,
+    keeping: ActivationPolicy | None = None,
 ) -> Plan:
     """The fastest plan that fits; where none does, the one that exceeds the devices' memory least, with `fits` False.
 
@@ -152,7 +152,13 @@ class _Search:
     """The choices of each stage. Fronts and choices are kept: ranges of like layers have the same."""
 
     def __init__(
-        self, model: ModelCost, devices: list[int], rates: Rates, shape: Shape, host_bytes: int, keeping: Keeping | None
+        self,
+        model: ModelCost,
+        devices: list[int],
+        rates: Rates,
+        shape: Shape,
+        host_bytes: int,
+        keeping: ActivationPolicy | None,
     ) -> None:
         self.model, self.devices, self.rates, self.shape = model, devices, rates, shape
         self.host_bytes, self.keeping = host_bytes, keeping
@@ -163,7 +169,7 @@ class _Search:
         self._again_s = [
             {level: seconds(cost.recomputed, rates) for level, cost in levels.items()} for levels in self.classes
         ]
-        self._fronts: dict[tuple[Level, tuple[int, ...]], list[Point]] = {}
+        self._fronts: dict[tuple[RecomputeLevel, tuple[int, ...]], list[Point]] = {}
         self._choices: dict[tuple[Any, ...], list[_Choice]] = {}
 
     def fitting(self, stage: int, first: int, end: int) -> list[_Choice]:
@@ -200,7 +206,7 @@ class _Search:
         held = self._held(first, end)
         again_s = {  # of the first so many layers, per token
             level: [0.0, *itertools.accumulate(self._again_s[self.class_of[i]][level] for i in held)]
-            for level in (self.model.layers[held[0]].levels if held else [Level.INPUT])
+            for level in (self.model.layers[held[0]].levels if held else [RecomputeLevel.INPUT])
         }
         for place in self._placements(stage, first, end):
             if (room := place.room) < 0:
@@ -229,7 +235,7 @@ class _Search:
         room = self.devices[stage] - sum(weights_of(model, first, end))
         of_embedding, of_update = embedding_bytes(model, first, end), update_bytes(model, first, end, tokens)
         held = self._held(first, end)
-        levels = sorted(model.layers[held[0]].levels) if held else [Level.INPUT]
+        levels = sorted(model.layers[held[0]].levels) if held else [RecomputeLevel.INPUT]
         counts = [0] * len(self.classes)
         for i in held:
             counts[self.class_of[i]] += 1
@@ -257,7 +263,7 @@ class _Search:
     def _held(self, first: int, end: int) -> list[int]:
         return [i for i in range(first, end) if self.model.layers[i].levels]
 
-    def _front(self, floor: Level, counts: tuple[int, ...]) -> list[Point]:
+    def _front(self, floor: RecomputeLevel, counts: tuple[int, ...]) -> list[Point]:
         """Fewest recomputation seconds for so many kept bytes, of `counts` layers of each class, none below `floor`."""
         if not any(counts):
             return [Point(0.0, 0.0, None)]
@@ -279,14 +285,17 @@ class _Search:
 
     def _uniform(self, stage: int, first: int, end: int) -> StagePlan:
         assert self.keeping is not None
-        keeping = [self.keeping if layer.levels else Keeping(Level.INPUT) for layer in self.model.layers[first:end]]
+        keeping = [
+            self.keeping if layer.levels else ActivationPolicy(RecomputeLevel.INPUT)
+            for layer in self.model.layers[first:end]
+        ]
         return evaluate(self.model, first, end, stage, keeping, self.devices[stage], self.rates, self.shape)
 
     def stage_plan(self, stage: int, first: int, end: int, choice: _Choice) -> StagePlan:
         if (kept := choice.how) is None:
             return self._uniform(stage, first, end)
-        keeping = {i: Keeping(kept.host_level, on_host=True) for i in self._held(first, end)[: kept.n_host]}
-        levels: dict[int, list[Level]] = {}
+        keeping = {i: ActivationPolicy(kept.host_level, on_host=True) for i in self._held(first, end)[: kept.n_host]}
+        levels: dict[int, list[RecomputeLevel]] = {}
         linked = kept.resident
         while linked is not None:
             of_class, level, linked = linked
@@ -294,8 +303,8 @@ class _Search:
         for each in levels.values():
             each.sort(reverse=True)  # taken from the end: what recomputes most has its backward last
         for i in self._held(first, end)[kept.n_host :]:
-            keeping[i] = Keeping(levels[self.class_of[i]].pop())
-        every = [keeping.get(i, Keeping(Level.INPUT)) for i in range(first, end)]
+            keeping[i] = ActivationPolicy(levels[self.class_of[i]].pop())
+        every = [keeping.get(i, ActivationPolicy(RecomputeLevel.INPUT)) for i in range(first, end)]
         return evaluate(self.model, first, end, stage, every, self.devices[stage], self.rates, self.shape)
 
 

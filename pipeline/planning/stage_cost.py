@@ -16,7 +16,7 @@ Assumptions, which the end of a run checks:
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning.quantities import LayerCost, ModelCost, Rates, Shape, StagePlan, Work, together
 from pipeline.planning.timeline import in_flight
 
@@ -26,12 +26,12 @@ def seconds(work: Work, rates: Rates) -> float:
     return work.flops / rates.flops_per_s + work.elementwise_bytes / rates.memory_bytes_per_s
 
 
-def kept_bytes(layer: LayerCost, level: Level) -> float:
+def kept_bytes(layer: LayerCost, level: RecomputeLevel) -> float:
     """Per token; zero where nothing runs backward."""
     return layer.levels[level].kept_bytes if layer.levels else 0.0
 
 
-def recomputed_bytes(layer: LayerCost, level: Level) -> float:
+def recomputed_bytes(layer: LayerCost, level: RecomputeLevel) -> float:
     """Per token: what is alive in backward beyond the kept tensors and the working ones."""
     return kept_bytes(layer, max(layer.levels)) - kept_bytes(layer, level) if layer.levels else 0.0
 
@@ -70,7 +70,7 @@ def update_bytes(model: ModelCost, first: int, end: int, tokens: int) -> int:
     return sum(together(parts)) + buffers * model.hidden_bytes * tokens
 
 
-def working_bytes(model: ModelCost, first: int, end: int, tokens: int, levels: Iterable[Level]) -> float:
+def working_bytes(model: ModelCost, first: int, end: int, tokens: int, levels: Iterable[RecomputeLevel]) -> float:
     """What a pass of one of the stage's layers, kept at `levels`, or the head's block works with at most."""
     each = zip(model.layers[first:end], levels, strict=True)
     most = max(c.working_bytes + recomputed_bytes(c, level) for c, level in each) * tokens
@@ -125,7 +125,7 @@ def evaluate(
     first: int,
     end: int,
     stage: int,
-    keeping: Sequence[Keeping],
+    keeping: Sequence[ActivationPolicy],
     device_bytes: int,
     rates: Rates,
     shape: Shape,

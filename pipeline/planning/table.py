@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from pipeline.console import duration, gib
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, StagePlan
 
 GIB = 2**30
@@ -17,11 +17,11 @@ WIDTH = 120
 
 # What a layer at each level does, for one line.
 WORDS = {
-    Level.INPUT: "input kept, the whole layer recomputed",
-    Level.ADAPTER: "input and adapter kept; attention, its projections, gate and up recomputed",
-    Level.ATTENTION: "attention's output kept too; q, k, v, gate and up recomputed",
-    Level.PROJECTIONS: "q, k, v kept too; gate and up recomputed",
-    Level.EVERYTHING: "everything kept, nothing recomputed",
+    RecomputeLevel.INPUT: "input kept, the whole layer recomputed",
+    RecomputeLevel.ADAPTER: "input and adapter kept; attention, its projections, gate and up recomputed",
+    RecomputeLevel.ATTENTION: "attention's output kept too; q, k, v, gate and up recomputed",
+    RecomputeLevel.PROJECTIONS: "q, k, v kept too; gate and up recomputed",
+    RecomputeLevel.EVERYTHING: "everything kept, nothing recomputed",
 }
 
 
@@ -125,7 +125,7 @@ def _what_is_kept(plan: Plan, model: ModelCost) -> str:
 def kept_in_words(stage: StagePlan, model: ModelCost) -> list[str]:
     """A line for each run of layers with the same keeping: 'layers 0–12: everything kept …'; then those on the host."""
     indices = range(stage.first, stage.end)
-    of: dict[int, Keeping | None] = {
+    of: dict[int, ActivationPolicy | None] = {
         i: keeping if model.layers[i].levels else None for i, keeping in zip(indices, stage.keeping, strict=True)
     }
     lines = []

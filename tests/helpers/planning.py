@@ -1,6 +1,6 @@
 """Command-R 35B's cost by formula, for tests of the planner: performance.md's figures, not those of our own counting."""
 
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Rates, Work
 
 D, F, V, L, RANK = 8192, 22528, 256000, 40, 64
@@ -9,18 +9,18 @@ GIB = 2**30
 
 # What is kept (bytes per token and layer), and what 39 layers then execute per token in all (FLOPs).
 KEPT = {
-    Level.INPUT: 16.4e3,
-    Level.ADAPTER: 16.5e3,
-    Level.ATTENTION: 33.2e3,
-    Level.PROJECTIONS: 82.3e3,
-    Level.EVERYTHING: 172.4e3,
+    RecomputeLevel.INPUT: 16.4e3,
+    RecomputeLevel.ADAPTER: 16.5e3,
+    RecomputeLevel.ATTENTION: 33.2e3,
+    RecomputeLevel.PROJECTIONS: 82.3e3,
+    RecomputeLevel.EVERYTHING: 172.4e3,
 }
 TOTAL = {
-    Level.INPUT: 230.2e9,
-    Level.ADAPTER: 206.9e9,
-    Level.ATTENTION: 201.7e9,
-    Level.PROJECTIONS: 186.0e9,
-    Level.EVERYTHING: 157.2e9,
+    RecomputeLevel.INPUT: 230.2e9,
+    RecomputeLevel.ADAPTER: 206.9e9,
+    RecomputeLevel.ATTENTION: 201.7e9,
+    RecomputeLevel.PROJECTIONS: 186.0e9,
+    RecomputeLevel.EVERYTHING: 157.2e9,
 }
 
 A6000 = Rates(0.7 * 154.8e12, 0.85 * 768e9, 24e9, 24e9, 24e9, "test")
@@ -36,11 +36,11 @@ def command_r(tokens: int = 8192, *, fused: bool = True) -> ModelCost:
         level: LevelCost(
             KEPT[level],
             Work(
-                (TOTAL[level] - TOTAL[Level.EVERYTHING]) / (L - 1),
-                forward.elementwise_bytes * (level < Level.EVERYTHING),
+                (TOTAL[level] - TOTAL[RecomputeLevel.EVERYTHING]) / (L - 1),
+                forward.elementwise_bytes * (level < RecomputeLevel.EVERYTHING),
             ),
         )
-        for level in Level
+        for level in RecomputeLevel
     }
     working = 3 * 2 * F + 4 * 2 * D  # gradients of gate, up and their product; of the hidden state on its way
     adapter = 2 * RANK * D * (2 + 4 + 2 + 4 + 4)  # bf16, its fp32 sum, two moments, Kahan's term
@@ -48,7 +48,7 @@ def command_r(tokens: int = 8192, *, fused: bool = True) -> ModelCost:
     first = layer._replace(backward=Work(6 * D * RANK))
     head = HeadCost(2 * V * D, 0, Work(4 * V * D), int(1.3e9))
     # Its first layer's backward ends at its adapter: it keeps z, and nothing is computed again.
-    first = first._replace(levels={level: LevelCost(2.0 * RANK, Work(0.0)) for level in Level})
+    first = first._replace(levels={level: LevelCost(2.0 * RANK, Work(0.0)) for level in RecomputeLevel})
     return ModelCost(
         [first, *[layer] * (L - 2), layer._replace(trained_bytes=0)], 2 * V * D, 0, head, 2 * D, 0, tied=True
     )

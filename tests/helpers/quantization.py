@@ -52,16 +52,16 @@ def theirs(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32) -> 
     return model.train()
 
 
-def foreseen(folder: Path, scheme: Scheme, first: int, end: int, dtype: torch.dtype = torch.float32) -> Stage:
+def with_placeholders(folder: Path, scheme: Scheme, first: int, end: int, dtype: torch.dtype = torch.float32) -> Stage:
     """A stage on `meta` with the layers to quantise marked."""
     meta_model = empty_model(read_model_config(str(folder)), dtype, None)
-    quantized.foresee(meta_model, scheme)
+    quantized.put_placeholders(meta_model, scheme)
     return Stage(meta_model, first, end)
 
 
 def build(folder: Path, scheme: Scheme, first: int, end: int, dtype: torch.dtype = torch.float32) -> Stage:
     """The stage loaded, in train mode."""
-    stage = foreseen(folder, scheme, first, end, dtype)
+    stage = with_placeholders(folder, scheme, first, end, dtype)
     quantized_bnb.put_in(stage)
     weights.load(stage, str(folder), dtype, CPU)
     return stage.train()

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import correctness, cpu_training
 from benchmarks.shapes import COMMAND_R, CPU, TINY, Ceilings, kept_bytes, peer_step, predicted_s, step
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 from tests.helpers import builders
 
 
@@ -122,26 +122,26 @@ def test_the_wall_limit_skips_and_says_so(tmp_path: Path) -> None:
 def test_formulas_give_the_table_of_docs_performance() -> None:
     """KB a token and layer, and GFLOP a token, of Command-R 35B, within the table's own rounding."""
     table = {
-        Level.INPUT: (16.4, 226.6),
-        Level.ADAPTER: (16.5, 206.9),
-        Level.ATTENTION: (33.2, 201.7),
-        Level.PROJECTIONS: (82.3, 186.0),
-        Level.EVERYTHING: (172.4, 157.2),
+        RecomputeLevel.INPUT: (16.4, 226.6),
+        RecomputeLevel.ADAPTER: (16.5, 206.9),
+        RecomputeLevel.ATTENTION: (33.2, 201.7),
+        RecomputeLevel.PROJECTIONS: (82.3, 186.0),
+        RecomputeLevel.EVERYTHING: (172.4, 157.2),
     }
     for level, (kilobytes, gigaflops) in table.items():
         assert kept_bytes(COMMAND_R, level) / 1e3 == pytest.approx(kilobytes, rel=0.005)
         assert step(COMMAND_R, level).flops(COMMAND_R) / 8192 / 1e9 == pytest.approx(gigaflops, rel=0.003)
     # Checkpointing as the peer does it runs backward through the first layer too.
     assert peer_step(COMMAND_R, True).flops(COMMAND_R) / 8192 / 1e9 == pytest.approx(230.2, rel=0.003)
-    assert peer_step(COMMAND_R, False).flops(COMMAND_R) == step(COMMAND_R, Level.EVERYTHING).flops(COMMAND_R)
+    assert peer_step(COMMAND_R, False).flops(COMMAND_R) == step(COMMAND_R, RecomputeLevel.EVERYTHING).flops(COMMAND_R)
 
 
 def test_a_prediction_is_the_work_over_the_rates() -> None:
     rates = Ceilings(1e15, 1e30, 50e9, 50e9, 0.0, 0.0)
-    work = step(COMMAND_R, Level.EVERYTHING)
+    work = step(COMMAND_R, RecomputeLevel.EVERYTHING)
     assert predicted_s(work, rates) == pytest.approx(work.linear_flops / 1e15)
     # 56 GB out and in again at 50 GB/s outlast the products.
-    host = float(kept_bytes(COMMAND_R, Level.EVERYTHING)) * 8192 * 40
+    host = float(kept_bytes(COMMAND_R, RecomputeLevel.EVERYTHING)) * 8192 * 40
     assert predicted_s(work, rates, host) == pytest.approx(2 * host / 50e9)
 
 

@@ -25,7 +25,18 @@ from pipeline.model import quantized, quantized_bnb
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage, check_head, empty_model
 from tests.helpers import builders
-from tests.helpers.quantization import NF4, SCHEMES, SIZES, adapt, build, chain, foreseen, save_model, stored, theirs
+from tests.helpers.quantization import (
+    NF4,
+    SCHEMES,
+    SIZES,
+    adapt,
+    build,
+    chain,
+    save_model,
+    stored,
+    theirs,
+    with_placeholders,
+)
 from tests.helpers.stages import hidden, token_ids
 
 EIGHT = NF4._replace(bits=8)
@@ -99,7 +110,7 @@ def test_embedding_head_and_norms_stay(folders: dict[str, Path]) -> None:
 
 @over_schemes
 def test_foreseen_bytes_are_those_that_are_stored(folders: dict[str, Path], scheme: Any) -> None:
-    before, stage = foreseen(folders["qwen2"], scheme, 0, 4), build(folders["qwen2"], scheme, 0, 4)
+    before, stage = with_placeholders(folders["qwen2"], scheme, 0, 4), build(folders["qwen2"], scheme, 0, 4)
     said = sum(p.numel() * p.element_size() for p in before.parameters()) - quantized.saved_bytes(before)
     found = 0
     for parameter in stage.parameters():
@@ -160,7 +171,7 @@ def test_gradient_of_the_input_is_that_through_the_dequantised_weight(scheme: An
 def layer_of(plain: nn.Linear, scheme: Any) -> Any:
     """A quantised layer with `plain`'s weights."""
     made: Any = (quantized_bnb.Linear4bit if scheme.bits == 4 else quantized_bnb.Linear8bit)(
-        quantized.Foreseen(plain, scheme)
+        quantized.QuantizedPlaceholder(plain, scheme)
     )
     made.requires_grad_(False)
     made.weight = made.pack(plain.weight.detach())
@@ -207,7 +218,7 @@ def test_kernels_over_a_quantised_base(folders: dict[str, Path]) -> None:
 
 
 def test_what_the_planner_counts_takes_the_same_kernels(folders: dict[str, Path]) -> None:
-    counted, real = foreseen(folders["cohere"], NF4, 0, 4), build(folders["cohere"], NF4, 0, 4)
+    counted, real = with_placeholders(folders["cohere"], NF4, 0, 4), build(folders["cohere"], NF4, 0, 4)
     for stage in (counted, real):
         adapt([stage], "multiplicative_lora", ["down_proj"], [0, 1, 2], folders["cohere"])
     wanted = frozenset(fusion.KERNELS)
@@ -220,7 +231,7 @@ def test_what_the_planner_counts_takes_the_same_kernels(folders: dict[str, Path]
 def test_a_mixture_whose_experts_are_one_tensor_is_refused(tmp_path: Path) -> None:
     meta_model = empty_model(builders.model_config("mixtral", **SIZES), torch.float32, None)
     with pytest.raises(UserError, match=r"'mixtral'.*experts\..*\[8, .*bitsandbytes cannot quantise"):
-        quantized.foresee(meta_model, NF4)
+        quantized.put_placeholders(meta_model, NF4)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +245,7 @@ def test_a_mixture_whose_experts_are_one_tensor_is_refused(tmp_path: Path) -> No
 def test_modules_to_skip_that_make_no_sense(skip: str, said: str) -> None:
     meta_model = empty_model(builders.model_config("llama", **SIZES), torch.float32, None)
     with pytest.raises(UserError, match=said):
-        quantized.foresee(meta_model, NF4._replace(skip=(skip,)))
+        quantized.put_placeholders(meta_model, NF4._replace(skip=(skip,)))
 
 
 # Memory
@@ -252,7 +263,7 @@ def anonymous():
 stage_of = lambda folder: empty_model(read_model_config(folder), torch.bfloat16, None)
 meta_model = stage_of(sys.argv[1])
 scheme = packed.Scheme(int(sys.argv[2]), "nf4", True, torch.bfloat16, 6.0, ())
-packed.foresee(meta_model, scheme)
+packed.put_placeholders(meta_model, scheme)
 stage = Stage(meta_model, 0, len(meta_model.base_model.layers))
 plain = sum(p.numel() * p.element_size() for p in stage.parameters())
 own = plain - packed.saved_bytes(stage)

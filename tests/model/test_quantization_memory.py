@@ -47,7 +47,7 @@ def status(key):
 
 def load(folder, bits):
     meta_model = empty_model(read_model_config(folder), torch.bfloat16, None)
-    packed.foresee(meta_model, packed.Scheme(bits, "nf4", True, torch.bfloat16, 6.0, ()))
+    packed.put_placeholders(meta_model, packed.Scheme(bits, "nf4", True, torch.bfloat16, 6.0, ()))
     stage = Stage(meta_model, 0, len(meta_model.base_model.layers))
     plain = sum(p.numel() * p.element_size() for p in stage.parameters())
     own = plain - packed.saved_bytes(stage)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.console import UserError
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning import nearest as nearest_file
 from pipeline.planning import rates
 from pipeline.planning.devices import parse, published_rates, usable
@@ -21,15 +21,15 @@ from tests.helpers.planning import A6000, GIB, command_r
 SHAPE = Shape(8192, 16, 2)
 
 
-def stage_plan(first: int, end: int, keeping: list[Keeping], **changes: object) -> StagePlan:
+def stage_plan(first: int, end: int, keeping: list[ActivationPolicy], **changes: object) -> StagePlan:
     plan = StagePlan(first, end, keeping, 2, 30 * GIB, GIB, 4 * GIB, 2 * GIB, GIB, 5 * GIB, 40 * GIB, 1.25, 2.5, 80e9)
     return plan._replace(**changes)  # type: ignore[arg-type]
 
 
 def by_hand(**changes: object) -> Plan:
     """Two stages of 20 layers; the first keeps everything of 0–12, on the host 0–5, and recomputes gate and up of 13–19."""
-    kept, less = Keeping(Level.EVERYTHING), Keeping(Level.PROJECTIONS)
-    first = stage_plan(0, 20, [Keeping(Level.EVERYTHING, True)] * 6 + [kept] * 7 + [less] * 7)
+    kept, less = ActivationPolicy(RecomputeLevel.EVERYTHING), ActivationPolicy(RecomputeLevel.PROJECTIONS)
+    first = stage_plan(0, 20, [ActivationPolicy(RecomputeLevel.EVERYTHING, True)] * 6 + [kept] * 7 + [less] * 7)
     last = stage_plan(20, 40, [kept] * 20, in_flight=1, host_bytes=0)
     plan = Plan([first, last], 100.0, 0.0625, 1310.72, 160e9, 157.2e9, True)
     return plan._replace(**changes)  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def test_what_is_kept_in_words() -> None:
     model = command_r()
     frozen = [c._replace(levels={}, backward=Work(0.0)) for c in model.layers[:3]]
     model = model._replace(layers=[*frozen, *model.layers[3:]], first_trained=3)
-    assert kept_in_words(stage_plan(0, 4, [Keeping(Level.INPUT)] * 4), model) == [
+    assert kept_in_words(stage_plan(0, 4, [ActivationPolicy(RecomputeLevel.INPUT)] * 4), model) == [
         "layers 0–2: forward only, nothing kept",
         "layer 3: input kept, the whole layer recomputed",
     ]

@@ -7,7 +7,7 @@ from pipeline.kernels.cross_entropy import LogitTransform
 from torch import nn
 from transformers import CohereConfig
 
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, empty_model
 from pipeline.planning.counts.counting import Counter
 from pipeline.planning.counts.model_cost import model_cost
@@ -70,7 +70,7 @@ def test_each_part_of_a_model_has_its_update_and_its_gradients_one_after_another
         stage,
         rows=1,
         tokens=2,
-        levels=[Level.EVERYTHING],
+        levels=[RecomputeLevel.EVERYTHING],
         transform=LogitTransform(),
         on_gpu=False,
         training=lambda p: (16 * p.numel(), Update(2 * p.numel(), 12 * p.numel())),
@@ -85,7 +85,7 @@ def test_each_part_of_a_model_has_its_update_and_its_gradients_one_after_another
 
 def alike(update: Update, n: int = 4) -> ModelCost:
     """Layers that keep 1, 2 or 3 bytes per token and recompute for 2, 1 and 0 seconds; nothing else takes memory."""
-    three = (Level.INPUT, Level.ATTENTION, Level.EVERYTHING)
+    three = (RecomputeLevel.INPUT, RecomputeLevel.ATTENTION, RecomputeLevel.EVERYTHING)
     levels = {level: LevelCost(kept, Work(3 - kept)) for kept, level in enumerate(three, 1)}
     each = LayerCost(10, 0, Work(1), Work(1), levels, 0, update)
     return ModelCost([each] * n, 0, 0, HeadCost(0, 0, Work(0.0), 0), 0, 0)
@@ -93,7 +93,7 @@ def alike(update: Update, n: int = 4) -> ModelCost:
 
 def test_an_update_takes_the_place_of_activations_and_none_beside_them() -> None:
     """Forty bytes of weights and twelve of kept tensors: as much again is free for the update, and one byte more is not."""
-    shape, everything = Shape(1, 1, 1), [Keeping(Level.EVERYTHING)] * 4
+    shape, everything = Shape(1, 1, 1), [ActivationPolicy(RecomputeLevel.EVERYTHING)] * 4
     for update, of_update in ((Update(), 0), (Update(3, 0), 12), (Update(2, 4), 12)):
         (stage,) = (plan := solve(alike(update), [52], RATES, shape, 0)).stages
         assert plan.fits
@@ -120,7 +120,15 @@ def test_an_embedding_s_gradient_is_beside_the_micro_batches_still_in_flight() -
     shape = Shape(1, 2, 2)
     for gradient, total in ((0, 32), (6, 32), (7, 33), (50, 76)):
         model = alike(Update())._replace(embedding_gradient_bytes=gradient)
-        plan = solve(model, [100, 100], RATES, shape, 0, ranges=[(0, 2), (2, 4)], keeping=Keeping(Level.EVERYTHING))
+        plan = solve(
+            model,
+            [100, 100],
+            RATES,
+            shape,
+            0,
+            ranges=[(0, 2), (2, 4)],
+            keeping=ActivationPolicy(RecomputeLevel.EVERYTHING),
+        )
         assert [s.total_bytes for s in plan.stages] == [total, 26]
     tied = alike(Update())._replace(embedding_gradient_bytes=50, tied=True)
     assert solve(tied, [200], RATES, Shape(1, 2, 1), 0).stages[0].total_bytes == 40 + 2 * 50

@@ -10,13 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.console import UserError
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning import quantities
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Plan, Rates, Shape, StagePlan, Work
 from pipeline.planning.solve import solve
 from tests.helpers.planning import A6000, GIB, L, command_r
 
-LEVELS = (Level.INPUT, Level.ATTENTION, Level.EVERYTHING)
+LEVELS = (RecomputeLevel.INPUT, RecomputeLevel.ATTENTION, RecomputeLevel.EVERYTHING)
 # Powers of two: with whole numbers everywhere, sums are exact in either order.
 RATES = Rates(1.0, 2.0, 4.0, 0.5, 1.0, "test")
 
@@ -72,7 +72,13 @@ def seconds(work: Work) -> float:
 
 
 def reckon(
-    model: ModelCost, a: int, b: int, stage: int, shape: Shape, keeping: tuple[Keeping, ...], as_if: Level | None = None
+    model: ModelCost,
+    a: int,
+    b: int,
+    stage: int,
+    shape: Shape,
+    keeping: tuple[ActivationPolicy, ...],
+    as_if: RecomputeLevel | None = None,
 ) -> tuple[float, float, float]:
     """Device bytes, host bytes and seconds of a stage. `as_if`: the level whose recomputation room is left for.
 
@@ -95,7 +101,7 @@ def reckon(
             continue
         price, room = c.levels[k.level], c.levels[as_if if as_if is not None else k.level]
         backward += (seconds(c.backward) + seconds(price.recomputed)) * tokens
-        works[-1] += (c.levels[Level.EVERYTHING].kept_bytes - room.kept_bytes) * tokens
+        works[-1] += (c.levels[RecomputeLevel.EVERYTHING].kept_bytes - room.kept_bytes) * tokens
         if k.on_host:
             hosted.append(price.kept_bytes * tokens)
         else:
@@ -131,18 +137,18 @@ def standing(model: ModelCost, a: int, b: int) -> tuple[int, int]:
     return always, sum(u.all_bytes for u in updates) + max(u.one_bytes for u in updates)
 
 
-def ways(model: ModelCost, a: int, b: int) -> Iterator[tuple[Keeping, ...]]:
+def ways(model: ModelCost, a: int, b: int) -> Iterator[tuple[ActivationPolicy, ...]]:
     """Every keeping of a stage: its first so many layers that run backward on the host, at one level."""
     held = [i for i in range(a, b) if model.layers[i].levels]
     for n_host in range(len(held) + 1):
         for host_level in LEVELS if n_host else LEVELS[:1]:
             for levels in itertools.product(LEVELS, repeat=len(held) - n_host):
-                of = {i: Keeping(host_level, True) for i in held[:n_host]}
-                of |= {i: Keeping(level) for i, level in zip(held[n_host:], levels, strict=True)}
-                yield tuple(of.get(i, Keeping(Level.INPUT)) for i in range(a, b))
+                of = {i: ActivationPolicy(host_level, True) for i in held[:n_host]}
+                of |= {i: ActivationPolicy(level) for i, level in zip(held[n_host:], levels, strict=True)}
+                yield tuple(of.get(i, ActivationPolicy(RecomputeLevel.INPUT)) for i in range(a, b))
 
 
-def lowest(model: ModelCost, a: int, keeping: tuple[Keeping, ...]) -> Level | None:
+def lowest(model: ModelCost, a: int, keeping: tuple[ActivationPolicy, ...]) -> RecomputeLevel | None:
     return min((k.level for i, k in enumerate(keeping, a) if model.layers[i].levels), default=None)
 
 
@@ -204,9 +210,17 @@ def test_choice_is_the_best_of_all(
     st.integers(1, 2),
     st.integers(20, 260),
     st.sampled_from([0, 50, 500]),
-    st.sampled_from([Keeping(Level.INPUT), Keeping(Level.INPUT, True), Keeping(Level.EVERYTHING)]),
+    st.sampled_from(
+        [
+            ActivationPolicy(RecomputeLevel.INPUT),
+            ActivationPolicy(RecomputeLevel.INPUT, True),
+            ActivationPolicy(RecomputeLevel.EVERYTHING),
+        ]
+    ),
 )
-def test_fixed_keeping_is_kept(model: ModelCost, p: int, device: int, host_bytes: int, keeping: Keeping) -> None:
+def test_fixed_keeping_is_kept(
+    model: ModelCost, p: int, device: int, host_bytes: int, keeping: ActivationPolicy
+) -> None:
     shape, n = Shape(2, 3, p), len(model.layers)
     plan = solve(model, [device] * p, RATES, shape, host_bytes, keeping=keeping)
     check_bytes_and_seconds(plan, model, shape)
@@ -246,13 +260,13 @@ def test_ranges_that_leave_a_gap() -> None:
 # Command-R 35B on two 48 GiB devices, the founding run
 
 
-def founding(host_gib: int, keeping: Keeping | None = None, fused: bool = True, **how: object) -> Plan:
+def founding(host_gib: int, keeping: ActivationPolicy | None = None, fused: bool = True, **how: object) -> Plan:
     return solve(
         command_r(fused=fused), [47 * GIB] * 2, A6000, Shape(8192, 16, 2), host_gib * GIB, keeping=keeping, **how
     )  # type: ignore[arg-type]
 
 
-def levels(stage: StagePlan) -> list[Level]:
+def levels(stage: StagePlan) -> list[RecomputeLevel]:
     return [k.level for k in stage.keeping]
 
 
@@ -265,8 +279,8 @@ def test_founding_run_fits_and_keeps_what_memory_allows() -> None:
     # 35.0e9 weights in bf16 and the tied head once more: 70 + 4.2 GB
     assert first.weight_bytes + last.weight_bytes == pytest.approx(74.2e9, rel=0.01)
     # No layer but the first, which recomputes nothing anyway, is below ADAPTER: z costs 128 bytes a token.
-    assert min(levels(first)[1:] + levels(last)) >= Level.ADAPTER
-    assert max(levels(last)) == Level.EVERYTHING
+    assert min(levels(first)[1:] + levels(last)) >= RecomputeLevel.ADAPTER
+    assert max(levels(last)) == RecomputeLevel.EVERYTHING
     for stage in plan.stages:
         rest = levels(stage)[1:]
         assert rest == sorted(rest), "what recomputes more has its backward last"
@@ -289,7 +303,7 @@ def test_founding_run_with_host_memory_recomputes_next_to_nothing() -> None:
 def test_speed_up_over_whole_layer_checkpoints_is_performance_md_s() -> None:
     """×1.29, ×1.49, ×1.66 over the seed's run, which had eager kernels and 20 + 20 layers. Both are models of the same
     machine, with other assumptions about rates: 6% apart is what agreement means here."""
-    seed = founding(64, Keeping(Level.INPUT, on_host=True), fused=False, ranges=[(0, 20), (20, 40)])
+    seed = founding(64, ActivationPolicy(RecomputeLevel.INPUT, on_host=True), fused=False, ranges=[(0, 20), (20, 40)])
     assert seed.fits
     assert seed.flops == pytest.approx(230.2e9, rel=0.01)
     for host, ratio in ((0, 1.29), (24, 1.49), (64, 1.66)):

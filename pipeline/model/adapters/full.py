@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
-from pipeline.model.quantized import Foreseen
+from pipeline.model.quantized import QuantizedPlaceholder
 from pipeline.model.stage import Stage, tied_head
 from pipeline.model.weights import stored_in_another_form
 from pipeline.names import EMBEDDING_MODULE, HEAD_MODULE, layers_of
@@ -105,7 +105,7 @@ def _check(model: PreTrainedModel, name: str, full: str, targets: Collection[str
         )
     for own, part in module.named_modules():
         where = f"{full}.{own}".rstrip(".")
-        if isinstance(part, Foreseen):
+        if isinstance(part, QuantizedPlaceholder):
             raise UserError(
                 f"trainable_modules: '{name}' names {where}, whose weight is quantised; to train it, keep it in 16 bits "
                 "with llm_int8_skip_modules"

@@ -1,6 +1,6 @@
 """Activation memory: what each decoder layer of a stage keeps for backward, and where.
 
-Takes a stage and a `Keeping` for each of its layers; each layer then keeps what it says, on the device or in the pinned
+Takes a stage and a `ActivationPolicy` for each of its layers; each layer then keeps what it says, on the device or in the pinned
 host arena, and recomputes the rest in backward (replay.py). Recomputation is non-reentrant, so gradients need not reach
 the embedding and the RNG state is restored: dropout in a recomputed layer drops the same elements. No level changes a
 number: what is computed twice is computed by the same code from the same values.
@@ -16,20 +16,20 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.memory import replay
 from pipeline.model.memory.host_arena import HostArena, Ticket
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage
 
 PROBE_TOKENS = 32
 
 
-def uniform(mode: bool | str, layers: Iterable[int]) -> dict[int, Keeping]:
+def uniform(mode: bool | str, layers: Iterable[int]) -> dict[int, ActivationPolicy]:
     """What `activation_checkpointing = true | false | 'unsloth'` says, for each of `layers`."""
-    keeping = Keeping(Level.INPUT if mode else Level.EVERYTHING, on_host=mode == "unsloth")
+    keeping = ActivationPolicy(RecomputeLevel.INPUT if mode else RecomputeLevel.EVERYTHING, on_host=mode == "unsloth")
     return dict.fromkeys(layers, keeping)
 
 
 def apply(
-    stage: Stage, keeping: Mapping[int, Keeping], arena: HostArena | None = None, gradients_enter: bool = True
+    stage: Stage, keeping: Mapping[int, ActivationPolicy], arena: HostArena | None = None, gradients_enter: bool = True
 ) -> None:
     """Wrap the layers of `stage`; what a layer without an entry keeps is not changed.
 
@@ -40,7 +40,7 @@ def apply(
     between = {index for index in stage.layers if _is_between(keeping.get(index))}
     actions = _actions(stage, between, gradients_enter) if between else {}
     for index, layer in stage.layers.items():
-        if (wanted := keeping.get(index)) is None or wanted == Keeping(Level.EVERYTHING):
+        if (wanted := keeping.get(index)) is None or wanted == ActivationPolicy(RecomputeLevel.EVERYTHING):
             if arena is not None:
                 layer.forward = functools.partial(_kept, layer.forward, chain)  # type: ignore[method-assign]
             continue
@@ -54,9 +54,13 @@ def apply(
     stage.register_forward_pre_hook(lambda *_: chain.begin())
 
 
-def _is_between(wanted: Keeping | None) -> bool:
+def _is_between(wanted: ActivationPolicy | None) -> bool:
     """Whether a layer needs to know which of its products to run again."""
-    return wanted is not None and wanted.level > Level.INPUT and wanted != Keeping(Level.EVERYTHING)
+    return (
+        wanted is not None
+        and wanted.level > RecomputeLevel.INPUT
+        and wanted != ActivationPolicy(RecomputeLevel.EVERYTHING)
+    )
 
 
 class _Chain:
@@ -121,14 +125,16 @@ def _announced(output: Any, before: Ticket | None) -> Any:
     return output
 
 
-def _actions(stage: Stage, wanted: Iterable[int], gradients_enter: bool) -> dict[int, dict[Level, replay.Actions]]:
+def _actions(
+    stage: Stage, wanted: Iterable[int], gradients_enter: bool
+) -> dict[int, dict[RecomputeLevel, replay.Actions]]:
     """What each of the `wanted` layers runs again at each level, from short forwards of each alone."""
     was_training = stage.training
     calls = _calls(stage.train())
     trained_before = stage.model.get_input_embeddings().parameters() if stage.is_first else ()
     enters = any(p.requires_grad for p in trained_before) or (gradients_enter and not stage.is_first)
-    found: dict[int, dict[Level, replay.Actions]] = {}
-    known: dict[tuple[Any, ...], dict[Level, replay.Actions]] = {}
+    found: dict[int, dict[RecomputeLevel, replay.Actions]] = {}
+    known: dict[tuple[Any, ...], dict[RecomputeLevel, replay.Actions]] = {}
     wanted = set(wanted)
     for index, layer in stage.layers.items():
         kind = (enters, type(layer), *((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters()))

@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 
-class Level(IntEnum):
+class RecomputeLevel(IntEnum):
     """What is kept for backward; each level keeps what those below it keep, the rest is recomputed."""
 
     INPUT = 0  # x alone: the whole layer runs forward once more
@@ -17,8 +17,8 @@ class Level(IntEnum):
     EVERYTHING = 4  # and gate, up and all else: no product is computed twice
 
 
-class Keeping(NamedTuple):
-    """One layer's part in the plan: what it keeps, and whether in pinned host memory."""
+class ActivationPolicy(NamedTuple):
+    """What one layer keeps for backward, and whether it does so in pinned host memory."""
 
-    level: Level
+    level: RecomputeLevel
     on_host: bool = False

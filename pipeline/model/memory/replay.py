@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.families import FAMILIES
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 
 SMALL = tuple({f".{name}" for row in FAMILIES.values() for name in row.small})  # ends of names
 ATTENTION = "attention"  # the key of attention itself, beside the names of weights
@@ -58,7 +58,7 @@ class OnDevice:
         return handle
 
 
-def analyse(layer: nn.Module, run: Callable[[], object]) -> dict[Level, Actions]:
+def analyse(layer: nn.Module, run: Callable[[], object]) -> dict[RecomputeLevel, Actions]:
     """Actions for each level from ADAPTER up. `run` calls the layer's forward as training does; it is called five times.
 
     `layer` may be on fake tensors. The tensors autograd saves are observed, so gradients must be enabled.
@@ -73,14 +73,19 @@ def analyse(layer: nn.Module, run: Callable[[], object]) -> dict[Level, Actions]
         return flow
 
     kept: set[str] = set()
-    actions: dict[Level, Actions] = {}
-    for level in (Level.ADAPTER, Level.ATTENTION, Level.PROJECTIONS, Level.EVERYTHING):
+    actions: dict[RecomputeLevel, Actions] = {}
+    for level in (
+        RecomputeLevel.ADAPTER,
+        RecomputeLevel.ATTENTION,
+        RecomputeLevel.PROJECTIONS,
+        RecomputeLevel.EVERYTHING,
+    ):
         flow = reached(kept)
         candidates = {
-            Level.ADAPTER: adapters,
-            Level.ATTENTION: {ATTENTION},
-            Level.PROJECTIONS: flow.feeds_attention,
-            Level.EVERYTHING: flow.needed,
+            RecomputeLevel.ADAPTER: adapters,
+            RecomputeLevel.ATTENTION: {ATTENTION},
+            RecomputeLevel.PROJECTIONS: flow.feeds_attention,
+            RecomputeLevel.EVERYTHING: flow.needed,
         }[level]
         kept = kept | (candidates & flow.needed)
         needed = reached(kept).needed

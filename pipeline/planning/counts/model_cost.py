@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy, tokens_per_block
 from pipeline.model.memory import replay
 from pipeline.model.memory.activation import whole_layer
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 from pipeline.model.quantized import dequantised_bytes, dequantising_traffic, saved_bytes
 from pipeline.model.stage import Stage, tied_head
 from pipeline.planning.counts.counting import Measured, measure, received
@@ -32,7 +32,7 @@ def model_cost(
     *,
     rows: int,
     tokens: int,
-    levels: Iterable[Level],
+    levels: Iterable[RecomputeLevel],
     training: Training,
     transform: LogitTransform,
     on_gpu: bool,
@@ -52,7 +52,9 @@ def model_cost(
         enters = index > first or _trained(embedding)
         kind = (enters, *_form(layer))
         if kind not in known:
-            known[kind] = _layer_cost(stage, index, rows, tokens, enters, {*levels, Level.EVERYTHING}, training, on_gpu)
+            known[kind] = _layer_cost(
+                stage, index, rows, tokens, enters, {*levels, RecomputeLevel.EVERYTHING}, training, on_gpu
+            )
         layers.append(known[kind])
     tied = bool(tied_head(stage.model))
     state, update = _held(embedding, training)
@@ -75,7 +77,7 @@ def _layer_cost(
     rows: int,
     tokens: int,
     enters: bool,
-    levels: set[Level],
+    levels: set[RecomputeLevel],
     training: Training,
     on_gpu: bool,
 ) -> LayerCost:
@@ -105,15 +107,15 @@ def _layer_cost(
 
 
 def _by_level(
-    layer: nn.Module, run: Callable[[], Tensor], plain: Measured, levels: set[Level], on_gpu: bool
-) -> Iterable[tuple[Level, Measured]]:
+    layer: nn.Module, run: Callable[[], Tensor], plain: Measured, levels: set[RecomputeLevel], on_gpu: bool
+) -> Iterable[tuple[RecomputeLevel, Measured]]:
     """The layer measured at each of `levels`; none where nothing runs backward through it."""
     if not plain.backward.kernels:
         return
     forward = layer.forward
-    actions = replay.analyse(layer, run) if levels - {Level.INPUT, Level.EVERYTHING} else {}
+    actions = replay.analyse(layer, run) if levels - {RecomputeLevel.INPUT, RecomputeLevel.EVERYTHING} else {}
     for level in sorted(levels):
-        if level == Level.EVERYTHING:
+        if level == RecomputeLevel.EVERYTHING:
             yield level, plain
             continue
         again = (

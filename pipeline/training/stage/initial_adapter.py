@@ -58,7 +58,7 @@ def read_pairs(
 
 
 def read_family(folder: str, targets: Collection[str], family: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an adapter of a family in PEFT's layout, as write_family wrote them, by the names of training. UserError naming what differs."""
+    """The tensors of an adapter that write_family wrote, by the names of training. UserError naming what differs."""
     where, path = f"init_adapter = '{folder}'", _existing(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it")

@@ -31,7 +31,7 @@ class MetaModel:
         with torch.random.fork_rng(devices=[]):
             model = empty_model(deepcopy(self.config), self.dtype, self.attn_implementation)
         if self.scheme:
-            quantized.foresee(model, self.scheme)
+            quantized.put_placeholders(model, self.scheme)
         return model
 
     @cached_property

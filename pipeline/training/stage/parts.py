@@ -23,7 +23,7 @@ def import_quantisation(scheme: Scheme | None) -> None:
 
 
 def put_quantised(stage: Stage, scheme: Scheme | None) -> None:
-    """Quantised layers, still empty, where `quantized.foresee` has marked the stage's."""
+    """Quantised layers, still empty, where `quantized.put_placeholders` has marked the stage's."""
     if scheme:
         from pipeline.model import quantized_bnb
 

@@ -23,7 +23,7 @@ from pipeline.data.batches import Position
 from pipeline.files import write_text
 from pipeline.model.adapters.base import trainable
 from pipeline.model.memory.host_arena import HostArena
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.planning import devices, rates, table
 from pipeline.planning.counts.model_cost import model_cost
@@ -49,12 +49,12 @@ def shape_of(layout: Layout, stages: int) -> Shape:
     return Shape(layout.rows * layout.tokens, layout.accumulation, stages)
 
 
-def keeping_of(layout: Layout) -> Keeping | None:
+def keeping_of(layout: Layout) -> ActivationPolicy | None:
     """What every layer keeps, where activation_checkpointing says so; None for 'auto'."""
     mode = layout.checkpointing
     if mode == "auto":
         return None
-    return Keeping(Level.INPUT if mode else Level.EVERYTHING, on_host=mode == "unsloth")
+    return ActivationPolicy(RecomputeLevel.INPUT if mode else RecomputeLevel.EVERYTHING, on_host=mode == "unsloth")
 
 
 def host_bytes(layout: Layout) -> int:
@@ -63,7 +63,7 @@ def host_bytes(layout: Layout) -> int:
     return 1 << 62 if unlimited else int(layout.host_gib * GIB)
 
 
-def costs(plan: Resolved, levels: Iterable[Level], on_gpu: bool) -> Callable[[int], ModelCost]:
+def costs(plan: Resolved, levels: Iterable[RecomputeLevel], on_gpu: bool) -> Callable[[int], ModelCost]:
     """The model's cost for micro-batches of so many tokens: the whole model on `meta` with what is trained and kernels."""
     stage = parts.whole_on_meta(plan.meta_model, plan.trained)
     parts.put_kernels(stage, parts.chosen_kernels(plan.layout.kernels, on_gpu))
@@ -108,7 +108,7 @@ def show(config: Config, described: str | None) -> int:
 def full_report(plan: Resolved, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
     there = _described(described, plan.layout.stages) if described else _devices_here(plan)
-    cost_of = costs(plan, Level, there.on_gpu)
+    cost_of = costs(plan, RecomputeLevel, there.on_gpu)
     shape, keeping, budget = shape_of(plan.layout, len(there.usable)), keeping_of(plan.layout), host_bytes(plan.layout)
     given = (plan.layout.layers or keeping) and shape.stages == plan.layout.stages
     model = cost_of(shape.tokens)
@@ -160,7 +160,7 @@ class Followed(NamedTuple):
     """
 
     ranges: list[tuple[int, int]]
-    keeping: list[list[Keeping]]
+    keeping: list[list[ActivationPolicy]]
     host_bytes: list[int]
     enough_host_gib: float | None
     plan: Callable[[], Plan]
@@ -223,7 +223,7 @@ def _solved(
     layout = plan.layout
     shape, keeping = shape_of(layout, place.stages), keeping_of(layout)
     rate = _measured(plan, products, place.device)
-    levels = [*Level] if keeping is None else [keeping.level]
+    levels = [*RecomputeLevel] if keeping is None else [keeping.level]
     model = costs(plan, levels, place.device.type == "cuda")(shape.tokens)
     given = plan.ranges if layout.layers or keeping is not None else None
     found = solve(model, memory, rate, shape, host_bytes(layout) // place.replicas, ranges=given, keeping=keeping)

@@ -52,7 +52,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     model = meta_model.shared
     check_apart(config, model)
     if base.scheme:
-        quantised = sum(isinstance(part, quantized.Foreseen) for part in model.modules())
+        quantised = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
         log(f"base:     {quantised} linear layers in {base.scheme}")
     trained = trained_of(config, base, model)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):

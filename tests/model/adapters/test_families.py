@@ -21,7 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.console import UserError
 from pipeline.model.adapters import lora
 from pipeline.model.adapters.base import _plain, trainable, written
-from pipeline.model.memory.levels import Level
+from pipeline.model.memory.levels import RecomputeLevel
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from pipeline.training.stage import families
 from pipeline.training.start import plan as planned
@@ -228,7 +228,7 @@ def test_counted_on_meta_it_has_the_same_parameters(folder: Path, family: str) -
 def test_the_planner_counts_it(folder: Path, family: str) -> None:
     config = config_of(folder, family)
     plan = resolve.resolve(config)
-    cost = planned.costs(plan, [Level.INPUT, Level.EVERYTHING], False)(64)
+    cost = planned.costs(plan, [RecomputeLevel.INPUT, RecomputeLevel.EVERYTHING], False)(64)
     assert len(cost.layers) == 4
 
 

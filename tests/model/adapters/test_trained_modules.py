@@ -20,7 +20,7 @@ from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, empty_model, tied_head
 from pipeline.objectives.language_modelling import token_losses
 from pipeline.training.optim.inner import bytes_per_parameter
@@ -276,15 +276,19 @@ def test_our_kernels_give_the_same_gradients(folders: dict[str, Path], kind: str
     assert_close(gradients(stages, ids), expected)
 
 
-@pytest.mark.parametrize("level", [Level.INPUT, Level.ADAPTER, Level.ATTENTION, Level.PROJECTIONS])
+@pytest.mark.parametrize(
+    "level", [RecomputeLevel.INPUT, RecomputeLevel.ADAPTER, RecomputeLevel.ATTENTION, RecomputeLevel.PROJECTIONS]
+)
 @pytest.mark.parametrize("names", [NAMES, ["o_proj", "gate_proj", "norm"]], ids=["norms", "matrices"])
-def test_recomputation_changes_no_bit(folders: dict[str, Path], level: Level, names: list[str]) -> None:
+def test_recomputation_changes_no_bit(folders: dict[str, Path], level: RecomputeLevel, names: list[str]) -> None:
     """Also where the trained matrix's own product is one that need not run again."""
     ids = token_ids()
     expected = gradients(stages_with(folders["tied"], [0, 2, 4], names), ids)
     stages = stages_with(folders["tied"], [0, 2, 4], names)
     for stage in stages:
-        activation.apply(stage, dict.fromkeys(stage.layers, Keeping(level)), gradients_enter=not stage.is_first)
+        activation.apply(
+            stage, dict.fromkeys(stage.layers, ActivationPolicy(level)), gradients_enter=not stage.is_first
+        )
     found = gradients(stages, ids)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -298,8 +302,8 @@ def test_the_planner_counts_what_is_trained_in_full(folders: dict[str, Path]) ->
     keys = {"optimizer": {"type": "adamw_kahan", "lr": 1e-5}, "model_weight_dtype": "bfloat16"}
     _, made = plan(folders["tied"], trainable_modules=NAMES, **keys)
     _, bare = plan(folders["tied"], **keys)
-    with_full = planned.costs(made, [Level.EVERYTHING], False)(64)
-    without = planned.costs(bare, [Level.EVERYTHING], False)(64)
+    with_full = planned.costs(made, [RecomputeLevel.EVERYTHING], False)(64)
+    without = planned.costs(bare, [RecomputeLevel.EVERYTHING], False)(64)
     each = bytes_per_parameter("adamw_kahan", 2)
     assert with_full.embedding_trained_bytes == VOCABULARY * 32 * each
     assert with_full.embedding_bytes == 0

@@ -17,13 +17,15 @@ from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation, replay
 from pipeline.model.memory.host_arena import HostArena
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from tests.helpers.builders import save_model
 
 KINDS: dict[str, dict[str, Any]] = {"cohere": {}, "llama": {}, "gemma2": {}, "mixtral": {"num_local_experts": 4}}
-BETWEEN = [Level.ADAPTER, Level.ATTENTION, Level.PROJECTIONS]
-KEEPINGS = [Keeping(level) for level in BETWEEN] + [Keeping(level, on_host=True) for level in Level]
+BETWEEN = [RecomputeLevel.ADAPTER, RecomputeLevel.ATTENTION, RecomputeLevel.PROJECTIONS]
+KEEPINGS = [ActivationPolicy(level) for level in BETWEEN] + [
+    ActivationPolicy(level, on_host=True) for level in RecomputeLevel
+]
 ALL = frozenset(fusion.KERNELS)
 
 
@@ -96,7 +98,7 @@ def expected(folders: dict[str, Path]) -> dict[tuple[str, int], dict[str, Tensor
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "cohere" else pytest.mark.slow) for kind in KINDS]
 )
-def test_no_level_changes_a_bit(folders: dict[str, Path], expected: dict, kind: str, keeping: Keeping) -> None:
+def test_no_level_changes_a_bit(folders: dict[str, Path], expected: dict, kind: str, keeping: ActivationPolicy) -> None:
     for i, case in enumerate(CASES):
         stage = stage_of(folders[kind], **case)
         arena = HostArena(1 << 22, torch.device("cpu"))
@@ -114,10 +116,10 @@ def test_layers_may_keep_different_things(folders: dict[str, Path]) -> None:
     stage = stage_of(folders["cohere"], 0, 4)
     arena = HostArena(1 << 22, torch.device("cpu"))
     mixed = [
-        Keeping(Level.EVERYTHING, True),
-        Keeping(Level.PROJECTIONS, True),
-        Keeping(Level.ADAPTER),
-        Keeping(Level.EVERYTHING),
+        ActivationPolicy(RecomputeLevel.EVERYTHING, True),
+        ActivationPolicy(RecomputeLevel.PROJECTIONS, True),
+        ActivationPolicy(RecomputeLevel.ADAPTER),
+        ActivationPolicy(RecomputeLevel.EVERYTHING),
     ]
     activation.apply(stage, dict(enumerate(mixed)), arena)
     for _ in range(2):  # and again: slots are used anew
@@ -154,23 +156,23 @@ OUT, DOWN = (HEADS, D), (F, D)  # Q and OUT are the same shape: both square
 @pytest.mark.parametrize(
     ("kind", "level", "again"),
     [
-        ("cohere", Level.ADAPTER, {Q: 1, K_AND_V: 2, GATE_AND_UP: 2, "attention": 1}),
-        ("cohere", Level.ATTENTION, {Q: 1, K_AND_V: 2, GATE_AND_UP: 2}),
-        ("cohere", Level.PROJECTIONS, {GATE_AND_UP: 2}),
-        ("cohere", Level.EVERYTHING, {}),
+        ("cohere", RecomputeLevel.ADAPTER, {Q: 1, K_AND_V: 2, GATE_AND_UP: 2, "attention": 1}),
+        ("cohere", RecomputeLevel.ATTENTION, {Q: 1, K_AND_V: 2, GATE_AND_UP: 2}),
+        ("cohere", RecomputeLevel.PROJECTIONS, {GATE_AND_UP: 2}),
+        ("cohere", RecomputeLevel.EVERYTHING, {}),
         # In a sequential block o_proj's output is part of what the second norm and the MLP read.
-        ("llama", Level.ADAPTER, {Q: 2, K_AND_V: 2, GATE_AND_UP: 2, "attention": 1}),
-        ("llama", Level.ATTENTION, {Q: 2, K_AND_V: 2, GATE_AND_UP: 2}),
-        ("llama", Level.PROJECTIONS, {OUT: 1, GATE_AND_UP: 2}),
-        ("llama", Level.EVERYTHING, {}),
+        ("llama", RecomputeLevel.ADAPTER, {Q: 2, K_AND_V: 2, GATE_AND_UP: 2, "attention": 1}),
+        ("llama", RecomputeLevel.ATTENTION, {Q: 2, K_AND_V: 2, GATE_AND_UP: 2}),
+        ("llama", RecomputeLevel.PROJECTIONS, {OUT: 1, GATE_AND_UP: 2}),
+        ("llama", RecomputeLevel.EVERYTHING, {}),
     ],
 )
 def test_only_what_backward_needs_runs_again(
-    folders: dict[str, Path], kind: str, level: Level, again: dict[Any, int]
+    folders: dict[str, Path], kind: str, level: RecomputeLevel, again: dict[Any, int]
 ) -> None:
     """One middle layer: which products of a forward are in its backward. Never down_proj's, and o_proj's where it must be."""
     stage = stage_of(folders[kind], 1, 2)
-    activation.apply(stage, {1: Keeping(level, on_host=True)}, HostArena(1 << 22, torch.device("cpu")))
+    activation.apply(stage, {1: ActivationPolicy(level, on_host=True)}, HostArena(1 << 22, torch.device("cpu")))
     x = torch.randn(1, TOKENS, D).requires_grad_()
     output = stage((x, torch.arange(TOKENS)[None]))[0]
     with Products() as products:
@@ -183,6 +185,6 @@ def test_only_what_backward_needs_runs_again(
 
 def test_without_an_arena_nothing_can_be_on_the_host(folders: dict[str, Path]) -> None:
     stage = stage_of(folders["cohere"], 0, 4)
-    activation.apply(stage, {0: Keeping(Level.INPUT, on_host=True)})
+    activation.apply(stage, {0: ActivationPolicy(RecomputeLevel.INPUT, on_host=True)})
     with pytest.raises(ValueError, match="arena"):
         gradients(stage)

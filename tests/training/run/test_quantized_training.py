@@ -19,7 +19,7 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
-from pipeline.model.memory.levels import Keeping, Level
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from pipeline.training.stage.spec import Trained
 from pipeline.training.start import plan as planned
@@ -122,7 +122,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["llama", "cohere"])
 @pytest.mark.parametrize("scheme", [NF4, pytest.param(EIGHT, marks=pytest.mark.slow)], ids=["4", "8"])
 def test_no_level_changes_a_bit(folders: dict[str, Path], scheme: Any, family: str, kind: str) -> None:
-    def stages_of(keeping: Keeping) -> tuple[list[Stage], dict[str, Any]]:
+    def stages_of(keeping: ActivationPolicy) -> tuple[list[Stage], dict[str, Any]]:
         stages = chain(folders[family], scheme, [0, 2, 4])
         trained = adapt(stages, kind, ADAPTED[kind], [0, 1, 2], folders[family])
         for stage in stages:
@@ -130,9 +130,9 @@ def test_no_level_changes_a_bit(folders: dict[str, Path], scheme: Any, family: s
             activation.apply(stage, dict.fromkeys(stage.layers, keeping), arena, gradients_enter=not stage.is_first)
         return stages, trained
 
-    expected = gradients(*stages_of(Keeping(Level.EVERYTHING)))
-    again: dict[Level, int] = {}
-    for keeping in (*map(Keeping, Level), Keeping(Level.PROJECTIONS, on_host=True)):
+    expected = gradients(*stages_of(ActivationPolicy(RecomputeLevel.EVERYTHING)))
+    again: dict[RecomputeLevel, int] = {}
+    for keeping in (*map(ActivationPolicy, RecomputeLevel), ActivationPolicy(RecomputeLevel.PROJECTIONS, on_host=True)):
         stages, trained = stages_of(keeping)
         with Products() as products:
             found = gradients(stages, trained)
@@ -140,10 +140,10 @@ def test_no_level_changes_a_bit(folders: dict[str, Path], scheme: Any, family: s
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), keeping
     if scheme.bits == 4:  # 28 products forward; the more is kept, the fewer run again
-        counts = [again[level] for level in Level]
-        assert again[Level.EVERYTHING] == 28
+        counts = [again[level] for level in RecomputeLevel]
+        assert again[RecomputeLevel.EVERYTHING] == 28
         assert counts == sorted(counts, reverse=True)
-        assert again[Level.INPUT] > again[Level.ATTENTION] > again[Level.PROJECTIONS]
+        assert again[RecomputeLevel.INPUT] > again[RecomputeLevel.ATTENTION] > again[RecomputeLevel.PROJECTIONS]
 
 
 # The configuration
@@ -212,7 +212,9 @@ def test_the_plan_counts_quantised_weights_and_the_products_of_plain_ones(
     base = made.base
     plain, quantised = (
         planned.costs(
-            replace(made, base=replace(base, scheme=scheme), trained=Trained(None, [])), [Level.EVERYTHING], False
+            replace(made, base=replace(base, scheme=scheme), trained=Trained(None, [])),
+            [RecomputeLevel.EVERYTHING],
+            False,
         )(64)
         for scheme in (None, base.scheme)
     )
