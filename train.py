@@ -1,7 +1,7 @@
 """Train: `deepspeed train.py --config config_creative_writer.toml`.
 
 Takes a TOML file; gives a run's folder with adapters, checkpoints and metrics. `--check` resolves everything that needs
-no weights and ends; `--preview N` prints N chunks as the model will read them. Exit codes: 0 done, 2 config or data,
+no weights and ends; `--preview N` prints N rows as the model will read them. Exit codes: 0 done, 2 config or data,
 3 checkpoint, 4 a loss or gradient that is not finite, 5 out of memory, 6 a process was lost, 28 disk full, 75 stopped
 and resumable, 130 aborted.
 """
@@ -46,8 +46,8 @@ def main() -> int:
         return planned.show(config, arguments.devices)
     if arguments.check or arguments.preview is not None:
         with log_if_slow(IMPORTING):
-            from pipeline.training.start.check import look
-        return look(config, arguments.preview)
+            from pipeline.training.start.check import check
+        return check(config, arguments.preview)
     launch.check_processes(config.pipeline_stages)
     with log_if_slow(IMPORTING):
         from pipeline.training.run import errors

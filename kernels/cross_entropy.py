@@ -59,27 +59,20 @@ def linear_cross_entropy(
     labels_N: Tensor,
     transform: LogitTransform = LogitTransform(),
     block_tokens: int | None = None,
-    weights_N: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood per token, [N]; 0 for labels of −100. Differentiable in hidden, weight and bias.
 
-    It is the label's negative log-probability: preference losses take −nll, and differentiate it. With `weights_N`,
-    [N], the loss of a token is weight · nll, and a token of weight 0 counts as ignored; the weights get no gradient.
+    It is the label's negative log-probability: preference losses take −nll, and differentiate it.
     Hidden, weight and bias are of one dtype, in which the logits are; all between is fp32, as is the result (fp64 for
     fp64, which only tests have). `block_tokens` is 1024, or what keeps a block within BLOCK_BYTES.
     Raises ValueError where shapes, dtypes or block_tokens do not fit.
     """
-    block = _checked_block(hidden_ND, weight_VD, labels_N, weights_N, block_tokens)
-    if weights_N is not None:
-        labels_N = labels_N.masked_fill(weights_N == 0, IGNORED)
+    block = _checked_block(hidden_ND, weight_VD, labels_N, block_tokens)
     inputs = (hidden_ND, weight_VD, bias_V, labels_N, transform, block)
     head_is_trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
     if not torch.is_grad_enabled() or not (head_is_trained or hidden_ND.requires_grad):
-        nll_N = _losses(*inputs, None)
-    else:
-        nll_N = (_TrainableHead if head_is_trained else _FrozenHead).apply(*inputs)
-    # The weights reach the gradient as part of what backward multiplies it by: no less one pass, and never in fp16.
-    return nll_N if weights_N is None else nll_N * weights_N.detach().to(nll_N.dtype)
+        return _losses(*inputs, None)
+    return (_TrainableHead if head_is_trained else _FrozenHead).apply(*inputs)  # type: ignore[no-any-return]
 
 
 def tokens_per_block(vocabulary: int, dtype: torch.dtype) -> int:
@@ -87,15 +80,12 @@ def tokens_per_block(vocabulary: int, dtype: torch.dtype) -> int:
     return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // (vocabulary * dtype.itemsize)))
 
 
-def _checked_block(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, block_tokens: int | None
-) -> int:
+def _checked_block(hidden: Tensor, weight: Tensor, labels: Tensor, block_tokens: int | None) -> int:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         got = f"{list(hidden.shape)} {hidden.dtype} and {list(weight.shape)} {weight.dtype}"
         raise ValueError(f"cross-entropy: hidden state and weight must be [N, D] and [V, D] of one dtype, are {got}")
-    for name, tensor in (("labels", labels), ("weights", weights)):
-        if tensor is not None and tensor.shape != hidden.shape[:1]:
-            raise ValueError(f"cross-entropy: {name} {list(tensor.shape)} must be one per token, [{len(hidden)}]")
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"cross-entropy: labels {list(labels.shape)} must be one per token, [{len(hidden)}]")
     if block_tokens is not None and block_tokens < 1:
         raise ValueError(f"cross-entropy: a block of {block_tokens} tokens; want at least 1")
     return block_tokens or tokens_per_block(len(weight), weight.dtype)

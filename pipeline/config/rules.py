@@ -1,7 +1,7 @@
 """Rules between the keys of a configuration: what a family takes, which options go with it, what may follow a training.
 
 Takes plain values; gives messages, each with its key first. The keys themselves are in pipeline/config/schema.py, what a family
-is in pipeline/families.py. What a fold or an export of a family allows is for these to say (publishing/foresight.py asks
+is in pipeline/families.py. What a fold or an export of a family allows is for these to say (publishing/after_training.py asks
 at the start of a run).
 """
 

@@ -74,8 +74,8 @@ def build(
 def load(path: Path) -> Streams[ChunkStore]:
     """The streams that `build` left at `path`. UserError if they are not there or not whole."""
     if (path / "all").exists():
-        return Streams(path, ChunkStore(path / "all"))
-    return Streams(path, ChunkStore(path / "train"), ChunkStore(path / "eval"))
+        return Streams(ChunkStore(path / "all"))
+    return Streams(ChunkStore(path / "train"), ChunkStore(path / "eval"))
 
 
 def special_ids(tokenizer: Any, name: str) -> Marks:

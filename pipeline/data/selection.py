@@ -15,7 +15,6 @@ nothing is carried along.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -34,9 +33,8 @@ EpochRows = Callable[[int], NDArray[np.int64]]  # the epoch, from 0 → its rows
 
 @dataclass(frozen=True)
 class Streams(Generic[Store]):
-    """The stores of a dataset, cached at `path`: one for all or, split by document, one to train and one to test on."""
+    """The stores of a dataset: one for all or, split by document, one to train and one to test on."""
 
-    path: Path
     train: Store
     eval: Store | None = None
 

@@ -3,8 +3,7 @@
 Takes a run's folder; gives folders beside its adapters and, where asked, a repository on the Hub. Neither DeepSpeed nor
 transformers is imported here, and huggingface_hub only where a card is written or something is uploaded.
 
-    foresight        before a run starts: what could not be done at its end
-    after_training   the order, and what is said where a part fails
+    after_training   what could not be done, checked before a run starts; the order; what is said where a part fails
     facts            a run's folder, read
     card             the card of one folder: its YAML header and its text
     card_text        the sections of the text

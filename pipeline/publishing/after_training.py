@@ -1,11 +1,15 @@
 """What follows a training, in a fixed order: the fold, the exports, the card, the upload.
 
-Takes a run's folder whose last adapter (or model) is whole; each part gives a folder there that is whole or not at all. A
-part that fails leaves the training as it is: the error says what is left to do, and the commands that do it.
+`check` looks, before a run starts, for what could not be done at its end: it raises UserError, or warns where it may yet turn
+out well. Of the base only headers are read; without 'push' no token is looked for, and nothing connects to anything.
+
+`follow` takes a run's folder whose last adapter (or model) is whole; each part gives a folder there that is whole or not at
+all. A part that fails leaves the training as it is: the error says what is left to do, and the commands that do it.
 """
 
 import gc
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +19,96 @@ import torch
 from pipeline.artifacts import saved_at
 from pipeline.artifacts.adapter.adapter import CONFIG_FILE
 from pipeline.artifacts.export.export import export
+from pipeline.artifacts.fold.match import check_names
 from pipeline.artifacts.fold.merge import merge
-from pipeline.config.rules import PARTS, Part
-from pipeline.console import UserError, log, warn
+from pipeline.config.rules import PARTS, PARTS_OF_ADAPTERS, Part
+from pipeline.console import UserError, gib, log, warn
+from pipeline.families import MULTIPLICATIVE, SAVED
+from pipeline.formats.base_model import Base, files_to_copy, read_base
 
 GGUF_FILE = "adapter.gguf"
 FOLDERS: dict[Part, str] = {"merge": "merged", "export:peft": "peft", "export:gguf": "gguf"}  # in the run's folder
+FOLDED_KINDS: tuple[str, ...] = tuple(SAVED)
+EXPORTED_KINDS: tuple[str, ...] = tuple(name for name, row in SAVED.items() if row.additive)
+
+
+def check(
+    asked: Sequence[Part],
+    *,
+    base: Path,
+    output_dir: Path,
+    kind: str | None,
+    targets: Sequence[str],
+    biased_targets: bool,
+    trained_in_full: Sequence[str] = (),
+    full: Sequence[str] = (),
+) -> None:
+    """Raise UserError where a part that is asked for cannot be done.
+
+    `kind`: what pipeline/artifacts calls the adapter that will be saved, None for a model. `targets`: the full names of
+    the modules it is on; `biased_targets`: whether any of them has a bias; `trained_in_full`: modules beside it; `full`: the
+    names of the tensors that these are.
+    """
+    if kind is not None and any(part in asked for part in PARTS_OF_ADAPTERS):
+        _check_kind(asked, kind)
+        model = read_base(base, "model")
+        _check_names(asked, model, targets, full)
+        if "export:gguf" in asked:
+            if trained_in_full:
+                raise UserError(
+                    f"after_training: 'export:gguf' cannot be done: {', '.join(trained_in_full)} (trainable_modules) are "
+                    "trained in full, which a GGUF adapter has no place for. Remove it; 'merge' and 'export:peft' take them."
+                )
+            _check_gguf(model, targets if biased_targets and kind == MULTIPLICATIVE else (), targets)
+        if "merge" in asked:
+            _warn_of_space(model, output_dir)
+    if "push" in asked:
+        from pipeline.publishing.push import check_ready
+
+        check_ready()
+
+
+def _check_kind(asked: Sequence[Part], kind: str) -> None:
+    for part in PARTS_OF_ADAPTERS:
+        kinds = FOLDED_KINDS if part == "merge" else EXPORTED_KINDS
+        if part in asked and kind not in kinds:
+            done = "folded" if part == "merge" else "exported"
+            raise UserError(
+                f"after_training: '{part}' cannot be done: an adapter of the kind '{kind}' is not {done} here, only "
+                f"{', '.join(kinds)}. Remove it; PEFT loads the adapter."
+            )
+
+
+def _check_names(asked: Sequence[Part], model: Base, targets: Sequence[str], full: Sequence[str]) -> None:
+    """What is trained has to be a tensor, or rows of one, in the model's folder."""
+    first = next(part for part in PARTS_OF_ADAPTERS if part in asked)
+    try:
+        check_names(model, targets, full)
+    except UserError as error:
+        raise UserError(
+            f"after_training: '{first}' cannot be done: {error} Remove it; PEFT loads the adapter.", error.exit_code
+        ) from None
+
+
+def _check_gguf(model: Base, biased: Sequence[str], targets: Sequence[str]) -> None:
+    from pipeline.artifacts.export.gguf import architecture, gguf_names
+
+    try:
+        gguf_names(targets, biased, architecture(model.config))
+    except UserError as error:
+        raise UserError(f"after_training: 'export:gguf' cannot be done: {error}", error.exit_code) from None
+
+
+def _warn_of_space(model: Base, output_dir: Path) -> None:
+    """The fold writes a whole model. There may be room at the end of the run, so this is not an error."""
+    needed = sum(tensor.n_bytes for tensor in model.tensors.values())
+    needed += sum((model.folder / file).stat().st_size for file in files_to_copy(model.folder))
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        warn(
+            f"after_training: 'merge' will need {gib(needed)} at {output_dir}, where {gib(free)} are free now. "
+            "The run goes on; the fold will be refused unless there is room by then."
+        )
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_warmup_that_outlasts_the_run_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, float | None], warns: bool
 ) -> None:
     config = loading.validate(small(**{"epochs": None, **changes}), "x")
-    rows = whole(Streams(tmp_path, store(tmp_path / "store", 8, 40)))
+    rows = whole(Streams(store(tmp_path / "store", 8, 40)))
     spec = resolve.data_of(config)
     updates = Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
     prepare.describe_steps(spec, updates, prepare.micro_batches(spec, prepare.Data([rows], {})), replicas=1)

@@ -13,8 +13,8 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 from pipeline.config.loading import load
 from pipeline.console import UserError
 from pipeline.model.stage import empty_model
+from pipeline.training.start import check as start
 from pipeline.training.start import data_fits
-from pipeline.training.start.check import look
 from tests.helpers.builders import BOOKS, save_model, save_tokenizer, write_config
 
 ROWS = 320  # of the tiny model's embedding
@@ -32,7 +32,7 @@ def check(base: Path, text: str = "", **changes: Any) -> None:
     book.write_text((BOOKS / "the_salt_ledger.md").read_text(encoding="utf-8")[:4000] + text, encoding="utf-8")
     dataset = {"name": "book", "dataset_type": "textfile", "dataset_path": str(book), "sequence_len": 32, **changes}
     settings = {"model": str(base), "output_dir": str(base.parent / "out"), "datasets": [dataset], "pipeline_stages": 1}
-    look(load(str(write_config(base.parent / "c.toml", **settings))), None)
+    start.check(load(str(write_config(base.parent / "c.toml", **settings))), None)
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -89,7 +89,7 @@ def test_an_evaluation_set_is_looked_at_too(base: Path) -> None:
     }
     config = load(str(base.parent / "c.toml"), None, [f"eval_datasets={json.dumps([held]).replace(':', '=')}"])
     with pytest.raises(UserError, match="'held': its text holds the token"):
-        look(config, None)
+        start.check(config, None)
 
 
 def test_more_tokens_than_rows_are_warned_of_when_none_is_used(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

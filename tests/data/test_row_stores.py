@@ -123,15 +123,15 @@ def test_rows_of_one_length_have_one_shape_whatever_is_masked() -> None:
 
 def test_a_row_without_targets_is_left_out_and_said(tmp_path: Path) -> None:
     store = ListStore([([1, 5, 6], [(1, 3)]), ([1, 5], []), ([1, 7, 2], [(2, 3)]), ([1, 8, 2, 9], [(1, 4)])])
-    found = split(Streams(tmp_path, store))
+    found = split(Streams(store))
     assert found.train.rows.tolist() == [0, 2, 3]
     assert found.eval is None
     assert str(found) == "turns: 3 rows to train on; 1 without a token to train are left out"
-    both = split(Streams(tmp_path, store), eval_size=1)
+    both = split(Streams(store), eval_size=1)
     assert both.eval is not None
     assert sorted([*both.train.rows, *both.eval.rows]) == [0, 2, 3]
     with pytest.raises(UserError, match="dataset 'empty': none of its 2 rows has a token to train on"):
-        split(Streams(tmp_path, ListStore([([1, 5], []), ([1, 6], [])], name="empty")))
+        split(Streams(ListStore([([1, 5], []), ([1, 6], [])], name="empty")))
 
 
 def test_nothing_is_divided_by_no_targets() -> None:

@@ -3,7 +3,6 @@
 tests/kernels/test_cross_entropy.py has the head as a whole on the CPU's path; here Triton runs too, through its interpreter.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -169,7 +168,7 @@ def gradients(case: Case, transform: LogitTransform, train: int, function: Calla
 
 
 def ours(case: Case, transform: LogitTransform, block_tokens: int | None = 5) -> Tensor:
-    return linear_cross_entropy(*case[:4], transform, block_tokens, case.token_weights)
+    return linear_cross_entropy(*case[:4], transform, block_tokens) * case.token_weights
 
 
 def theirs(case: Case, transform: LogitTransform) -> Tensor:
@@ -214,14 +213,6 @@ def test_no_token_and_none_that_counts(path: PathUnderTest, n: int, train: int) 
         assert not any(t.any() for t in found)
 
 
-def test_weights_get_no_gradient_and_may_be_of_any_dtype(path: PathUnderTest) -> None:
-    case = head(9, 31, torch.float32, path.device)
-    weights = case.token_weights.double().requires_grad_()
-    losses = linear_cross_entropy(case.hidden.requires_grad_(), *case[1:4], weights_N=weights)
-    assert losses.dtype == torch.float32
-    assert torch.autograd.grad(losses.sum(), weights, allow_unused=True) == (None,)
-
-
 def test_two_runs_are_equal_to_the_bit(path: PathUnderTest) -> None:
     case = head(13, 199, torch.bfloat16, path.device)
     for a, b in zip(*(gradients(case, CAPPED, 3, ours) for _ in range(2)), strict=True):
@@ -234,20 +225,17 @@ def test_two_runs_are_equal_to_the_bit(path: PathUnderTest) -> None:
 def test_gradcheck(transform: LogitTransform, frozen: bool) -> None:
     case = head(5, 7, torch.float64, d=3)
     inputs = tuple(t.requires_grad_(not (frozen and i)) for i, t in enumerate(case[:3]))
-    weighted = functools.partial(linear_cross_entropy, weights_N=case.token_weights)
-    assert torch.autograd.gradcheck(lambda h, w, b: weighted(h, w, b, case.labels, transform, 2), inputs)
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_cross_entropy(h, w, b, case.labels, transform, 2), inputs)
 
 
 @once
 def test_what_does_not_fit_is_refused() -> None:
     case = head(5, 31, torch.float32)
-    hidden, weight, bias, labels, token_weights = case
+    hidden, weight, bias, labels, _ = case
     with pytest.raises(ValueError, match="of one dtype"):
         linear_cross_entropy(hidden.bfloat16(), weight, bias, labels)
     with pytest.raises(ValueError, match="labels"):
         linear_cross_entropy(hidden, weight, bias, labels[1:])
-    with pytest.raises(ValueError, match="weights"):
-        linear_cross_entropy(hidden, weight, bias, labels, weights_N=token_weights[:1])
     with pytest.raises(ValueError, match="at least 1"):
         linear_cross_entropy(hidden, weight, bias, labels, block_tokens=0)
 

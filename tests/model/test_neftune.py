@@ -14,6 +14,7 @@ from pipeline.model import neftune
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.memory import activation
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage
 from tests.helpers.builders import save_model
 from tests.helpers.stages import build, hidden, token_ids
@@ -139,7 +140,8 @@ def test_gradients_with_and_without_recomputation(folder: Path, dropout: float) 
             for i, parameter in enumerate(trained.values()):
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
         neftune.apply(stage.train(), ALPHA)
-        activation.apply(stage, activation.uniform(recompute, stage.layers))
+        level = RecomputeLevel.INPUT if recompute else RecomputeLevel.EVERYTHING
+        activation.apply(stage, dict.fromkeys(stage.layers, ActivationPolicy(level)))
         torch.manual_seed(3)
         hidden([stage], token_ids()).square().sum().backward()
         return {name: p.grad for name, p in trained.items()}  # type: ignore[misc]

@@ -22,7 +22,7 @@ from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading
 from pipeline.console import UserError
-from pipeline.publishing import foresight
+from pipeline.publishing import after_training as publishing
 from pipeline.publishing.after_training import by_hand, follow
 from pipeline.training.run import after_training
 from pipeline.training.stage import families
@@ -76,7 +76,7 @@ def test_defaults_publish_nothing_and_privately() -> None:
 
 def check(asked: list[str], base: Path, **changes: Any) -> None:
     facts: dict[str, Any] = {"kind": "multiplicative_lora", "targets": TARGETS, "biased_targets": False}
-    foresight.check(asked, base=base, output_dir=base, **{**facts, **changes})  # type: ignore[arg-type]
+    publishing.check(asked, base=base, output_dir=base, **{**facts, **changes})  # type: ignore[arg-type]
 
 
 def test_what_can_be_done_passes_and_asks_for_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

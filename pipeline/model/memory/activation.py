@@ -22,12 +22,6 @@ from pipeline.model.stage import Stage
 PROBE_TOKENS = 32
 
 
-def uniform(mode: bool | str, layers: Iterable[int]) -> dict[int, ActivationPolicy]:
-    """What `activation_checkpointing = true | false | 'unsloth'` says, for each of `layers`."""
-    keeping = ActivationPolicy(RecomputeLevel.INPUT if mode else RecomputeLevel.EVERYTHING, on_host=mode == "unsloth")
-    return dict.fromkeys(layers, keeping)
-
-
 def apply(
     stage: Stage, keeping: Mapping[int, ActivationPolicy], arena: HostArena | None = None, gradients_enter: bool = True
 ) -> None:

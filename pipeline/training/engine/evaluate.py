@@ -44,7 +44,9 @@ def evaluate(engine: PipelineEngine, objective: Objective, batches: EvaluationBa
         for sums_MB in outputs:
             totals_M += torch.stack([row_sums_B.double().sum() for row_sums_B in sums_MB])
     dist.all_reduce(totals_M)  # the other stages add nothing
-    return {name: total / batches.targets for name, total in zip(objective.measures, totals_M.tolist(), strict=True)}
+    return {
+        measure: total / batches.targets for measure, total in zip(objective.measures, totals_M.tolist(), strict=True)
+    }
 
 
 def perplexity(loss: float) -> float:

@@ -1,13 +1,9 @@
-"""`after_training` as the trainer sees it: foreseen before a run starts, done after it has ended.
-
-It is done by the first process,
-when the others have left.
-"""
+"""`after_training` as the trainer sees it: checked before a run starts; done by the first process when the others have left."""
 
 from pathlib import Path
 
 from pipeline.config.rules import Part
-from pipeline.publishing import foresight
+from pipeline.publishing import after_training
 from pipeline.training.run.stop import Watcher
 from pipeline.training.stage import families
 from pipeline.training.stage.spec import Trained
@@ -16,7 +12,7 @@ from pipeline.training.stage.spec import Trained
 def check(asked: list[Part], model: str, output_dir: str, trained: Trained, modules: list[str]) -> None:
     """UserError where a part of after_training could not be done at the end of this run. `modules`: trainable_modules."""
     adapter = trained.adapter
-    foresight.check(
+    after_training.check(
         asked,
         base=Path(model),
         output_dir=Path(output_dir),
@@ -42,8 +38,6 @@ def follow(
     """Do what is asked for with what was saved at `step`. From here on a stop ends the process with exit code 75."""
     if not asked:
         return
-    from pipeline.publishing import after_training
-
     watcher.hand_over()
     after_training.follow(
         after_training.FinishedRun(

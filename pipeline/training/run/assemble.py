@@ -58,13 +58,13 @@ def trainer(
 
     `command`: the program and its arguments, for the line that resumes.
     """
-    followed = planned.for_run(plan, place)
+    run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.rank)
     parts.import_quantisation(plan.base.scheme)
     with engine.agreement(place):
-        arena = planned.arena(followed, place.stage, place.device)
+        arena = planned.arena(run_plan, place.stage, place.device)
     with watcher.phase(UNHURRIED):
-        stage = build_stage(plan, followed, place, arena, config.neftune_noise_alpha)
+        stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
     optimizer = build_optimizer(plan.updates, stage, place)
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     objective = objective_of(stage, config.train_logit_scale)
@@ -104,22 +104,22 @@ def trainer(
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, opened.path),
         progress=progress,
-        first_step_done=partial(planned.say_overflow, followed, place, arena),
-        outcome=partial(planned.say_outcome, followed, place, opened.path, arena),
+        first_step_done=partial(planned.say_overflow, run_plan, place, arena),
+        outcome=partial(planned.say_outcome, run_plan, place, opened.path, arena),
     )
 
 
 def build_stage(
     plan: Resolved,
-    followed: planned.Followed,
+    run_plan: planned.RunPlan,
     place: engine.Place,
     arena: HostArena | None,
     neftune_alpha: float | None,
 ) -> Stage:
     """Our part of the model with its weights, adapters, kernels and activation memory."""
-    first, end = followed.ranges[place.stage]
-    if followed.ranges != plan.ranges:  # chosen by 'auto'
-        resolve.check_tiny(plan, followed.ranges)
+    first, end = run_plan.ranges[place.stage]
+    if run_plan.ranges != plan.ranges:  # chosen by 'auto'
+        resolve.check_tiny(plan, run_plan.ranges)
     stage = Stage(plan.meta_model.make(), first, end)
     with engine.agreement(place), unsupported.named(plan.meta_model.config.model_type, "putting its stage together"):
         check_room(stage, place)
@@ -131,7 +131,7 @@ def build_stage(
         parts.put_trained(stage, plan.trained)
     with log_if_slow("starting: looking where the kernels fit"):
         kernel_places.put(stage, plan.layout.kernels, place)
-    keeping = dict(enumerate(followed.keeping[place.stage], start=first))
+    keeping = dict(enumerate(run_plan.keeping[place.stage], start=first))
     first_trained = engine.first_trained_stage(bool(trainable(stage)), place)
     if neftune_alpha:
         neftune.apply(stage, neftune_alpha)

@@ -118,7 +118,7 @@ class Trainer:
             shown = "\n  ".join(documents[:20]) + (f"\n  and {len(documents) - 20} more" if len(documents) > 20 else "")
             raise NonFiniteError(
                 f"step {self.step + 1}: {error}. Nothing of it was saved. The step read from\n  {shown}\n"
-                "Lower the learning rate, or look at these documents (--preview shows chunks)."
+                "Lower the learning rate, or look at these documents (--preview N prints rows as the model reads them)."
             ) from None
         seconds = clock.stop()
         if clock.steps == 1:

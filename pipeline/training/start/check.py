@@ -10,8 +10,8 @@ from pipeline.training.run import after_training
 from pipeline.training.start import kernel_places, prepare, resolve
 
 
-def look(config: Config, preview_chunks: int | None) -> int:
-    """Resolve and check; with `preview_chunks`, show so many chunks as the model will read them."""
+def check(config: Config, preview_rows: int | None) -> int:
+    """Resolve and check; with `preview_rows`, show so many rows as the model will read them."""
     plan = resolve.resolve(config)
     kernel_places.foresee(config.kernels, plan.meta_model, plan.trained)
     prepare.check_files(config.model, config.output_dir, plan.meta_model)
@@ -20,6 +20,6 @@ def look(config: Config, preview_chunks: int | None) -> int:
     batches = prepare.micro_batches(plan.data, data := prepare.read_data(plan.data, tokenizer, plan))
     prepare.evaluation_batches(plan.data, data)
     prepare.describe_steps(plan.data, plan.updates, batches, replicas=1)
-    if preview_chunks is not None:
-        log("\n" + "\n".join(preview(batches, tokenizer, preview_chunks)))
+    if preview_rows is not None:
+        log("\n" + "\n".join(preview(batches, tokenizer, preview_rows)))
     return EXIT_DONE

@@ -152,7 +152,7 @@ def _total_steps(plan: Resolved) -> int | None:
     return batches.steps_to_come(Position(), plan.data.epochs, plan.data.max_steps)
 
 
-class Followed(NamedTuple):
+class RunPlan(NamedTuple):
     """What a run does: each stage's layers, what each of them keeps, and the bytes kept on the host.
 
     `enough_host_gib`: the host_memory_gib with which all that was asked for would be there; None where a plan decides.
@@ -167,7 +167,7 @@ class Followed(NamedTuple):
 
 
 @log_if_slow("starting: planning what each layer keeps")
-def for_run(plan: Resolved, place: Place) -> Followed:
+def for_run(plan: Resolved, place: Place) -> RunPlan:
     """What this run does, the same on every process. UserError if 'auto' finds nothing that fits."""
     usable: list[Any] = [None] * place.world
     dist.all_gather_object(usable, (place.stage, _usable_here(place)))
@@ -177,7 +177,7 @@ def for_run(plan: Resolved, place: Place) -> Followed:
     if keeping is None:
         found = _on_all(solved)
         stages = found.stages
-        return Followed(
+        return RunPlan(
             [(s.first, s.end) for s in stages],
             [s.keeping for s in stages],
             [s.host_bytes for s in stages],
@@ -191,7 +191,7 @@ def for_run(plan: Resolved, place: Place) -> Followed:
         for stage, (first, end) in enumerate(plan.ranges)
     ]
     share = host_bytes(plan.layout) // place.world
-    return Followed(
+    return RunPlan(
         plan.ranges,
         [[keeping] * (end - first) for first, end in plan.ranges],
         [min(n, share) for n in on_host],
@@ -238,15 +238,15 @@ def _solved(
     return found
 
 
-def arena(followed: Followed, stage: int, device: torch.device) -> HostArena | None:
+def arena(run_plan: RunPlan, stage: int, device: torch.device) -> HostArena | None:
     """Host memory for what a stage keeps there; None if that is nothing."""
-    if not (n_bytes := followed.host_bytes[stage]):
+    if not (n_bytes := run_plan.host_bytes[stage]):
         return None
     # Each slot is rounded up; ragged micro-batches may leave gaps.
     return HostArena(n_bytes + n_bytes // 16 + (1 << 20), device)
 
 
-def say_overflow(followed: Followed, place: Place, arena: HostArena | None) -> list[int]:
+def say_overflow(run_plan: RunPlan, place: Place, arena: HostArena | None) -> list[int]:
     """Warn of what should have been kept on the host and found no room there; bytes of each stage's so far."""
     everyone: list[Any] = [None] * place.world
     dist.all_gather_object(everyone, (place.stage, arena.overflowed_bytes, arena.short_bytes) if arena else (0, 0, 0))
@@ -254,8 +254,8 @@ def say_overflow(followed: Followed, place: Place, arena: HostArena | None) -> l
     if any(bytes_of):
         short = max(short for _, _, short in everyone)
         mend = (
-            f"set host_memory_gib = {_rounded_up(followed.enough_host_gib)}"
-            if followed.enough_host_gib
+            f"set host_memory_gib = {_rounded_up(run_plan.enough_host_gib)}"
+            if run_plan.enough_host_gib
             else ("the plan did not foresee it; lower host_memory_gib, should the device's memory run short")
         )
         warn(
@@ -273,17 +273,17 @@ def _rounded_up(value: float) -> str:
 
 @log_if_slow("done:     counting what was planned")
 def say_outcome(
-    followed: Followed, place: Place, run_dir: Path, arena: HostArena | None, step_s: float, peak_bytes: int
+    run_plan: RunPlan, place: Place, run_dir: Path, arena: HostArena | None, step_s: float, peak_bytes: int
 ) -> None:
     """At the end of a run: planned against measured, each stage's memory and the time of a step; also as plan.json."""
-    overflowed = say_overflow(followed, place, arena)
+    overflowed = say_overflow(run_plan, place, arena)
     everyone: list[Any] = [None] * place.world
     dist.all_gather_object(everyone, (place.stage, peak_bytes))
     if place.rank != 0:
         return
     measured = [max(m for stage, m in everyone if stage == n) for n in range(place.stages)]
     try:
-        plan = followed.plan()
+        plan = run_plan.plan()
     except Exception as error:  # a planning failure must not fail a run that is finished and saved
         log(f"no plan to compare with: {error}")
         return

@@ -19,7 +19,7 @@ from pipeline.artifacts.fold import match as fold_match
 from pipeline.artifacts.fold.merge import merge
 from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
-from pipeline.publishing import foresight
+from pipeline.publishing import after_training
 from tests.helpers.artifacts import VOCABULARY, bytes_of, fold64, load_model, logits, multiplicative, tensors_of
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -183,13 +183,13 @@ def test_what_no_fold_can_change_is_refused_before_the_training(tmp_path: Path) 
     model.save_pretrained(tmp_path / "base")
     experts = [name.rpartition(".")[0] for name, _ in model.named_parameters() if name.endswith("experts.down_proj")]
     asked: dict[str, Any] = {"base": tmp_path / "base", "output_dir": tmp_path, "kind": "lora", "biased_targets": False}
-    foresight.check(["merge"], targets=["model.layers.0.self_attn.q_proj"], **asked)
+    after_training.check(["merge"], targets=["model.layers.0.self_attn.q_proj"], **asked)
     with pytest.raises(
         UserError, match=r"after_training: 'merge' cannot be done: .* stores .*experts.* in another form"
     ):
-        foresight.check(["merge"], targets=[f"{experts[0]}.gate"], **asked)
+        after_training.check(["merge"], targets=[f"{experts[0]}.gate"], **asked)
     with pytest.raises(UserError, match=r"'export:peft' cannot be done: .* in another form"):
-        foresight.check(["export:peft"], targets=[f"{experts[0]}.gate"], **asked)
+        after_training.check(["export:peft"], targets=[f"{experts[0]}.gate"], **asked)
     with pytest.raises(UserError, match=r"stores model.layers.7.norm.weight in another form"):
         fold_match.check_names(read_base(tmp_path / "base"), [], ["model.layers.7.norm.weight"])
 

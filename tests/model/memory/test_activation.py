@@ -13,6 +13,7 @@ from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena, Ticket
+from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage
 from tests.helpers.builders import save_model
 from tests.helpers.stages import build, token_ids
@@ -50,7 +51,8 @@ def stage_with_adapters(folder: Path, first: int, end: int, mode: bool | str, dr
 def put_away(stage: Stage, mode: bool | str) -> None:
     """As activation_checkpointing = `mode` does."""
     arena = HostArena(1 << 20, torch.device("cpu")) if mode == "unsloth" else None
-    activation.apply(stage, activation.uniform(mode, stage.layers), arena)
+    policy = ActivationPolicy(RecomputeLevel.INPUT if mode else RecomputeLevel.EVERYTHING, on_host=mode == "unsloth")
+    activation.apply(stage, dict.fromkeys(stage.layers, policy), arena)
 
 
 def gradients(stage: Stage, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,8 +15,7 @@ from pipeline.model.stage import Stage
 from pipeline.training.stage import parts
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained
-from pipeline.training.start import check as look
-from pipeline.training.start import kernel_places, resolve
+from pipeline.training.start import check, kernel_places, resolve
 from tests.helpers.builders import model_config, save_model, train, write_config
 
 ALL = frozenset(fusion.KERNELS)
@@ -194,7 +193,7 @@ def test_check_says_what_the_run_says(tmp_path: Path, capsys: pytest.CaptureFixt
         layers_to_transform="0:1",
         lora_dropout=0.1,
     )
-    look.look(loading.load(file, []), None)
+    check.check(loading.load(file, []), None)
     foreseen = [line for line in capsys.readouterr().out.splitlines() if "kernels:" in line]
     said = [line for line in train(2, "--config", str(file)).splitlines() if "kernels:" in line]
     assert said == foreseen
