@@ -114,7 +114,6 @@ class Variant:
         scheme = resolve.base_of(config).scheme
         if scheme:
             quantized.put_placeholders(model, scheme)
-        parts.import_quantisation(scheme)
         self.stage = Stage(model, 0, size.layers)
         parts.put_quantised(self.stage, scheme)
         weights.load(self.stage, str(base), DTYPES[size.dtype], CPU)

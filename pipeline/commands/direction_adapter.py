@@ -29,7 +29,7 @@ from pipeline.files import check_file_free, check_free
 from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters.targets import describe_layers, resolve_targets
-from pipeline.model.hidden_means import mean_hidden_states
+from pipeline.model.layerwise import mean_hidden_states
 from pipeline.model.stage import empty_model, read_model_config
 from pipeline.names import layer_ranges, layers_of
 

@@ -3,9 +3,12 @@
 Takes a model folder and rows of token ids; calls `tap` with the outputs of the modules asked for. Between two groups of
 layers the rows' hidden states lie in the CPU's memory, and the weights of the group before are gone. A group is a
 `Stage`, so what it computes is what the whole Hugging Face model computes.
+
+`mean_hidden_states` taps the residual stream of sets of texts: two sets' means and their difference are what steering vectors
+and refusal directions are made of.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +65,50 @@ def run_layerwise(
             _run_group(folder, config, range(first, end), states, modules, tap, device, dtype, advance)
 
 
+def mean_hidden_states(
+    folder: str,
+    sets: Sequence[Sequence[Tensor]],
+    *,
+    counted: slice,
+    layers: Iterable[int],
+    layers_at_once: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[dict[int, Tensor]]:
+    """For each of `sets`, rows [T] int64 each: layer → the mean [D] fp64 of the residual stream after it, on the CPU.
+
+    The mean is over the tokens `counted` of all rows of a set together (`slice(1, None)`: all but each row's first;
+    `slice(-1, None)`: each row's last), so a longer row counts more. The model runs in `dtype`, `layers_at_once` layers at
+    a time. Raises ValueError where a set has no token to count; UserError as `run_layerwise`.
+    """
+    counts = [sum(len(row[counted]) for row in rows) for rows in sets]
+    if not all(counts):
+        raise ValueError(f"sets with {counts} tokens to count")
+    prefix = empty_model(read_model_config(folder), dtype, None).base_model_prefix
+    names = {f"{prefix}.layers.{index}": index for index in layers}
+    set_of_row = [which for which, rows in enumerate(sets) for _ in rows]
+    sums: list[dict[int, Tensor]] = [{} for _ in sets]
+
+    def add(row: int, name: str, output_TD: Tensor) -> None:
+        total, index = output_TD[counted].double().sum(0).cpu(), names[name]
+        into = sums[set_of_row[row]]
+        into[index] = into[index] + total if index in into else total
+
+    run_layerwise(
+        folder,
+        [row for rows in sets for row in rows],
+        modules=names.__contains__,
+        tap=add,
+        layers_at_once=layers_at_once,
+        device=device,
+        dtype=dtype,
+    )
+    return [
+        {index: total / count for index, total in by_layer.items()}
+        for by_layer, count in zip(sums, counts, strict=True)
+    ]
+
+
 def _run_group(
     folder: str,
     config: PretrainedConfig,
@@ -85,15 +132,15 @@ def _run_group(
     for row, state in enumerate(states):
         at[0] = row
         positions_BT = torch.arange(state.shape[1], device=device).unsqueeze(0)
-        states[row] = stage((state.to(device), positions_BT))[0].to("cpu")
+        output = stage((state.to(device), positions_BT))
+        states[row] = (output if isinstance(output, Tensor) else output[0]).to("cpu")
         advance(1)
 
 
 def _headless_stage(model: PreTrainedModel, layers: range) -> Stage:
-    """A stage of `layers`, the last one's norm included, that gives (hidden, positions) and never loads the head."""
+    """A stage of `layers`, the last one's norm included, without the head, which is never loaded."""
     stage = Stage(model, layers.start, layers.stop)
     model.set_output_embeddings(PassThrough())
-    stage.is_last = False
     return stage
 
 

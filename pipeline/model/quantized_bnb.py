@@ -14,14 +14,11 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.memory import replay
 from pipeline.model.quantized import QuantizedPlaceholder
 from pipeline.model.stage import Stage
 
 # It says at every product in 8 bits that the input is rounded to float16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-# A product with a 4-bit weight is one operation, so that recomputation can keep its result as it keeps any product's.
-replay.PRODUCTS[torch.ops.bitsandbytes.gemm_4bit.default] = lambda x, w, shape, *_, **__: [*x.shape[:-1], shape[0]]
 
 
 class Linear4bit(bnb.nn.Linear4bit):

@@ -219,6 +219,11 @@ class Stage(nn.Module):
         return {index: self.model.base_model.layers[index] for index in self.layer_indices}
 
     @property
+    def has_head(self) -> bool:
+        """Whether the output head is here: on the last stage, unless it was taken out (layerwise.py)."""
+        return not isinstance(self.model.get_output_embeddings(), PassThrough)
+
+    @property
     def head(self) -> nn.Linear:
         """The output head; on the last stage only."""
         return self.model.get_output_embeddings()  # type: ignore[return-value]

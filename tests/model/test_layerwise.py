@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pipeline.console import UserError
 from pipeline.model import layerwise
-from pipeline.model.hidden_means import mean_hidden_states
-from pipeline.model.layerwise import run_layerwise
+from pipeline.model.layerwise import mean_hidden_states, run_layerwise
 from pipeline.model.stage import Stage
 from pipeline.model.weights import load
 from tests.helpers.builders import save_model

@@ -29,11 +29,13 @@ from pipeline.model.memory.levels import RecomputeLevel
 SMALL = tuple({f".{name}" for row in FAMILIES.values() for name in row.small})  # ends of names
 ATTENTION = "attention"  # the key of attention itself, beside the names of weights
 aten = torch.ops.aten
-# A product with a weight, and the shape of its result from the shapes of its arguments.
-PRODUCTS: dict[Any, Callable[..., list[int]]] = {
-    aten.mm.default: lambda a, b: [a.shape[0], b.shape[1]],
-    aten.addmm.default: lambda c, a, b, **_: [a.shape[0], b.shape[1]],
-    aten.linear.default: lambda x, w, *_: [*x.shape[:-1], w.shape[0]],
+# A product with a weight, by the operation's name, and the shape of its result from its arguments. By name, so that what
+# bitsandbytes registers can stand here without its import.
+PRODUCTS: dict[str, Callable[..., list[int]]] = {
+    "aten.mm.default": lambda a, b: [a.shape[0], b.shape[1]],
+    "aten.addmm.default": lambda c, a, b, **_: [a.shape[0], b.shape[1]],
+    "aten.linear.default": lambda x, w, *_: [*x.shape[:-1], w.shape[0]],
+    "bitsandbytes.gemm_4bit.default": lambda x, w, shape, *_, **__: [*x.shape[:-1], shape[0]],
 }
 ALLOCATIONS = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 
@@ -125,9 +127,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _role(roles: dict[int, str], func: Any, args: Any) -> str | None:
     """The weight's name for a product with one, ATTENTION for attention without dropout, None for all else."""
-    if func in PRODUCTS:
+    if (name := str(func)) in PRODUCTS:
         return next((roles[key] for t in args if isinstance(t, Tensor) and (key := _storage(t)) in roles), None)
-    name = str(func)
     return ATTENTION if "attention" in name and "backward" not in name and not _drops(func, args) else None
 
 
@@ -166,7 +167,7 @@ class _Replay(TorchDispatchMode):
             kept = self.results[str(role)].pop(0)
             return tree_map_only(_Handle, lambda handle: _alias(self.store.get(handle.value)), kept)
         if action == "skip":
-            return args[0].new_empty(PRODUCTS[func](*args, **(kwargs or {})))
+            return args[0].new_empty(PRODUCTS[str(func)](*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 

@@ -26,8 +26,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.kernels import dispatch
-from pipeline.planning.counts.products import flops_of
-from pipeline.planning.counts.traffic import bytes_of, made_by, storage_of, tensors_in, traffic_of, written_by
+from pipeline.planning.counts.operations import (
+    bytes_of,
+    flops_of,
+    made_by,
+    storage_of,
+    tensors_in,
+    traffic_of,
+    written_by,
+)
 
 
 class Counts(NamedTuple):

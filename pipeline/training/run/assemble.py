@@ -60,7 +60,6 @@ def trainer(
     """
     run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.rank)
-    parts.import_quantisation(plan.base.scheme)
     with engine.agreement(place):
         arena = planned.arena(run_plan, place.stage, place.device)
     with watcher.phase(UNHURRIED):

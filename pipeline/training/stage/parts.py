@@ -16,12 +16,6 @@ from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained
 
 
-def import_quantisation(scheme: Scheme | None) -> None:
-    """Have bitsandbytes imported if this run needs it; no other run does."""
-    if scheme:
-        import pipeline.model.quantized_bnb  # noqa: F401
-
-
 def put_quantised(stage: Stage, scheme: Scheme | None) -> None:
     """Quantised layers, still empty, where `quantized.put_placeholders` has marked the stage's."""
     if scheme:

@@ -79,7 +79,7 @@ def test_a_part_of_a_module_has_no_place_either(llama: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["dora", "ia3", "oft", "boft", "hra"])
 def test_families_without_an_additive_form_are_refused_by_name(llama: Path, tmp_path: Path, family, format) -> None:
     by_peft(llama, tmp_path / "adapter", family)
-    with pytest.raises(UserError, match=f"an adapter of the family {family}, which is no pair of A and B"):
+    with pytest.raises(UserError, match=f"an adapter of the family {family}, which is not a pair of A and B"):
         export(llama, tmp_path / "adapter", tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
 
@@ -99,4 +99,4 @@ def test_inspect_lists_tensors_in_full_and_refuses_families(llama, tmp_path: Pat
         assert "2 tensors were trained in full beside the pairs" in " ".join(said.out.split())
     else:
         assert ended.value.code == 2
-        assert f"an adapter of the family {family}, which is no pair" in said.err
+        assert f"an adapter of the family {family}, which is not a pair" in said.err

@@ -96,5 +96,5 @@ def test_a_fold_that_computes_something_else_is_found(llama: Path, tmp_path: Pat
 def test_programs_for_pairs_refuse_the_others_in_one_sentence(llama: Path, tmp_path: Path) -> None:
     for case in PLAIN:
         by_peft(llama, tmp_path / case, case)
-        with pytest.raises(UserError, match=f"is an adapter of the family {case}, which is no pair"):
+        with pytest.raises(UserError, match=f"is an adapter of the family {case}, which is not a pair"):
             load_pairs(tmp_path / case)

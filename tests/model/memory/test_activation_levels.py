@@ -138,7 +138,7 @@ class Products(TorchDispatchMode):
         self.attention = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in replay.PRODUCTS:
+        if str(func) in replay.PRODUCTS:
             rows, weight = args[-2], args[-1]
             # `linear` multiplies by a transposed view; backward by the weight as it lies.
             if len(rows) == TOKENS and weight.stride(0) == 1:
