@@ -30,6 +30,7 @@ from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters.targets import describe_layers, resolve_targets
 from pipeline.model.layerwise import mean_hidden_states
+from pipeline.model.parts import layers_of_model, text_config
 from pipeline.model.stage import empty_model, read_model_config
 from pipeline.names import layer_ranges, layers_of
 
@@ -41,7 +42,7 @@ def make(asked: argparse.Namespace) -> None:
     """Find the directions, and write the adapter."""
     _check(asked)
     model = empty_model(read_model_config(asked.input), torch.float32, None)
-    n_layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    n_layers, width = len(layers_of_model(model)), text_config(model.config).hidden_size
     layers = _layers(asked.layers, n_layers)
     modules, biased = _targets(model, asked.target_modules, layers, width)
     _warn_of_norms(model)
@@ -129,7 +130,7 @@ def _targets(model: PreTrainedModel, names: list[str], layers: list[int], width:
 
 def _warn_of_norms(model: PreTrainedModel) -> None:
     """Where a norm follows what the modules write, its gain turns the vector after the direction was taken off."""
-    names = {name for name, _ in model.base_model.layers[0].named_modules()}
+    names = {name for name, _ in layers_of_model(model)[0].named_modules()}
     if norms := names & NORMS_AFTER_WRITING:
         warn(
             f"in this model a norm ({norms.pop()}) stands between what the target modules write and the residual stream; the "
@@ -143,13 +144,15 @@ def _from_texts(asked: argparse.Namespace, layers: list[int]) -> dict[int, Tenso
     tokenizer, last = load_tokenizer(asked.input), asked.position == "last"
     config = read_model_config(asked.input)
     sets = [
-        document_rows(tokenizer, path, asked.sequence_len, ends_only=last, embedding_rows=config.vocab_size)
+        document_rows(
+            tokenizer, path, asked.sequence_len, ends_only=last, embedding_rows=text_config(config).vocab_size
+        )
         for path in asked.from_texts
     ]
     dtype = DTYPES[asked.dtype] if asked.dtype else config.dtype or torch.float32
     for path, rows in zip(asked.from_texts, sets, strict=True):
         log(f"{path}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens")
-    in_memory = sum(len(row) for rows in sets for row in rows) * config.hidden_size * dtype.itemsize
+    in_memory = sum(len(row) for rows in sets for row in rows) * text_config(config).hidden_size * dtype.itemsize
     log(f"hidden states between layers: {gib(in_memory)} in the CPU's memory")
     skipped = 0 if tokenizer.bos_token_id is None else 1
     mean_A, mean_B = mean_hidden_states(

@@ -28,7 +28,7 @@ class Place:
 def stored_names(base: Base) -> dict[str, Place]:
     """{parameter of the running model: its place}, by transformers' own conversion mapping; empty where it has none.
 
-    The running model is the one a training here builds: AutoModelForCausalLM's. No weight is read.
+    The running model is the one a training here builds (`auto_class`). No weight is read.
     """
     model = _empty_model(base)
     return {} if model is None else _places(model, base)
@@ -37,12 +37,29 @@ def stored_names(base: Base) -> dict[str, Place]:
 def _empty_model(base: Base) -> Any:
     """The model on `meta`; None where this transformers cannot build it."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with contextlib.suppress(Exception), init_empty_weights(include_buffers=False):  # whatever transformers raises
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return auto_class(config).from_config(config, trust_remote_code=False)
     return None
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' auto class for a config: what builds the model whose names its checkpoints have.
+
+    AutoModelForCausalLM; of a model for text and images AutoModelForImageTextToText, unless config.json says that the
+    checkpoint is of its text half alone.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    mixed = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind, saved = config.model_type, (config.architectures or [None])[0]
+    if kind in mixed and (kind not in causal or saved == mixed[kind]):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _places(model: Any, base: Base) -> dict[str, Place]:

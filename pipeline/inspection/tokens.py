@@ -95,12 +95,14 @@ def lens(base: Base) -> Lens:
     """
     from pipeline.kernels.norm import layer_norm
     from pipeline.model.fusion.probe import norm_form
+    from pipeline.model.parts import parts_of
     from pipeline.model.stage import empty_model, read_model_config
 
     head = _head(base)
     model = empty_model(read_model_config(str(base.folder)), torch.float32, None)
-    form = norm_form(model.base_model.norm)
-    stored = base.find(f"{model.base_model_prefix}.norm.weight")
+    (norm, *others) = parts_of(model).leaving or (None,)
+    form = norm_form(model.get_submodule(norm)) if norm and not others else None
+    stored = base.find(f"{norm}.weight")
     if form is None or stored is None or stored.dtype not in FLOATS or stored.shape != head.shape[1:]:
         return Lens(head, None, centred=False)
     function, options = form

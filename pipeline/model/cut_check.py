@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
 from pipeline.model.adapters.base import trainable
+from pipeline.model.parts import layers_of_model, parts_of
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.model.unsupported import named
@@ -50,7 +51,7 @@ def check(
 
 
 def _check_cut(whole: PreTrainedModel, logits: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
-    kind, n_layers = whole.config.model_type, len(whole.base_model.layers)
+    kind, n_layers = whole.config.model_type, len(layers_of_model(whole))
     try:
         with torch.no_grad(), named(kind, "running it as one stage, tried on a tiny copy,"):
             alone = _difference(_logits(_stages(whole, [(0, n_layers)])), logits)
@@ -106,12 +107,22 @@ def _to_cut(whole: PreTrainedModel, first: int, end: int) -> PreTrainedModel:
 
     Only what that changes is copied: the model, its base, and these layers.
     """
-    model, base, layers = _shallow(whole), _shallow(whole.base_model), whole.base_model.layers
+    parts, layers = parts_of(whole), layers_of_model(whole)
     shared = {id(t): t for t in (*layers.parameters(), *layers.buffers())} | {id(whole.config): whole.config}
     own = [deepcopy(layer, dict(shared)) if first <= i < end else layer for i, layer in enumerate(layers)]
-    base.layers = nn.ModuleList(own)
-    setattr(model, model.base_model_prefix, base)
+    model = _with_own(whole, "", (parts.layers, parts.embedding, parts.head, *parts.entry, *parts.leaving))
+    model.set_submodule(parts.layers, nn.ModuleList(own))
     return model  # type: ignore[no-any-return]
+
+
+def _with_own(module: Any, name: str, wanted: tuple[str, ...]) -> Any:
+    """A shallow copy of `module`, named `name`, and of the modules within it on the way to those `wanted`."""
+    new = _shallow(module)
+    for leaf, child in module._modules.items():
+        full = f"{name}.{leaf}".lstrip(".")
+        if any(one.startswith(f"{full}.") for one in wanted):
+            new._modules[leaf] = _with_own(child, full, wanted)
+    return new
 
 
 def _shallow(module: Any) -> Any:

@@ -17,9 +17,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, progress
 from pipeline.model import cut_check
-from pipeline.model.stage import PassThrough, Stage, empty_model, read_model_config
+from pipeline.model.parts import layers_of_model, parts_of, text_config
+from pipeline.model.stage import Stage, empty_model, read_model_config
+from pipeline.model.stand_ins import PassThrough
 from pipeline.model.weights import load
-from pipeline.names import EMBEDDING_MODULE, layers_of
+from pipeline.names import layers_of
 
 Tap = Callable[[int, str, Tensor], None]
 
@@ -54,7 +56,7 @@ def run_layerwise(
     _check_rows(rows, config)
     if layers_at_once < 1:
         raise ValueError(f"layers_at_once = {layers_at_once}")
-    n_layers = len(skeleton.base_model.layers)
+    n_layers = len(layers_of_model(skeleton))
     if layers_at_once < n_layers:
         _check_can_be_cut(config, n_layers, layers_at_once)
     states: list[Tensor] = [row.unsqueeze(0).to("cpu") for row in rows]
@@ -84,8 +86,8 @@ def mean_hidden_states(
     counts = [sum(len(row[counted]) for row in rows) for rows in sets]
     if not all(counts):
         raise ValueError(f"sets with {counts} tokens to count")
-    prefix = empty_model(read_model_config(folder), dtype, None).base_model_prefix
-    names = {f"{prefix}.layers.{index}": index for index in layers}
+    parts = parts_of(empty_model(read_model_config(folder), dtype, None))
+    names = {parts.layer(index): index for index in layers}
     set_of_row = [which for which, rows in enumerate(sets) for _ in rows]
     sums: list[dict[int, Tensor]] = [{} for _ in sets]
 
@@ -140,7 +142,7 @@ def _run_group(
 def _headless_stage(model: PreTrainedModel, layers: range) -> Stage:
     """A stage of `layers`, the last one's norm included, without the head, which is never loaded."""
     stage = Stage(model, layers.start, layers.stop)
-    model.set_output_embeddings(PassThrough())
+    model.set_submodule(parts_of(model).head, PassThrough())
     return stage
 
 
@@ -158,9 +160,9 @@ def _hook(name: str, at: list[int], tap: Tap) -> Callable[[Any, Any, Any], None]
 
 def _names(model: PreTrainedModel) -> list[str]:
     """What `modules` is asked about: the embedding, the layers and all that is in them, the norm; not the whole base."""
-    prefix = model.base_model_prefix
-    parts = (f"{prefix}.{EMBEDDING_MODULE}", f"{prefix}.layers.", f"{prefix}.norm")
-    return [name for name, _ in model.named_modules() if name.startswith(parts)]
+    parts = parts_of(model)
+    wanted = (parts.embedding, f"{parts.layers}.", *parts.leaving)
+    return [name for name, _ in model.named_modules() if name.startswith(wanted)]
 
 
 def _last_layer_wanted(model: PreTrainedModel, modules: Callable[[str], bool]) -> int:
@@ -168,18 +170,19 @@ def _last_layer_wanted(model: PreTrainedModel, modules: Callable[[str], bool]) -
     wanted = [name for name in _names(model) if modules(name)]
     if not wanted:
         raise ValueError("no module is wanted: there is nothing to run for")
-    if f"{model.base_model_prefix}.norm" in wanted:
-        return len(model.base_model.layers) - 1
+    if set(parts_of(model).leaving) & set(wanted):
+        return len(layers_of_model(model)) - 1
     return max(layers_of(wanted), default=0)
 
 
 def _check_rows(rows: Sequence[Tensor], config: PretrainedConfig) -> None:
+    vocabulary = text_config(config).vocab_size
     for index, row in enumerate(rows):
         if row.dim() != 1 or row.numel() == 0 or row.dtype != torch.int64:
             raise ValueError(f"row {index} is {row.dtype} {list(row.shape)}, not [T] int64")
-        if not 0 <= int(row.min()) <= int(row.max()) < config.vocab_size:
+        if not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
             raise UserError(
-                f"a text holds the token {int(row.max())}, but the model's vocabulary has {config.vocab_size}: "
+                f"a text holds the token {int(row.max())}, but the model's vocabulary has {vocabulary}: "
                 "the tokenizer is not this model's"
             )
 

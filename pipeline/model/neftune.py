@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.parts import embedding_of_model
 from pipeline.model.stage import FIRST_READS, Stage
 
 
@@ -18,7 +19,7 @@ def apply(stage: Stage, alpha: float) -> None:
     if stage.is_first:
         noise = _Noise(alpha)
         stage.register_forward_pre_hook(noise.note_lengths)
-        stage.model.get_input_embeddings().register_forward_hook(noise.add)
+        embedding_of_model(stage.model).register_forward_hook(noise.add)
 
 
 class _Noise:

@@ -16,6 +16,7 @@ from pipeline import patterns
 from pipeline.console import UserError
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
+from pipeline.model.parts import layers_of_model, parts_of
 
 # Of a mixture of experts: small, and a rounding there sends tokens elsewhere. qlora-pipe leaves out `gate` too.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -104,7 +105,7 @@ def put_placeholders(model: PreTrainedModel, scheme: Scheme) -> list[str]:
     The embedding, the head and a mixture's routers stay as they are. UserError for a name in `skip` that no module has,
     and for a model most of whose weights are in no linear layer (experts stacked in one tensor).
     """
-    prefix = f"{model.base_model_prefix}.layers."
+    prefix = f"{parts_of(model).layers}."
     linear = [
         name
         for name, module in model.named_modules()
@@ -123,7 +124,7 @@ def put_placeholders(model: PreTrainedModel, scheme: Scheme) -> list[str]:
 
 
 def _check_model(model: PreTrainedModel, linear: list[str]) -> None:
-    layers = model.base_model.layers
+    layers = layers_of_model(model)
     within = sum(model.get_submodule(name).weight.numel() for name in linear)  # type: ignore[operator,union-attr]
     if within < sum(p.numel() for p in layers.parameters()) / 2:
         name, largest = max(layers.named_parameters(), key=lambda named: named[1].numel())
@@ -141,5 +142,5 @@ def _check_skip(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
         if all(should_convert_module(name, [pattern]) for name in names if name):
             raise UserError(
                 f"llm_int8_skip_modules: the model has no module '{pattern}'; a layer's are "
-                f"{', '.join(n for n, m in model.base_model.layers[0].named_modules() if isinstance(m, nn.Linear))}"
+                f"{', '.join(n for n, m in layers_of_model(model)[0].named_modules() if isinstance(m, nn.Linear))}"
             )

@@ -2,49 +2,29 @@
 
 Takes a model folder and the layers owned; gives a module that maps (token ids or hidden state, positions) to (hidden
 state, positions), or on the last stage to the normed hidden state. Masks, RoPE, sliding windows and layer types stay
-the model's own, so there is no class per model family: layers of other stages become a pass-through under their own
-index, and a small table holds the one family that needs a word.
+the model's own, so there is no class per model family: what belongs to other stages is replaced by a stand-in under its own
+name (stand_ins.py).
 
 One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once per floating-point output; integers
 (here the positions) follow behind it.
 """
 
-import math
+import contextlib
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
 from pipeline.foreign import printable, read_by_library, read_object
 from pipeline.formats.base_model import has_weights, head_of, read_base
 from pipeline.kernels.cross_entropy import LogitTransform
-from pipeline.model.unsupported import reason
-from pipeline.names import EMBEDDING_MODULE, HEAD
-
-LARGE = 1 << 24  # elements of a tensor that is a weight and no table: 64 MiB in fp32
-
-
-class LargeOnMeta(TorchFunctionMode):
-    """Inside, new tensors of LARGE elements and more are on `meta`.
-
-    `init_empty_weights` lets a parameter be made in memory before it moves it there, and all experts of a layer are one.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn) and kwargs.get("device") is None:
-            sizes = args[0] if args and isinstance(args[0], tuple | list) else args
-            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= LARGE:
-                kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
-
+from pipeline.model.build import build
+from pipeline.model.parts import base_of, head_of_model, layers_of_model, parts_of, takes_positions, text_config
+from pipeline.model.stand_ins import PassThrough, arrives, departed, put_stand_ins
+from pipeline.model.tiny_copy import NoCopyError, observed_parts
 
 # What the first stage is handed, in this order; the last is for hooks (neftune.py) and may be left out.
 FIRST_READS = ("input_ids", "position_ids", "lengths")
@@ -52,32 +32,6 @@ FIRST_READS = ("input_ids", "position_ids", "lengths")
 # What a config calls its number of layers, and more of them than any model has: building so many would never end.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000
-
-
-class PassThrough(nn.Module):
-    """Stands where another stage's module was; returns its first argument."""
-
-    def __init__(self, replaced: nn.Module | None = None) -> None:
-        super().__init__()
-        # Some models choose each layer's mask by this attribute of the layer.
-        if (attention_type := getattr(replaced, "attention_type", None)) is not None:
-            self.attention_type = attention_type
-
-    def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
-        return first
-
-
-def _granite_embeds_once(base: nn.Module) -> None:
-    """Granite multiplies `inputs_embeds` by a constant; the hidden state of an earlier stage has had it already."""
-    base.embedding_multiplier = 1.0  # type: ignore[assignment]
-
-
-# model_type → what a stage that receives a hidden state must change in the base model.
-LATER_STAGE_QUIRKS: dict[str, Callable[[nn.Module], None]] = {
-    "granite": _granite_embeds_once,
-    "granitemoe": _granite_embeds_once,
-    "granitemoeshared": _granite_embeds_once,
-}
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
@@ -112,7 +66,7 @@ def read_model_config(folder: str) -> PretrainedConfig:
 
 def _tie_as_stored(config: PretrainedConfig, folder: Path) -> None:
     """Untie head and embedding in the config where the folder stores two that differ: transformers keeps both, too."""
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     if has_weights(folder) and getattr(text, "tie_word_embeddings", False):
         config.tie_word_embeddings = text.tie_word_embeddings = head_of(read_base(folder, "model"), ties=True).tied
 
@@ -139,27 +93,11 @@ def _has_gguf(folder: str) -> bool:
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
     """The whole model with parameters on `meta` and real buffers (RoPE tables, embedding scales): no memory to speak of.
 
-    Raises UserError for a structure that stages cannot be cut from.
+    Its parts are known (`parts.parts_of`). Raises UserError for a structure that stages cannot be cut from.
     """
-    try:
-        with init_empty_weights(include_buffers=False), LargeOnMeta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
-            )
-    except Exception as error:
-        raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {reason(error)}") from error
-    base = model.base_model
-    missing = [
-        name for name in (EMBEDDING_MODULE, "layers", "norm") if not isinstance(getattr(base, name, None), nn.Module)
-    ]
-    head = model.get_output_embeddings()
-    if base is model or missing or not isinstance(base.layers, nn.ModuleList) or not isinstance(head, nn.Linear):
-        raise UserError(
-            f"model_type '{config.model_type}' cannot be cut into stages: {type(model).__name__} has no "
-            f"{', '.join(missing) or 'linear output head'}; what fits has embed_tokens, layers, norm and a linear head "
-            "(cohere, cohere2, llama, mistral, mixtral, qwen2, qwen3, gemma2, gemma3_text, phi3, granite, olmo2, glm4 "
-            "and their like)"
-        )
+    model = build(config, dtype, attn_implementation)
+    with contextlib.suppress(NoCopyError):  # then it is not cut, and nothing asks what runs beside the layers
+        model.__dict__["parts"] = observed_parts(config)
     model.config.use_cache = False
     model.config.tie_word_embeddings = bool(tied_head(model))
     return model
@@ -171,37 +109,30 @@ def tied_head(model: PreTrainedModel) -> dict[str, str]:
     It is transformers' own word, by the config and the model's class. That a checkpoint may hold two different tensors
     all the same, `read_model_config` has put into the config.
     """
-    return {name: source for name, source in model.all_tied_weights_keys.items() if name == HEAD}
+    head = f"{parts_of(model).head}.weight"
+    return {name: source for name, source in model.all_tied_weights_keys.items() if name == head}
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """What the model does to its raw logits: Cohere's scale, Granite's division, Gemma's soft cap."""
+    config = text_config(config)
     before = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return LogitTransform(before=before, cap=getattr(config, "final_logit_softcapping", None))
 
 
 class Stage(nn.Module):
-    """Layers [first_layer, end_layer) of the model, with the embedding on the first stage and norm and head on the last.
+    """Layers [first_layer, end_layer) of the model; with the embedding and what runs before the layers on the first stage,
+    with the last norm and the head on the last.
 
     Parameters keep the names of the whole model (`stage.model.named_parameters()`), so they mean the same on any stage.
     """
 
     def __init__(self, model: PreTrainedModel, first_layer: int, end_layer: int) -> None:
         super().__init__()
-        base = model.base_model
-        n_layers = len(base.layers)
+        n_layers = len(layers_of_model(model))
         self.layer_indices = range(first_layer, end_layer)
         self.is_first, self.is_last = first_layer == 0, end_layer == n_layers
-        for index in range(n_layers):
-            if index not in self.layer_indices:
-                base.layers[index] = PassThrough(base.layers[index])
-        if not self.is_last:
-            base.norm = PassThrough()
-            model.set_output_embeddings(PassThrough())
-        if not self.is_first:
-            base.embed_tokens = PassThrough()
-            if quirk := LATER_STAGE_QUIRKS.get(model.config.model_type):
-                quirk(base)
+        put_stand_ins(model, first_layer, end_layer)
         self.model = model
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
@@ -210,24 +141,35 @@ class Stage(nn.Module):
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """
         x, positions_BT = inputs[:2]
-        given = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
-        hidden_BTD = self.model.base_model(**given, position_ids=positions_BT, use_cache=False)[0]
-        return hidden_BTD if self.is_last else (hidden_BTD, positions_BT)
+        if self.is_first:
+            normed_BTD = run_base(self.model, positions_BT, input_ids=x)
+        else:
+            with arrives(self.model, x):
+                # Of what is given here the model takes the size, for its masks and rotary tables.
+                normed_BTD = run_base(self.model, positions_BT, inputs_embeds=x.detach())
+        return normed_BTD if self.is_last else (departed(self.model, self.layer_indices.stop), positions_BT)
 
     @property
     def layers(self) -> dict[int, nn.Module]:
         """The decoder layers this stage owns, by their index in the whole model."""
-        return {index: self.model.base_model.layers[index] for index in self.layer_indices}
+        return {index: layers_of_model(self.model)[index] for index in self.layer_indices}
 
     @property
     def has_head(self) -> bool:
         """Whether the output head is here: on the last stage, unless it was taken out (layerwise.py)."""
-        return not isinstance(self.model.get_output_embeddings(), PassThrough)
+        return not isinstance(head_of_model(self.model), PassThrough)
 
     @property
     def head(self) -> nn.Linear:
         """The output head; on the last stage only."""
-        return self.model.get_output_embeddings()  # type: ignore[return-value]
+        return head_of_model(self.model)  # type: ignore[no-any-return]
+
+
+def run_base(model: PreTrainedModel, positions_BT: Tensor, **given: Tensor) -> Tensor:
+    """What the module that runs the layers gives, from `input_ids` [B, T] or `inputs_embeds` [B, T, D]."""
+    base = base_of(model)
+    positions = {"position_ids": positions_BT} if takes_positions(base) else {}
+    return base(**given, **positions, use_cache=False)[0]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -236,17 +178,22 @@ def check_head(stage: Stage, tokens: int = 4) -> None:
 
     Catches a model that does something to its logits which `logit_transform` does not know.
     """
-    config, weight = stage.model.config, stage.head.weight
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, tokens, config.hidden_size, generator=generator).to(weight)
+    model, weight = stage.model, stage.head.weight
     positions = torch.arange(tokens, device=weight.device).unsqueeze(0)
     stage.eval()
-    theirs = stage.model(inputs_embeds=hidden, position_ids=positions, use_cache=False).logits.float()
-    normed = stage.model.base_model(inputs_embeds=hidden, position_ids=positions, use_cache=False)[0]
-    ours = logit_transform(config).apply(stage.head(normed))
+    if stage.is_first:
+        normed, theirs = stage((positions, positions)), model(input_ids=positions, use_cache=False).logits
+    else:
+        generator, width = torch.Generator().manual_seed(0), text_config(model.config).hidden_size
+        hidden = torch.randn(1, tokens, width, generator=generator).to(weight)
+        normed = stage((hidden, positions))
+        with arrives(model, hidden):
+            theirs = model(inputs_embeds=hidden, use_cache=False).logits
+    theirs = theirs.float()
+    ours = logit_transform(model.config).apply(stage.head(normed))
     # After the same product theirs may round the scaled logits once more, to half a unit in the last place.
     if (ours - theirs).abs().max() > 2 * torch.finfo(weight.dtype).eps * theirs.abs().max().clamp_min(1e-3):
         raise UserError(
-            f"model_type '{config.model_type}' changes its logits in a way this program does not know; "
+            f"model_type '{model.config.model_type}' changes its logits in a way this program does not know; "
             "training it would minimise another loss than the model's own"
         )

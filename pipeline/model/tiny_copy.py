@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.model.stage import empty_model
+from pipeline.model.build import build
+from pipeline.model.parts import Parts, observed, parts_of
 from pipeline.model.unsupported import reason
 
 VOCABULARY, HIDDEN, WIDTH, HEADS, WINDOW, TOKENS = 64, 64, 32, 4, 5, 12
@@ -26,6 +27,9 @@ HEAD_COUNT = re.compile(r"(^|_)(n|num)_(\w+_)?heads?$")
 INNER_WIDTH = re.compile(
     r"(intermediate_(size|dim)|ffn_(hidden_size|dim|size)|lora_rank|router_hidden_size|hidden_size_per_layer_input)$"
 )
+QUERY_HEADS, HIDDEN_SIZES = {"num_attention_heads", "n_head", "n_heads"}, {"hidden_size", "n_embd", "d_model"}
+# Its factor on the hidden size, the size of its heads, their number: as its families call them.
+MAMBA_HEADS = (("mamba_expand", "mamba_d_head", "mamba_n_heads"), ("expand", "head_dim", "num_heads"))
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 GROUPS = ("n_group", "num_expert_group")
@@ -59,18 +63,36 @@ def tiny_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, Tensor]:
     first: Exception | None = None
     for which in ATTEMPTS:
         try:
-            model = empty_model(shrunk(config, which), torch.float32, None)
+            model = build(shrunk(config, which), torch.float32, None)
             if sum(p.numel() for p in model.parameters()) > MOST_WEIGHTS:
                 raise ValueError("the smallest copy is too large")
             fill(model)
             model.tie_weights()  # `meta` parts what is tied
-            logits = model.eval()(input_ids=token_ids(), use_cache=False).logits
+            with observed(model) as parts:
+                logits = model.eval()(input_ids=token_ids(), use_cache=False).logits
+            model.__dict__["parts"] = parts()
             if not torch.isfinite(logits).all() or float(logits.std()) == 0.0:
                 raise ValueError("a copy with random weights gives no finite logits")
             return model, logits
         except Exception as error:
             first = first or error
     raise NoCopyError(reason(first)) from first
+
+
+_OBSERVED: dict[str, Parts | str] = {}  # by config; why there is no copy, where there is none
+
+
+def observed_parts(config: PretrainedConfig) -> Parts:
+    """The parts of the model of `config`, observed on a tiny copy; once for each config. Raises NoCopyError."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _OBSERVED:
+        try:
+            _OBSERVED[key] = parts_of(tiny_copy(config)[0])
+        except NoCopyError as error:
+            _OBSERVED[key] = str(error)
+    if isinstance(found := _OBSERVED[key], str):
+        raise NoCopyError(found)
+    return found
 
 
 def token_ids() -> Tensor:
@@ -133,10 +155,16 @@ def _fewer_heads(sizes: dict[str, Any]) -> dict[str, Any]:
     for name, count in counts.items():
         partner = name.replace("key_value", "attention").replace("num_key_", "num_value_")
         changed[name] = HEADS if count >= counts.get(partner, count) else HEADS // 2
-    heads, hidden = counts.get("num_attention_heads"), sizes.get("hidden_size")
-    if heads and _is_size(hidden):
-        changed["hidden_size"] = hidden // heads * changed["num_attention_heads"]
+    for heads in QUERY_HEADS & counts.keys():
+        for hidden in HIDDEN_SIZES & sizes.keys():
+            if _is_size(size := sizes[hidden]):
+                changed |= _as_wide(sizes, size, size // counts[heads] * changed[heads])
     return changed
+
+
+def _as_wide(sizes: dict[str, Any], hidden: int, becomes: int) -> dict[str, Any]:
+    """The hidden size, and what is as wide as it, in its new width."""
+    return {name: becomes for name in (HIDDEN_SIZES | {"word_embed_proj_dim"}) & sizes.keys() if sizes[name] == hidden}
 
 
 def _hidden(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -146,10 +174,10 @@ def _hidden(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def _expanded(sizes: dict[str, Any]) -> dict[str, Any]:
     """Mamba's heads make up a multiple of the hidden size."""
-    names = ("hidden_size", "mamba_expand", "mamba_d_head", "mamba_n_heads")
-    if not all(_is_size(sizes.get(name)) for name in names):
-        return {}
-    return {"mamba_n_heads": sizes["hidden_size"] * sizes["mamba_expand"] // sizes["mamba_d_head"]}
+    for expand, size, heads in MAMBA_HEADS:
+        if all(_is_size(sizes.get(name)) for name in ("hidden_size", expand, size, heads)):
+            return {heads: sizes["hidden_size"] * sizes[expand] // sizes[size]}
+    return {}
 
 
 def _narrower(sizes: dict[str, Any]) -> dict[str, Any]:

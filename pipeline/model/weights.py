@@ -20,9 +20,10 @@ from pipeline.console import UserError, log_if_slow, progress
 from pipeline.foreign import printable
 from pipeline.formats.base_model import Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
+from pipeline.model.parts import embedding_of_model, parts_of
 from pipeline.model.quantized import PackedLinear, QuantizedPlaceholder
 from pipeline.model.stage import Stage, tied_head
-from pipeline.names import HEAD, layer_of
+from pipeline.names import layer_of
 
 SMALL = 2**29  # bytes of weights that need no progress bar
 
@@ -34,14 +35,14 @@ def load(stage: Stage, folder: str, dtype: torch.dtype, device: torch.device) ->
     wanted = dict(stage.model.state_dict(keep_vars=True))
     shared = _shares_head(stage)
     if shared:
-        del wanted[HEAD]
+        del wanted[f"{parts_of(stage.model).head}.weight"]
     sources = {name: source for name in wanted if (source := source_of(name, stage.model, base))}
     if len(sources) == len(wanted):
         _load_by_name(stage.model, wanted, sources, dtype, device)
     else:
         _load_converted(stage, base, device, missing=sorted(set(wanted) - set(sources)))
     if shared:
-        stage.head.weight = stage.model.get_input_embeddings().weight
+        stage.head.weight = embedding_of_model(stage.model).weight
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(False)
         if parameter.is_meta:
@@ -98,7 +99,7 @@ def check_complete(model: PreTrainedModel, base: Base) -> None:
         made |= {name for pair in tied_head(model).items() if made & set(pair) for name in pair}
         missing = [name for name in missing if name not in made]
     if missing:
-        raise UserError(_lacks(base.folder, missing))
+        raise UserError(_lacks(base.folder, missing, f"{parts_of(model).head}.weight"))
     if converted:
         _check_packs_none(model, converted)
 
@@ -112,10 +113,10 @@ def _check_packs_none(model: PreTrainedModel, converted: list[str]) -> None:
         )
 
 
-def _lacks(folder: Path, missing: list[str]) -> str:
+def _lacks(folder: Path, missing: list[str], head: str) -> str:
     named = f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
     why = ""
-    if missing == [HEAD]:
+    if missing == [head]:
         why = (
             ". Its config does not tie the head to the embedding, and the file was saved without one (AutoModel saves none): "
             "save the model again from AutoModelForCausalLM"
@@ -213,7 +214,7 @@ def _load_converted(stage: Stage, base: Base, device: torch.device, missing: lis
 
     mapping = get_model_conversion_mapping(stage.model)
     if not mapping:
-        raise UserError(_lacks(base.folder, missing))
+        raise UserError(_lacks(base.folder, missing, f"{parts_of(stage.model).head}.weight"))
     _check_packs_none(stage.model, missing)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # one tensor at a time instead of a pool of threads
     slices = {name: _Slice(base.tensors[name]) for name in _names_of(stage, base.tensors)}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pipeline.model.parts import head_of_model, layers_of_model, parts_of, text_config
 from pipeline.model.quantized import saved_bytes
 from pipeline.planning.cut import Ranges
 
@@ -41,15 +42,19 @@ def costs(
     `in_full` beside it. None: all weights train. `recompute`: layers run forward once more in backward. Attention costs
     2·T·(heads × head size) forward (causal); of experts the share that a token uses counts.
     """
-    base, head, trained = model.base_model, model.get_output_embeddings(), {id(parameter) for parameter in in_full}
-    attention, active_share = 2 * sequence_len * _key_width(model.config), _active_share(model.config)
+    layers, head, trained = layers_of_model(model), head_of_model(model), {id(parameter) for parameter in in_full}
+    parts = parts_of(model)
+    attention, active_share = (
+        2 * sequence_len * _key_width(text_config(model.config)),
+        _active_share(text_config(model.config)),
+    )
 
     def of_weights(module: nn.Module) -> float:
         """The gradients of what is trained in full."""
         return 2.0 * sum(p.numel() for p in module.parameters() if id(p) in trained and p.dim() >= 2)
 
     per_layer = []
-    for index, layer in enumerate(base.layers):
+    for index, layer in enumerate(layers):
         dense = sum(p.numel() for name, p in layer.named_parameters() if p.dim() >= 2 and ".experts." not in f".{name}")
         experts = sum(p.numel() for name, p in layer.named_parameters() if ".experts." in f".{name}")
         forward = 2 * (dense + experts * active_share) + attention
@@ -60,8 +65,8 @@ def costs(
     return Costs(
         layers=per_layer,
         head=head_flops * 3 if first_trained is None else head_flops * 2 + of_weights(head),
-        layer_bytes=[_bytes(layer) for layer in base.layers],
-        embedding_bytes=_bytes(base.embed_tokens),
+        layer_bytes=[_bytes(layer) for layer in layers],
+        embedding_bytes=sum(_bytes(model.get_submodule(n)) for n in (parts.embedding, *parts.entry)),
         head_bytes=_bytes(head),
     )
 

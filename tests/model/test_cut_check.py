@@ -11,12 +11,13 @@ from transformers import AutoConfig
 
 from pipeline.config import loading
 from pipeline.console import UserError
-from pipeline.model import cut_check, tiny_copy
+from pipeline.model import build, cut_check, tiny_copy
 from pipeline.model import stage as stage_module
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.lora import inject_lora
 from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.stage import Stage, empty_model
+from pipeline.model.stand_ins import Arrival
 from pipeline.model.unsupported import named, router_loss
 from pipeline.training.start import prepare, resolve
 from pipeline.training.start.resolved import Resolved
@@ -40,12 +41,18 @@ def saved_config(folder: Path, config: Any, **changes: Any) -> Any:
 # The cut
 
 
-def test_a_norm_before_the_first_layer_is_found() -> None:
-    """nanochat runs its final norm there too: stages that all do it were silently wrong."""
-    cut_check.check(config_of("nanochat"), [(0, 4)])
+def test_a_norm_before_the_first_layer_runs_once() -> None:
+    """nanochat runs its final norm there too: stages that all did it were silently wrong."""
+    for ranges in ([(0, 4)], TWO, FOUR, [(0, 3), (3, 4)]):
+        cut_check.check(config_of("nanochat"), ranges)
+
+
+def test_more_than_one_hidden_state_between_layers_is_found() -> None:
+    """Each layer of gemma4_text is given something made of the token ids."""
+    cut_check.check(config_of("gemma4_text"), [(0, 4)])
     for ranges in (TWO, FOUR, [(0, 3), (3, 4)]):
-        with pytest.raises(UserError, match=r"'nanochat' cannot be cut.*pipeline_stages = 1"):
-            cut_check.check(config_of("nanochat"), ranges)
+        with pytest.raises(UserError, match=r"'gemma4_text'.*pipeline_stages = 1"):
+            cut_check.check(config_of("gemma4_text"), ranges)
 
 
 @pytest.mark.parametrize("kind", ["cohere", "gemma2", "granite", "qwen3_moe", "mixtral"])
@@ -61,8 +68,8 @@ def test_real_sizes_are_tried_in_a_copy_of_a_few_million_weights(kind: str) -> N
 
 def test_what_the_stage_of_training_does_is_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these makes `Stage` compute something else for one family."""
-    monkeypatch.setattr(stage_module, "LATER_STAGE_QUIRKS", {})
-    with pytest.raises(UserError, match="'granite' cannot be cut"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="'granite' cannot be cut"):
+        patch.setattr(Arrival, "hidden", lambda self, given: given)  # granite multiplies what it is given
         cut_check.check(config_of("granite", embedding_multiplier=3.0), TWO)
     forward = Stage.forward
     monkeypatch.setattr(Stage, "forward", lambda self, inputs: forward(self, (inputs[0], inputs[1] + 1)))
@@ -119,7 +126,7 @@ def test_a_layer_of_experts_is_never_in_memory() -> None:
     register = nn.Module.register_parameter
 
     def spy(module: nn.Module, name: str, parameter: Any) -> None:
-        if parameter is not None and parameter.numel() >= stage_module.LARGE:
+        if parameter is not None and parameter.numel() >= build.LARGE:
             seen.append(parameter.is_meta)
         register(module, name, parameter)
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from pipeline.console import UserError
 from pipeline.model import stage as stage_module
-from pipeline.model.stage import PassThrough, Stage, check_head, empty_model, logit_transform, read_model_config
+from pipeline.model.stage import Stage, check_head, empty_model, logit_transform, read_model_config
+from pipeline.model.stand_ins import PassThrough
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.stages import build, chain, hidden, token_ids
 
@@ -125,19 +126,6 @@ def test_other_stages_layers_are_gone(models: dict) -> None:
     assert isinstance(stage.model.base_model.norm, PassThrough)
 
 
-@torch.no_grad()
-def test_the_quirk_is_still_needed(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Granite multiplies inputs_embeds, too (transformers 5.23). Once it does not, the table can lose its line."""
-    monkeypatch.setattr(stage_module, "LATER_STAGE_QUIRKS", {})
-    folder, whole = models["granite"]
-    assert (
-        hidden(chain(folder, [0, 2, 4]), token_ids()) - whole.base_model(input_ids=token_ids())[0]
-    ).abs().max() > 1e-2
-
-
-# The head
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_check_head_accepts_every_family(models: dict, kind: str, dtype: torch.dtype) -> None:
@@ -195,19 +183,10 @@ def tiny(name: str, **changes: Any) -> transformers.PretrainedConfig:
 @pytest.mark.parametrize(
     ("config", "model_type", "lacks"),
     [
-        (tiny("GPT2Config", n_embd=16, n_layer=2, n_head=2, vocab_size=64), "gpt2", "embed_tokens, layers, norm"),
         (
-            tiny(
-                "OPTConfig",
-                hidden_size=16,
-                num_hidden_layers=2,
-                ffn_dim=32,
-                num_attention_heads=2,
-                vocab_size=64,
-                word_embed_proj_dim=16,
-            ),
-            "opt",
-            "layers",
+            tiny("HrmTextConfig", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=64),
+            "hrm_text",
+            "no list of decoder layers in a module that takes inputs_embeds",
         ),
         (tiny("T5Config", d_model=16, num_layers=2, num_heads=2, vocab_size=64), "t5", "cannot build it"),
     ],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.console import UserError
+from pipeline.model.parts import layers_of_model, parts_of
 from pipeline.model.stage import Stage
 from pipeline.names import layer_of
 
@@ -54,7 +55,7 @@ def inject_peft(stage: Stage, targets: list[str], config_for: Callable[[list[str
 
     # Not into the model: by its type PEFT rewrites names such as gate_proj into parameters of a mixture's experts, and the
     # modules named here would have no adapter. The layers alone have no type.
-    prefix, layers = f"{stage.model.base_model_prefix}.layers.", stage.model.base_model.layers
+    prefix, layers = f"{parts_of(stage.model).layers}.", layers_of_model(stage.model)
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by which PEFT chooses its layer
         setattr(layers, flag, getattr(stage.model, flag, False))
 

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.model.parts import layers_of_model, parts_of
 from pipeline.model.quantized import QuantizedPlaceholder
 from pipeline.model.stage import Stage, tied_head
 from pipeline.model.weights import stored_in_another_form
-from pipeline.names import EMBEDDING_MODULE, HEAD_MODULE, layers_of
+from pipeline.names import last_part, layers_of
 
 
 def resolve(model: PreTrainedModel, names: Sequence[str], targets: Collection[str]) -> list[str]:
@@ -54,8 +55,9 @@ def unfreeze_model(stage: Stage, target_modules: list[str] | None) -> None:
     A tied head and embedding are one weight, wherever they are: naming one of them names both.
     """
     targets = set(target_modules or ())
-    if tied_head(stage.model) and targets & {EMBEDDING_MODULE, HEAD_MODULE}:
-        targets |= {EMBEDDING_MODULE, HEAD_MODULE}
+    ends = {last_part(parts_of(stage.model).embedding), last_part(parts_of(stage.model).head)}
+    if tied_head(stage.model) and targets & ends:
+        targets |= ends
     for name, parameter in stage.model.named_parameters():
         wanted = target_modules is None or bool(targets & set(name.split(".")))
         parameter.requires_grad_(wanted and parameter.is_floating_point())
@@ -76,9 +78,10 @@ def describe(model: PreTrainedModel, names: Sequence[str], parameters: Collectio
 
 def first_layer(model: PreTrainedModel, parameters: Collection[str]) -> int:
     """The first decoder layer through which a gradient runs for the sake of `parameters`; the number of layers if none."""
-    if any(name.startswith(f"{model.base_model_prefix}.{EMBEDDING_MODULE}.") for name in parameters):
+    parts = parts_of(model)
+    if any(name.startswith(tuple(f"{one}." for one in (parts.embedding, *parts.entry))) for name in parameters):
         return 0
-    return min(layers_of(parameters), default=len(model.base_model.layers))
+    return min(layers_of(parameters), default=len(layers_of_model(model)))
 
 
 def _matching(model: PreTrainedModel, name: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.console import UserError
 from pipeline.model.adapters.base import Injector, device_of, draw, inject_peft, owned, wrap
+from pipeline.model.parts import parts_of
 from pipeline.model.stage import Stage
 
 
@@ -57,7 +58,7 @@ def inject_ia3(stage: Stage, targets: list[str], feedforward: list[str], dtype: 
     that are in `feedforward` too."""
     from peft import IA3Config
 
-    layers = f"{stage.model.base_model_prefix}.layers."
+    layers = f"{parts_of(stage.model).layers}."
     within = {name.removeprefix(layers) for name in feedforward}
     _inject(
         stage,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
+from pipeline.model.parts import layers_of_model, parts_of
 from pipeline.names import layer_of, within_layer
 
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
@@ -71,7 +72,7 @@ def describe_targets(model: PreTrainedModel, targets: list[str], layers: list[in
         kinds_in.setdefault(len(those), []).append(name)
     counts = [f"{n} of {len(layers)} layers: {', '.join(kinds_in[n])}" for n in sorted(kinds_in, reverse=True)]
     held = sum(model.get_submodule(name).weight.numel() for name in targets)  # type: ignore[operator,union-attr]
-    share = held / sum(p.numel() for p in model.base_model.layers.parameters())
+    share = held / sum(p.numel() for p in layers_of_model(model).parameters())
     return [f"in {'; in '.join(counts)}", f"on {100 * share:.3g} % of the weights of all layers"]
 
 
@@ -92,7 +93,7 @@ def describe_layers(layers: list[int], n_layers: int) -> str:
 
 def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list[str]]:
     """Name within a layer → full names, of all modules of `layers` that compute x·Wᵀ + b as nn.Linear does."""
-    prefix = f"{model.base_model_prefix}.layers"
+    prefix = parts_of(model).layers
     found: dict[str, list[str]] = {}
     for index in layers:
         for name, module in model.get_submodule(f"{prefix}.{index}").named_modules():
@@ -104,7 +105,7 @@ def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list
 def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
     """What `target` names in the layers that is no linear module."""
     for index in layers:
-        layer = model.get_submodule(f"{model.base_model_prefix}.layers.{index}")
+        layer = model.get_submodule(parts_of(model).layer(index))
         for name, module in layer.named_modules():
             if name and _ends(name, target):
                 return f" (in layer {index} it is a {type(module).__name__})"

@@ -21,6 +21,7 @@ from pipeline.kernels.rope import rope
 from pipeline.kernels.swiglu import ACTIVATIONS, swiglu
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.fusion import probe
+from pipeline.model.parts import parts_of
 from pipeline.model.stage import Stage
 
 KERNELS = ("norm", "rope", "swiglu", "multiplicative", "parallel_block")
@@ -62,7 +63,10 @@ def why_not(stage: Stage, kernel: str) -> Counter[str]:
 
 def _parts(stage: Stage) -> list[nn.Module]:
     """Where kernels may go: the layers, and on the last stage the final norm."""
-    return [*stage.layers.values(), *([stage.model.base_model.norm] if stage.is_last else [])]
+    return [
+        *stage.layers.values(),
+        *(map(stage.model.get_submodule, parts_of(stage.model).leaving) if stage.is_last else []),
+    ]
 
 
 def kernel_of(module: nn.Module) -> str | None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.model.memory import replay
 from pipeline.model.memory.host_arena import HostArena, Ticket
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
+from pipeline.model.parts import embedding_of_model, text_config
 from pipeline.model.stage import Stage
 
 PROBE_TOKENS = 32
@@ -125,7 +126,7 @@ def _actions(
     """What each of the `wanted` layers runs again at each level, from short forwards of each alone."""
     was_training = stage.training
     calls = _calls(stage.train())
-    trained_before = stage.model.get_input_embeddings().parameters() if stage.is_first else ()
+    trained_before = embedding_of_model(stage.model).parameters() if stage.is_first else ()
     enters = any(p.requires_grad for p in trained_before) or (gradients_enter and not stage.is_first)
     found: dict[int, dict[RecomputeLevel, replay.Actions]] = {}
     known: dict[tuple[Any, ...], dict[RecomputeLevel, replay.Actions]] = {}
@@ -164,7 +165,9 @@ def _calls(stage: Stage) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
     if stage.is_first:
         x = torch.zeros_like(positions)
     else:
-        x = torch.ones(1, PROBE_TOKENS, stage.model.config.hidden_size, device=like.device, dtype=stage.model.dtype)
+        x = torch.ones(
+            1, PROBE_TOKENS, text_config(stage.model.config).hidden_size, device=like.device, dtype=stage.model.dtype
+        )
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         stage((x, positions))
     for hook in hooks:

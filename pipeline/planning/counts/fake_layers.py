@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
 
-from pipeline.model.stage import PassThrough
+from pipeline.model.parts import layers_of_model, parts_of, text_config
+from pipeline.model.stage import run_base
+from pipeline.model.stand_ins import PassThrough, only_layers
 from pipeline.planning.counts.counting import received
 
 
@@ -33,16 +35,15 @@ def layer_alone(
     parameters are fake CPU tensors inside, and what they were afterwards. `gradients_enter`: whether the hidden state that
     the layer receives wants a gradient; it does not on and below the first layer that is trained.
     """
-    base = model.base_model
-    layer = base.layers[index]
+    layer = layers_of_model(model)[index]
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         GroupedProductsOfAnyDtype(),
         fake_parameters(layer),
         _one_document_a_row(),
     ):
-        shape = (rows, tokens, model.config.hidden_size)
-        args, kwargs = _what_it_is_called_with(base, index, torch.empty(shape, dtype=model.dtype))
+        shape = (rows, tokens, text_config(model.config).hidden_size)
+        args, kwargs = _what_it_is_called_with(model, index, torch.empty(shape, dtype=model.dtype))
 
         def run() -> Tensor:
             output = layer(received(shape, model.dtype, gradients_enter), *args, **kwargs)
@@ -110,20 +111,20 @@ class GroupedProductsOfAnyDtype(TorchDispatchMode):
 class _Recorder(PassThrough):
     """Stands where the layer was; notes what it is called with beside the hidden state."""
 
-    def forward(self, first: Any, *args: Any, **kwargs: Any) -> Any:
-        self.called_with = args, kwargs
-        return first
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.called_with = args[1:], kwargs
+        return super().forward(*args, **kwargs)
 
 
 @torch.no_grad()
-def _what_it_is_called_with(base: Any, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    layers, norm = base.layers, base.norm
-    recorder = _Recorder(layers[index])
-    base.layers = nn.ModuleList([recorder if i == index else PassThrough(other) for i, other in enumerate(layers)])
-    base.norm = PassThrough()
+def _what_it_is_called_with(
+    model: PreTrainedModel, index: int, hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    parts, layers = parts_of(model), layers_of_model(model)
+    items = parts.tuples or [None] * len(layers)
+    recorder = _Recorder(layers[index], items[index])
+    others = [recorder if i == index else PassThrough(other, items[i]) for i, other in enumerate(layers)]
     positions = torch.arange(hidden.shape[1]).unsqueeze(0).expand(len(hidden), -1)
-    try:
-        base(inputs_embeds=hidden, position_ids=positions, use_cache=False)
-    finally:
-        base.layers, base.norm = layers, norm
+    with only_layers(model, others):
+        run_base(model, positions, inputs_embeds=hidden)
     return recorder.called_with

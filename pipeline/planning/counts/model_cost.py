@@ -16,6 +16,7 @@ from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy,
 from pipeline.model.memory import replay
 from pipeline.model.memory.activation import whole_layer
 from pipeline.model.memory.levels import RecomputeLevel
+from pipeline.model.parts import parts_of, text_config
 from pipeline.model.quantized import dequantised_bytes, dequantising_traffic, saved_bytes
 from pipeline.model.stage import Stage, tied_head
 from pipeline.planning.counts.counting import Measured, measure, received
@@ -43,7 +44,7 @@ def model_cost(
     the difference to it. `training`: what a trained parameter takes. `on_gpu`: our kernels count as
     on a GPU (counting.py).
     """
-    embedding = stage.model.get_input_embeddings()
+    embedding = _entry(stage.model)
     trains = [index for index, layer in stage.layers.items() if _trained(layer)]
     first = 0 if _trained(embedding) else min(trains, default=len(stage.layers))
     known: dict[tuple[Any, ...], LayerCost] = {}
@@ -63,7 +64,7 @@ def model_cost(
         _bytes(embedding),
         state,
         _head_cost(stage, rows * tokens, training, transform, gradient=first < len(layers), on_gpu=on_gpu),
-        stage.model.config.hidden_size * stage.model.dtype.itemsize,
+        text_config(stage.model.config).hidden_size * stage.model.dtype.itemsize,
         first,
         tied,
         sum(p.nbytes for p in embedding.parameters() if p.requires_grad),
@@ -137,8 +138,8 @@ def _head_cost(
 
     One block of logits is counted, and what grows with the tokens beside it with a head of a few rows: the blocks are alike.
     """
-    norm: Any = stage.model.base_model.norm
-    head = stage.head
+    norm = nn.Sequential(*map(stage.model.get_submodule, parts_of(stage.model).leaving))
+    head, width = stage.head, text_config(stage.model.config).hidden_size
     block = min(tokens, tokens_per_block(head.out_features, stage.model.dtype))
     with FakeTensorMode(allow_non_fake_inputs=True), fake_parameters(norm), fake_parameters(head):
         few = nn.Parameter(torch.empty(FEW_ROWS, head.in_features, dtype=head.weight.dtype), head.weight.requires_grad)
@@ -147,7 +148,7 @@ def _head_cost(
             labels = torch.empty(n, dtype=torch.int64)
 
             def loss() -> Tensor:
-                hidden = norm(received((1, n, stage.model.config.hidden_size), stage.model.dtype, gradient))
+                hidden = norm(received((1, n, width), stage.model.dtype, gradient))
                 return linear_cross_entropy(hidden.flatten(0, 1), weight, None, labels, transform).sum()
 
             return measure(loss, excluded=[labels], on_gpu=on_gpu)
@@ -162,6 +163,12 @@ def _head_cost(
     (state, update), (of_norm, update_of_norm) = _held(head, training), _held(norm, training)
     working = max(forward, backward)
     return HeadCost(_bytes(head) + _bytes(norm), state + of_norm, work, working, together([update, update_of_norm]))
+
+
+def _entry(model: nn.Module) -> nn.Module:
+    """The embedding, and what else has weights and runs before the layers, together."""
+    parts = parts_of(model)
+    return nn.ModuleList(map(model.get_submodule, (parts.embedding, *parts.entry)))
 
 
 def _trained(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.kernels import dispatch
 from pipeline.model.adapters.full import unfreeze, unfreeze_model
 from pipeline.model.fusion import apply as fusion
+from pipeline.model.parts import layers_of_model
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.training.stage import families
@@ -38,7 +39,7 @@ def put_trained(stage: Stage, trained: Trained) -> None:
 def whole_on_meta(meta_model: MetaModel, trained: Trained) -> Stage:
     """The whole model as one stage on `meta`, with what is trained and without kernels: for counting and for names."""
     model = meta_model.make()
-    stage = Stage(model.requires_grad_(False), 0, len(model.base_model.layers)).train()
+    stage = Stage(model.requires_grad_(False), 0, len(layers_of_model(model))).train()
     put_trained(stage, trained)
     return stage
 

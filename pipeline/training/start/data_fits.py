@@ -13,12 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pipeline.console import UserError, warn
 from pipeline.data.store import Report
 from pipeline.foreign import printable, read_object
+from pipeline.model.parts import embedding_of_model, head_of_model, text_config
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Ids that the model can both read and predict."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(int(end.weight.shape[0]) for end in ends if end is not None)  # type: ignore[arg-type, union-attr, index]
+    return min(int(end.weight.shape[0]) for end in (embedding_of_model(model), head_of_model(model)))
 
 
 def check_tokenizer(tokenizer: Any, folder: str, rows: int) -> None:
@@ -73,6 +73,7 @@ def check_length(key: str, sequence_len: int, model: PreTrainedModel) -> None:
 
 def positions(config: PretrainedConfig) -> int | None:
     """Positions the model was made for, with RoPE stretched as its config says; None if the config does not say."""
+    config = text_config(config)
     known = getattr(config, "max_position_embeddings", None)
     if not isinstance(known, int):
         return None
@@ -85,7 +86,7 @@ def positions(config: PretrainedConfig) -> int | None:
 
 def _learned_positions(model: PreTrainedModel, sequence_len: int) -> str | None:
     """The name of a table with a vector for each position, and none for the last of `sequence_len`."""
-    tokens = model.get_input_embeddings()
+    tokens = embedding_of_model(model)
     return next(
         (
             name

@@ -24,6 +24,7 @@ from pipeline.files import write_text
 from pipeline.model.adapters.base import trainable
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
+from pipeline.model.parts import layers_of_model, text_config
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.planning import devices, rates, table
 from pipeline.planning.counts.model_cost import model_cost
@@ -185,7 +186,9 @@ def for_run(plan: Resolved, place: Place) -> RunPlan:
             lambda: found,
         )
     shape = shape_of(plan.layout, place.stages)
-    input_bytes = shape.tokens * plan.meta_model.shared.config.hidden_size * plan.meta_model.shared.dtype.itemsize
+    input_bytes = (
+        shape.tokens * text_config(plan.meta_model.shared.config).hidden_size * plan.meta_model.shared.dtype.itemsize
+    )
     on_host = [
         (end - first) * input_bytes * in_flight(stage, shape) if keeping.on_host else 0
         for stage, (first, end) in enumerate(plan.ranges)
@@ -298,7 +301,7 @@ def say_outcome(
 
 def _products(plan: Resolved) -> list[tuple[int, int]]:
     """(in, out) of the products of one layer."""
-    layer: Any = plan.meta_model.shared.base_model.layers[0]
+    layer: Any = layers_of_model(plan.meta_model.shared)[0]
     return sorted({(p.shape[1], p.shape[0]) for p in layer.parameters() if p.dim() == 2})
 
 

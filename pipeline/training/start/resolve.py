@@ -21,6 +21,7 @@ from pipeline.model import cut_check, quantized, unsupported, weights
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
+from pipeline.model.parts import layers_of_model
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.names import id_in_cache, layers_of
 from pipeline.planning import cut, formula
@@ -146,7 +147,7 @@ def trained_of(config: Config, base: BaseModel, model: PreTrainedModel) -> Train
 
 def check_apart(config: Config, model: PreTrainedModel) -> None:
     """UserError with all mistakes at once that have nothing to do with each other: layers, modules, stages, paths."""
-    errors, n_layers = CollectedErrors(), len(model.base_model.layers)
+    errors, n_layers = CollectedErrors(), len(layers_of_model(model))
     layers = list(range(n_layers))
     with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
@@ -196,7 +197,7 @@ def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list
 
 def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     """The adapter on this model's modules, which it fits; says it in words."""
-    n_layers = len(model.base_model.layers)
+    n_layers = len(layers_of_model(model))
     layers = resolve_layers(config.layers_to_transform, n_layers)
     names = config.target_modules or families.default_targets(config.adapter_type)
     targets = resolve_targets(model, names, layers)
