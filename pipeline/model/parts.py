@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -139,6 +140,25 @@ def takes_positions(base: nn.Module) -> bool:
     """Whether the module that runs the layers can be told the positions of its tokens; recurrent ones know none."""
     taken = inspect.signature(base.forward).parameters
     return "position_ids" in taken
+
+
+def reads_weight(parent: nn.Module, leaf: str) -> bool:
+    """Whether the code of `parent`'s class takes the weight of its module `leaf` instead of calling it, if only on a GPU.
+
+    Mamba's layers hand the weights of their projections to one kernel: an adapter there would have no part in it.
+    """
+    return (
+        re.search(rf"\bself\.{re.escape(leaf)}\.weight\b(?!\.(dtype|device|shape|ndim))", _source(type(parent)))  # type: ignore[arg-type]
+        is not None
+    )
+
+
+@lru_cache(maxsize=256)
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def _with_weights(base: nn.Module, prefix: str, apart: tuple[str, ...]) -> Iterator[str]:

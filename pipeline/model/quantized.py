@@ -16,7 +16,7 @@ from pipeline import patterns
 from pipeline.console import UserError
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
-from pipeline.model.parts import layers_of_model, parts_of
+from pipeline.model.parts import layers_of_model, parts_of, reads_weight
 
 # Of a mixture of experts: small, and a rounding there sends tokens elsewhere. qlora-pipe leaves out `gate` too.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -109,7 +109,7 @@ def put_placeholders(model: PreTrainedModel, scheme: Scheme) -> list[str]:
     linear = [
         name
         for name, module in model.named_modules()
-        if name.startswith(prefix) and type(module) is nn.Linear and name.rpartition(".")[2] not in ROUTERS
+        if name.startswith(prefix) and type(module) is nn.Linear and _is_called(model, name)
     ]
     _check_model(model, linear)
     skip = [*scheme.skip, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
@@ -121,6 +121,12 @@ def put_placeholders(model: PreTrainedModel, scheme: Scheme) -> list[str]:
         plain: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         model.set_submodule(name, QuantizedPlaceholder(plain, scheme))
     return chosen
+
+
+def _is_called(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer is called, and none of those whose weight the model's code reads, or that only choose."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf not in ROUTERS and not reads_weight(model.get_submodule(parent), leaf)
 
 
 def _check_model(model: PreTrainedModel, linear: list[str]) -> None:

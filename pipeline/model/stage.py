@@ -29,6 +29,9 @@ from pipeline.model.tiny_copy import NoCopyError, observed_parts
 # What the first stage is handed, in this order; the last is for hooks (neftune.py) and may be left out.
 FIRST_READS = ("input_ids", "position_ids", "lengths")
 
+# What configs call the soft cap of the logits.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 # What a config calls its number of layers, and more of them than any model has: building so many would never end.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000
@@ -117,7 +120,7 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """What the model does to its raw logits: Cohere's scale, Granite's division, Gemma's soft cap."""
     config = text_config(config)
     before = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return LogitTransform(before=before, cap=getattr(config, "final_logit_softcapping", None))
+    return LogitTransform(before=before, cap=next((cap for key in CAPS if (cap := getattr(config, key, None))), None))
 
 
 class Stage(nn.Module):

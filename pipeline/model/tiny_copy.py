@@ -30,6 +30,7 @@ INNER_WIDTH = re.compile(
 QUERY_HEADS, HIDDEN_SIZES = {"num_attention_heads", "n_head", "n_heads"}, {"hidden_size", "n_embd", "d_model"}
 # Its factor on the hidden size, the size of its heads, their number: as its families call them.
 MAMBA_HEADS = (("mamba_expand", "mamba_d_head", "mamba_n_heads"), ("expand", "head_dim", "num_heads"))
+STATE_HEADS, STATE_GROUPS = ("mamba_n_heads", "mamba_num_heads", "num_heads"), {"n_groups", "mamba_n_groups"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 GROUPS = ("n_group", "num_expert_group")
@@ -141,7 +142,8 @@ def _smaller(sizes: dict[str, Any], which: tuple[str, ...]) -> dict[str, Any]:
     for kind in which:
         if kind != "hidden":
             changed |= kinds[kind](sizes)
-    return changed | (_hidden(sizes) if "hidden" in which else {}) | _expanded({**sizes, **changed})
+    changed |= _hidden(sizes) if "hidden" in which else {}
+    return changed | _expanded({**sizes, **changed})
 
 
 def _is_size(value: Any) -> TypeGuard[int]:
@@ -174,10 +176,15 @@ def _hidden(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def _expanded(sizes: dict[str, Any]) -> dict[str, Any]:
     """Mamba's heads make up a multiple of the hidden size."""
+    changed = {}
     for expand, size, heads in MAMBA_HEADS:
         if all(_is_size(sizes.get(name)) for name in ("hidden_size", expand, size, heads)):
-            return {heads: sizes["hidden_size"] * sizes[expand] // sizes[size]}
-    return {}
+            changed[heads] = sizes["hidden_size"] * sizes[expand] // sizes[size]
+    count = next((n for heads in STATE_HEADS if _is_size(n := {**sizes, **changed}.get(heads))), None)
+    for name in STATE_GROUPS & sizes.keys():
+        if count and _is_size(sizes[name]):
+            changed[name] = min(sizes[name], count)
+    return changed
 
 
 def _narrower(sizes: dict[str, Any]) -> dict[str, Any]:

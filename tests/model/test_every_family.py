@@ -40,13 +40,15 @@ COMPLETED: dict[str, dict[str, Any]] = {
 }
 # Refused: on any number of stages, or on more than one, with what is said.
 NEVER: dict[str, str] = {
+    "gpt2": "no linear module",
+    "mllama": "transformers cannot build it",
     "emu3": "transformers cannot build it",
     "inkling_text": "changes its logits in a way this program does not know",
 }
 NEVER_CUT: dict[str, str] = {
     "deepseek_v4": "differ from the whole model's",
     "dory": "differ from the whole model's",
-    "gemma4_text": "differ from the whole model's",  # each layer is given something made of the token ids
+    "gemma4_text": "'PassThrough' object has no attribute",  # each layer is given something made of the token ids
     "glm_moe_dsa": "not enough values to unpack",  # a second tensor goes from layer to layer
     "hy_v4": "not enough values to unpack",
     "inkling2_loop_text": "'PassThrough' object has no attribute",
@@ -110,8 +112,9 @@ def test_accepted_and_right_or_refused_by_name(kind: str, adapter: str, tmp_path
     if isinstance(made, str):
         pytest.skip(made[:200])
     whole, logits = made
-    whole.save_pretrained(tmp_path)
-    refused = {stages: outcome(whole, logits, tmp_path, stages, adapter) for stages in (1, 2)}
+    folder = tmp_path / "base"
+    whole.save_pretrained(folder)
+    refused = {stages: outcome(whole, logits, folder, stages, adapter) for stages in (1, 2)}
     print(kind, adapter, refused)
     for stages, said in refused.items():
         expected = NEVER.get(kind) or (NEVER_CUT.get(kind) if stages > 1 else None)
@@ -155,10 +158,11 @@ def fold_equals_the_live_model(plan: Any, stages: list[Any], folder: Path) -> No
         tensors |= written(stage)
     live = run(stages)
     assert (live - before).abs().max() > 1e-3 * before.abs().max()
-    families.writer(plan.trained.adapter, plan.base)(folder / "adapter", tensors)
-    merge(folder, folder / "adapter", folder / "folded")
-    config = AutoConfig.from_pretrained(folder / "folded")
-    theirs = auto_class(config).from_pretrained(folder / "folded", dtype=torch.float32).eval()
+    (folder.parent / "adapter").mkdir()
+    families.writer(plan.trained.adapter, plan.base)(folder.parent / "adapter", tensors)
+    merge(folder, folder.parent / "adapter", folder.parent / "folded")
+    config = AutoConfig.from_pretrained(folder.parent / "folded")
+    theirs = auto_class(config).from_pretrained(folder.parent / "folded", dtype=torch.float32).eval()
     found = theirs(input_ids=tiny_copy.token_ids(), use_cache=False).logits
     assert (found - live).abs().max() <= 1e-4 * live.abs().max()
 

@@ -5,13 +5,16 @@ that say what was chosen.
 """
 
 import re
+from contextlib import suppress
+from functools import cache
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
-from pipeline.model.parts import layers_of_model, parts_of
+from pipeline.model.parts import layers_of_model, parts_of, reads_weight
 from pipeline.names import layer_of, within_layer
 
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
@@ -49,7 +52,10 @@ def resolve_targets(model: PreTrainedModel, target_modules: list[str] | str, lay
                     f"there are {', '.join(sorted(found)) or 'none'}"
                 )
     if not wanted:
-        raise UserError(f"target_modules = '{target_modules}': the chosen layers have no linear module to adapt")
+        raise UserError(
+            f"target_modules = '{target_modules}': the chosen layers of model_type '{model.config.model_type}' have no "
+            f"linear module to adapt{_of_conv1d(model)}"
+        )
     chosen = {full for name in wanted for full in found[name]}
     return [name for name, _ in model.named_modules() if name in chosen]
 
@@ -92,14 +98,29 @@ def describe_layers(layers: list[int], n_layers: int) -> str:
 
 
 def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list[str]]:
-    """Name within a layer → full names, of all modules of `layers` that compute x·Wᵀ + b as nn.Linear does."""
+    """Name within a layer → full names, of all modules of `layers` that compute x·Wᵀ + b as nn.Linear does and are called
+    for it."""
     prefix = parts_of(model).layers
     found: dict[str, list[str]] = {}
     for index in layers:
-        for name, module in model.get_submodule(f"{prefix}.{index}").named_modules():
-            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        layer = model.get_submodule(f"{prefix}.{index}")
+        for name, module in layer.named_modules():
+            parent, _, leaf = name.rpartition(".")
+            if _is_linear(type(module)) and not reads_weight(layer.get_submodule(parent), leaf):  # type: ignore[arg-type]
                 found.setdefault(name, []).append(f"{prefix}.{index}.{name}")
     return found
+
+
+@cache
+@torch.no_grad()
+def _is_linear(kind: type[nn.Module]) -> bool:
+    """Whether modules of `kind` compute what nn.Linear does; one with a forward of its own is tried out on random numbers."""
+    if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
+        return issubclass(kind, nn.Linear)
+    with torch.random.fork_rng(devices=[]), suppress(Exception):  # whatever a class says to being made so
+        small, x = kind(3, 5), torch.randn(7, 3)
+        return torch.allclose(small(x), nn.functional.linear(x, small.weight, small.bias), atol=1e-6)
+    return False
 
 
 def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
@@ -108,7 +129,15 @@ def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
         layer = model.get_submodule(parts_of(model).layer(index))
         for name, module in layer.named_modules():
             if name and _ends(name, target):
+                if isinstance(module, nn.Linear):
+                    return f" (in layer {index} the model's code takes its weight and does not call it)"
                 return f" (in layer {index} it is a {type(module).__name__})"
+    return ""
+
+
+def _of_conv1d(model: nn.Module) -> str:
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        return " (its products are Conv1D, which stores the weight transposed, and no adapter is built for it)"
     return ""
 
 
