@@ -48,18 +48,15 @@ def _empty_model(base: Base) -> Any:
 def auto_class(config: Any) -> Any:
     """transformers' auto class for a config: what builds the model whose names its checkpoints have.
 
-    AutoModelForCausalLM; of a model for text and images AutoModelForImageTextToText, unless config.json says that the
-    checkpoint is of its text half alone.
+    AutoModelForCausalLM; of a model for text and images that has no causal class, AutoModelForImageTextToText.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     mixed = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    kind, saved = config.model_type, (config.architectures or [None])[0]
-    if kind in mixed and (kind not in causal or saved == mixed[kind]):
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    only_mixed = config.model_type in mixed and config.model_type not in causal
+    return AutoModelForImageTextToText if only_mixed else AutoModelForCausalLM
 
 
 def _places(model: Any, base: Base) -> dict[str, Place]:

@@ -15,8 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
 from pipeline.formats.stored_names import auto_class
+from pipeline.kernels.cross_entropy import LogitTransform
 from pipeline.model.parts import find, text_config
 from pipeline.model.unsupported import reason
+
+# What configs call the soft cap of the logits.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 LARGE = 1 << 24  # elements of a tensor that is a weight and no table: 64 MiB in fp32
 
@@ -54,6 +58,22 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
         parts = find(model)
     model.__dict__["parts"] = parts
     return model
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """What the model does to its raw logits: Cohere's scale, Granite's division, Gemma's soft cap."""
+    config = text_config(config)
+    before = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(before=before, cap=next((cap for key in CAPS if (cap := getattr(config, key, None))), None))
+
+
+def leaves_transform_out(config: PretrainedConfig) -> bool:
+    """Whether transformers' model for text and images forgets what the text half does to its logits.
+
+    Cohere's models of vision have logits without the scale that their text half was trained and is served with
+    (transformers 5.24). Training is by the text half's own.
+    """
+    return text_config(config) is not config and config.model_type in ("aya_vision", "cohere2_vision")
 
 
 def _keep_text(module: nn.Module, wanted: tuple[str, ...], name: str = "") -> None:

@@ -15,8 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
 from pipeline.model.adapters.base import trainable
+from pipeline.model.build import logit_transform
 from pipeline.model.parts import layers_of_model, parts_of
-from pipeline.model.stage import Stage, logit_transform
+from pipeline.model.stage import Stage
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.model.unsupported import named
 from pipeline.names import any_layer

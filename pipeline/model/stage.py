@@ -20,17 +20,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from pipeline.console import UserError
 from pipeline.foreign import printable, read_by_library, read_object
 from pipeline.formats.base_model import has_weights, head_of, read_base
-from pipeline.kernels.cross_entropy import LogitTransform
-from pipeline.model.build import build
+from pipeline.model.build import build, leaves_transform_out, logit_transform
 from pipeline.model.parts import base_of, head_of_model, layers_of_model, parts_of, takes_positions, text_config
 from pipeline.model.stand_ins import PassThrough, arrives, departed, put_stand_ins
 from pipeline.model.tiny_copy import NoCopyError, observed_parts
 
 # What the first stage is handed, in this order; the last is for hooks (neftune.py) and may be left out.
 FIRST_READS = ("input_ids", "position_ids", "lengths")
-
-# What configs call the soft cap of the logits.
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # What a config calls its number of layers, and more of them than any model has: building so many would never end.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -116,13 +112,6 @@ def tied_head(model: PreTrainedModel) -> dict[str, str]:
     return {name: source for name, source in model.all_tied_weights_keys.items() if name == head}
 
 
-def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """What the model does to its raw logits: Cohere's scale, Granite's division, Gemma's soft cap."""
-    config = text_config(config)
-    before = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return LogitTransform(before=before, cap=next((cap for key in CAPS if (cap := getattr(config, key, None))), None))
-
-
 class Stage(nn.Module):
     """Layers [first_layer, end_layer) of the model; with the embedding and what runs before the layers on the first stage,
     with the last norm and the head on the last.
@@ -193,7 +182,8 @@ def check_head(stage: Stage, tokens: int = 4) -> None:
         with arrives(model, hidden):
             theirs = model(inputs_embeds=hidden, use_cache=False).logits
     theirs = theirs.float()
-    ours = logit_transform(model.config).apply(stage.head(normed))
+    raw = stage.head(normed)
+    ours = raw.float() if leaves_transform_out(model.config) else logit_transform(model.config).apply(raw)
     # After the same product theirs may round the scaled logits once more, to half a unit in the last place.
     if (ours - theirs).abs().max() > 2 * torch.finfo(weight.dtype).eps * theirs.abs().max().clamp_min(1e-3):
         raise UserError(

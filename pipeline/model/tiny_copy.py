@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.model.build import build
+from pipeline.model.build import build, leaves_transform_out, logit_transform
 from pipeline.model.parts import Parts, observed, parts_of
 from pipeline.model.unsupported import reason
 
@@ -71,6 +71,8 @@ def tiny_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, Tensor]:
             model.tie_weights()  # `meta` parts what is tied
             with observed(model) as parts:
                 logits = model.eval()(input_ids=token_ids(), use_cache=False).logits
+            if leaves_transform_out(config):
+                logits = logit_transform(config).apply(logits)
             model.__dict__["parts"] = parts()
             if not torch.isfinite(logits).all() or float(logits.std()) == 0.0:
                 raise ValueError("a copy with random weights gives no finite logits")

@@ -20,7 +20,7 @@ from pipeline.console import UserError, log_if_slow, progress
 from pipeline.foreign import printable
 from pipeline.formats.base_model import Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
-from pipeline.model.parts import embedding_of_model, parts_of
+from pipeline.model.parts import embedding_of_model, parts_of, text_config
 from pipeline.model.quantized import PackedLinear, QuantizedPlaceholder
 from pipeline.model.stage import Stage, tied_head
 from pipeline.names import layer_of
@@ -64,6 +64,11 @@ def check_saved_as_run(model: PreTrainedModel) -> None:
     """Raise UserError for a model whose checkpoint is not what it runs (experts one by one): it cannot be saved in parts."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    if text_config(model.config) is not model.config:
+        raise UserError(
+            f"full_fine_tune: of model_type '{model.config.model_type}' the text half alone is here, and a model saved from it "
+            "would lack the weights for images; train an adapter, which the fold puts into the whole model"
+        )
     if get_model_conversion_mapping(model, add_legacy=False):
         raise UserError(
             f"full_fine_tune: transformers stores '{model.config.model_type}' in another form than it runs, and writing "

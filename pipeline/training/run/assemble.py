@@ -20,10 +20,11 @@ from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters.base import trainable, written
+from pipeline.model.build import logit_transform
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
-from pipeline.model.stage import Stage, check_head, logit_transform, tied_head
+from pipeline.model.stage import Stage, check_head, tied_head
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
