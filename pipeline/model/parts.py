@@ -89,7 +89,9 @@ def find(model: PreTrainedModel) -> Parts:
     embedding, head = _ends(model)
     if embedding is None:
         lacks.append("embedding of tokens")
-    if not isinstance(head, nn.Linear):
+    if (
+        not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward
+    ):  # the loss takes its weight and bias
         lacks.append("linear output head")
     if lacks:
         raise UserError(

@@ -46,6 +46,7 @@ NEVER: dict[str, str] = {
     "blenderbot": "encoder_attn",
     "blenderbot-small": "encoder_attn",
     "mllama": "transformers cannot build it",
+    "dory": "linear output head",  # a learned scale for each token
     "emu3": "transformers cannot build it",
     "inkling_text": "changes its logits in a way this program does not know",
 }
