@@ -1,10 +1,10 @@
 """A mixture of experts with an adapter on its experts, from a run that is killed to the fold. Oracle: the run that was not."""
 
-import os
-import signal
+import contextlib
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,8 +39,10 @@ def test_killed_resumed_and_folded(tmp_path: Path) -> None:
     while not list((tmp_path / "killed").glob("*/global_step*/manifest.json")):
         assert time.monotonic() < until, "no checkpoint"
         time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    for process in psutil.Process(killed.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    killed.communicate(timeout=60)
     run = builders.only_run(tmp_path / "killed")
     step = max(int(m.parent.name.removeprefix("global_step")) for m in run.glob("global_step*/manifest.json"))
     steps = step + 3
