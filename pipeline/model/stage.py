@@ -46,6 +46,9 @@ class LargeOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# What the first stage is handed, in this order; the last is for hooks (neftune.py) and may be left out.
+FIRST_READS = ("input_ids", "position_ids", "lengths")
+
 # What a config calls its number of layers, and more of them than any model has: building so many would never end.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000
@@ -202,9 +205,7 @@ class Stage(nn.Module):
         self.model = model
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
-        """First stage: (ids [B, T] int64, positions [B, T] int64); later ones: (hidden [B, T, D], positions).
-
-        The first stage also receives row lengths, which only hooks read (neftune.py).
+        """First stage: the tensors of `FIRST_READS`, int64 [B, T] (lengths [B]); later ones: (hidden [B, T, D], positions).
 
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """
