@@ -73,7 +73,7 @@ class Config(Section):
     feedforward_modules: list[str] | None = Field(
         None, description="of 'ia3': those of target_modules with a factor for each input instead of each output; default down_proj")  # fmt: skip
     target_modules: list[str] | Literal["all-linear"] | None = Field(
-        None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
+        None, description="names of the modules to adapt ('experts': what a layer's routed experts write, for multiplicative_lora and control_adapter; on a mixture 'down_proj' means that too); default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     trainable_modules: list[str] = Field(
