@@ -21,17 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import rules
-from pipeline.config.tables import (
-    Bnb,
-    Dataset,
-    EvalDataset,
-    Optimizer,
-    Quantization,
-    Section,
-    not_built,
-    regular_expression,
-)
+from pipeline.config import data_tables, rules
+from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
@@ -135,8 +127,8 @@ class Config(Section):
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
     host_memory_gib: NonNegativeFloat = Field(
         0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
-    kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block"]] = Field(
-        "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
+    kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block", "shared_input"]] = Field(
+        "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, and of linear layers that read one input, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
     lora_weight_dtype: Dtype = Field(
         "float32",
@@ -285,8 +277,11 @@ class Config(Section):
         ]
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
+            yield from data_tables.conflicts(f"datasets.{number}", dataset)
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
+        for number, held_out in enumerate(self.eval_datasets):
+            yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
-from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
+from pipeline.data.chat.load import stop_ids
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
@@ -105,6 +106,7 @@ def data_of(config: Config) -> DataSpec:
         config.datasets,
         config.eval_datasets,
         cache=Path(config.output_dir) / "dataset_cache",
+        stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,
         seed=config.seed,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.tables import Dataset, EvalDataset, Optimizer
+from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.tables import Optimizer
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
 
@@ -31,11 +32,15 @@ class Updates:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
+    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long.
+
+    `cache`: a folder. `stops`: ids at which the model stops beside the tokenizer's EOS.
+    """
 
     datasets: list[Dataset]
     eval_datasets: list[EvalDataset]
     cache: Path
+    stops: list[int]
     combination: Literal["concatenate", "interleave"]
     stopping: Literal["first_exhausted", "all_exhausted"]
     seed: int
