@@ -21,17 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import rules
-from pipeline.config.tables import (
-    Bnb,
-    Dataset,
-    EvalDataset,
-    Optimizer,
-    Quantization,
-    Section,
-    not_built,
-    regular_expression,
-)
+from pipeline.config import data_tables, rules
+from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
@@ -73,11 +65,13 @@ class Config(Section):
     feedforward_modules: list[str] | None = Field(
         None, description="of 'ia3': those of target_modules with a factor for each input instead of each output; default down_proj")  # fmt: skip
     target_modules: list[str] | Literal["all-linear"] | None = Field(
-        None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
+        None, description="names of the modules to adapt ('experts': what a layer's routed experts write, for multiplicative_lora and control_adapter; on a mixture 'down_proj' means that too); default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     trainable_modules: list[str] = Field(
         [], description="modules trained in full beside the adapter, in all layers whatever layers_to_transform says: a full name, or the end of one after a dot (['embed_tokens', 'input_layernorm', 'norm']); they keep model_weight_dtype")  # fmt: skip
+    load_balancing_loss_coef: NonNegativeFloat | None = Field(
+        None, description="weight of a mixture's load-balancing loss (transformers' router_aux_loss_coef), of all layers together, added to each micro-batch's loss in training; 0 for none; default what the model's config.json asks for with output_router_logits = true")  # fmt: skip
     train_logit_scale: PositiveFloat = Field(
         1.0, description="multiplies the logits before the softmax in training; recorded in the adapter"
     )
@@ -133,8 +127,8 @@ class Config(Section):
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
     host_memory_gib: NonNegativeFloat = Field(
         0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
-    kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block"]] = Field(
-        "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
+    kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block", "shared_input"]] = Field(
+        "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, and of linear layers that read one input, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
     lora_weight_dtype: Dtype = Field(
         "float32",
@@ -283,8 +277,11 @@ class Config(Section):
         ]
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
+            yield from data_tables.conflicts(f"datasets.{number}", dataset)
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
+        for number, held_out in enumerate(self.eval_datasets):
+            yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 

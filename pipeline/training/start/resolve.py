@@ -4,26 +4,29 @@ Says what it resolves to (layers, modules, stages), or raises one UserError. Wha
 itself goes no further.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
-from pipeline.config.tables import Dataset, EvalDataset
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
+from pipeline.data.chat.load import stop_ids
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
-from pipeline.model import cut_check, quantized, unsupported, weights
+from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
+from pipeline.model import cut_check, quantized, router_loss, unsupported, weights
+from pipeline.model.adapters import experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.parts import layers_of_model
 from pipeline.model.stage import read_model_config, tied_head
-from pipeline.names import id_in_cache, layers_of
+from pipeline.names import id_in_cache, layers_of, within_layer
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
@@ -40,7 +43,7 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     model_config = read_model_config(config.model)
     with unsupported.named(model_config.model_type, "looking at its structure"):
         resolved = _resolve(config, model_config, resumes)
-    if sentence := unsupported.router_loss(model_config):
+    if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)
     return resolved
@@ -94,7 +97,8 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         checkpoint_on_save=config.checkpoint_on_save,
     )
     ranges = cut_into_stages(layout, model, trained)
-    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals)
+    router_weight = router_loss_of(config.load_balancing_loss_coef, model)
+    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight)
 
 
 def data_of(config: Config) -> DataSpec:
@@ -103,6 +107,7 @@ def data_of(config: Config) -> DataSpec:
         config.datasets,
         config.eval_datasets,
         cache=Path(config.output_dir) / "dataset_cache",
+        stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,
         seed=config.seed,
@@ -156,7 +161,7 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
         with errors.collect():
             layers = resolve_layers(config.layers_to_transform, n_layers)
         with errors.collect():
-            resolve_targets(model, names, layers)
+            resolve_targets(model, names, layers, mixture_of(config.adapter_type, names, model))
         with errors.collect():
             trained_modules.resolve(model, config.trainable_modules, [])
     with errors.collect():
@@ -175,7 +180,28 @@ def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     the whole model, or does not run."""
     adapter = resolved.trained.adapter
     put = partial(families.inject_for_trial, adapter=adapter) if adapter else None
-    cut_check.check(resolved.meta_model.config, ranges, put)
+    cut_check.check(resolved.meta_model.config, ranges, put, router_loss=bool(resolved.router_loss))
+
+
+def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:
+    """The weight of the routers' loss: the configuration's, or what the model's own config asks for. Says it.
+
+    UserError for a weight where transformers has no such loss of the model.
+    """
+    if router_loss.recorder(model) is None:
+        if weight:
+            raise UserError(
+                f"load_balancing_loss_coef = {weight:g}: transformers has no loss of the routers of model_type "
+                f"'{model.config.model_type}'; remove it"
+            )
+        return 0.0
+    used = router_loss.asked_for(model) if weight is None else weight
+    if used:
+        where = "config.json" if weight is None else "load_balancing_loss_coef"
+        log(f"routers:  {used:g} times their load-balancing loss, by {where}")
+    elif weight == 0 and router_loss.asked_for(model):
+        log("routers:  without their load-balancing loss, which config.json asks for (load_balancing_loss_coef = 0)")
+    return used
 
 
 def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list[str] | None:
@@ -200,14 +226,17 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     n_layers = len(layers_of_model(model))
     layers = resolve_layers(config.layers_to_transform, n_layers)
     names = config.target_modules or families.default_targets(config.adapter_type)
-    targets = resolve_targets(model, names, layers)
+    mixture = mixture_of(config.adapter_type, names, model)
+    targets = resolve_targets(model, names, layers, mixture)
+    experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
-    adapter = adapter_of(config, targets, biased)
+    biased = biased or any(form.bias for form in experts_of.values())
+    adapter = adapter_of(config, targets, biased, experts_of)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
     log(f"training: {adapter.family} on {where} {modules}, {describe_layers(layers_of(targets), n_layers)}")
-    for line in describe_targets(model, targets, layers):
+    for line in describe_targets(model, targets, layers, experts_of):
         log(f"          {line}")
     if names == "all-linear" and (left_out := routers(model, layers)):
         log(f"          without {', '.join(left_out)}, which only choose")
@@ -215,7 +244,26 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     return adapter
 
 
-def adapter_of(config: Config, targets: list[str], biased_targets: bool = False) -> AdapterSpec:
+def mixture_of(adapter_type: str, names: list[str] | str, model: PreTrainedModel) -> dict[str, ExpertWeights]:
+    """The modules of experts that `names` may mean, by their name within a layer. UserError where the family has none."""
+    if isinstance(names, str) or not experts.has_experts(model):
+        return {}
+    if families.FAMILIES[adapter_type].on_output:
+        return experts.find(model.config)
+    if experts.EXPERTS in names:
+        raise UserError(
+            f"target_modules: adapter_type = '{adapter_type}' changes what a module reads, and the experts of a layer "
+            "are one module here; 'multiplicative_lora' and 'control_adapter' change what they write"
+        )
+    return {}
+
+
+def adapter_of(
+    config: Config,
+    targets: list[str],
+    biased_targets: bool = False,
+    experts_of: Mapping[str, ExpertWeights] = NO_EXPERTS,
+) -> AdapterSpec:
     """The configured adapter on `targets`. UserError for a key that names a module which is none of them."""
     rank, alpha, rslora = config.lora_rank, config.lora_alpha, config.use_rslora
     patterns.check({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, targets)
@@ -238,6 +286,7 @@ def adapter_of(config: Config, targets: list[str], biased_targets: bool = False)
         start=config.init_lora_weights,
         block_size=config.oft_block_size or config.boft_block_size,
         feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
+        experts=dict(experts_of),
     )
 
 
