@@ -31,8 +31,8 @@ from pipeline.formats.dtypes import DTYPES
 from pipeline.model import quantized, weights
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import resolve_targets
-from pipeline.model.build import logit_transform
 from pipeline.model.stage import Stage, empty_model, read_model_config
+from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer

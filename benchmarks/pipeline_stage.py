@@ -22,11 +22,11 @@ from torch import Tensor
 from benchmarks import variants
 from benchmarks.shapes import Shape
 from pipeline.model.adapters.base import trainable
-from pipeline.model.build import logit_transform
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage
+from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.engine import engine
 from pipeline.training.optim.inner import make_inner

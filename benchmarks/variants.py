@@ -23,12 +23,12 @@ from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.multiplicative import inject_multiplicative
 from pipeline.model.adapters.targets import resolve_targets
-from pipeline.model.build import logit_transform
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage
+from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 
 SEED = 0

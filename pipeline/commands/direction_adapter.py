@@ -30,8 +30,8 @@ from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model.adapters.targets import describe_layers, resolve_targets
 from pipeline.model.layerwise import mean_hidden_states
-from pipeline.model.parts import layers_of_model, text_config
 from pipeline.model.stage import empty_model, read_model_config
+from pipeline.model.structure.parts import layers_of_model, text_config
 from pipeline.names import layer_ranges, layers_of
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).

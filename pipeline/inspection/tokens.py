@@ -95,8 +95,8 @@ def lens(base: Base) -> Lens:
     """
     from pipeline.kernels.norm import layer_norm
     from pipeline.model.fusion.probe import norm_form
-    from pipeline.model.parts import parts_of
     from pipeline.model.stage import empty_model, read_model_config
+    from pipeline.model.structure.parts import parts_of
 
     head = _head(base)
     model = empty_model(read_model_config(str(base.folder)), torch.float32, None)

@@ -15,10 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
 from pipeline.model.adapters.base import trainable
-from pipeline.model.build import logit_transform
-from pipeline.model.parts import layers_of_model, parts_of
 from pipeline.model.router_loss import RouterLoss
 from pipeline.model.stage import Stage
+from pipeline.model.structure.build import logit_transform
+from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.model.unsupported import named
 from pipeline.names import any_layer

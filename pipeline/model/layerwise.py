@@ -17,9 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, progress
 from pipeline.model import cut_check
-from pipeline.model.parts import layers_of_model, parts_of, text_config
 from pipeline.model.stage import Stage, empty_model, read_model_config
-from pipeline.model.stand_ins import PassThrough
+from pipeline.model.structure.parts import layers_of_model, parts_of, text_config
+from pipeline.model.structure.stand_ins import PassThrough
 from pipeline.model.weights import load
 from pipeline.names import layers_of
 

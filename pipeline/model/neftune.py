@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.parts import embedding_of_model
 from pipeline.model.stage import FIRST_READS, Stage
+from pipeline.model.structure.parts import embedding_of_model
 
 
 def apply(stage: Stage, alpha: float) -> None:

@@ -16,7 +16,7 @@ from pipeline import patterns
 from pipeline.console import UserError
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
-from pipeline.model.parts import layers_of_model, parts_of, reads_weight
+from pipeline.model.structure.parts import layers_of_model, parts_of, reads_weight
 
 # Of a mixture of experts: small, and a rounding there sends tokens elsewhere. qlora-pipe leaves out `gate` too.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})

@@ -20,9 +20,16 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from pipeline.console import UserError
 from pipeline.foreign import printable, read_by_library, read_object
 from pipeline.formats.base_model import has_weights, head_of, read_base
-from pipeline.model.build import build, leaves_transform_out, logit_transform
-from pipeline.model.parts import base_of, head_of_model, layers_of_model, parts_of, takes_positions, text_config
-from pipeline.model.stand_ins import PassThrough, arrives, departed, put_stand_ins
+from pipeline.model.structure.build import build, leaves_transform_out, logit_transform
+from pipeline.model.structure.parts import (
+    base_of,
+    head_of_model,
+    layers_of_model,
+    parts_of,
+    takes_positions,
+    text_config,
+)
+from pipeline.model.structure.stand_ins import PassThrough, arrives, departed, put_stand_ins
 from pipeline.model.tiny_copy import NoCopyError, observed_parts
 
 # What the first stage is handed, in this order; the last is for hooks (neftune.py) and may be left out.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.model.build import build, leaves_transform_out, logit_transform
-from pipeline.model.parts import Parts, observed, parts_of
+from pipeline.model.structure.build import build, leaves_transform_out, logit_transform
+from pipeline.model.structure.parts import Parts, observed, parts_of
 from pipeline.model.unsupported import reason
 
 VOCABULARY, HIDDEN, WIDTH, HEADS, WINDOW, TOKENS = 64, 64, 32, 4, 5, 12

@@ -20,9 +20,9 @@ from pipeline.console import UserError, log_if_slow, progress
 from pipeline.foreign import printable
 from pipeline.formats.base_model import Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
-from pipeline.model.parts import embedding_of_model, parts_of, text_config
 from pipeline.model.quantized import PackedLinear, QuantizedPlaceholder
 from pipeline.model.stage import Stage, tied_head
+from pipeline.model.structure.parts import embedding_of_model, parts_of, text_config
 from pipeline.names import layer_of
 
 SMALL = 2**29  # bytes of weights that need no progress bar

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.model.parts import head_of_model, layers_of_model, parts_of, text_config
 from pipeline.model.quantized import saved_bytes
+from pipeline.model.structure.parts import head_of_model, layers_of_model, parts_of, text_config
 from pipeline.planning.cut import Ranges
 
 

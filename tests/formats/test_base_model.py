@@ -25,8 +25,8 @@ from pipeline.formats.base_model import files_to_copy, head_of, read_base
 from pipeline.formats.safetensors import read_tensor
 from pipeline.model import weights
 from pipeline.model.adapters import full as trained_modules
-from pipeline.model.build import logit_transform
 from pipeline.model.stage import empty_model, read_model_config, tied_head
+from pipeline.model.structure.build import logit_transform
 from pipeline.publishing.push import files_of
 from pipeline.training.checkpoint import trained
 from pipeline.training.stage.meta_model import MetaModel

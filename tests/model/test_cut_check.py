@@ -11,13 +11,14 @@ from transformers import AutoConfig
 
 from pipeline.config import loading
 from pipeline.console import UserError
-from pipeline.model import build, cut_check, tiny_copy
+from pipeline.model import cut_check, tiny_copy
 from pipeline.model import stage as stage_module
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.lora import inject_lora
 from pipeline.model.adapters.targets import resolve_targets
 from pipeline.model.stage import Stage, empty_model
-from pipeline.model.stand_ins import Arrival
+from pipeline.model.structure import build
+from pipeline.model.structure.stand_ins import Arrival
 from pipeline.model.unsupported import named, router_loss
 from pipeline.training.start import prepare, resolve
 from pipeline.training.start.resolved import Resolved

@@ -163,7 +163,7 @@ def test_what_cannot_be_run_is_refused(models: dict) -> None:
 
 def test_a_model_that_changes_what_it_is_given_is_refused(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Granite scales what it is given: the second group would scale the hidden state again."""
-    monkeypatch.setattr("pipeline.model.stand_ins.Arrival.hidden", lambda self, given: given)
+    monkeypatch.setattr("pipeline.model.structure.stand_ins.Arrival.hidden", lambda self, given: given)
     folder = models["granite"][0]
     with pytest.raises(UserError, match=r"only all 4 at once: model_type 'granite' cannot be cut"):
         tapped(folder, ROWS)

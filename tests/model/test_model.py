@@ -12,9 +12,9 @@ from torch import nn
 
 from pipeline.console import UserError
 from pipeline.model import stage as stage_module
-from pipeline.model.build import logit_transform
 from pipeline.model.stage import Stage, check_head, empty_model, read_model_config
-from pipeline.model.stand_ins import PassThrough
+from pipeline.model.structure.build import logit_transform
+from pipeline.model.structure.stand_ins import PassThrough
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.stages import build, chain, hidden, token_ids
 

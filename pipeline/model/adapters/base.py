@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
-from pipeline.model.parts import layers_of_model, parts_of
 from pipeline.model.stage import Stage
+from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.names import layer_of
 
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
 from pipeline.formats.experts import ExpertWeights
-from pipeline.model.parts import layers_of_model
+from pipeline.model.structure.parts import layers_of_model
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 
 EXPERTS = "experts"  # what target_modules calls them, whatever the model does

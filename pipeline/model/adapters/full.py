@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
-from pipeline.model.parts import layers_of_model, parts_of
 from pipeline.model.quantized import QuantizedPlaceholder
 from pipeline.model.stage import Stage, tied_head
+from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.model.weights import stored_in_another_form
 from pipeline.names import last_part, layers_of
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pipeline.console import UserError
 from pipeline.model.adapters.base import Injector, device_of, draw, inject_peft, owned, wrap
-from pipeline.model.parts import parts_of
 from pipeline.model.stage import Stage
+from pipeline.model.structure.parts import parts_of
 
 
 class HRA(nn.Module):

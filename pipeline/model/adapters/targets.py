@@ -17,7 +17,7 @@ from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.model.adapters import experts
-from pipeline.model.parts import layers_of_model, parts_of, reads_weight
+from pipeline.model.structure.parts import layers_of_model, parts_of, reads_weight
 from pipeline.names import layer_of, within_layer
 
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.

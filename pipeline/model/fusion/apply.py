@@ -21,8 +21,8 @@ from pipeline.kernels.rope import rope
 from pipeline.kernels.swiglu import ACTIVATIONS, swiglu
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.fusion import probe, shared
-from pipeline.model.parts import parts_of
 from pipeline.model.stage import Stage
+from pipeline.model.structure.parts import parts_of
 
 KERNELS = ("norm", "rope", "swiglu", "multiplicative", "parallel_block", "shared_input")
 # Linear layers that a module hands the same input, by the names that transformers gives them.

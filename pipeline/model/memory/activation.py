@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.model.memory import replay
 from pipeline.model.memory.host_arena import HostArena, Ticket
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
-from pipeline.model.parts import embedding_of_model, text_config
 from pipeline.model.stage import Stage
+from pipeline.model.structure.parts import embedding_of_model, text_config
 
 PROBE_TOKENS = 32
 

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
 
-from pipeline.model.parts import layers_of_model, parts_of, text_config
 from pipeline.model.stage import run_base
-from pipeline.model.stand_ins import PassThrough, only_layers
+from pipeline.model.structure.parts import layers_of_model, parts_of, text_config
+from pipeline.model.structure.stand_ins import PassThrough, only_layers
 from pipeline.planning.counts.counting import received
 
 

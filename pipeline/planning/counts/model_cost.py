@@ -16,9 +16,9 @@ from pipeline.kernels.cross_entropy import LogitTransform, linear_cross_entropy,
 from pipeline.model.memory import replay
 from pipeline.model.memory.activation import whole_layer
 from pipeline.model.memory.levels import RecomputeLevel
-from pipeline.model.parts import parts_of, text_config
 from pipeline.model.quantized import dequantised_bytes, dequantising_traffic, saved_bytes
 from pipeline.model.stage import Stage, tied_head
+from pipeline.model.structure.parts import parts_of, text_config
 from pipeline.planning.counts.counting import Measured, measure, received
 from pipeline.planning.counts.fake_layers import fake_parameters, layer_alone
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Update, Work, together

@@ -20,12 +20,12 @@ from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters.base import trainable, written
-from pipeline.model.build import logit_transform
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
 from pipeline.model.router_loss import RouterLoss
 from pipeline.model.stage import Stage, check_head, tied_head
+from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.with_router_loss import WithRouterLoss

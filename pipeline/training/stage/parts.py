@@ -9,9 +9,9 @@ from typing import Any
 from pipeline.kernels import dispatch
 from pipeline.model.adapters.full import unfreeze, unfreeze_model
 from pipeline.model.fusion import apply as fusion
-from pipeline.model.parts import layers_of_model
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
+from pipeline.model.structure.parts import layers_of_model
 from pipeline.training.stage import families
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
 from pipeline.foreign import printable, read_object
-from pipeline.model.parts import embedding_of_model, head_of_model, text_config
+from pipeline.model.structure.parts import embedding_of_model, head_of_model, text_config
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -22,11 +22,11 @@ from pipeline.console import EXIT_DONE, UserError, gib, log, log_if_slow, warn
 from pipeline.data.batches import Position
 from pipeline.files import write_text
 from pipeline.model.adapters.base import trainable
-from pipeline.model.build import logit_transform
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
-from pipeline.model.parts import layers_of_model, text_config
 from pipeline.model.stage import Stage
+from pipeline.model.structure.build import logit_transform
+from pipeline.model.structure.parts import layers_of_model, text_config
 from pipeline.planning import devices, rates, table
 from pipeline.planning.counts.model_cost import model_cost
 from pipeline.planning.nearest import nearest

@@ -24,8 +24,8 @@ from pipeline.model.adapters import experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
-from pipeline.model.parts import layers_of_model
 from pipeline.model.stage import read_model_config, tied_head
+from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import id_in_cache, layers_of, within_layer
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pipeline.console import UserError
 from pipeline.formats.stored_names import auto_class
 from pipeline.kernels.cross_entropy import LogitTransform
-from pipeline.model.parts import find, text_config
+from pipeline.model.structure.parts import find, text_config
 from pipeline.model.unsupported import reason
 
 # What configs call the soft cap of the logits.

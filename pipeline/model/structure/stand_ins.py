@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.model.parts import Parts, layers_of_model, parts_of
+from pipeline.model.structure.parts import Parts, layers_of_model, parts_of
 
 
 class PassThrough(nn.Module):
