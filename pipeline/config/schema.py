@@ -21,17 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import rules
-from pipeline.config.tables import (
-    Bnb,
-    Dataset,
-    EvalDataset,
-    Optimizer,
-    Quantization,
-    Section,
-    not_built,
-    regular_expression,
-)
+from pipeline.config import data_tables, rules
+from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
@@ -78,6 +70,8 @@ class Config(Section):
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     trainable_modules: list[str] = Field(
         [], description="modules trained in full beside the adapter, in all layers whatever layers_to_transform says: a full name, or the end of one after a dot (['embed_tokens', 'input_layernorm', 'norm']); they keep model_weight_dtype")  # fmt: skip
+    load_balancing_loss_coef: NonNegativeFloat | None = Field(
+        None, description="weight of a mixture's load-balancing loss (transformers' router_aux_loss_coef), of all layers together, added to each micro-batch's loss in training; 0 for none; default what the model's config.json asks for with output_router_logits = true")  # fmt: skip
     train_logit_scale: PositiveFloat = Field(
         1.0, description="multiplies the logits before the softmax in training; recorded in the adapter"
     )
@@ -283,8 +277,11 @@ class Config(Section):
         ]
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
+            yield from data_tables.conflicts(f"datasets.{number}", dataset)
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
+        for number, held_out in enumerate(self.eval_datasets):
+            yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 

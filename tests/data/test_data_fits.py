@@ -166,9 +166,9 @@ def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
 
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_positions=16, n_layer=1, n_embd=8, n_head=1, vocab_size=32))
-    data_fits.check_length("datasets.0.sequence_len", 16, model)
+    data_fits.check_length("datasets.0.sequence_len = 16", 16, "datasets.0.sequence_len", model)
     with pytest.raises(UserError, match=r"sequence_len = 17 is more than .* = 16, and .* \(transformer\.wpe\): lower"):
-        data_fits.check_length("datasets.0.sequence_len", 17, model)
+        data_fits.check_length("datasets.0.sequence_len = 17", 17, "datasets.0.sequence_len", model)
 
 
 # Names of formats
@@ -177,11 +177,12 @@ def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("chat", "chat and instruction data are not built yet"),
-        ("sharegpt", "chat and instruction data are not built yet"),
-        ("csv", "tables are not read; write the text column"),
+        ("sharegpt", "write dataset_type = 'chat'"),
+        ("alpaca", "write dataset_type = 'completion'"),
+        ("axolotl", "write dataset_type = 'chat', 'completion' or 'pretokenized'"),
+        ("csv", "write what the rows are: dataset_type = 'doclist'"),
         ("epub", "books are read from .txt and .md files"),
-        ("jsonl", "write dataset_type = 'doclist'"),
+        ("jsonl", "write what the rows are: dataset_type = 'doclist'"),
         ("txt", "write dataset_type = 'textfile'"),
     ],
 )

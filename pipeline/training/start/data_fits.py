@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
-from pipeline.data.store import Report
 from pipeline.foreign import printable, read_object
 
 
@@ -46,29 +45,29 @@ def check_tokenizer(tokenizer: Any, folder: str, rows: int) -> None:
         )
 
 
-def check_ids(report: Report, tokenizer: Any, rows: int) -> None:
-    """UserError if a chunk holds an id that the model has no row for."""
-    if report.largest_id >= rows:
-        token = tokenizer.convert_ids_to_tokens(report.largest_id)
+def check_ids(name: str, largest_id: int, tokenizer: Any, rows: int) -> None:
+    """UserError if the dataset `name`, whose largest id is given, holds one that the model has no row for."""
+    if largest_id >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest_id)
         raise UserError(
-            f"dataset '{report.name}': its text holds the token '{printable(token)}' with the id {report.largest_id:,}, but "
+            f"dataset '{name}': its text holds the token '{printable(token)}' with the id {largest_id:,}, but "
             f"the model's embedding has {rows:,} rows (ids 0 to {rows - 1:,}): take such tokens out of the text, or use "
             f"the tokenizer that belongs to the model"
         )
 
 
-def check_length(key: str, sequence_len: int, model: PreTrainedModel) -> None:
-    """Warn of chunks longer than the positions the model was made for; UserError where it has no others.
+def check_length(what: str, tokens: int, key: str, model: PreTrainedModel) -> None:
+    """Warn of rows longer than the positions the model was made for; UserError where it has no others.
 
-    `key`: the config's, for the message.
+    `what` has `tokens`; `key` is the config's, to be lowered.
     """
     known = positions(model.config)
-    if known is None or sequence_len <= known:
+    if known is None or tokens <= known:
         return
-    what = f"{key} = {sequence_len:,} is more than the model's max_position_embeddings = {known:,}"
-    if name := _learned_positions(model, sequence_len):
-        raise UserError(f"{what}, and it has a learned vector for each of these only ({name}): lower {key}")
-    warn(f"{what}: it has not learned to read so far back, and may read worse even where it could; lower {key} to that")
+    said = f"{what} is more than the model's max_position_embeddings = {known:,}"
+    if name := _learned_positions(model, tokens):
+        raise UserError(f"{said}, and it has a learned vector for each of these only ({name}): lower {key}")
+    warn(f"{said}: it has not learned to read so far back, and may read worse even where it could; lower {key} to that")
 
 
 def positions(config: PretrainedConfig) -> int | None:

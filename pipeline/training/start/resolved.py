@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.tables import Dataset, EvalDataset, Optimizer
+from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.tables import Optimizer
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
 
@@ -31,11 +32,15 @@ class Updates:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
+    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long.
+
+    `cache`: a folder. `stops`: ids at which the model stops beside the tokenizer's EOS.
+    """
 
     datasets: list[Dataset]
     eval_datasets: list[EvalDataset]
     cache: Path
+    stops: list[int]
     combination: Literal["concatenate", "interleave"]
     stopping: Literal["first_exhausted", "all_exhausted"]
     seed: int
@@ -82,7 +87,8 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end)."""
+    """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end).
+    `router_loss`: the weight of a mixture's loss of its routers, 0 for none."""
 
     base: BaseModel
     meta_model: MetaModel
@@ -92,3 +98,4 @@ class Resolved:
     layout: Layout
     data: DataSpec
     intervals: Intervals
+    router_loss: float = 0.0
