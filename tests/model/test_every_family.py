@@ -46,6 +46,11 @@ NEVER: dict[str, str] = {
     "bigbird_pegasus": "encoder_attn",
     "blenderbot": "encoder_attn",
     "blenderbot-small": "encoder_attn",
+    "marian": "encoder_attn",
+    "mbart": "encoder_attn",
+    "mvp": "encoder_attn",
+    "pegasus": "encoder_attn",
+    "plbart": "encoder_attn",
     "mllama": "transformers cannot build it",
     "dory": "linear output head",  # a learned scale for each token
     "emu3": "transformers cannot build it",
@@ -59,7 +64,7 @@ NEVER_CUT: dict[str, str] = {
     "hy_v4": "cutting it into 2 stages",
     "inkling2_loop_text": "cutting it into 2 stages",
     "inkling2_text": "cutting it into 2 stages",
-    "zaya": "not enough values to unpack",
+    "zaya": "cutting it into 2 stages",  # a second tensor goes from layer to layer
 }
 # Parts of these names compute nothing for a short text, or for tokens that no router sends there.
 IDLE = (".experts.", ".compressor.")
@@ -67,8 +72,6 @@ QUICK = (
     "llama",
     "nanochat",
     "bloom",
-    "falcon",
-    "gpt_neox",
     "mamba",
     "opt",
     "zaya",

@@ -37,7 +37,7 @@ KINDS = (
     "got_ocr2",
     "lfm2_vl",
 )
-QUICK = ("gemma3", "llava")
+QUICK = ("llava",)
 UNSCALED = ("aya_vision", "cohere2_vision")  # transformers' model leaves out logit_scale, by which the text half goes
 
 
