@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pipeline.config import peers, toml
 from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.schema import Config
-from pipeline.config.tables import Bnb, Dataset, EvalDataset, Optimizer, ParameterGroup, Quantization, Section
+from pipeline.config.tables import Bnb, Dataset, EvalDataset, Optimizer, ParameterGroup, Quantization, Samples, Section
 from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError, warn
 from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value
@@ -38,6 +38,7 @@ SECTIONS: dict[str, type[Section]] = {
     "quantization": Quantization,
     "quantization.bnb": Bnb,
     "optimizer.groups": ParameterGroup,
+    "samples": Samples,
 }
 UNKNOWN = "unknown key."
 # What pydantic puts into the place of an error to say which member of a union it tried.

@@ -37,6 +37,7 @@ from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run import folder as run_folder
 from pipeline.training.run import record
 from pipeline.training.run.peers import UNHURRIED
+from pipeline.training.run.samples import Samples
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
@@ -83,6 +84,9 @@ def trainer(
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale)
     say_memory(place)
     memory = StepMemory(engine.held_tensors(pipeline_engine, optimizer))
+    samples = None
+    if plan.data.samples is not None and data.questions is not None:
+        samples = Samples(plan.data.samples, data.questions, stage, place, plan.base.dtype, metrics, watcher.doing)
     return Trainer(
         engine=pipeline_engine,
         place=place,
@@ -99,6 +103,7 @@ def trainer(
         saver=Saver(opened.path, engine.launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
         state=state,
         metrics=metrics,
+        samples=samples,
         memory=memory,
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, opened.path),

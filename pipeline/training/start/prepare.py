@@ -18,21 +18,23 @@ from pipeline.data.selection import Selection, Streams, mix, split, whole
 from pipeline.data.store import ChunkStore
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
-from pipeline.model import unsupported, weights
+from pipeline.model import positions, unsupported, weights
 from pipeline.model.stage import tied_head
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.start import data_fits
+from pipeline.training.start.questions import Questions, questions_of
 from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows for training, by dataset, and for evaluation, by name."""
+    """Rows for training, by dataset, and for evaluation, by name; and what the model is asked while it is trained."""
 
     train: list[Selection]
     evaluation: dict[str, Selection]
+    questions: Questions | None = None
 
 
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
@@ -59,7 +61,7 @@ def tokenizer_for(plan: Resolved, folder: str) -> Any:
 def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> Data:
     """Tokenise (or find in the cache), cut and split every dataset; says what became of the text.
 
-    With the model's plan, UserError for ids beyond its embedding and for chunks longer than it can read.
+    With the model's plan, UserError for ids beyond its embedding and for chunks and answers longer than it can read.
     """
     cache = spec.cache
     train, evaluation = [], {}
@@ -67,7 +69,7 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         lengths = {f"datasets.{i}.sequence_len": dataset.sequence_len for i, dataset in enumerate(spec.datasets)}
         lengths |= {f"eval_datasets.{i}.sequence_len": held.sequence_len for i, held in enumerate(spec.eval_datasets)}
         for key, sequence_len in lengths.items():
-            data_fits.check_length(key, sequence_len, plan.meta_model.shared)
+            positions.check(f"{key} = {sequence_len:,}", sequence_len, plan.meta_model.shared, lower=key)
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         streams = _chunks(
@@ -81,7 +83,9 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     for number, held_out in enumerate(spec.eval_datasets):
         name = held_out.name or f"eval{number}"
         evaluation[name] = whole(_chunks(held_out, name, tokenizer, cache, plan), held_out.subsample)
-    return Data(train, evaluation)
+    shared = plan and plan.meta_model.shared
+    questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
+    return Data(train, evaluation, questions)
 
 
 def _chunks(

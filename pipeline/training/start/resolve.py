@@ -17,7 +17,9 @@ from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, 
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
-from pipeline.model import cut_check, quantized, unsupported, weights
+from pipeline.generation.prompts import read_prompts
+from pipeline.generation.sampling import Sampling
+from pipeline.model import cache_check, cut_check, quantized, unsupported, weights
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
@@ -28,7 +30,7 @@ from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_full_tensors, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
-from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, Updates
+from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, SampleSpec, Updates
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -111,6 +113,28 @@ def data_of(config: Config) -> DataSpec:
         group_by_length=config.group_by_length,
         epochs=config.epochs,
         max_steps=config.max_steps,
+        samples=samples_of(config),
+    )
+
+
+def samples_of(config: Config) -> SampleSpec | None:
+    """What the model is asked while it is trained, as the config has it. UserError for a file of prompts that has none."""
+    if (s := config.samples) is None:
+        return None
+    prompts = read_prompts(Path(s.prompts_file), "samples.prompts_file") if s.prompts_file else s.prompts
+    types: set[str] = {dataset.dataset_type for dataset in config.datasets}
+    keeps_base = not config.full_fine_tune and not config.trainable_modules
+    return SampleSpec(
+        config.model,
+        tuple(prompts),
+        chat="chat" in types if s.chat is None else s.chat,
+        system=s.system,
+        sampling=Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.temperature_last, s.seed),
+        max_new_tokens=s.max_new_tokens,
+        compare=keeps_base if s.compare is None else s.compare,
+        every_steps=s.every_steps,
+        at_start=s.at_start,
+        at_end=s.at_end,
     )
 
 
@@ -175,6 +199,8 @@ def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     adapter = resolved.trained.adapter
     put = partial(families.inject_for_trial, adapter=adapter) if adapter else None
     cut_check.check(resolved.meta_model.config, ranges, put)
+    if resolved.data.samples is not None:
+        cache_check.check(resolved.meta_model.config, ranges, "[samples]: leave it out")
 
 
 def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list[str] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.tables import Dataset, EvalDataset, Optimizer
+from pipeline.generation.sampling import Sampling
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
 
@@ -30,8 +31,28 @@ class Updates:
 
 
 @dataclass(frozen=True)
+class SampleSpec:
+    """What the model is asked while it is trained, and when. `folder`: the model's, with its tokenizer and stop ids.
+
+    `chat`: through the chat template, after `system`'s message. `compare`: the base beside it. Steps are optimizer steps; 0 is
+    never.
+    """
+
+    folder: str
+    prompts: tuple[str, ...]
+    chat: bool
+    system: str
+    sampling: Sampling
+    max_new_tokens: int
+    compare: bool
+    every_steps: int
+    at_start: bool
+    at_end: bool
+
+
+@dataclass(frozen=True)
 class DataSpec:
-    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
+    """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
 
     datasets: list[Dataset]
     eval_datasets: list[EvalDataset]
@@ -45,6 +66,7 @@ class DataSpec:
     group_by_length: bool
     epochs: int | None
     max_steps: int | None
+    samples: SampleSpec | None = None
 
 
 @dataclass(frozen=True)
