@@ -17,10 +17,7 @@ from torch import Tensor
 
 from pipeline.console import duration, gib, log, rank
 from pipeline.files import sync_stream, write_text
-
-Sample = dict[
-    str, Any
-]  # prompt, text, tokens, stopped, and for the base's answer the last three once more under "base"
+from pipeline.generation.shown import Sample
 
 
 class Metrics:

@@ -6,19 +6,20 @@ is left in the mode it was in.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.console import duration, log
+from pipeline.generation import shown
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, OverProcesses, Stages, answers, speaking
 from pipeline.generation.prompts import keys_of_noise
 from pipeline.model.adapters.switch import adapters_off
 from pipeline.model.stage import Stage
 from pipeline.training.engine.engine import Place
-from pipeline.training.metrics import Metrics, Sample
+from pipeline.training.metrics import Metrics
 from pipeline.training.start.questions import Questions
 from pipeline.training.start.resolved import SampleSpec
 
@@ -62,9 +63,10 @@ class Samples:
                 with adapters_off(self._stage):
                     self._base = self._answers(step)
         if self._place.rank == 0:
-            samples = self._samples(said, self._base if self._spec.compare else None)
+            base = self._base if self._spec.compare else None
+            samples = shown.samples(self._spec.prompts, said, base, self._questions.asker.text)
             self._metrics.samples(step, samples)
-            log(described(samples, f"step {step}  samples", duration(time.monotonic() - began)))
+            log(shown.described(samples, f"step {step}  samples", duration(time.monotonic() - began)))
 
     def _answers(self, step: int) -> list[Answer]:
         """To all prompts, on every process."""
@@ -82,40 +84,6 @@ class Samples:
         dist.all_gather_object(everyone, dict(zip(self._mine, own, strict=True)))
         found: dict[int, Answer] = {number: answer for part in everyone for number, answer in part.items()}
         return [found[number] for number in range(len(found))]
-
-    def _samples(self, said: Sequence[Answer], base: Sequence[Answer] | None) -> list[Sample]:
-        text = self._questions.asker.text
-        found = []
-        for number, (prompt, answer) in enumerate(zip(self._spec.prompts, said, strict=True)):
-            sample: Sample = {"prompt": prompt, **_entry(answer, text)}
-            found.append({**sample, "base": _entry(base[number], text)} if base is not None else sample)
-        return found
-
-
-def described(samples: Sequence[Sample], head: str, took: str) -> str:
-    """Lines for the console: how many stopped, and each prompt with what was said."""
-    bases = [sample["base"] for sample in samples if "base" in sample]
-    of_base = f" (the base: {sum(base['stopped'] for base in bases)})" if bases else ""
-    lines = [f"{head}: {sum(s['stopped'] for s in samples)} of {len(samples)} stopped{of_base}, {took}"]
-    for sample in samples:
-        lines.append(_indented("> ", sample["prompt"]))
-        lines.append(_indented("  ", f"{sample['text']} [{ending(sample)}]"))
-        if "base" in sample:
-            lines.append(_indented("  base: ", f"{sample['base']['text']} [{ending(sample['base'])}]"))
-    return "\n".join(lines)
-
-
-def ending(said: Sample) -> str:
-    """'stopped after 57 tokens', or 'reached the limit'."""
-    return f"stopped after {said['tokens']} tokens" if said["stopped"] else "reached the limit"
-
-
-def _entry(answer: Answer, text: Callable[[list[int]], str]) -> Sample:
-    return {"text": text(answer.tokens), "tokens": len(answer.tokens), "stopped": answer.stopped}
-
-
-def _indented(mark: str, text: str) -> str:
-    return "  " + mark + text.replace("\n", "\n  " + " " * len(mark))
 
 
 def _stages(stage: Stage, place: Place, dtype: torch.dtype) -> Stages:
