@@ -6,6 +6,7 @@ beside the base's, in fp32 and rounded once, as merge_lora.py folds them.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.artifacts.adapter.maps import RowFactors
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.fold.match import match
+from pipeline.artifacts.fold.ties import settled
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
@@ -23,7 +25,7 @@ from pipeline.model.adapters.base import owned, trainable, wrap
 from pipeline.model.adapters.lora import inject_lora
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.stage import Stage
-from pipeline.names import layer_of
+from pipeline.names import HEAD, is_embedding, layer_of
 
 
 class Folded(nn.Module):
@@ -55,12 +57,15 @@ def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
 
     UserError where it does not fit, or has a pair for what is no part of a layer, where a fold alone can put it.
     """
-    adapter = load_adapter(folder)
-    known = match(base, adapter, kind=kind, kind_is_meant=kind is not None, scale=1.0, layers=None).kind
+    settled_base, (adapter,), apart = settled(base, [load_adapter(folder)])
+    known = match(settled_base, adapter, kind=kind, kind_is_meant=kind is not None, scale=1.0, layers=None).kind
     if outside := [name for name in adapter.modules if layer_of(name) is None]:
         raise UserError(
             f"{folder}: it adapts {outside[0]}, which is no part of a layer; fold it (merge_lora.py) and give the merged folder"
         )
+    table = next((name for name in adapter.full if is_embedding(name.removesuffix(".weight"))), None)
+    if table and not apart and HEAD not in base.tensors:  # the head is the embedding, also where it is on another stage
+        adapter = replace(adapter, full={**adapter.full, HEAD: adapter.full[table]})
     return Saved(adapter, known)
 
 
