@@ -29,3 +29,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     save_model(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama model of four layers."""
+    from tests.helpers.builders import save_model
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    save_model(folder, "llama")
+    return folder

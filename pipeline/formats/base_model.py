@@ -18,7 +18,7 @@ from pipeline.foreign import printable, read_object
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.links import check_links
 from pipeline.formats.safetensors import Header, StoredTensor, read_floats, read_header, read_pieces
-from pipeline.names import EMBEDDING, HEAD
+from pipeline.names import HEAD, is_embedding
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -134,7 +134,7 @@ def head_of(base: Base, ties: bool | None = None) -> Head:
     finding that out reads both.
     """
     ties = config_ties(base.config) if ties is None else ties
-    head, table = base.find(HEAD), _embedding(base)
+    head, table = base.find(HEAD), embedding_of(base)
     if head is not None and table is not None:
         return Head(head, table, tied=ties is True and same_values(head, table))
     if ties is False:
@@ -177,10 +177,21 @@ def _same_values(one: StoredTensor, other: StoredTensor, stamps: tuple[tuple[int
     return all(torch.equal(a.double(), b.double()) for a, b in pieces)
 
 
-def _embedding(base: Base) -> StoredTensor | None:
-    """The model's embedding; layers that predict further tokens bring copies of it under longer names."""
-    found = [name for name in base.tensors if name == EMBEDDING or name.endswith(f".{EMBEDDING}")]
-    return base.tensors[min(found, key=lambda name: (name.count("."), name))] if found else None
+def embeddings_of(base: Base) -> list[str]:
+    """Names of the tensors that are an embedding of tokens, by name and shape."""
+    found = [name for name in base.tensors if name.endswith(".weight") and is_embedding(name.removesuffix(".weight"))]
+    return [name for name in found if len(base.tensors[name].shape) == 2]
+
+
+def embedding_of(base: Base) -> StoredTensor | None:
+    """The model's embedding; None where several might be it, or none is found.
+
+    Layers that predict further tokens bring copies of it under longer names.
+    """
+    found = embeddings_of(base)
+    fewest = min((name.count(".") for name in found), default=0)
+    shortest = [name for name in found if name.count(".") == fewest]
+    return base.tensors[shortest[0]] if len(shortest) == 1 else None
 
 
 def _files_taken(folder: Path, config: dict[str, Any], asked: str) -> list[str]:

@@ -16,7 +16,8 @@ import torch
 from pipeline.console import UserError
 from pipeline.formats.safetensors import StoredTensor, read_floats
 
-BLOCK, ABSMAX_BLOCK = 64, 256
+BLOCK = 64  # weights that share a scale (QLoRA, Dettmers et al. 2023, section 3)
+ABSMAX_BLOCK = 256  # scales that share one, where they are quantised as well ('double quantisation')
 SMALLEST_ABSMAX = 1e-38  # of a block of zeros, so that none is divided by zero
 # Quantiles of N(0, 1), scaled to [-1, 1], with an exact zero: bitsandbytes' table, to the last bit of fp32.
 CODE = torch.tensor(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.stage import Stage
+from pipeline.model.stage import FIRST_READS, Stage
 
 
 def apply(stage: Stage, alpha: float) -> None:
@@ -29,9 +29,10 @@ class _Noise:
         self._lengths_B = torch.empty(0)
 
     def note_lengths(self, stage: nn.Module, arguments: tuple[tuple[Tensor, ...]]) -> None:
-        """`arguments`: the stage's ((ids [B, T], positions [B, T], lengths [B]),); without lengths, rows are full."""
-        ids_BT, _, *lengths = arguments[0]
-        self._lengths_B = lengths[0] if lengths else torch.full(ids_BT.shape[:1], ids_BT.shape[1], device=ids_BT.device)
+        """`arguments`: the stage's one, the tensors of `FIRST_READS`; without lengths, rows are full."""
+        given = dict(zip(FIRST_READS, arguments[0], strict=False))
+        rows, tokens = given["input_ids"].shape
+        self._lengths_B = given.get("lengths", torch.full((rows,), tokens, device=given["input_ids"].device))
 
     def add(self, embedding: nn.Module, arguments: Any, output_BTD: Tensor) -> Tensor:
         """output + noise, the sum in fp32 and rounded once to the output's dtype."""

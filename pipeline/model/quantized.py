@@ -15,9 +15,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from pipeline import patterns
 from pipeline.console import UserError
 from pipeline.formats.dtypes import dtype_name
+from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
 
-BLOCK = 64  # weights that share a scale in 4 bits (QLoRA, Dettmers et al. 2023, §3)
-SCALES_BLOCK = 256  # scales that share one, where they are quantised as well ("double quantisation")
 # Of a mixture of experts: small, and a rounding there sends tokens elsewhere. qlora-pipe leaves out `gate` too.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
@@ -47,7 +46,7 @@ class Scheme(NamedTuple):
         packed, table = -(-rows * columns // 2), 4 * 16
         if not self.double_quant:
             return packed + table + 4 * scales
-        return packed + table + scales + 4 * (-(-scales // SCALES_BLOCK) + 256 + 1)
+        return packed + table + scales + 4 * (-(-scales // ABSMAX_BLOCK) + 256 + 1)
 
 
 @runtime_checkable

@@ -48,6 +48,9 @@ class LargeOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# What the first stage is handed, in this order; the last is for hooks (neftune.py) and may be left out.
+FIRST_READS = ("input_ids", "position_ids", "lengths")
+
 # What a config calls its number of layers, and more of them than any model has: building so many would never end.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000
@@ -218,10 +221,10 @@ class Stage(nn.Module):
         self.model = model
 
     def forward(self, inputs: tuple[Tensor, ...], cache: Cache | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """First stage: (ids [B, T] int64, positions [B, T] int64); later ones: (hidden [B, T, D], positions).
+        """First stage: the tensors of `FIRST_READS`, int64 [B, T] (lengths [B]); later ones: (hidden [B, T, D], positions).
 
-        The first stage also receives row lengths, which only hooks read (neftune.py). `cache`: from `new_cache`, with the
-        keys and values of the same rows' earlier positions, to which those of these are added.
+        `cache`: from `new_cache`, with the keys and values of the same rows' earlier positions, to which those of these are
+        added. Then the first stage reads no lengths.
 
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """

@@ -14,7 +14,10 @@ from pipeline.console import UserError
 from tests.helpers.builders import save_model
 from tests.helpers.families import by_peft
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 PROMPTS = ["The salt was", "He came to the"]
 
 

@@ -24,7 +24,7 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.families import KINDS
 from pipeline.inspection import page, reading, terminal
-from pipeline.training.stage import initial_adapter, initial_full_tensors
+from pipeline.training.stage import initial_adapter
 from pipeline.training.start import prepare, resolve
 from tests.formats.test_foreign_parsing import packed, parts, spoilt
 from tests.helpers.artifacts import VOCABULARY, bytes_of, down_proj, load_model, make_base, multiplicative
@@ -101,7 +101,7 @@ def inspect(base: Path, adapter: Path, output: Path) -> None:
 
 def begin_with(base: Path, adapter: Path, output: Path) -> None:
     sizes = dict.fromkeys(down_proj(), (4, 1.5))
-    initial_full_tensors.read(str(adapter), ["model.norm.weight"], {})
+    initial_adapter.read_in_full(str(adapter), ["model.norm.weight"], {})
     initial_adapter.read_pairs(str(adapter), sizes, uniform=(4, 1.5), on_the_output=True, biased_targets=False)
 
 

@@ -7,7 +7,7 @@ a rank of 1 for it, and NaN an alpha. A key that is not listed is passed on as i
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
@@ -89,11 +89,17 @@ OF_PAIRS: Mapping[str, type[AdapterConfig]] = {
 class TrainedOver(_Foreign):
     """The quantised weights that an adapter of ours was trained over."""
 
-    bits: int
+    bits: Literal[4, 8]
     quant_type: str | None  # None over 8 bits
     double_quant: bool
     skip: list[Name]
-    dtype: str
+    dtype: str  # of the weights before they were quantised
+
+    def __str__(self) -> str:
+        """As --base-quant has it; 8 bits, which it does not have, in words."""
+        if self.bits == 8:
+            return "8 bits"
+        return (self.quant_type or "4 bits") + ("-double" if self.double_quant else "")
 
 
 class Facts(_Foreign):

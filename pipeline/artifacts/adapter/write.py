@@ -53,9 +53,9 @@ class Training(TypedDict, total=False):
     `base_model`: the name or path it was trained on. Of a path the metadata has the last part alone, as adapters get shared;
     the configuration has all of it, so that PEFT finds the base on this machine (an upload writes the name there).
     `full`: weights of the model that were trained in full beside the adapter, by their names in it; `tied`: another name
-    of one of them → that one's (full.py). `trained_over`: of a quantised base its `bits`, `quant_type`, `double_quant`,
-    `skip` (modules left alone) and the `dtype` in which it was held before; `base_fingerprint`: of its values
-    (formats/fingerprint.py). The fold compares both with what it is given.
+    of one of them → that one's (full.py). `trained_over`: of a quantised base
+    what `schema.TrainedOver` has; `base_fingerprint`: of its values (formats/fingerprint.py). The fold compares
+    both with what it is given.
     """
 
     base_model: Required[str]

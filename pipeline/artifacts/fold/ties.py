@@ -13,7 +13,7 @@ import torch
 from pipeline.artifacts.adapter.adapter import Adapter
 from pipeline.artifacts.adapter.stored_form import places
 from pipeline.console import UserError
-from pipeline.formats.base_model import Base, config_ties, same_values
+from pipeline.formats.base_model import Base, config_ties, embedding_of, embeddings_of, same_values
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.safetensors import StoredTensor, read_floats
 from pipeline.names import HEAD, HEAD_MODULE, is_embedding
@@ -29,7 +29,7 @@ def settled(base: Base, adapters: Sequence[Adapter], *, unmerge: bool = False) -
     adapters = [without_copies(base, adapter, unmerge=unmerge) for adapter in adapters]
     embedding = embedding_of(base)
     stored = HEAD in base.tensors
-    if stored and config_ties(base.config) is not False and not _embeddings(base):
+    if stored and config_ties(base.config) is not False and not embeddings_of(base):
         return base, [_of_the_head(base, adapter) for adapter in adapters], False
     if embedding is None or (stored and not config_ties(base.config)):
         return base, adapters, False
@@ -40,24 +40,8 @@ def settled(base: Base, adapters: Sequence[Adapter], *, unmerge: bool = False) -
     if all(_does_the_same(adapter) for adapter in adapters):
         if not stored:
             return base, [_without_head(adapter) for adapter in adapters], False
-        return base, adapters, not same_values(base.tensors[HEAD], base.tensors[embedding])
+        return base, adapters, not same_values(base.tensors[HEAD], embedding)
     return (base if stored else _with_head(base, embedding)), adapters, True
-
-
-def embedding_of(base: Base) -> str | None:
-    """The name of the embedding's tensor; None where several might be it, or none is found.
-
-    Layers that predict further tokens bring copies of it under longer names.
-    """
-    found = _embeddings(base)
-    fewest = min((name.count(".") for name in found), default=0)
-    shortest = [name for name in found if name.count(".") == fewest]
-    return shortest[0] if len(shortest) == 1 else None
-
-
-def _embeddings(base: Base) -> list[str]:
-    found = [name for name in base.tensors if name.endswith(".weight") and is_embedding(name.removesuffix(".weight"))]
-    return [name for name in found if len(base.tensors[name].shape) == 2]
 
 
 def touches(adapter: Adapter) -> bool:
@@ -75,8 +59,8 @@ def without_copies(base: Base, adapter: Adapter, *, unmerge: bool) -> Adapter:
         return adapter
     found = places(base, adapter.copied)
     if HEAD in adapter.copied and HEAD not in found and (embedding := embedding_of(base)):
-        found |= places(base, [embedding])
-        found[HEAD] = found[embedding]
+        found |= places(base, [embedding.name])
+        found[HEAD] = found[embedding.name]
     same = {
         name
         for name in adapter.copied
@@ -140,10 +124,10 @@ def _of_the_head(base: Base, adapter: Adapter) -> Adapter:
     return replace(adapter, pairs=pairs, full=full)
 
 
-def _with_head(base: Base, embedding: str) -> Base:
+def _with_head(base: Base, embedding: StoredTensor) -> Base:
     """The base with a tensor for its head, in the embedding's file and read from the embedding's place."""
-    head = replace(base.tensors[embedding], name=HEAD)
-    file = next(name for name, header in base.headers.items() if embedding in {t.name for t in header.tensors})
+    head = replace(embedding, name=HEAD)
+    file = next(name for name, header in base.headers.items() if embedding.name in {t.name for t in header.tensors})
     headers = {**base.headers, file: replace(base.headers[file], tensors=(*base.headers[file].tensors, head))}
     index = base.index
     if index is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.adapter.adapter import Adapter
+from pipeline.artifacts.adapter.schema import TrainedOver
 from pipeline.artifacts.fold.match import Part
 from pipeline.artifacts.fold.plan import FoldPlan
 from pipeline.artifacts.fold_history import REPORT_FILE, Folded, describe, earlier_folds, is_same, still_in
@@ -92,12 +93,12 @@ def _other_bits(plan: FoldPlan) -> list[str]:
     now = {plan.base_dtype or name_of(plan.base.tensors[name].dtype) for name in plan.quantised}
     found = []
     for part in plan.parts:
-        if (over := part.adapter.trained_over) is None or plan.base_quant is None:
+        if part.adapter.trained_over is None or plan.base_quant is None:
             continue
-        was = over["quant_type"] + ("-double" if over["double_quant"] else "") if over["bits"] == 4 else "8 bits"
-        others = [f"over {was}"] if was != plan.base_quant else []
-        others += [f"from weights in {over['dtype']} (--base-dtype {over['dtype']})"] if now != {over["dtype"]} else []
-        others += [f"with {', '.join(over['skip'])} left alone"] if over["skip"] else []
+        over = TrainedOver.model_validate(part.adapter.trained_over)
+        others = [f"over {over}"] if str(over) != plan.base_quant else []
+        others += [f"from weights in {over.dtype} (--base-dtype {over.dtype})"] if now != {over.dtype} else []
+        others += [f"with {', '.join(over.skip)} left alone"] if over.skip else []
         if others:
             found.append(
                 f"{part.adapter.folder} was trained {' and '.join(others)}: with --base-quant {plan.base_quant} as asked "

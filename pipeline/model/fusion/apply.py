@@ -44,8 +44,8 @@ def put_into(part: nn.Module, wanted: frozenset[str]) -> Counter[str]:
             continue
         for find in (_norm, _rotary_attention, _gated_mlp, _parallel_block):
             if isinstance(found := find(module, wanted), tuple):
-                module.forward, kernel = found  # type: ignore[method-assign]
-                taken[kernel] += 1
+                module.forward, module.kernel = found  # type: ignore[method-assign,assignment]
+                taken[found[1]] += 1
                 break
     return taken
 
@@ -54,7 +54,8 @@ def why_not(stage: Stage, kernel: str) -> Counter[str]:
     """For a kernel that no module of `stage` took: why each that might have was left alone, with how many there are."""
     find = {"norm": _norm, "rope": _rotary_attention, "parallel_block": _parallel_block}.get(kernel, _gated_mlp)
     # An MLP that took SwiGLU has no adapter that the kernel of both could take.
-    modules = [m for part in _parts(stage) for m in part.modules() if _replaced_by(m) in (None, _mlp)]
+    open_to = [m for part in _parts(stage) for m in part.modules()]
+    modules = [m for m in open_to if "forward" not in vars(m) or kernel_of(m) == "swiglu"]
     reasons = ((type(m).__name__, find(m, frozenset([kernel]))) for m in modules)
     return Counter(f"{name} {reason}" for name, reason in reasons if isinstance(reason, str))
 
@@ -64,10 +65,9 @@ def _parts(stage: Stage) -> list[nn.Module]:
     return [*stage.layers.values(), *([stage.model.base_model.norm] if stage.is_last else [])]
 
 
-def _replaced_by(module: nn.Module) -> Any:
-    """The function that a module's forward has been replaced by; None where it is its own."""
-    forward = vars(module).get("forward")
-    return getattr(forward, "func", forward)
+def kernel_of(module: nn.Module) -> str | None:
+    """The kernel that a module has taken."""
+    return vars(module).get("kernel")
 
 
 def _norm(module: Any, wanted: frozenset[str]) -> Found:
@@ -159,7 +159,7 @@ def _parallel_block(module: Any, wanted: frozenset[str]) -> Found:
         return None
     if not probe.is_parallel_block(module):
         return "is no parallel block, x + attention(norm(x)) + mlp(norm(x))"
-    if _replaced_by(mlp) is not _adapted_mlp:
+    if kernel_of(mlp) != "multiplicative":
         return "has an MLP without the 'multiplicative' kernel, which would make the sum"
     return functools.partial(_parallel_sum, module, probe.defaults(module)), "parallel_block"
 

@@ -26,7 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.families import FAMILIES
 from pipeline.model.memory.levels import RecomputeLevel
 
-SMALL = tuple({f".{name}" for row in FAMILIES.values() for name in row.small})  # ends of names
+# Ends of the names of trained matrices of few rows, in our layers and in PEFT's.
+SMALL = tuple(
+    {end for row in FAMILIES.values() for name in row.small for end in (f".{name}", f".lora_{name}.default.weight")}
+)
 ATTENTION = "attention"  # the key of attention itself, beside the names of weights
 aten = torch.ops.aten
 # A product with a weight, by the operation's name, and the shape of its result from its arguments. By name, so that what
@@ -112,7 +115,7 @@ def recompute(
 
 def _reads_little(name: str) -> bool:
     """Whether a trained matrix's product with the layer's states is small, [T, R], by its name in our layers or PEFT's."""
-    return name.endswith(SMALL) or ".lora_A." in name
+    return name.endswith(SMALL)
 
 
 def _keys(layer: nn.Module, names: Iterable[str]) -> dict[int, str]:

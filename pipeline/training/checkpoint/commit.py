@@ -60,7 +60,8 @@ def save(
     except Superseded:
         raise
     except Exception as error:  # whatever it is, the others must hear of it
-        failure = _explained(error, run_dir, step, tensors)
+        needed = gib(sum(t.nbytes for t in tensors.values()))
+        failure = explained(error, f"the checkpoint of step {step} to {run_dir}", run_dir, needed)
         if rank == 0 or not isinstance(error, CheckpointError):
             with contextlib.suppress(OSError):  # the folder could not even be made, or there is no room for a line
                 _say_failed(staging, rank, failure)
@@ -68,13 +69,13 @@ def save(
     return folder_of(run_dir, step)
 
 
-def _explained(error: Exception, run_dir: Path, step: int, tensors: dict[str, Tensor]) -> CheckpointError:
+def explained(error: Exception, what: str, folder: Path, needed: str) -> CheckpointError:
+    """Why `what` was not written into `folder`, which would have taken `needed`; an error that says so itself as it is."""
     if isinstance(error, CheckpointError):
         return error
     full = is_out_of_space(error)
-    why = space_message(error, run_dir, gib(sum(t.nbytes for t in tensors.values()))) if full else str(error)
-    message = f"cannot write the checkpoint of step {step} to {run_dir}: {why}"
-    return CheckpointError(message, EXIT_DISK_FULL if full else EXIT_CHECKPOINT)
+    why = space_message(error, folder, needed) if full else str(error)
+    return CheckpointError(f"cannot write {what}: {why}", EXIT_DISK_FULL if full else EXIT_CHECKPOINT)
 
 
 def _say_failed(staging: Path, rank: int, failure: CheckpointError) -> None:

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.artifacts import saved_at
-from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, UserError, gib, is_out_of_space, space_message
+from pipeline.console import UserError, gib
 from pipeline.files import atomic_folder, size_of, write_json
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import config_ties, files_to_copy, untie
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.safetensors import read_header, write_tensors
 from pipeline.model.stage import Stage, tied_head
+from pipeline.training.checkpoint.commit import explained
 from pipeline.training.checkpoint.manifest import CheckpointError
 from pipeline.training.engine.engine import Place
 
@@ -124,10 +125,9 @@ def _all_well(place: Place, write: Callable[[], None], folder: Path, temporary: 
     except UserError as error:
         problem = str(error), error.exit_code
     except Exception as error:  # whatever it is, the others must hear of it
-        full = is_out_of_space(error)
         needed = f"more than {gib(size_of(Path(temporary[0])))}" if temporary[0] else ""
-        why = space_message(error, folder.parent, needed) if full else str(error)
-        problem = f"cannot write {folder}: {why}", EXIT_DISK_FULL if full else EXIT_CHECKPOINT
+        failure = explained(error, str(folder), folder.parent, needed)
+        problem = str(failure), failure.exit_code
     problems: list[Any] = [None] * place.world
     dist.all_gather_object(problems, problem)
     if found := [p for p in problems if p]:

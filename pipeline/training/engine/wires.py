@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from pipeline.data.microbatch import MicroBatch
+from pipeline.model.stage import FIRST_READS
 from pipeline.objectives.objective import Objective, Tensors
 
-TO_FIRST_STAGE = ("input_ids", "position_ids", "lengths")  # in the order in which Stage.forward and its hooks read them
 Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # to the first stage, to the last
 
 
 def pack(batch: MicroBatch, objective: Objective) -> Inputs:
     """What DeepSpeed reads: a micro-batch's tensors for the first stage, and those that the objective reads."""
     tensors = batch.tensors()
-    return tuple(tensors[name] for name in TO_FIRST_STAGE), tuple(tensors[name] for name in objective.reads)
+    return tuple(tensors[name] for name in FIRST_READS), tuple(tensors[name] for name in objective.reads)
 
 
 def pack_all(batches: Iterable[MicroBatch], objective: Objective) -> Iterable[Inputs]:

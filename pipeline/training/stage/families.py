@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pipeline.artifacts.adapter.adapter import adapter_norms
+from pipeline.artifacts.adapter.schema import TrainedOver
 from pipeline.artifacts.adapter.write import NOTHING, write_adapter, write_family
 from pipeline.console import UserError, warn
 from pipeline.families import CONFIGURED, FAMILIES, LORA, MULTIPLICATIVE, settings
@@ -230,13 +231,14 @@ def trained_over(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Any] | 
     if scheme is None:
         return None
     in_4_bits = scheme.bits == 4
-    return {
-        "bits": scheme.bits,
-        "quant_type": scheme.quant_type if in_4_bits else None,
-        "double_quant": in_4_bits and scheme.double_quant,
-        "skip": list(scheme.skip),
-        "dtype": dtype_name(dtype),
-    }
+    said = TrainedOver(
+        bits=4 if in_4_bits else 8,
+        quant_type=scheme.quant_type if in_4_bits else None,
+        double_quant=in_4_bits and scheme.double_quant,
+        skip=list(scheme.skip),
+        dtype=dtype_name(dtype),
+    )
+    return said.model_dump()
 
 
 def _peft_settings(adapter: AdapterSpec) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """`init_adapter`: a run that begins with the weights of an adapter that was saved before.
 
-Takes the folder and what the run trains; gives the adapter's tensors under global names, or one UserError that says what
-does not fit, and puts them into a stage. At step 0 the model is the one that was saved, to the rounding of the dtypes.
+Takes the folder and what the run trains; gives the tensors of the adapter and of what it holds in full, under global names,
+or one UserError that says what does not fit, and puts them into a stage. At step 0 the
+model is the one that was saved, to the rounding of the dtypes.
 """
 
 import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from pipeline.artifacts.adapter.schema import own_facts
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
 from pipeline.foreign import printable
-from pipeline.formats.safetensors import load_tensors, read_header
+from pipeline.formats.safetensors import Header, load_tensors, read_header
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.model.adapters.lora import MosLoRA
@@ -27,6 +29,7 @@ from pipeline.model.stage import Stage
 from pipeline.training.stage import patterns
 
 Size = tuple[int, float]  # rank R, s
+OF_PAIRS = re.compile(r".+\.(lora|peanut)_[AB]\.weight")  # of an adapter that says nothing of itself: PEFT's own
 
 
 def read_pairs(
@@ -80,6 +83,38 @@ def read_family(folder: str, targets: Collection[str], family: Any, settings: di
     }
     tensors = load_tensors(header, stored.values())
     return {name: tensors[source] for name, source in stored.items()}
+
+
+def read_in_full(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensor of each of `names`, by its name in the model.
+
+    `tied`: names that are another one's weight, as from `stage.tied_head`: an adapter may hold either, or both.
+    UserError naming what the two differ in; nothing is asked of a folder without safetensors where `names` is empty.
+    """
+    where, path = f"init_adapter = '{folder}'", Path(os.path.expanduser(folder)) / WEIGHTS_FILE
+    if not path.is_file():
+        if names:
+            raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it, and this run trains modules in full")
+        return {}
+    header = read_header(path)
+    stored = _in_full(header)
+    sources = {name: name if name in stored else _other(name, tied) for name in names}
+    if lacking := [name for name, source in sources.items() if source not in stored]:
+        raise UserError(
+            f"{where}: it does not have {lacking[0]} in full, which this run trains; "
+            "set trainable_modules to what it was trained on"
+        )
+    if superfluous := sorted((name for name in stored if name not in sources), key=lambda name: (name in tied, name)):
+        raise UserError(
+            f"{where}: it has {superfluous[0]} in full, which this run does not train; "
+            "set trainable_modules to what it was trained on"
+        )
+    held = load_tensors(header, {stored[source] for source in sources.values()})
+    tensors = {name: held[stored[source]] for name, source in sources.items()}
+    for name, source in tied.items():
+        if name in tensors and not tensors[name].equal(tensors[source]):
+            raise UserError(f"{where}: its {name} and {source} differ, and in this model they are one weight")
+    return tensors
 
 
 @torch.no_grad()
@@ -159,3 +194,15 @@ def _check_modules(where: str, theirs: Collection[str], targets: Collection[str]
 
 def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _in_full(header: Header) -> dict[str, str]:
+    """Names in the model of what the file holds in full, with the names in the file."""
+    if own := own_facts(header):
+        return {name: PEFT_PREFIX + name for name in (*own.get("full", ()), *own.get("tied", ()))}
+    return {t.name.removeprefix(PEFT_PREFIX): t.name for t in header.tensors if not OF_PAIRS.fullmatch(t.name)}
+
+
+def _other(name: str, tied: Mapping[str, str]) -> str:
+    """The tied weight's other name."""
+    return tied.get(name) or next((copy for copy, source in tied.items() if source == name), name)

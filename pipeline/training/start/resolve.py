@@ -27,7 +27,7 @@ from pipeline.model.stage import read_model_config, tied_head
 from pipeline.names import id_in_cache, layers_of
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
-from pipeline.training.stage import families, initial_full_tensors, parts, patterns
+from pipeline.training.stage import families, initial_adapter, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
 from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, SampleSpec, Updates
@@ -279,7 +279,7 @@ def initial_adapter_of(trained: Trained, folder: str) -> dict[str, Tensor]:
     """All that init_adapter's `folder` holds, by global name. UserError where it is not what this run trains."""
     if trained.adapter is None:
         raise ValueError("the config refuses init_adapter with full_fine_tune")
-    return families.saved(trained.adapter, folder) | initial_full_tensors.read(folder, trained.in_full, trained.tied)
+    return families.saved(trained.adapter, folder) | initial_adapter.read_in_full(folder, trained.in_full, trained.tied)
 
 
 def cut_into_stages(layout: Layout, model: PreTrainedModel, trained: Trained) -> list[tuple[int, int]]:

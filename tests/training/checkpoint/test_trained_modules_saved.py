@@ -29,7 +29,7 @@ from pipeline.model.stage import Stage
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.commit import CheckpointError
 from pipeline.training.engine.engine import Place
-from pipeline.training.stage import families, initial_adapter, initial_full_tensors
+from pipeline.training.stage import families, initial_adapter
 from pipeline.training.start import resolve
 from pipeline.training.start.resolved import Resolved
 from tests.helpers.builders import save_model
@@ -258,7 +258,7 @@ def test_a_run_begins_with_an_adapter_that_peft_saved(
                 parameter += 0.05 * torch.randn(parameter.shape, generator=g)
     peft.save_pretrained(tmp_path / "theirs")
     begun = stages_of(folders[kind], config, plan, [0, 2, 4])
-    tensors = initial_full_tensors.read(str(tmp_path / "theirs"), plan.trained.in_full, plan.trained.tied)
+    tensors = initial_adapter.read_in_full(str(tmp_path / "theirs"), plan.trained.in_full, plan.trained.tied)
     assert tensors.keys() == set(plan.trained.in_full)
     again, plan = planned(
         folders[kind], **LORA, trainable_modules=["embed_tokens", "norm"], init_adapter=str(tmp_path / "theirs")

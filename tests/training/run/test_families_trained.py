@@ -33,16 +33,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 OVERRIDES = {"plain": [], "recompute": ["activation_checkpointing=true", 'kernels="all"']}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    builders.save_model(folder, "llama")
-    return folder
-
-
-def config(folder: Path, base: Path, name: str, **changes: Any) -> Path:
+def config(folder: Path, llama: Path, name: str, **changes: Any) -> Path:
     settings = {
-        "model": str(base),
+        "model": str(llama),
         "output_dir": str(folder / "runs"),
         "gradient_clipping": 0.1,
         "optimizer": {"type": "adamw_kahan", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1},
@@ -51,13 +44,13 @@ def config(folder: Path, base: Path, name: str, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Result]:
+def results(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Result]:
     """Every family over one stage and two, by name, overrides and stages."""
     folder = tmp_path_factory.mktemp("runs")
     found = {}
     for stages in (1, 2):
         cases = [
-            Case(f"{name} {how}", config(folder, base, name), [f"pipeline_stages={stages}", *overrides])
+            Case(f"{name} {how}", config(folder, llama, name), [f"pipeline_stages={stages}", *overrides])
             for name in FAMILIES
             for how, overrides in (OVERRIDES if stages == 2 else {"plain": []}).items()
         ]
@@ -85,9 +78,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_control_adapter_from_training_to_the_fold(base: Path, tmp_path: Path) -> None:
+def test_control_adapter_from_training_to_the_fold(llama: Path, tmp_path: Path) -> None:
     """Two stages, a checkpoint, on with one stage; what is saved is orthonormal, loads in PEFT, and folds."""
-    path = config(tmp_path, base, "control", max_steps=6, save_checkpoint_on_epoch_end=True)
+    path = config(tmp_path, llama, "control", max_steps=6, save_checkpoint_on_epoch_end=True)
     builders.train(2, "--config", str(path), "--set", "max_steps=3")
     run = builders.only_run(tmp_path / "runs")
     builders.train(1, "--config", str(path), "--set", "pipeline_stages=1", "--set", f'resume_from_checkpoint="{run}"')
@@ -98,23 +91,23 @@ def test_control_adapter_from_training_to_the_fold(base: Path, tmp_path: Path) -
     for name, A in load_file(adapter / "adapter_model.safetensors").items():
         if name.endswith("peanut_A.weight"):  # Qᵀ, after Newton's steps
             assert (A @ A.T - torch.eye(4)).norm() < 5e-3
-    merge(base, adapter, tmp_path / "merged")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    merge(llama, adapter, tmp_path / "merged")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter)
     folded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     # Logits of about 10 in fp32.
     torch.testing.assert_close(logits(folded), logits(theirs), rtol=0, atol=1e-4)
-    assert (logits(folded) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2
+    assert (logits(folded) - logits(AutoModelForCausalLM.from_pretrained(llama))).abs().max() > 1e-2
 
 
 @pytest.mark.slow
-def test_dora_is_saved_as_pefts(base: Path, tmp_path: Path) -> None:
+def test_dora_is_saved_as_pefts(llama: Path, tmp_path: Path) -> None:
     """Two stages to the end of a run; stock PEFT loads it as DoRA."""
-    path = config(tmp_path, base, "dora", max_steps=4)
+    path = config(tmp_path, llama, "dora", max_steps=4)
     builders.train(2, "--config", str(path))
     run = builders.only_run(tmp_path / "runs")
     adapter = max(run.rglob("adapter_model.safetensors"), key=lambda p: p.stat().st_mtime).parent
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter)
     assert theirs.peft_config["default"].use_dora
     stored = load_file(adapter / "adapter_model.safetensors")
     assert sum(name.endswith("lora_magnitude_vector") for name in stored) == 3
-    assert (logits(theirs) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2
+    assert (logits(theirs) - logits(AutoModelForCausalLM.from_pretrained(llama))).abs().max() > 1e-2

@@ -14,7 +14,6 @@ from pipeline.model.adapters.base import trainable, written
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.training.stage import families, initial_adapter
 from pipeline.training.start import resolve
-from tests.helpers.builders import save_model
 from tests.helpers.configs import small
 from tests.helpers.stages import chain, hidden, token_ids
 
@@ -39,19 +38,12 @@ OF_TWICE_THE_RANK: dict[str, Any] = {"adapter_type": "lora", "lora_rank": 8, "lo
 GOES_ON_AS = {**FAMILIES, "pissa": OF_TWICE_THE_RANK, "olora": OF_TWICE_THE_RANK}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "llama"
-    save_model(path, "llama")
-    return path
+def config_of(llama: Path, **changes: Any) -> Any:
+    return loading.validate(small(**{"lora_weight_dtype": "float32", "model": str(llama), **changes}), "x.toml")
 
 
-def config_of(base: Path, **changes: Any) -> Any:
-    return loading.validate(small(**{"lora_weight_dtype": "float32", "model": str(base), **changes}), "x.toml")
-
-
-def stages_with(base: Path, config: Any, cuts: list[int]) -> list[Any]:
-    stages = chain(base, cuts)
+def stages_with(llama: Path, config: Any, cuts: list[int]) -> list[Any]:
+    stages = chain(llama, cuts)
     for stage in stages:
         families.inject(stage, resolve.adapter_of(config, TARGETS))
         stage.eval()
@@ -78,15 +70,15 @@ def save(folder: Path, stages: list[Any], config: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_goes_on_as_the_function_that_was_saved(base: Path, tmp_path: Path, family: str) -> None:
+def test_goes_on_as_the_function_that_was_saved(llama: Path, tmp_path: Path, family: str) -> None:
     """Saved from two stages, begun with on three others, whose own start is another."""
-    config = config_of(base, **FAMILIES[family])
-    trained = stages_with(base, config, [0, 2, 4])
+    config = config_of(llama, **FAMILIES[family])
+    trained = stages_with(llama, config, [0, 2, 4])
     untrained = hidden(trained, token_ids())
     perturb(trained)
     save(tmp_path / "saved", trained, config)
-    again = config_of(base, seed=7, init_adapter=str(tmp_path / "saved"), **GOES_ON_AS[family])
-    begun = stages_with(base, again, [0, 1, 3, 4])
+    again = config_of(llama, seed=7, init_adapter=str(tmp_path / "saved"), **GOES_ON_AS[family])
+    begun = stages_with(llama, again, [0, 1, 3, 4])
     tensors = families.saved(resolve.adapter_of(again, TARGETS), again.init_adapter)
     for stage in begun:
         initial_adapter.put(stage, tensors)
@@ -104,13 +96,13 @@ def test_goes_on_as_the_function_that_was_saved(base: Path, tmp_path: Path, fami
 
 
 @pytest.fixture(scope="module")
-def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+def saved(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """One folder a family, as it begins."""
     folders = {}
     for family, keys in FAMILIES.items():
         folders[family] = tmp_path_factory.mktemp("saved") / family
-        config = config_of(base, **keys)
-        save(folders[family], stages_with(base, config, [0, 4]), config)
+        config = config_of(llama, **keys)
+        save(folders[family], stages_with(llama, config, [0, 4]), config)
     return folders
 
 
@@ -141,9 +133,9 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_differs_is_named(base: Path, saved: Mapping[str, Path], case: str) -> None:
+def test_what_differs_is_named(llama: Path, saved: Mapping[str, Path], case: str) -> None:
     family, changes, said = REFUSALS[case]
-    config = config_of(base, init_adapter=str(saved[family]), **changes)
+    config = config_of(llama, init_adapter=str(saved[family]), **changes)
     with pytest.raises(UserError) as caught:
         families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
     assert said in str(caught.value)
@@ -152,31 +144,31 @@ def test_what_differs_is_named(base: Path, saved: Mapping[str, Path], case: str)
 
 
 @pytest.mark.parametrize("family", ["multiplicative_lora", "oft"])
-def test_modules_are_the_same(base: Path, saved: Mapping[str, Path], family: str) -> None:
-    config = config_of(base, init_adapter=str(saved[family]), **FAMILIES[family])
+def test_modules_are_the_same(llama: Path, saved: Mapping[str, Path], family: str) -> None:
+    config = config_of(llama, init_adapter=str(saved[family]), **FAMILIES[family])
     with pytest.raises(UserError, match=r"has nothing for model\.layers\.2\.mlp\.down_proj, which this run trains"):
         families.saved(resolve.adapter_of(config, [*TARGETS, "model.layers.2.mlp.down_proj"]), config.init_adapter)
     with pytest.raises(UserError, match=r"has model\.layers\.1\.mlp\.down_proj and 1 more, which this run does not"):
         families.saved(resolve.adapter_of(config, TARGETS[:1]), config.init_adapter)
 
 
-def test_no_folder(base: Path, tmp_path: Path) -> None:
-    config = config_of(base, init_adapter=str(tmp_path / "none"))
+def test_no_folder(llama: Path, tmp_path: Path) -> None:
+    config = config_of(llama, init_adapter=str(tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):
         families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
 
 
-def test_it_is_not_looked_at_when_resuming(base: Path, tmp_path: Path) -> None:
+def test_it_is_not_looked_at_when_resuming(llama: Path, tmp_path: Path) -> None:
     """Also where the command line says so and the configuration does not."""
-    config = config_of(base, init_adapter=str(tmp_path / "none"))
+    config = config_of(llama, init_adapter=str(tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):
         resolve.resolve(config)
     assert resolve.resolve(config, resumes=True).trained.targets
 
 
-def test_another_models_shapes_change_nothing(base: Path, saved: Mapping[str, Path]) -> None:
-    config = config_of(base, init_adapter=str(saved["multiplicative_lora"]))
-    (stage,) = stages_with(base, config, [0, 4])
+def test_another_models_shapes_change_nothing(llama: Path, saved: Mapping[str, Path]) -> None:
+    config = config_of(llama, init_adapter=str(saved["multiplicative_lora"]))
+    (stage,) = stages_with(llama, config, [0, 4])
     tensors = families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
     tensors[f"{TARGETS[2]}.B"] = torch.ones(48, 4)
     before = {name: p.detach().clone() for name, p in trainable(stage).items()}
@@ -185,7 +177,7 @@ def test_another_models_shapes_change_nothing(base: Path, saved: Mapping[str, Pa
     assert all(torch.equal(p, before[name]) for name, p in trainable(stage).items())
 
 
-def test_peanut_of_others_leaves_biases_alone(base: Path, saved: Mapping[str, Path], tmp_path: Path) -> None:
+def test_peanut_of_others_leaves_biases_alone(llama: Path, saved: Mapping[str, Path], tmp_path: Path) -> None:
     """PEFT's PEANUT changes the weight only; trained here on a module with a bias it would move that, too."""
     from safetensors.torch import load_file, save_file
 
@@ -194,7 +186,7 @@ def test_peanut_of_others_leaves_biases_alone(base: Path, saved: Mapping[str, Pa
     ours = saved["multiplicative_lora"]
     (theirs / "adapter_config.json").write_bytes((ours / "adapter_config.json").read_bytes())
     save_file(load_file(ours / "adapter_model.safetensors"), theirs / "adapter_model.safetensors", {"format": "pt"})
-    config = config_of(base, init_adapter=str(theirs))
+    config = config_of(llama, init_adapter=str(theirs))
     assert families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
     with pytest.raises(UserError, match="without their biases"):
         families.saved(resolve.adapter_of(config, TARGETS, biased_targets=True), config.init_adapter)

@@ -15,7 +15,6 @@ from pipeline.console import UserError
 from pipeline.model.adapters.base import trainable, written
 from pipeline.training.stage import families, initial_adapter, patterns
 from pipeline.training.start import resolve
-from tests.helpers.builders import save_model
 from tests.helpers.configs import problems, small
 from tests.helpers.stages import chain, hidden, token_ids
 
@@ -32,18 +31,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "llama"
-    save_model(path, "llama")
-    return path
-
-
-def config_of(base: Path, family: str, **changes: Any) -> Any:
+def config_of(llama: Path, family: str, **changes: Any) -> Any:
     raw = small(
         **{
             "lora_weight_dtype": "float32",
-            "model": str(base),
+            "model": str(llama),
             "rank_pattern": RANKS,
             "alpha_pattern": ALPHAS,
             **FAMILIES[family],
@@ -53,9 +45,9 @@ def config_of(base: Path, family: str, **changes: Any) -> Any:
     return loading.validate(raw, "x.toml")
 
 
-def trained(base: Path, config: Any, cuts: list[int]) -> list[Any]:
+def trained(llama: Path, config: Any, cuts: list[int]) -> list[Any]:
     """Stages with adapters of known values, as if trained."""
-    stages = chain(base, cuts)
+    stages = chain(llama, cuts)
     for stage in stages:
         families.inject(stage, resolve.adapter_of(config, TARGETS))
         with torch.no_grad():
@@ -85,14 +77,14 @@ def test_sizes_are_pefts() -> None:
 
 
 @pytest.mark.parametrize("family", ["lora", "rslora"])
-def test_lora_is_pefts_with_both_patterns(base: Path, family: str) -> None:
+def test_lora_is_pefts_with_both_patterns(llama: Path, family: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    stages = trained(base, config_of(base, family), [0, 1, 4])
+    stages = trained(llama, config_of(llama, family), [0, 1, 4])
     own = parameters(stages)
     assert {m: own[f"{m}.A"].shape[0] for m in TARGETS} == {m: r for m, (r, _) in expected_sizes().items()}
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     settings = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -111,19 +103,19 @@ def test_lora_is_pefts_with_both_patterns(base: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stock_peft_runs_what_is_saved(base: Path, tmp_path: Path, family: str) -> None:
+def test_stock_peft_runs_what_is_saved(llama: Path, tmp_path: Path, family: str) -> None:
     """Of two stages; of one rank and one s in the file, the same function."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    config = config_of(base, family)
-    stages = trained(base, config, [0, 2, 4])
+    config = config_of(llama, family)
+    stages = trained(llama, config, [0, 2, 4])
     tensors: dict[str, Tensor] = {}
     for stage in stages:
         tensors |= written(stage)
     (tmp_path / "saved").mkdir()
     families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(tmp_path / "saved", tensors)
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     plain = whole.model(token_ids())[0]
     peft = PeftModel.from_pretrained(whole, str(tmp_path / "saved")).eval()
     with torch.no_grad():
@@ -133,15 +125,15 @@ def test_stock_peft_runs_what_is_saved(base: Path, tmp_path: Path, family: str) 
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "pissa"])
-def test_goes_on_from_what_is_saved(base: Path, tmp_path: Path, family: str) -> None:
-    config = config_of(base, family)
-    stages = trained(base, config, [0, 4])
+def test_goes_on_from_what_is_saved(llama: Path, tmp_path: Path, family: str) -> None:
+    config = config_of(llama, family)
+    stages = trained(llama, config, [0, 4])
     (tmp_path / "saved").mkdir()
     families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(
         tmp_path / "saved", written(stages[0])
     )
-    again = config_of(base, family, init_adapter=str(tmp_path / "saved"), seed=7)
-    begun = chain(base, [0, 2, 4])
+    again = config_of(llama, family, init_adapter=str(tmp_path / "saved"), seed=7)
+    begun = chain(llama, [0, 2, 4])
     for stage in begun:
         families.inject(stage, resolve.adapter_of(again, TARGETS))
         initial_adapter.put(stage, families.saved(resolve.adapter_of(again, TARGETS), again.init_adapter))
@@ -149,13 +141,13 @@ def test_goes_on_from_what_is_saved(base: Path, tmp_path: Path, family: str) -> 
     with torch.no_grad():
         # B went through two factors, each rounded.
         torch.testing.assert_close(hidden(begun, token_ids()), hidden(stages, token_ids()), rtol=0, atol=1e-5)
-    other = config_of(base, family, init_adapter=str(tmp_path / "saved"), rank_pattern={**RANKS, "o_proj": 2})
+    other = config_of(llama, family, init_adapter=str(tmp_path / "saved"), rank_pattern={**RANKS, "o_proj": 2})
     with pytest.raises(UserError, match=r"makes use of more than rank 2"):
         families.saved(resolve.adapter_of(other, TARGETS), other.init_adapter)
 
 
 @pytest.mark.parametrize("family", ["lora", "rslora"])
-def test_goes_on_from_what_peft_saves(base: Path, tmp_path: Path, family: str) -> None:
+def test_goes_on_from_what_peft_saves(llama: Path, tmp_path: Path, family: str) -> None:
     """PEFT's own file, in which each module has its own rank and the patterns stand in the config: bit for bit."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -168,15 +160,15 @@ def test_goes_on_from_what_peft_saves(base: Path, tmp_path: Path, family: str) -
         alpha_pattern=ALPHAS,
         use_rslora=family == "rslora",
     )
-    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings).eval()
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), settings).eval()
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
         peft.save_pretrained(tmp_path / "saved")
         wanted = peft.base_model.model.model(token_ids())[0]
-    config = config_of(base, family, init_adapter=str(tmp_path / "saved"))
-    begun = chain(base, [0, 2, 4])
+    config = config_of(llama, family, init_adapter=str(tmp_path / "saved"))
+    begun = chain(llama, [0, 2, 4])
     for stage in begun:
         families.inject(stage, resolve.adapter_of(config, TARGETS))
         initial_adapter.put(stage, families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter))
@@ -199,15 +191,15 @@ def test_goes_on_from_what_peft_saves(base: Path, tmp_path: Path, family: str) -
         ),
         ({"alpha_pattern": {**ALPHAS, "o_proj": 6.0}}, r"0\.self_attn\.o_proj was trained with s = .* \(alpha"),
     ):
-        other = config_of(base, family, init_adapter=str(tmp_path / "saved"), **changes)
+        other = config_of(llama, family, init_adapter=str(tmp_path / "saved"), **changes)
         with pytest.raises(UserError, match=said):
             families.saved(resolve.adapter_of(other, TARGETS), other.init_adapter)
 
 
 @pytest.mark.parametrize("family", ["multiplicative_lora", "lora", "rslora"])
-def test_norms_are_those_of_each_modules_own_scaling(base: Path, family: str) -> None:
-    config = config_of(base, family)
-    stages = trained(base, config, [0, 4])
+def test_norms_are_those_of_each_modules_own_scaling(llama: Path, family: str) -> None:
+    config = config_of(llama, family)
+    stages = trained(llama, config, [0, 4])
     own, found = parameters(stages), families.norms(stages[0], resolve.adapter_of(config, TARGETS))
     assert found.keys() == set(TARGETS)
     for module, (rank, alpha) in expected_sizes().items():
@@ -217,13 +209,13 @@ def test_norms_are_those_of_each_modules_own_scaling(base: Path, family: str) ->
         assert found[module] == pytest.approx(float(torch.linalg.matrix_norm(product)), rel=100 * 2**-24)
 
 
-def test_a_start_from_the_weight_has_no_more_than_its_rank(base: Path) -> None:
-    config = config_of(base, "pissa", rank_pattern={"layers.3.mlp.down_proj": 33}, alpha_pattern={})
+def test_a_start_from_the_weight_has_no_more_than_its_rank(llama: Path) -> None:
+    config = config_of(llama, "pissa", rank_pattern={"layers.3.mlp.down_proj": 33}, alpha_pattern={})
     with pytest.raises(UserError, match=r"rank_pattern = 33: model\.layers\.3\.mlp\.down_proj has a weight of rank 32"):
         resolve.resolve(config)
 
 
-def test_patterns_that_match_nothing_or_mean_nothing(base: Path) -> None:
+def test_patterns_that_match_nothing_or_mean_nothing(llama: Path) -> None:
     with pytest.raises(UserError, match="rank_pattern: 'no_such' matches none of the modules"):
         patterns.check({"rank_pattern": {"no_such": 3}}, TARGETS)
     patterns.check({"rank_pattern": RANKS, "alpha_pattern": ALPHAS}, TARGETS)
