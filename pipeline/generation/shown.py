@@ -1,13 +1,13 @@
 """Answers as people and files read them: the prompt, what was said, and whether the model stopped by itself.
 
-Takes prompts and answers; gives plain values for a line of JSON, and lines for the console.
+Takes prompts and answers; gives plain values for a line of JSON, and lines for the console. Needs neither torch nor
+transformers.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.generation.decoding import Answer
-
+Answer = tuple[list[int], bool]  # decoding.Answer's: the tokens, and whether a stop ended them
 # prompt, text, tokens, stopped; and for the base's answer, where it was asked too, the last three once more under "base".
 Sample = dict[str, Any]
 
@@ -43,7 +43,8 @@ def ending(said: Sample) -> str:
 
 def entry(answer: Answer, text: Callable[[list[int]], str]) -> Sample:
     """An answer by itself."""
-    return {"text": text(answer.tokens), "tokens": len(answer.tokens), "stopped": answer.stopped}
+    tokens, stopped = answer
+    return {"text": text(tokens), "tokens": len(tokens), "stopped": stopped}
 
 
 def _indented(mark: str, text: str) -> str:
