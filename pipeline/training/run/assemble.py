@@ -29,6 +29,7 @@ from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState, restore
 from pipeline.training.engine import engine
+from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
 from pipeline.training.optim.inner import make_inner
@@ -37,7 +38,6 @@ from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run import folder as run_folder
 from pipeline.training.run import record
 from pipeline.training.run.peers import UNHURRIED
-from pipeline.training.run.samples import Samples
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts

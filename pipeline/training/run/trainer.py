@@ -22,10 +22,10 @@ from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
 from pipeline.training.engine import evaluate, prefetch, wires
 from pipeline.training.engine.engine import Place, held_tensors
+from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.samples import Samples
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start.resolved import Intervals

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.schema import Config
-from pipeline.config.tables import Dataset, EvalDataset
+from pipeline.config.tables import Dataset, EvalDataset, Samples
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
@@ -100,6 +100,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
 
 def data_of(config: Config) -> DataSpec:
     """The data as the config has it."""
+    keeps_base = not config.full_fine_tune and not config.trainable_modules
     return DataSpec(
         config.datasets,
         config.eval_datasets,
@@ -113,19 +114,21 @@ def data_of(config: Config) -> DataSpec:
         group_by_length=config.group_by_length,
         epochs=config.epochs,
         max_steps=config.max_steps,
-        samples=samples_of(config),
+        samples=samples_of(config.samples, config.model, config.datasets, keeps_base),
     )
 
 
-def samples_of(config: Config) -> SampleSpec | None:
-    """What the model is asked while it is trained, as the config has it. UserError for a file of prompts that has none."""
-    if (s := config.samples) is None:
+def samples_of(s: Samples | None, folder: str, datasets: Sequence[Dataset], keeps_base: bool) -> SampleSpec | None:
+    """What the model in `folder` is asked while it is trained. `keeps_base`: whether its own weights stay as they are.
+
+    UserError for a file of prompts that has none.
+    """
+    if s is None:
         return None
     prompts = read_prompts(Path(s.prompts_file), "samples.prompts_file") if s.prompts_file else s.prompts
-    types: set[str] = {dataset.dataset_type for dataset in config.datasets}
-    keeps_base = not config.full_fine_tune and not config.trainable_modules
+    types: set[str] = {dataset.dataset_type for dataset in datasets}
     return SampleSpec(
-        config.model,
+        folder,
         tuple(prompts),
         chat="chat" in types if s.chat is None else s.chat,
         system=s.system,
