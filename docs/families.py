@@ -146,6 +146,20 @@ and equations are named in the modules of `pipeline/model/adapters/`.
 LoRA of it. *Quantised base*: the bits over which it trains; the rest is refused by name. *Fold*: `merge_lora.py`. *`--unmerge`*:
 whether there is an exact inverse; an adapter that erases a direction, or nearly so, is refused there.
 
+## Mixtures of experts
+
+`target_modules = ['experts']` puts one pair a layer on what the routed experts write together, y = Σ g·(W·a + b) over the
+experts that a token goes to. That is linear in every W and b from the left, so y' = (I + s·B·A)·y is W' = (I + s·B·A)·W and
+b' = (I + s·B·A)·b of every expert, exactly. It takes 2·R·D numbers a layer, however many experts there are, and needs no
+expert's weights. What writes is found by trying it out on a tiny copy of the model, not by names. For `multiplicative_lora`
+and `control_adapter`; `'down_proj'` means the experts too, beside linear layers of that name (shared experts, dense layers),
+and `'all-linear'` does not. `--check` says what share of the layers' weights is reached.
+
+On disk it is a type of our own, which PEFT refuses: the pair is named for the running module
+(`….mlp.experts.peanut_A.weight`), and `experts` in the weights' metadata says what that writes with. The fold writes it into
+experts stored one by one, as one tensor, or as one transposed tensor, with their biases, an expert at a time; `--unmerge`
+takes it out. There is no additive export: an A' = A·W for each expert has a place in no file that servers read.
+
 ## What it costs
 
 {settings}

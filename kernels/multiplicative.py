@@ -11,7 +11,8 @@ elementwise. Backward, with g = dL/dy:
     dA = gzᵀ·h = (gzᵀ·m)·Wᵀ                    dm = gh·W
 
 The form of dA is the point: h, a product with the layer's largest matrix, is neither kept nor computed again. Its two
-small products run in fp32 over blocks, so that dA is no less accurate than gzᵀ·h would be.
+small products give fp32, so that dA is no less accurate than gzᵀ·h would be: on a GPU from bf16 factors as they lie (a factor
+in fp32 as the sum of three in bf16), elsewhere from fp32 copies, a block at a time.
 
 The epilogue, residual + attention + h + s·z·Bᵀ, is one kernel: it reads three tensors [N, D] and writes one, where
 PyTorch's own operations read seven and write five. Sums are fp32, rounded once. gh has the same form, and takes it too.
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from pipeline.kernels.dispatch import Kernel, takes_triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
@@ -34,7 +36,7 @@ try:
 except ImportError:  # the PyTorch path serves every device
     triton = None
 
-# Tokens of m, and rows of W, that are in fp32 at a time (92 MB each at F = 22528).
+# Tokens of m, and rows of W, that are in fp32 at a time where they have to be (92 MB each at F = 22528).
 BLOCK = 1024
 # Of the epilogue: tokens and columns of a program's tile, and ranks that it multiplies by at a time.
 TILE_N, TILE_D, TILE_R, WARPS = 64, 128, 32, 8
@@ -129,10 +131,33 @@ class _GatedDownProj(torch.autograd.Function):
 
 def _gradient_of_A(gz: Tensor, m: Tensor, weight: Tensor) -> Tensor:
     """(gzᵀ·m)·Wᵀ in fp32 [R, D], over blocks of tokens and of W's rows."""
-    gz_m = torch.zeros(gz.shape[1], m.shape[1], dtype=torch.float32, device=m.device)
-    for start in range(0, len(m), BLOCK):
-        gz_m += gz[start : start + BLOCK].T.float() @ m[start : start + BLOCK].float()
-    return torch.cat([gz_m @ weight[row : row + BLOCK].T.float() for row in range(0, len(weight), BLOCK)], dim=1)
+    return _product_in_fp32(_product_in_fp32(gz.T, m), weight.T)
+
+
+def _product_in_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x·y in fp32 for x [M, K] and y [K, N], as accurate as the product of fp32 copies; M is small."""
+    if _multiplies_into_fp32(y):
+        if x.dtype is torch.bfloat16:
+            return torch.mm(x, y, out_dtype=torch.float32)
+        return torch.mm(torch.cat(in_three(x)), y, out_dtype=torch.float32).view(3, *x.shape[:1], -1).sum(0)
+    if y.stride(0) == 1:  # transposed: blocks of columns lie together
+        return torch.cat([x.float() @ y[:, n : n + BLOCK].float() for n in range(0, y.shape[1], BLOCK)], dim=1)
+    total = torch.zeros(len(x), y.shape[1], dtype=torch.float32, device=y.device)
+    for k in range(0, len(y), BLOCK):
+        total += x[:, k : k + BLOCK].float() @ y[k : k + BLOCK].float()
+    return total
+
+
+def _multiplies_into_fp32(y: Tensor) -> bool:
+    """Whether torch has an fp32 product of bf16 factors for this tensor: on CUDA, for which fake tensors stand."""
+    return y.dtype is torch.bfloat16 and (y.is_cuda or isinstance(y, FakeTensor))
+
+
+def in_three(x: Tensor) -> list[Tensor]:
+    """fp32 → three bf16 tensors of its shape whose sum it is: 24 bits are three times 8, and the exponents are the same."""
+    first = x.to(torch.bfloat16)
+    second = (rest := x - first).to(torch.bfloat16)
+    return [first, second, (rest - second).to(torch.bfloat16)]
 
 
 def _epilogue(

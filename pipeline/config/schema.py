@@ -74,7 +74,7 @@ class Config(Section):
     feedforward_modules: list[str] | None = Field(
         None, description="of 'ia3': those of target_modules with a factor for each input instead of each output; default down_proj")  # fmt: skip
     target_modules: list[str] | Literal["all-linear"] | None = Field(
-        None, description="names of the modules to adapt; default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
+        None, description="names of the modules to adapt ('experts': what a layer's routed experts write, for multiplicative_lora and control_adapter; on a mixture 'down_proj' means that too); default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     trainable_modules: list[str] = Field(
@@ -134,8 +134,8 @@ class Config(Section):
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
     host_memory_gib: NonNegativeFloat = Field(
         0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
-    kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block"]] = Field(
-        "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
+    kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block", "shared_input"]] = Field(
+        "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, and of linear layers that read one input, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
     lora_weight_dtype: Dtype = Field(
         "float32",

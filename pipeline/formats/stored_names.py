@@ -2,17 +2,20 @@
 
 Takes a base model's folder; gives, for each weight of the running model that is stored whole, the tensor that holds it:
 under another name, or as some rows of a tensor in which several weights lie one below the other. What a checkpoint holds
-in any other form (experts one by one, permuted rows) has no place here.
+in any other form (permuted rows) has no place here. Experts that run as one tensor and are stored one by one, or under
+another name, are given beside them.
 
 The one file beside the model's own code that asks transformers: the names are its loader's, and no list of ours would stay
 true. It is imported late and called only where a name is not in the folder, so that a fold does without transformers otherwise.
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.formats.base_model import Base
+from pipeline.names import natural_order
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,30 @@ def stored_names(base: Base) -> dict[str, Place]:
     return {} if model is None else _places(model, base)
 
 
+def stacked_names(base: Base) -> dict[str, tuple[str, ...]]:
+    """{parameter of the running model that holds all experts: the stored tensors it is made of, in order}.
+
+    One tensor under another name or with its last two dimensions exchanged, or one for each expert. A parameter that is put
+    together of several tensors an expert (gate and up) is none of them, nor is one of which an expert lacks. No weight is read.
+    """
+    model = _empty_model(base)
+    if model is None:
+        return {}
+    found: dict[str, list[str]] = {}
+    counts: dict[str, tuple[int, int]] = {}
+    for name, running, converter, shapes in _renamed(model, base):
+        kinds = [type(one).__name__ for one in converter.operations] if converter else []
+        stacking = set(kinds) <= {"MergeModulelist", "Transpose"} and (not kinds or len(converter.source_patterns) == 1)
+        if stacking and running in shapes:
+            found.setdefault(running, []).append(name)
+            counts[running] = (1, shapes[running][0])
+    return {
+        running: tuple(sorted(names, key=natural_order))
+        for running, names in found.items()
+        if len(names) in counts[running]
+    }
+
+
 def _empty_model(base: Base) -> Any:
     """The model on `meta`; None where this transformers cannot build it."""
     from accelerate import init_empty_weights
@@ -45,7 +72,9 @@ def _empty_model(base: Base) -> Any:
     return None
 
 
-def _places(model: Any, base: Base) -> dict[str, Place]:
+def _renamed(model: Any, base: Base) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Of each stored tensor: its name, that of the running model's parameter, the converter if one is in between, and all
+    parameters' shapes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -55,14 +84,20 @@ def _places(model: Any, base: Base) -> dict[str, Place]:
     parameters = model.state_dict()
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     by_pattern = {pattern: one for one in converters.values() for pattern in one.source_patterns}
-    found: dict[str, Place] = {}
-    for name, stored in base.tensors.items():
+    for name in base.tensors:
         running, pattern = rename_source_key(
             name, renamings, list(converters.values()), model.base_model_prefix, parameters
         )
-        if pattern is not None:
-            found |= _rows(by_pattern[pattern], running, shapes, name, stored.shape)
-        elif shapes.get(running) == stored.shape:
+        yield name, running, None if pattern is None else by_pattern[pattern], shapes
+
+
+def _places(model: Any, base: Base) -> dict[str, Place]:
+    found: dict[str, Place] = {}
+    for name, running, converter, shapes in _renamed(model, base):
+        shape = base.tensors[name].shape
+        if converter is not None:
+            found |= _rows(converter, running, shapes, name, shape)
+        elif shapes.get(running) == shape:
             found[running] = Place(name)
     return found
 

@@ -92,7 +92,7 @@ def _trains_so(stage: Stage, name: str, saved: Saved, pair: Pair) -> bool:
 
 def _multiplicative(layer: nn.Module, pair: Pair) -> nn.Module:
     device = next(layer.parameters()).device
-    made = MultiplicativeLoRA(layer, len(pair.A), 1.0, 0.0, pair.A.dtype, device)
+    made = MultiplicativeLoRA(layer, len(pair.A), 1.0, 0.0, pair.A.dtype, device, width=len(pair.B))
     made.A.copy_(pair.A)
     made.B.copy_(pair.B)
     made.scaling = pair.scaling

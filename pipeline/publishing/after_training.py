@@ -10,7 +10,7 @@ all. A part that fails leaves the training as it is: the error says what is left
 import gc
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from pipeline.config.rules import PARTS, PARTS_OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, log, warn
 from pipeline.families import MULTIPLICATIVE, SAVED
 from pipeline.formats.base_model import Base, files_to_copy, read_base
+from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 
 GGUF_FILE = "adapter.gguf"
 FOLDERS: dict[Part, str] = {"merge": "merged", "export:peft": "peft", "export:gguf": "gguf"}  # in the run's folder
@@ -42,17 +43,24 @@ def check(
     biased_targets: bool,
     trained_in_full: Sequence[str] = (),
     full: Sequence[str] = (),
+    experts: Mapping[str, ExpertWeights] = NO_EXPERTS,
+    width: int = 0,
 ) -> None:
     """Raise UserError where a part that is asked for cannot be done.
 
     `kind`: what pipeline/artifacts calls the adapter that will be saved, None for a model. `targets`: the full names of
     the modules it is on; `biased_targets`: whether any of them has a bias; `trained_in_full`: modules beside it; `full`: the
-    names of the tensors that these are.
+    names of the tensors that these are. `experts`: those of `targets` that are a layer's experts, which write `width` numbers.
     """
     if kind is not None and any(part in asked for part in PARTS_OF_ADAPTERS):
         _check_kind(asked, kind)
         model = read_base(base, "model")
-        _check_names(asked, model, targets, full)
+        _check_names(asked, model, targets, full, experts, width)
+        if experts and (part := next((part for part in asked if part in ("export:peft", "export:gguf")), None)):
+            raise UserError(
+                f"after_training: '{part}' cannot be done: {next(iter(experts))} is a layer's experts, of which no file of "
+                "adapters that servers read has a form. Remove it; 'merge' writes them."
+            )
         if "export:gguf" in asked:
             if trained_in_full:
                 raise UserError(
@@ -79,11 +87,18 @@ def _check_kind(asked: Sequence[Part], kind: str) -> None:
             )
 
 
-def _check_names(asked: Sequence[Part], model: Base, targets: Sequence[str], full: Sequence[str]) -> None:
+def _check_names(
+    asked: Sequence[Part],
+    model: Base,
+    targets: Sequence[str],
+    full: Sequence[str],
+    experts: Mapping[str, ExpertWeights],
+    width: int,
+) -> None:
     """What is trained has to be a tensor, or rows of one, in the model's folder."""
     first = next(part for part in PARTS_OF_ADAPTERS if part in asked)
     try:
-        check_names(model, targets, full)
+        check_names(model, targets, full, experts, width)
     except UserError as error:
         raise UserError(
             f"after_training: '{first}' cannot be done: {error} Remove it; PEFT loads the adapter.", error.exit_code

@@ -18,6 +18,7 @@ from pipeline.model.stage import Stage, logit_transform
 from pipeline.training.stage import families, parts
 from pipeline.training.start import resolve
 from tests.helpers.artifacts import load_model
+from tests.helpers.builders import save_model
 from tests.helpers.families import CONFIGS, by_peft, loud_base
 from tests.helpers.stages import chain, hidden, token_ids
 from tests.model.test_every_family import config_of
@@ -71,6 +72,11 @@ def test_it_is_pefts(biased: Path, tmp_path: Path, case: str) -> None:
     ids=["multiplicative", "ranks that differ", "lora", "and in full", "control"],
 )
 def test_it_is_what_training_computed(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    compare_with_training(base, tmp_path / "adapter", changes)
+
+
+def compare_with_training(base: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """An adapter as a run trains it, saved into `folder` as a run saves it, and read from there."""
     plan = resolve.resolve(config_of(base, 1, **changes))
     stages = chain(base, [0, 4])
     parts.put_trained(stages[0], plan.trained)
@@ -81,14 +87,17 @@ def test_it_is_what_training_computed(base: Path, tmp_path: Path, changes: dict[
     assert plan.trained.adapter is not None
     write = families.writer(plan.trained.adapter, plan.base, tied=plan.trained.tied)
     tied = plan.trained.tied
-    (tmp_path / "adapter").mkdir()
-    write(tmp_path / "adapter", {name: t for name, t in written(stages[0]).items() if name not in tied})
+    folder.mkdir()
+    write(folder, {name: t for name, t in written(stages[0]).items() if name not in tied})
     ids = token_ids()
     right = logits(stages, ids)
     for cuts in ([0, 4], [0, 2, 4]):
-        assert (
-            logits(with_adapter(base, tmp_path / "adapter", cuts), ids) - right
-        ).abs().max() <= 2**-18 * right.abs().max()
+        assert (logits(with_adapter(base, folder, cuts), ids) - right).abs().max() <= 2**-18 * right.abs().max()
+
+
+def test_experts_are_adapted_as_in_training(tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    compare_with_training(tmp_path / "base", tmp_path / "adapter", {"target_modules": ["experts"]})
 
 
 def test_what_only_a_fold_can_put_there_is_refused(biased: Path, tmp_path: Path) -> None:

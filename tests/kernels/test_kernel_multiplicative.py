@@ -5,6 +5,8 @@ import torch
 from pipeline.kernels.multiplicative import gated_down_proj, reference
 from torch import Tensor
 
+from pipeline.kernels import multiplicative as kernel
+
 S = 0.5
 
 
@@ -48,6 +50,38 @@ def test_error_is_no_larger_than_autograd_s(shape: tuple[int, ...], dtypes: tupl
         # Both round each factor and each product once or twice; one more unit of the dtype is the margin.
         margin = 2 * torch.finfo(b.dtype).eps
         assert (b.double() - t).norm() / size <= (a.double() - t).norm() / size * 1.25 + margin, name
+
+
+def test_an_fp32_factor_is_the_sum_of_three_in_bf16() -> None:
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 40)
+    parts = kernel.in_three(x)
+    assert all(part.dtype is torch.bfloat16 for part in parts)
+    assert torch.equal(sum(part.double() for part in parts), x.double())
+
+
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+def test_bf16_factors_as_they_lie_are_as_accurate_as_fp32_copies(
+    adapter: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, with a product of bf16 into fp32 in place of cuBLAS' one, which the CPU does not have."""
+    given = tensors(130, 64, 96, 16, torch.bfloat16, adapter)
+    upstream = torch.randn(130, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    copies = gradients(gated_down_proj, given, upstream)[3]
+    calls, mm = [], torch.mm
+
+    def into_fp32(x: Tensor, y: Tensor, **options: torch.dtype) -> Tensor:
+        if not options:
+            return mm(x, y)
+        calls.append((x.dtype, y.dtype, options))
+        return mm(x.float(), y.float())
+
+    monkeypatch.setattr(kernel, "_multiplies_into_fp32", lambda y: y.dtype is torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", into_fp32)
+    as_they_lie = gradients(gated_down_proj, given, upstream)[3]
+    assert calls == [(torch.bfloat16, torch.bfloat16, {"out_dtype": torch.float32})] * 2
+    # fp32 sums in another order, and then one rounding to the adapter's dtype.
+    close = 2 * torch.finfo(adapter).eps if adapter is torch.bfloat16 else 130 * 2**-24
+    assert (as_they_lie.double() - copies.double()).norm() <= close * copies.double().norm()
 
 
 def test_gradcheck() -> None:

@@ -133,8 +133,8 @@ def test_the_trainer_asks_before_it_begins(tmp_path: Path) -> None:
     def before(**keys: Any) -> None:
         raw = small(model=str(tmp_path / "base"), output_dir=str(tmp_path), target_modules=["down_proj"], **keys)
         config = loading.validate(raw, "x.toml")
-        trained = resolve.resolve(config).trained
-        after_training.check(config.after_training, config.model, config.output_dir, trained, config.trainable_modules)
+        plan = resolve.resolve(config)
+        after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
 
     every = ["merge", "export:peft", "export:gguf", "card"]
     before(after_training=every)

@@ -17,6 +17,7 @@ import torch
 
 from pipeline.artifacts.adapter.maps import RowMap
 from pipeline.families import Kind
+from pipeline.formats.experts import ExpertWeights, Stack
 from pipeline.names import natural_order
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -50,7 +51,8 @@ class Adapter:
     adapter of ours that was trained over quantised weights, how they were (`write_adapter`); None where nothing says so.
     `copied`: those of `full` that nothing announces: the embedding or head that PEFT saves along where the vocabulary was
     resized or one of the two is adapted, mostly the base's own values. `base_fingerprint`: of the base that an adapter of ours
-    was trained on (formats/fingerprint.py), where it says.
+    was trained on (formats/fingerprint.py), where it says. `experts`: those modules that are a layer's experts, with what these
+    write with in the running model; `stacks`: where that lies, once the adapter is in the form of its base (stored_form.py).
     """
 
     folder: Path
@@ -66,6 +68,8 @@ class Adapter:
     trained_over: dict[str, Any] | None = None
     copied: frozenset[str] = frozenset()
     base_fingerprint: str | None = None
+    experts: dict[str, ExpertWeights] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:

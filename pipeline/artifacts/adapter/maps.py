@@ -9,6 +9,7 @@ a weight, and gives what undoes it with its condition number κ.
     ColumnFactors  W·diag(l)
     Turned         W·Rᵀ, R of blocks that are orthogonal, or nearly so
     Reflected      W·H₁·…·H_R, Hᵢ = I − 2·uᵢ·uᵢᵀ
+    Multiplied     W·(I + s·B·A)ᵀ
     Replaced       another tensor in the place of W
 
 (A change on the output, W + s·B·(A·W), mixes rows and is not among them: see `fold_rows.compose`.)
@@ -189,6 +190,31 @@ class Reflected:
 
 
 @dataclass(frozen=True)
+class Multiplied:
+    """W·(I + s·B·A)ᵀ: of a weight that is stored transposed [.., D_in, D_out], or of biases [E, D_out], what a multiplicative
+    pair does to the outputs. A [R, D_out], B [D_out, R]. A pair is undone before it is made one of these (fold/inverse.py)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        fits = self.A.shape[1] == self.B.shape[0] == columns
+        return None if fits else f"A {shape_of(self.A)}, B {shape_of(self.B)}"
+
+    def on(self, device: torch.device) -> RowChange:
+        A_T = self.A.to(device, torch.float32).T
+        B_T = (self.B.to(device, torch.float32) * self.scaling).T
+        return lambda W, _: W + (W @ A_T) @ B_T
+
+    def undone(self) -> None:
+        return None
+
+    def condition(self) -> float:
+        return math.inf
+
+
+@dataclass(frozen=True)
 class Replaced:
     """`values` for W. What was there before is lost."""
 
@@ -210,7 +236,7 @@ class Replaced:
         return math.inf
 
 
-RowMap = Added | RowNorms | RowFactors | ColumnFactors | Turned | Reflected | Replaced
+RowMap = Added | RowNorms | RowFactors | ColumnFactors | Turned | Reflected | Multiplied | Replaced
 
 
 def skew_symmetric(upper: torch.Tensor, size: int) -> torch.Tensor:

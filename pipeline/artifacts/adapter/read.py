@@ -8,6 +8,7 @@ were saved, is a pickle: it is read with `weights_only=True`, which runs no code
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.console import UserError
 from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Family, Kind, chosen
 from pipeline.foreign import has_controls, printable, read_by_library
 from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.experts import ExpertWeights
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
 from pipeline.names import natural_order
 from pipeline.patterns import matches
@@ -103,6 +105,7 @@ def load_adapter(folder: Path) -> Adapter:
         trained_over=own.get("trained_over"),
         copied=copied,
         base_fingerprint=own.get("base_fingerprint"),
+        experts={m: ExpertWeights(f["weight"], f["bias"], f["transposed"]) for m, f in _experts(folder, own, pairs)},
     )
 
 
@@ -292,6 +295,13 @@ def _kind(folder: Path, peft_type: str, own: Facts, family: str | None) -> Kind 
             raise UserError(f"{folder}: {CONFIG_FILE} says {peft_type}, the weights' metadata {own.get('kind')!r}.")
         return own["kind"]
     return None if peft_type == LORA_TYPE else MULTIPLICATIVE
+
+
+def _experts(folder: Path, own: Facts, pairs: dict[str, Pair]) -> Iterable[tuple[str, Facts]]:
+    """Our facts of the modules of experts. UserError for one that has no pair."""
+    if lost := [module for module in own.get("experts", {}) if module not in pairs]:
+        raise UserError(f"{folder}: the weights' metadata tells of experts in {lost[0]}, and there is no pair for it.")
+    return own.get("experts", {}).items()
 
 
 def _check_agreement(folder: Path, own: Facts, pairs: dict[str, Pair]) -> None:

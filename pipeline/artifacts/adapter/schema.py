@@ -102,6 +102,14 @@ class TrainedOver(_Foreign):
         return (self.quant_type or "4 bits") + ("-double" if self.double_quant else "")
 
 
+class Experts(_Foreign):
+    """What a module of experts writes with (formats/experts.py), by the names within it."""
+
+    weight: Name
+    bias: Name | None
+    transposed: bool
+
+
 class Facts(_Foreign):
     """Our own facts, as write.py writes them."""
 
@@ -115,6 +123,7 @@ class Facts(_Foreign):
     tied: dict[Name, Name] = {}
     trained_over: TrainedOver | None = None
     base_fingerprint: Name | None = None
+    experts: dict[Name, Experts] = {}
 
 
 class PairFacts(Facts):

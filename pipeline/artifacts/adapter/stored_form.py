@@ -14,6 +14,7 @@ import torch
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
+from pipeline.formats.experts import Stack, find_stacks
 from pipeline.formats.safetensors import StoredTensor
 from pipeline.formats.stored_names import Place, stored_names
 
@@ -51,12 +52,27 @@ def as_matrix(base: Base, place: Place, module: str) -> StoredTensor:
     return replace(tensor, shape=tensor.shape[::-1]) if is_transposed(base, module) else tensor
 
 
-def in_stored_form(base: Base, adapter: Adapter, found: Mapping[str, Place], *, multiplicative: bool) -> Adapter:
-    """The adapter with its modules and full tensors by the names of `base`. `found`: the place of every one of them.
+def stacks(base: Base, adapter: Adapter) -> dict[str, Stack]:
+    """Where the weights of those modules that are a layer's experts lie. UserError where the base has none such."""
+    if not adapter.experts:
+        return {}
+    return find_stacks(base, adapter.experts, {module: len(adapter.pairs[module].B) for module in adapter.experts})
+
+
+def in_stored_form(
+    base: Base,
+    adapter: Adapter,
+    found: Mapping[str, Place],
+    stacked: Mapping[str, Stack],
+    *,
+    multiplicative: bool,
+) -> Adapter:
+    """The adapter with its modules and full tensors by the names of `base`. `found`: the place of every one of them, but of
+    modules of experts, which keep their names beside what is `stacked`.
 
     Raises UserError where a family other than pairs meets a tensor that holds more than its weight, or is transposed.
     """
-    modules = {module: found[f"{module}.weight"] for module in adapter.modules}
+    modules = {module: found[f"{module}.weight"] for module in adapter.modules if module not in stacked}
     full = {}
     for name, tensor in adapter.full.items():
         place = found.get(name, Place(name))
@@ -78,6 +94,9 @@ def in_stored_form(base: Base, adapter: Adapter, found: Mapping[str, Place], *, 
     pairs: dict[str, Pair] = {}
     together: dict[str, list[tuple[Place, Pair]]] = {}
     for module, pair in adapter.pairs.items():
+        if module in stacked:
+            pairs[module] = pair
+            continue
         place = modules[module]
         if place.n_rows is not None:
             together.setdefault(_module(place), []).append((place, pair))
@@ -93,7 +112,8 @@ def in_stored_form(base: Base, adapter: Adapter, found: Mapping[str, Place], *, 
     for module, members in together.items():
         pairs[module] = joined(members, base.tensors[f"{module}.weight"].shape[0], multiplicative=multiplicative)
     copied = frozenset(found[name].tensor if name in found else name for name in adapter.copied)
-    return replace(adapter, pairs=pairs, maps=maps, full=full, copied=copied)
+    within = {module: stack for module, stack in stacked.items() if module in adapter.pairs}
+    return replace(adapter, pairs=pairs, maps=maps, full=full, copied=copied, stacks=within)
 
 
 def joined(members: Sequence[tuple[Place, Pair]], rows: int, *, multiplicative: bool) -> Pair:

@@ -12,8 +12,8 @@ Takes tensors under global names (`model.layers.3.mlp.down_proj.A` and `.B`) and
 
 A multiplicative adapter is written as PEFT's `PEANUT` type (depth 0, linear): stock PEFT then loads, runs and merges it
 correctly, and tools that know LoRA alone refuse it. As `LORA` they would take it, and be wrong on square layers.
-PEANUT changes a module's weight and never its bias, so on a module with a bias it is not this function: such an adapter
-is written under a type of ours, which PEFT refuses.
+PEANUT changes a linear module's weight and never its bias, so on a module with a bias, or on a layer's experts, it is not
+this function: such an adapter is written under a type of ours, which PEFT refuses.
 """
 
 import json
@@ -40,6 +40,7 @@ from pipeline.families import FAMILIES, KINDS, MULTIPLICATIVE, Kind
 from pipeline.families import settings as settings_of
 from pipeline.files import atomic_folder, write_json
 from pipeline.formats.dtypes import CODES
+from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import layers_of, loadable_name, natural_order, public_name
 
@@ -86,13 +87,15 @@ def write_adapter(
     biased_targets: bool,
     facts: Mapping[str, Any] = NOTHING,
     use_rslora: bool = False,
+    experts: Mapping[str, ExpertWeights] = NO_EXPERTS,
     **training: Unpack[Training],
 ) -> None:
     """Write the two files of an adapter that is pairs into `folder`, which exists and is the caller's to put in place.
 
     `tensors`: `<module>.A` and `<module>.B` for every module, floating point, with R = `rank`. `biased_targets`: whether
     any of the modules has a bias. `facts`: more for the metadata (JSON values). `use_rslora`: s = alpha / √rank (rsLoRA,
-    arXiv 2312.03732); of a LoRA only. Raises ValueError where a pair is incomplete or misshapen, or not finite.
+    arXiv 2312.03732); of a LoRA only. `experts`: those of the modules that are a layer's experts. Raises ValueError where a pair
+    is incomplete or misshapen, or not finite.
     """
     pairs = adapter_pairs(tensors)
     _check_pairs(pairs, kind, rank)
@@ -105,7 +108,8 @@ def write_adapter(
         "scaling": scaling,
     }
     row = FAMILIES[kind]
-    config = {"peft_type": OWN_TYPE if row.on_output and biased_targets else row.peft_type, **settings_of(row, values)}
+    beyond_peft = row.on_output and (biased_targets or experts)
+    config = {"peft_type": OWN_TYPE if beyond_peft else row.peft_type, **settings_of(row, values)}
     own = {
         **facts,
         "rank": rank,
@@ -113,6 +117,7 @@ def write_adapter(
         "scaling": scaling,
         "dropout": dropout,
         "biased_targets": biased_targets,
+        "experts": {module: form._asdict() for module, form in experts.items()},
         "layers": layers_of(pairs),
     }
     _write(folder, tensors, list(pairs), kind, config, own, **training)

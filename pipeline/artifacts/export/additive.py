@@ -100,6 +100,12 @@ def additive_form(
     Biases of the targets are read here, weights are not. Raises UserError where an adapter module has no weight in the
     base or another shape, or where the adapter's kind has no additive form.
     """
+    if adapter.experts:
+        raise UserError(
+            f"{adapter.folder} changes the experts of {len(adapter.experts)} layers ({next(iter(adapter.experts))}): an additive "
+            "form would need an A' = A·W of each expert, for which no file that servers read has a place. Fold it "
+            "(merge_lora.py)."
+        )
     plan = plan_fold(base, [adapter], scales=[1.0], kind=kind, base_quant=base_quant, base_dtype=base_dtype)
     found = next((kind for kind in KINDS if kind == plan.parts[0].kind and FAMILIES[kind].additive), None)
     if found is None:

@@ -13,11 +13,12 @@ import torch
 
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.artifacts.adapter.maps import Added, shape_of
-from pipeline.artifacts.adapter.stored_form import as_matrix, in_stored_form, is_transposed, places
+from pipeline.artifacts.adapter.stored_form import as_matrix, in_stored_form, is_transposed, places, stacks
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import FOLDABLE
+from pipeline.formats.experts import NO_EXPERTS, ExpertWeights, Stack, find_stacks, matrix_of
 from pipeline.formats.safetensors import StoredTensor
 from pipeline.formats.stored_names import Place
 from pipeline.names import layer_of, layer_ranges, layers_of
@@ -56,8 +57,10 @@ def match(
     them. Raises UserError where a module or a shape does not fit, where `layers` leaves nothing, and for a `scale` of
     what has no strength.
     """
-    found = places(base, [f"{module}.weight" for module in adapter.modules] + list(adapter.full))
-    weights = _weights(base, adapter, found)
+    stacked = stacks(base, adapter)
+    linear = [f"{module}.weight" for module in adapter.modules if module not in stacked]
+    found = places(base, linear + list(adapter.full))
+    weights = _weights(base, adapter, found, stacked)
     if adapter.family:
         known: str = adapter.family
         if kind is not None and kind_is_meant:
@@ -68,7 +71,7 @@ def match(
     _check_full(base, adapter, found)
     names = [*adapter.modules, *adapter.full]
     taken = set(names if layers is None else _within(names, adapter, base, layers))
-    stored = in_stored_form(base, _only(adapter, taken), found, multiplicative=known == MULTIPLICATIVE)
+    stored = in_stored_form(base, _only(adapter, taken), found, stacked, multiplicative=known == MULTIPLICATIVE)
     left_out = tuple(name for name in names if name not in taken)
     part = Part(stored, known, scale, stored.modules, stored.full, left_out, _too_wide(adapter, weights))
     _check_scale(part)
@@ -77,13 +80,25 @@ def match(
 
 def pair_kind(base: Base, adapter: Adapter, *, kind: Kind | None, kind_is_meant: bool) -> Kind:
     """The kind of an adapter that is pairs, by its files, its shapes, and the user's word. Raises as `match`."""
-    weights = _weights(base, adapter, places(base, [f"{module}.weight" for module in adapter.modules]))
+    stacked = stacks(base, adapter)
+    linear = [f"{module}.weight" for module in adapter.modules if module not in stacked]
+    weights = _weights(base, adapter, places(base, linear), stacked)
     return _pair_kind(base, adapter, weights, kind=kind, kind_is_meant=kind_is_meant)
 
 
-def check_names(base: Base, modules: Collection[str], full: Collection[str]) -> None:
+def check_names(
+    base: Base,
+    modules: Collection[str],
+    full: Collection[str],
+    experts: Mapping[str, ExpertWeights] = NO_EXPERTS,
+    width: int = 0,
+) -> None:
     """Raise UserError, before anything is trained, where a module's weight, or a tensor to be trained in full, is not one
-    that a fold into `base` can change. Names are the running model's; `full`: of tensors."""
+    that a fold into `base` can change. Names are the running model's; `full`: of tensors; `experts`: those of the modules
+    that are a layer's experts, which write `width` numbers."""
+    for stack in find_stacks(base, dict(experts), dict.fromkeys(experts, width)).values() if experts else ():
+        _check_weight(matrix_of(base, stack), stack.weights[0])
+    modules = [module for module in modules if module not in experts]
     found = places(base, [f"{module}.weight" for module in modules] + list(full))
     lost = [name for name in [*(f"{module}.weight" for module in modules), *full] if name not in found]
     if lost:
@@ -110,6 +125,7 @@ def _only(adapter: Adapter, names: Collection[str]) -> Adapter:
     return replace(
         adapter,
         pairs={module: pair for module, pair in adapter.pairs.items() if module in names},
+        experts={module: form for module, form in adapter.experts.items() if module in names},
         maps={module: maps for module, maps in adapter.maps.items() if module in names},
         full={name: tensor for name, tensor in adapter.full.items() if name in names},
     )
@@ -160,9 +176,11 @@ def _check_full(base: Base, adapter: Adapter, found: Mapping[str, Place]) -> Non
             )
 
 
-def _weights(base: Base, adapter: Adapter, found: Mapping[str, Place]) -> dict[str, StoredTensor]:
-    """{module: its weight [D_out, D_in]}. Names match whole, never in part."""
-    modules = adapter.modules
+def _weights(
+    base: Base, adapter: Adapter, found: Mapping[str, Place], stacked: Mapping[str, Stack]
+) -> dict[str, StoredTensor]:
+    """{module: its weight [D_out, D_in]}; of experts, the first one's. Names match whole, never in part."""
+    modules = [module for module in adapter.modules if module not in stacked]
     missing = [module for module in modules if f"{module}.weight" not in found]
     if missing:
         like = difflib.get_close_matches(f"{missing[0]}.weight", list(base.tensors), n=1)
@@ -173,6 +191,7 @@ def _weights(base: Base, adapter: Adapter, found: Mapping[str, Place]) -> dict[s
             + f"The adapter was trained on {adapter.base_model or 'a base it does not name'}. Nothing was written."
         )
     weights = {module: as_matrix(base, found[f"{module}.weight"], module) for module in modules}
+    weights |= {module: matrix_of(base, stack) for module, stack in stacked.items()}
     for module, weight in weights.items():
         _check_weight(weight, module)
     return weights

@@ -174,12 +174,13 @@ def _pieces(
 
     def folded(name: str) -> Iterator[memoryview]:
         figures[name] = Survival(name)
-        change = held(plan.changes[name])
-        check = RowCheck(change, dtypes[name])
-        for before, after in fold_rows(change, dtypes[name], device, figures[name]):
-            check.add(before, after)
-            yield tensor_bytes(after)
-        deviations.append(check.deviation())
+        for matrix in plan.changes[name].matrices():
+            change = held(matrix)
+            check = RowCheck(change, dtypes[name])
+            for before, after in fold_rows(change, dtypes[name], device, figures[name]):
+                check.add(before, after)
+                yield tensor_bytes(after)
+            deviations.append(check.deviation())
 
     dtypes = {spec.name: spec.dtype for spec in specs}
 

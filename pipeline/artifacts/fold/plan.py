@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
-from pipeline.artifacts.adapter.maps import Added, Replaced, RowFactors, RowMap
+from pipeline.artifacts.adapter.maps import Added, Multiplied, Replaced, RowFactors, RowMap
 from pipeline.artifacts.fold.config import logit_factor, new_config
 from pipeline.artifacts.fold.inverse import check_invertible, inverse
 from pipeline.artifacts.fold.match import Part, match
@@ -70,17 +70,36 @@ class Change:
 
     @property
     def columns(self) -> int:
-        return self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1
+        return self.tensor.shape[-1] if len(self.tensor.shape) in (2, 3) else 1
 
     @property
     def n_rows(self) -> int:
         return math.prod(self.tensor.shape) // self.columns
+
+    def matrices(self) -> "Iterator[Change]":
+        """Of a tensor [E, D, I] with a matrix for each expert that pairs change, each matrix; else the change itself."""
+        if len(self.tensor.shape) != 3 or not any(isinstance(step, PairStep) for step in self.steps):
+            yield self
+            return
+        n_bytes = self.tensor.n_bytes // self.tensor.shape[0]
+        for expert in range(self.tensor.shape[0]):
+            start = self.tensor.start + expert * n_bytes
+            one = replace(self.tensor, shape=self.tensor.shape[1:], start=start, n_bytes=n_bytes)
+            yield replace(self, tensor=one, steps=tuple(_of_expert(step, expert) for step in self.steps))
 
     def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
         """The weight before the fold, in blocks of about `piece_items` values, or of the size they have in memory."""
         if self.blocks is not None:
             return iter(self.blocks)
         return read_rows(self.tensor, self.columns, piece_items, self.base_quant, self.base_dtype)
+
+
+def _of_expert(step: Step, expert: int) -> Step:
+    """The step on one expert's matrix."""
+    if isinstance(step, PairStep):
+        return step
+    maps = tuple(Replaced(one.values[expert]) if isinstance(one, Replaced) else one for one in step.maps)
+    return replace(step, maps=maps)
 
 
 @dataclass(frozen=True)
@@ -163,7 +182,9 @@ def plan_steps(
     replaced: dict[str, str] = {}
     for number, part in reversed(list(enumerate(parts))) if unmerge else enumerate(parts):
         if unmerge:
-            dtypes = {module: base.tensors[f"{module}.weight"].dtype for module in part.modules}
+            stacked = part.adapter.stacks
+            names = {m: stacked[m].weights[0] if m in stacked else f"{m}.weight" for m in part.modules}
+            dtypes = {module: base.tensors[name].dtype for module, name in names.items()}
             found = check_invertible(part, dtypes, amplified)
             conditions |= {(number, module): value for module, value in found.items()}
             amplified |= {module: value * amplified.get(module, 1.0) for module, value in found.items()}
@@ -188,6 +209,9 @@ def _check_replaced_once(name: str, part: Part, replaced: dict[str, str]) -> Non
 
 def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: bool) -> Iterator[tuple[str, Step]]:
     """What an adapter does to a module's weight and bias, or what undoes it, by the name of the tensor."""
+    if module in part.adapter.stacks:
+        yield from _expert_steps(base, part, number, module, unmerge)
+        return
     bias = base.tensors.get(f"{module}.bias")
     if part.adapter.family:
         maps = scaled_maps(part, module)
@@ -219,6 +243,16 @@ def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
     if bias is not None and part.kind == MULTIPLICATIVE and part.adapter.moves_bias:
         _check_bias(bias, step.pair.B.shape[0])
         yield bias.name, step
+
+
+def _expert_steps(base: Base, part: Part, number: int, module: str, unmerge: bool) -> Iterator[tuple[str, Step]]:
+    """The same of a layer's experts: their matrices and vectors, each multiplied by the pair from the side of its outputs."""
+    stack, step = part.adapter.stacks[module], _pair_step(part, number, module, unmerge)
+    by_rows = RowStep(number, (Multiplied(step.pair.A, step.pair.B, step.scaling),), step.scaling)
+    for name in stack.weights:
+        yield name, by_rows if stack.transposed else step
+    for name in stack.biases:
+        yield name, by_rows if len(base.tensors[name].shape) == 2 else step
 
 
 def scaled_maps(part: Part, module: str) -> tuple[RowMap, ...]:

@@ -19,6 +19,7 @@ import torch
 from pipeline.artifacts.adapter.maps import (
     Added,
     ColumnFactors,
+    Multiplied,
     Reflected,
     Replaced,
     RowFactors,
@@ -146,6 +147,8 @@ def _mapped(one: RowMap) -> RowPath:
             return _turned(_rotations(one))
         case Reflected():
             return _reflected(one.vectors.double() / torch.linalg.norm(one.vectors.double(), dim=0))
+        case Multiplied():
+            return _multiplied_by_pair(one.A.double(), one.B.double() * one.scaling)
         case Replaced():
             return _replaced(one.values)
 
@@ -174,6 +177,20 @@ def _added(A: torch.Tensor, B: torch.Tensor) -> RowPath:
         return W, error + 2 * UNIT_FP32 * (W.abs() + error)
 
     return add
+
+
+def _multiplied_by_pair(A: torch.Tensor, B: torch.Tensor) -> RowPath:
+    """W + (W·Aᵀ)·Bᵀ: two sums, of D and of R terms, each rounded."""
+
+    def multiply(rows: Rows, _: Numbers) -> Rows:
+        W, error = rows
+        spread = (W.abs() @ A.T.abs()) @ B.T.abs()
+        handed = (error @ A.T.abs()) @ B.T.abs()
+        W = W + (W @ A.T) @ B.T
+        error = error + handed + LAMBDA * math.sqrt(sum(A.shape) + 1) * UNIT_FP32 * spread
+        return W, error + 2 * UNIT_FP32 * (W.abs() + error)
+
+    return multiply
 
 
 def _row_norms(lengths: torch.Tensor) -> RowPath:

@@ -46,7 +46,8 @@ def plan_lines(plan: FoldPlan, *, keep_logit_scale: bool) -> list[str]:
         if part.left_out:
             lines.append(f"         left out by --layers: {len(part.left_out)} modules, {_named(part.left_out)}")
     replaced = {name for part in plan.parts for name in part.full}
-    biases = sum(name.endswith(".bias") for name in plan.changes.keys() - replaced)
+    of_experts = {name for part in plan.parts for stack in part.adapter.stacks.values() for name in stack.biases}
+    biases = sum(name.endswith(".bias") or name in of_experts for name in plan.changes.keys() - replaced)
     strength = f", {_strength(plan.parts[0])}" if _strength(plan.parts[0]) else ""
     lines += [
         f"{'unmerge' if plan.unmerge else 'fold':<9}{formula(plan)}"

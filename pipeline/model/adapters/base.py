@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.console import UserError
 from pipeline.model.stage import Stage
@@ -98,6 +99,12 @@ def written(stage: Stage) -> dict[str, Tensor]:
 def owned(stage: Stage, targets: list[str]) -> list[str]:
     """Those of `targets` whose layer the stage has."""
     return [name for name in targets if layer_of(name) in stage.layer_indices]
+
+
+def outputs_of(model: PreTrainedModel, module: nn.Module) -> int:
+    """How many numbers a module gives for each token: a linear one's rows; any other target writes to the hidden state."""
+    width: Any = getattr(module, "out_features", None)
+    return int(model.config.get_text_config().hidden_size if width is None else width)
 
 
 def device_of(module: nn.Module) -> torch.device:

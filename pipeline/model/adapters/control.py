@@ -7,29 +7,34 @@ which follow his creative-writer v0.1: he found the free form "too unconstrained
 """
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.console import UserError
-from pipeline.model.adapters.base import Injector, device_of, wrap
+from pipeline.model.adapters.base import Injector, device_of, outputs_of, wrap
 from pipeline.model.stage import Stage
 
 
 class ControlAdapter(nn.Module):
     """h' = h + Q·diag(e^S − 1)·Qᵀ·h on the output h of any linear-like module: Q [D_out, R], S [R], zero at first."""
 
-    def __init__(self, base_layer: nn.Module, rank: int, dropout: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, base_layer: nn.Module, rank: int, dropout: float, dtype: torch.dtype, width: int | None = None
+    ) -> None:
+        """`width`: D_out, where the base layer has no out_features to say it."""
         super().__init__()
         self.base_layer = base_layer
         self.dropout = nn.Dropout(dropout)
-        width, device = int(base_layer.out_features), device_of(base_layer)  # type: ignore[arg-type]
+        device = device_of(base_layer)
+        width = width or int(base_layer.out_features)  # type: ignore[arg-type]
         self.Q = nn.Parameter(torch.empty(width, rank, dtype=dtype, device=device))
         self.S = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D_in] → [..., D_out] in the dtype of the base layer's output."""
-        h = self.base_layer(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer takes → [..., D_out] in the dtype of its output."""
+        h = self.base_layer(*args, **kwargs)
         z = nn.functional.linear(self.dropout(h).to(self.Q.dtype), self.Q.T)
         return (h + nn.functional.linear(z, self._response())).to(h.dtype)
 
@@ -46,12 +51,13 @@ def inject_control(stage: Stage, targets: list[str], rank: int, dropout: float, 
     """Wrap those of `targets` that the stage owns in a `ControlAdapter`. UserError where R exceeds a module's width."""
 
     def make(name: str, base_layer: nn.Module) -> nn.Module:
-        if rank > base_layer.out_features:  # type: ignore[operator]
+        width = outputs_of(stage.model, base_layer)
+        if rank > width:
             raise UserError(
-                f"lora_rank = {rank}: {name} has {base_layer.out_features} outputs, and a control adapter's "
+                f"lora_rank = {rank}: {name} has {width} outputs, and a control adapter's "
                 "directions are orthogonal to each other, so there cannot be more of them"
             )
-        adapter = ControlAdapter(base_layer, rank, dropout, dtype)
+        adapter = ControlAdapter(base_layer, rank, dropout, dtype, width)
         _draw_orthonormal(adapter.Q, f"{name}.Q", seed)
         return adapter
 

@@ -1,16 +1,19 @@
-"""Which linear modules an adapter goes to: `target_modules` and `layers_to_transform` as full names of modules.
+"""Which modules an adapter goes to: `target_modules` and `layers_to_transform` as full names of modules.
 
 Takes a model, of whose weights only the sizes are read, and the config's words; gives names in model order, and lines
 that say what was chosen.
 """
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
+from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
+from pipeline.model.adapters import experts
 from pipeline.names import layer_of, within_layer
 
 # Linear modules of a mixture of experts or of sparse attention that only choose: by a part of their name within a layer.
@@ -30,26 +33,40 @@ def resolve_layers(text: str | None, n_layers: int) -> list[int]:
     return wanted
 
 
-def resolve_targets(model: PreTrainedModel, target_modules: list[str] | str, layers: list[int]) -> list[str]:
-    """Full names of the linear modules to adapt, in model order. UserError if a name matches nothing that can be adapted.
+def resolve_targets(
+    model: PreTrainedModel,
+    target_modules: list[str] | str,
+    layers: list[int],
+    mixture: Mapping[str, ExpertWeights] = NO_EXPERTS,
+) -> list[str]:
+    """Full names of the modules to adapt, in model order. UserError if a name matches nothing that can be adapted.
 
-    A target matches a module whose name within its layer is the target or ends in '.target'; 'all-linear' matches every
-    linear module of the decoder layers but routers and indexers, which only choose (`routers` names them).
+    A target matches a linear module whose name within its layer is the target or ends in '.target'; 'all-linear' matches every
+    linear module of the decoder layers but routers and indexers, which only choose (`routers` names them). `mixture`: the
+    modules of experts that may be adapted, by their name within a layer (`experts.find`): 'experts' matches them, and so
+    do their name and that of the weight with which they write ('down_proj').
     """
     found = _linear_modules(model, layers)
+    of_experts = {name: _modules_called(model, name, layers) for name in mixture}
     if target_modules == "all-linear":
         wanted = [name for name in found if not ROUTER.search(name)]
     else:
-        wanted = [name for name in found if any(_ends(name, target) for target in target_modules)]
-        for target in target_modules:
-            if not any(_ends(name, target) for name in wanted):
+        matching = {
+            target: [name for name in found if _ends(name, target)]
+            + [name for name in mixture if of_experts[name] and _means(target, name, mixture[name])]
+            for target in target_modules
+        }
+        for target, names in matching.items():
+            if not names:
                 raise UserError(
                     f"target_modules: no linear module '{target}' in the chosen layers{_what_it_is(model, target, layers)}; "
-                    f"there are {', '.join(sorted(found)) or 'none'}"
+                    f"there are {', '.join(sorted([*found, *mixture])) or 'none'}"
                 )
+        wanted = list(dict.fromkeys(name for names in matching.values() for name in names))
     if not wanted:
         raise UserError(f"target_modules = '{target_modules}': the chosen layers have no linear module to adapt")
-    chosen = {full for name in wanted for full in found[name]}
+    _check_apart([name for name in wanted if name in mixture], wanted)
+    chosen = {full for name in wanted for full in found.get(name) or of_experts[name]}
     return [name for name, _ in model.named_modules() if name in chosen]
 
 
@@ -58,10 +75,16 @@ def routers(model: PreTrainedModel, layers: list[int]) -> list[str]:
     return [name for name in _linear_modules(model, layers) if ROUTER.search(name)]
 
 
-def describe_targets(model: PreTrainedModel, targets: list[str], layers: list[int]) -> list[str]:
+def describe_targets(
+    model: PreTrainedModel,
+    targets: list[str],
+    layers: list[int],
+    mixture: Mapping[str, ExpertWeights] = NO_EXPERTS,
+) -> list[str]:
     """Lines: how many of the chosen `layers` have an adapter in each kind of module, and the share of weights in these.
 
-    'in 3 of 4 layers: mlp.down_proj; in 1: mlp.shared_expert.down_proj', 'on 12.3 % of the weights of all layers'.
+    'in 3 of 4 layers: mlp.down_proj; in 1: mlp.shared_expert.down_proj', 'on 12.3 % of the weights of all layers'. `mixture`:
+    the modules of experts among `targets`, by their full names.
     """
     layers_with: dict[str, set[int | None]] = {}
     for full in targets:
@@ -70,9 +93,19 @@ def describe_targets(model: PreTrainedModel, targets: list[str], layers: list[in
     for name, those in layers_with.items():
         kinds_in.setdefault(len(those), []).append(name)
     counts = [f"{n} of {len(layers)} layers: {', '.join(kinds_in[n])}" for n in sorted(kinds_in, reverse=True)]
-    held = sum(model.get_submodule(name).weight.numel() for name in targets)  # type: ignore[operator,union-attr]
+    weights = [f"{name}.{mixture[name].weight if name in mixture else 'weight'}" for name in targets]
+    held = sum(model.get_parameter(name).numel() for name in weights)
     share = held / sum(p.numel() for p in model.base_model.layers.parameters())
-    return [f"in {'; in '.join(counts)}", f"on {100 * share:.3g} % of the weights of all layers"]
+    lines = [f"in {'; in '.join(counts)}", f"on {100 * share:.3g} % of the weights of all layers"]
+    if mixture:
+        kinds = ", ".join(sorted({_kind(within_layer(name)) for name in mixture}))
+        written = ", ".join(sorted({experts.leaf(form) for form in mixture.values()}))
+        lines.append(
+            f"{kinds}: one pair a layer on what its experts write, which changes the {written} of each of them"
+        )
+    elif in_experts := experts.share(model):
+        lines.append(f"{100 * in_experts:.3g} % are in the experts' own tensors, which this adapter does not reach")
+    return lines
 
 
 def describe_layers(layers: list[int], n_layers: int) -> str:
@@ -99,6 +132,26 @@ def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list
             if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
                 found.setdefault(name, []).append(f"{prefix}.{index}.{name}")
     return found
+
+
+def _modules_called(model: PreTrainedModel, name: str, layers: list[int]) -> list[str]:
+    """Full names of the modules of `layers` with this name within their layer."""
+    prefix = f"{model.base_model_prefix}.layers"
+    there = [index for index in layers if name in dict(model.get_submodule(f"{prefix}.{index}").named_modules())]
+    return [f"{prefix}.{index}.{name}" for index in there if experts.holds(model, f"{prefix}.{index}.{name}")]
+
+
+def _means(target: str, name: str, form: ExpertWeights) -> bool:
+    """Whether `target` names this module of experts."""
+    return target in (experts.EXPERTS, experts.leaf(form)) or _ends(name, target)
+
+
+def _check_apart(of_experts: list[str], wanted: list[str]) -> None:
+    for outer in of_experts:
+        if inner := next((name for name in wanted if name.startswith(f"{outer}.")), None):
+            raise UserError(
+                f"target_modules: {inner} lies inside {outer}, whose output is adapted; leave one of them out"
+            )
 
 
 def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:

@@ -20,10 +20,12 @@ from pipeline.kernels.multiplicative import gated_down_proj
 from pipeline.kernels.rope import rope
 from pipeline.kernels.swiglu import ACTIVATIONS, swiglu
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
-from pipeline.model.fusion import probe
+from pipeline.model.fusion import probe, shared
 from pipeline.model.stage import Stage
 
-KERNELS = ("norm", "rope", "swiglu", "multiplicative", "parallel_block")
+KERNELS = ("norm", "rope", "swiglu", "multiplicative", "parallel_block", "shared_input")
+# Linear layers that a module hands the same input, by the names that transformers gives them.
+OF_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Forward = Callable[..., Tensor]
 # A module's new forward and its kernel's name, or why a module that might have one is left alone. None: any other module.
@@ -47,17 +49,34 @@ def put_into(part: nn.Module, wanted: frozenset[str]) -> Counter[str]:
                 module.forward, module.kernel = found  # type: ignore[method-assign,assignment]
                 taken[found[1]] += 1
                 break
+    if "shared_input" in wanted:
+        taken += Counter(shared_input=sum(map(shared.put_together, _of_one_input(part).values())))
     return taken
 
 
 def why_not(stage: Stage, kernel: str) -> Counter[str]:
     """For a kernel that no module of `stage` took: why each that might have was left alone, with how many there are."""
+    if kernel == "shared_input":
+        return Counter(f"{type(m).__name__} {shared.LACKING}" for part in _parts(stage) for m in _of_one_input(part))
     find = {"norm": _norm, "rope": _rotary_attention, "parallel_block": _parallel_block}.get(kernel, _gated_mlp)
     # An MLP that took SwiGLU has no adapter that the kernel of both could take.
     open_to = [m for part in _parts(stage) for m in part.modules()]
     modules = [m for m in open_to if "forward" not in vars(m) or kernel_of(m) == "swiglu"]
     reasons = ((type(m).__name__, find(m, frozenset([kernel]))) for m in modules)
     return Counter(f"{name} {reason}" for name, reason in reasons if isinstance(reason, str))
+
+
+def _of_one_input(part: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """Of each module within `part` the children that read one input; a parallel block's attention and MLP read the same, too."""
+    groups: dict[nn.Module, list[nn.Module]] = {}
+    for module in part.modules():
+        for names in OF_ONE_INPUT:
+            if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+                groups.setdefault(module, []).extend(getattr(module, name) for name in names)
+    for block in part.modules():
+        if kernel_of(block) == "parallel_block":
+            groups[block] = [m for inner in (block.self_attn, block.mlp) for m in groups.pop(inner, [])]  # type: ignore[arg-type]
+    return groups
 
 
 def _parts(stage: Stage) -> list[nn.Module]:

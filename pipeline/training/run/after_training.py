@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from pipeline.config.rules import Part
+from pipeline.formats.experts import NO_EXPERTS
 from pipeline.publishing import after_training
 from pipeline.training.run.stop import Watcher
 from pipeline.training.stage import families
-from pipeline.training.stage.spec import Trained
+from pipeline.training.start.resolved import Resolved
 
 
-def check(asked: list[Part], model: str, output_dir: str, trained: Trained, modules: list[str]) -> None:
+def check(asked: list[Part], model: str, output_dir: str, plan: Resolved, modules: list[str]) -> None:
     """UserError where a part of after_training could not be done at the end of this run. `modules`: trainable_modules."""
+    trained = plan.trained
     adapter = trained.adapter
     after_training.check(
         asked,
@@ -21,6 +23,8 @@ def check(asked: list[Part], model: str, output_dir: str, trained: Trained, modu
         biased_targets=bool(adapter and adapter.biased_targets),
         trained_in_full=modules,
         full=[name for name in trained.in_full if name not in trained.tied],
+        experts=adapter.experts if adapter else NO_EXPERTS,
+        width=plan.meta_model.config.get_text_config().hidden_size,
     )
 
 

@@ -25,7 +25,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
     plan = resolve.resolve(config, resumes=bool(resume))
     prepare.check_files(config.model, config.output_dir, plan.meta_model)
-    after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
+    after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
     times.ended("checks")
     data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
     times.ended("data")

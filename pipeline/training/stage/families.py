@@ -23,7 +23,7 @@ from pipeline.formats.base_model import read_base
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters import control, lora, multiplicative, rotations
-from pipeline.model.adapters.base import Injector, Settings, written
+from pipeline.model.adapters.base import Injector, Settings, outputs_of, written
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.training.optim.inner import add, value
@@ -50,7 +50,8 @@ def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
     row, block, too_wide = adapter.row, adapter.block_size, []
     for name, size in adapter.sizes.items():
         module: Any = model.get_submodule(name)
-        inputs, outputs, rank = module.in_features, module.out_features, size.rank
+        outputs, rank = outputs_of(model, module), size.rank
+        inputs = getattr(module, "in_features", outputs)
         if row.most_inputs and inputs > row.most_inputs:
             others = " or ".join(f"'{name}'" for name, r in CONFIGURED.items() if r.block_size and not r.most_inputs)
             raise UserError(
@@ -204,6 +205,7 @@ def _writer(adapter: AdapterSpec, base: BaseModel, train_logit_scale: float) -> 
         use_rslora=rslora,
         dropout=adapter.dropout,
         biased_targets=adapter.biased_targets,
+        experts=adapter.experts,
         facts={"family": adapter.family, "init_lora_weights": adapter.start},
         **common,
     )

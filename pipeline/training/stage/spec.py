@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.families import Family, chosen
+from pipeline.formats.experts import ExpertWeights
 from pipeline.model.quantized import Scheme
 
 
@@ -49,6 +50,7 @@ class AdapterSpec:
     `common`: of lora_rank and lora_alpha, which rank_pattern and alpha_pattern change for some modules. `start`: how A and B
     begin, True (A random, B zero) or init_lora_weights' name of another. `block_size`: of families with blocks.
     `feedforward`: the modules with a factor for each input. `biased_targets`: whether any of the modules has a bias.
+    `experts`: those of the modules that are a layer's experts, with what these write with.
     """
 
     family: str
@@ -63,6 +65,7 @@ class AdapterSpec:
     start: bool | str = True
     block_size: int | None = None
     feedforward: tuple[str, ...] = ()
+    experts: dict[str, ExpertWeights] = field(default_factory=dict)
 
     @property
     def row(self) -> Family:

@@ -15,7 +15,7 @@ def check(config: Config, preview_rows: int | None) -> int:
     plan = resolve.resolve(config)
     kernel_places.foresee(config.kernels, plan.meta_model, plan.trained)
     prepare.check_files(config.model, config.output_dir, plan.meta_model)
-    after_training.check(config.after_training, config.model, config.output_dir, plan.trained, config.trainable_modules)
+    after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(plan.data, data := prepare.read_data(plan.data, tokenizer, plan))
     prepare.evaluation_batches(plan.data, data)

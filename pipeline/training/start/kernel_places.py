@@ -24,6 +24,7 @@ NOWHERE = {  # why, where a model has no module that a kernel might serve
     "swiglu": "no module has gate_proj, up_proj, down_proj and act_fn",
     "multiplicative": "no module has gate_proj, up_proj, down_proj and act_fn",
     "parallel_block": "no layer has a part named mlp",
+    "shared_input": "no module has q_proj, k_proj and v_proj, or gate_proj and up_proj",
 }
 
 

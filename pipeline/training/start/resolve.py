@@ -4,7 +4,7 @@ Says what it resolves to (layers, modules, stages), or raises one UserError. Wha
 itself goes no further.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +17,16 @@ from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, 
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
+from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import cache_check, cut_check, quantized, unsupported, weights
+from pipeline.model.adapters import experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
-from pipeline.names import id_in_cache, layers_of
+from pipeline.names import id_in_cache, layers_of, within_layer
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
@@ -182,7 +184,7 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
         with errors.collect():
             layers = resolve_layers(config.layers_to_transform, n_layers)
         with errors.collect():
-            resolve_targets(model, names, layers)
+            resolve_targets(model, names, layers, mixture_of(config.adapter_type, names, model))
         with errors.collect():
             trained_modules.resolve(model, config.trainable_modules, [])
     with errors.collect():
@@ -228,14 +230,17 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     n_layers = len(model.base_model.layers)
     layers = resolve_layers(config.layers_to_transform, n_layers)
     names = config.target_modules or families.default_targets(config.adapter_type)
-    targets = resolve_targets(model, names, layers)
+    mixture = mixture_of(config.adapter_type, names, model)
+    targets = resolve_targets(model, names, layers, mixture)
+    experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
-    adapter = adapter_of(config, targets, biased)
+    biased = biased or any(form.bias for form in experts_of.values())
+    adapter = adapter_of(config, targets, biased, experts_of)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
     log(f"training: {adapter.family} on {where} {modules}, {describe_layers(layers_of(targets), n_layers)}")
-    for line in describe_targets(model, targets, layers):
+    for line in describe_targets(model, targets, layers, experts_of):
         log(f"          {line}")
     if names == "all-linear" and (left_out := routers(model, layers)):
         log(f"          without {', '.join(left_out)}, which only choose")
@@ -243,7 +248,26 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     return adapter
 
 
-def adapter_of(config: Config, targets: list[str], biased_targets: bool = False) -> AdapterSpec:
+def mixture_of(adapter_type: str, names: list[str] | str, model: PreTrainedModel) -> dict[str, ExpertWeights]:
+    """The modules of experts that `names` may mean, by their name within a layer. UserError where the family has none."""
+    if isinstance(names, str) or not experts.has_experts(model):
+        return {}
+    if families.FAMILIES[adapter_type].on_output:
+        return experts.find(model.config)
+    if experts.EXPERTS in names:
+        raise UserError(
+            f"target_modules: adapter_type = '{adapter_type}' changes what a module reads, and the experts of a layer "
+            "are one module here; 'multiplicative_lora' and 'control_adapter' change what they write"
+        )
+    return {}
+
+
+def adapter_of(
+    config: Config,
+    targets: list[str],
+    biased_targets: bool = False,
+    experts_of: Mapping[str, ExpertWeights] = NO_EXPERTS,
+) -> AdapterSpec:
     """The configured adapter on `targets`. UserError for a key that names a module which is none of them."""
     rank, alpha, rslora = config.lora_rank, config.lora_alpha, config.use_rslora
     patterns.check({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, targets)
@@ -266,6 +290,7 @@ def adapter_of(config: Config, targets: list[str], biased_targets: bool = False)
         start=config.init_lora_weights,
         block_size=config.oft_block_size or config.boft_block_size,
         feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
+        experts=dict(experts_of),
     )
 
 

@@ -270,7 +270,12 @@ def test_a_block_that_does_more_keeps_its_own_sum(twist: str) -> None:
 
 
 def test_a_sequential_block_is_no_parallel_one() -> None:
-    assert fusion.put_into(adapted(empty_layer("Llama")), ALL) == {"norm": 2, "rope": 1, "multiplicative": 1}
+    assert fusion.put_into(adapted(empty_layer("Llama")), ALL) == {
+        "norm": 2,
+        "rope": 1,
+        "multiplicative": 1,
+        "shared_input": 2,
+    }
 
 
 def test_a_parallel_block_hands_everything_on_to_attention() -> None:
@@ -298,7 +303,7 @@ def test_a_parallel_block_hands_everything_on_to_attention() -> None:
 def test_a_forward_that_has_been_replaced_is_left_alone() -> None:
     """So nothing is taken twice."""
     layer = adapted(empty_layer("Cohere"))
-    assert sum(fusion.put_into(layer, ALL).values()) == 4
+    assert sum(fusion.put_into(layer, ALL).values()) == 5
     assert not fusion.put_into(layer, ALL)
 
 
@@ -329,7 +334,7 @@ def test_command_r_s_layer_is_found_out_without_its_size() -> None:
     before = torch.get_rng_state()
     with Largest() as largest:
         taken = fusion.put_into(layer, ALL)
-    assert taken == {"norm": 1, "rope": 1, "multiplicative": 1, "parallel_block": 1}
+    assert taken == {"norm": 1, "rope": 1, "multiplicative": 1, "parallel_block": 1, "shared_input": 1}
     assert largest.elements <= 8192 * probe.WIDTH  # a projection's heads, of a hidden state of 16
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -337,7 +342,13 @@ def test_command_r_s_layer_is_found_out_without_its_size() -> None:
 def test_decisions_are_the_same_on_fake_tensors() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer = adapted(modeling_cohere.CohereDecoderLayer(transformers.CohereConfig(**SMALL), 0))
-        assert fusion.put_into(layer, ALL) == {"norm": 1, "rope": 1, "multiplicative": 1, "parallel_block": 1}
+        assert fusion.put_into(layer, ALL) == {
+            "norm": 1,
+            "rope": 1,
+            "multiplicative": 1,
+            "parallel_block": 1,
+            "shared_input": 1,
+        }
         tables = modeling_cohere.CohereRotaryEmbedding(transformers.CohereConfig(**SMALL))(
             torch.empty(1, 6, 32), torch.arange(6)[None]
         )

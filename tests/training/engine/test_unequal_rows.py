@@ -84,7 +84,7 @@ def targets(rows: list[Row]) -> int:
     return sum(end - start for _, runs in rows for start, end in runs)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_first_step_is_the_mean_over_its_targets(root: Path, result: Callable[[int], Result], stages: int) -> None:
     store = ListStore(TRAINED)
     loader = MicroBatches(
@@ -107,7 +107,7 @@ def test_the_first_step_is_the_mean_over_its_targets(root: Path, result: Callabl
         assert size(gradient - expected[name]) <= GRADIENT_TOLERANCE * size(expected[name]), name
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_evaluation_is_the_mean_over_its_targets(root: Path, result: Callable[[int], Result], stages: int) -> None:
     model = unsplit.load(root / "cohere")
     expected = sum(float(summed(model, row)) for row in HELD_OUT) / targets(HELD_OUT)

@@ -65,7 +65,7 @@ def gone(pids: list[int], within_s: float) -> bool:
     [
         *(pytest.param(whom, marks=pytest.mark.slow) for whom in ("one rank", "the group", "launch.py", "save_quit")),
         "the deepspeed command",
-        "killed launcher",
+        pytest.param("killed launcher", marks=pytest.mark.slow),
     ],
 )
 def test_a_stop_ends_in_a_saved_state_and_no_orphan(tmp_path: Path, base: Path, whom: str) -> None:
