@@ -30,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--chat", action="store_true", help="through the model's chat template, as messages of a user")
     asked.add_argument("--system", default="", metavar="TEXT", help="with --chat: the system's message")
     asked.add_argument(
+        "--chat-template",
+        metavar="T",
+        help="with --chat: a file or a name as in [[datasets]] (default: the tokenizer's)",
+    )
+    asked.add_argument(
         "--compare", action="store_true", help="with --lora: also what the base says, with the same noise"
     )
     how = command.add_argument_group("how tokens are chosen")

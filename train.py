@@ -1,9 +1,9 @@
 """Train: `deepspeed train.py --config config_creative_writer.toml`.
 
 Takes a TOML file; gives a run's folder with adapters, checkpoints and metrics. `--check` resolves everything that needs
-no weights and ends; `--preview N` prints N rows as the model will read them. Exit codes: 0 done, 2 config or data,
-3 checkpoint, 4 a loss or gradient that is not finite, 5 out of memory, 6 a process was lost, 28 disk full, 75 stopped
-and resumable, 130 aborted.
+no weights and ends; `--preview N` prints N rows as the model will read them; `--prepare` puts the data into the cache. Exit
+codes: 0 done, 2 config or data, 3 checkpoint, 4 a loss or gradient that is not finite, 5 out of memory, 6 a process was
+lost, 28 disk full, 75 stopped and resumable, 130 aborted.
 """
 
 from pipeline.training.run.stop import Watcher, hold_signals
@@ -29,7 +29,7 @@ def main() -> int:
     """Parse, validate, then check, preview or train; each imports what it needs, once it is known which it is."""
     arguments = parse()
     watcher, log_file = Watcher(HELD), LogFile()
-    trains = not (arguments.plan or arguments.check or arguments.preview is not None)
+    trains = not (arguments.plan or arguments.prepare or arguments.check or arguments.preview is not None)
     TERMINAL.show_from(arguments.log_level if trains else "info")
     debug(f"version:  {NAME} {full()}")
     debug(f"command:  {shlex.join(sys.argv)}")
@@ -44,10 +44,10 @@ def main() -> int:
         with log_if_slow(IMPORTING):
             from pipeline.training.start import plan as planned
         return planned.show(config, arguments.devices)
-    if arguments.check or arguments.preview is not None:
+    if not trains:
         with log_if_slow(IMPORTING):
-            from pipeline.training.start.check import check
-        return check(config, arguments.preview)
+            from pipeline.training.start import check
+        return check.prepare_data(config) if arguments.prepare else check.check(config, arguments.preview)
     launch.check_processes(config.pipeline_stages)
     with log_if_slow(IMPORTING):
         from pipeline.training.run import errors

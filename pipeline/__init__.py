@@ -5,6 +5,7 @@
     training.start.resolve           the model's structure on `meta`, what is trained, each stage's layers: one `Resolved`
     data.reading.documents           files → documents
     data.chunks.build                documents → one token stream → chunks of `sequence_len` in a memory-mapped cache
+    data.rows.build                  conversations, completions, token ids → rows with runs of targets, in the same cache
     data.batches.MicroBatches        rows of any store (data.row_store) → the micro-batches of a step, from nothing but a position
     training.start.plan              which stage owns which layers, and what each layer keeps for backward
     model.stage.Stage                the Hugging Face model without the parts its stage does not own

@@ -79,6 +79,8 @@ def _check(asked: argparse.Namespace) -> Sampling:
             problems.append(f"--{option} {value:g}: give {rule}")
     if asked.system and not asked.chat:
         problems.append("--system is a message of a conversation: add --chat")
+    if asked.chat_template and not asked.chat:
+        problems.append("--chat-template is for conversations: add --chat")
     if asked.compare and not asked.lora:
         problems.append("--compare shows an adapter's model beside its base: give --lora")
     if not (asked.prompt or asked.prompts):
@@ -119,7 +121,7 @@ def load(asked: argparse.Namespace, sampling: Sampling, device: torch.device) ->
         cut_check.check(config, ranges)
         cache_check.check(config, ranges, "generate.py")
     tokenizer = tokenizers.load(folder)
-    asks = asker(tokenizer, folder, chat=asked.chat, system=asked.system, where="--chat")
+    asks = asker(tokenizer, folder, chat=asked.chat, system=asked.system, chat_template=asked.chat_template)
     saved = adapters.read(asked.lora, base, asked.kind) if asked.lora else None
     if saved:
         now = fingerprint(base) if saved.adapter.base_fingerprint else ""

@@ -17,9 +17,10 @@ import tomli_w
 from pydantic import ValidationError
 
 from pipeline.config import peers, toml
+from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.schema import Config
-from pipeline.config.tables import Bnb, Dataset, EvalDataset, Optimizer, ParameterGroup, Quantization, Samples, Section
+from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Quantization, Samples, Section
 from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError, warn
 from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value

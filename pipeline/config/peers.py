@@ -9,7 +9,7 @@ QUANTISED = "[quantization.bnb] load_in_4bit = true"
 ADAPTER = "adapter_type = 'multiplicative_lora', 'lora', …; or full_fine_tune = true"
 DTYPE = "model_weight_dtype for the base and lora_weight_dtype for the adapter, 'bfloat16' or 'float32'"
 PATH = "[[datasets]] with dataset_type, dataset_path and sequence_len"
-LENGTH = "datasets.0.sequence_len (tokens per chunk, exactly)"
+LENGTH = "datasets.0.sequence_len (tokens per chunk, exactly; of chat and completion per row, at most)"
 HELD_OUT = "datasets.0.eval_size (a fraction below 1, or a number of chunks)"
 RECOMPUTE = "activation_checkpointing = true, 'unsloth' or 'auto'"
 ATTENTION = "attn_implementation = 'flash_attention_2', 'sdpa' or 'eager'"
@@ -17,7 +17,7 @@ IN_FULL = "trainable_modules (trained in full beside the adapter)"
 KERNELS = "kernels = 'all'"
 STAGES = "pipeline_stages (and deepspeed --num_gpus N)"
 NO_PREFERENCE = "preference training is not built yet"
-NO_CHAT = "chat and instruction data are not built yet; datasets are plain text"
+TEMPLATE = "datasets.0.chat_template (a file, a text of Jinja, or 'chatml', 'llama3', …)"
 NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard events"
 FULL_CHUNKS = "no counterpart: books are cut into full chunks, nothing is padded"
 
@@ -140,11 +140,16 @@ INSTEAD: dict[str, str] = {
     "packing": FULL_CHUNKS,
     "pad_to_sequence_len": FULL_CHUNKS,
     "eval_sample_packing": FULL_CHUNKS,
-    "dataset_text_field": "no counterpart: a doclist's field is `text`",
-    "text_column": "no counterpart: a doclist's field is `text`",
-    "chat_template": NO_CHAT,
-    "train_on_inputs": NO_CHAT,
-    "template": NO_CHAT,
+    "dataset_text_field": "datasets.0.field_text",
+    "text_column": "datasets.0.field_text",
+    "chat_template": TEMPLATE,
+    "chat_template_jinja": TEMPLATE,
+    "template": TEMPLATE,
+    "train_on_inputs": "no counterpart: of chat and completion only the answers are trained (datasets.0.train_on)",
+    "assistant_only_loss": "no counterpart: of chat and completion only the answers are trained (datasets.0.train_on)",
+    "completion_only_loss": "no counterpart: of chat and completion only the answers are trained (datasets.0.train_on)",
+    "excess_length_strategy": "datasets.0.too_long",
+    "dataset_exact_deduplication": "datasets.0.deduplicate",
     "mix_strategy": "dataset_combination_mode = 'interleave' and datasets.0.sample_weight",
     "interleave_probs": "datasets.0.sample_weight",
     "dataloader_num_workers": "no counterpart: chunks are read as they are needed",
@@ -192,7 +197,7 @@ INSTEAD: dict[str, str] = {
 # What axolotl and others write within a dataset.
 IN_DATASETS: dict[str, str] = {
     "path": "dataset_path",
-    "type": "dataset_type ('textfile' or 'doclist')",
+    "type": "dataset_type ('textfile', 'doclist', 'chat', 'completion' or 'pretokenized')",
     "ds_type": "dataset_type",
     "data_files": "dataset_path (a file or a glob)",
     "file": "dataset_path",
@@ -202,7 +207,14 @@ IN_DATASETS: dict[str, str] = {
     "repeat": "num_repeats",
     "epochs": "num_repeats",
     "split": "no counterpart: name the file",
-    "field": "no counterpart: a doclist's field is `text`",
+    "roles_to_train": "no counterpart: the assistant's turns are trained (train_on; `weight` or `train` of a message)",
+    "field_instruction": "no counterpart: rows of instructions have instruction, input and output",
+    "field_output": "field_completion (of prompts and completions)",
+    "message_field_role": "message_property_mappings = { role = '…' }",
+    "message_field_content": "message_property_mappings = { content = '…' }",
+    "chat_template_jinja": "chat_template (a text of Jinja)",
+    "drop_system_message": "no counterpart: leave it out of the rows",
+    "field": "field_text (of a doclist)",
     "shards": "subsample (a fraction)",
 }
 IN_OPTIMIZER: dict[str, str] = {
@@ -231,5 +243,5 @@ def _sentence(table: dict[str, str], key: str) -> str | None:
     answer = table.get(key.lower().replace("-", "_"))
     if answer is None:
         return None
-    explains = answer.startswith(("no ", NO_PREFERENCE, NO_CHAT))
+    explains = answer.startswith(("no ", NO_PREFERENCE))
     return f"{answer[0].upper()}{answer[1:]}." if explains else f"Use {answer}."

@@ -21,18 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config import rules
-from pipeline.config.tables import (
-    Bnb,
-    Dataset,
-    EvalDataset,
-    Optimizer,
-    Quantization,
-    Samples,
-    Section,
-    not_built,
-    regular_expression,
-)
+from pipeline.config import data_tables, rules
+from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
@@ -289,8 +280,11 @@ class Config(Section):
         ]
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
+            yield from data_tables.conflicts(f"datasets.{number}", dataset)
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
+        for number, held_out in enumerate(self.eval_datasets):
+            yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 

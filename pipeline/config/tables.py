@@ -1,4 +1,4 @@
-"""The tables of a config: [optimizer], [quantization.bnb], [samples], [[datasets]], [[eval_datasets]], and what they share.
+"""The tables of a config, [optimizer], [quantization.bnb] and [samples], and what all tables share; those of data are data_tables.py's.
 
 Every key with its default, unit, bound and meaning, as in pipeline/config/schema.py, which has the top level.
 """
@@ -25,40 +25,8 @@ def regular_expression(pattern: str) -> str:
     return pattern
 
 
-_CONVERT = "books are read from .txt and .md files, dataset_type = 'textfile': convert them first"
-# dataset_type as others would write it → what to do.
-_OTHER_TYPES = {
-    (
-        "chat",
-        "chat_template",
-        "sharegpt",
-        "messages",
-        "conversations",
-        "alpaca",
-        "instruction",
-        "completion",
-        "chatml",
-    ): (
-        "chat and instruction data are not built yet; plain text is: write each conversation through the model's chat "
-        "template into a field 'text' of a .jsonl file, dataset_type = 'doclist'"
-    ),
-    ("csv", "tsv", "table", "arrow"): (
-        "tables are not read; write the text column to a .jsonl or .parquet file with the field 'text', "
-        "dataset_type = 'doclist'"
-    ),
-    ("epub", "pdf", "html", "docx", "mobi"): _CONVERT,
-    ("json", "jsonl", "parquet"): "write dataset_type = 'doclist', which reads .json, .jsonl and .parquet",
-    ("text", "txt", "md", "markdown", "raw", "plain", "book", "books"): "write dataset_type = 'textfile'",
-}
-
-
 def not_built(value: Any) -> Any:
-    """Values of qlora-pipe's and of other trainers that are refused by name."""
-    if value in ("axolotl", "pretokenized"):
-        raise ValueError("datasets of this type are not built yet; write 'textfile' or 'doclist'")
-    for values, what in _OTHER_TYPES.items():
-        if isinstance(value, str) and value.lower() in values:
-            raise ValueError(what)
+    """A value of qlora-pipe's that is refused by name."""
     if value == "cpu":
         raise ValueError("not built; 'unsloth' also keeps the layers' inputs in host memory")
     return value
@@ -159,7 +127,7 @@ class Samples(Section):
     )
     prompts_file: str | None = Field(None, min_length=1, description="a UTF-8 text with one prompt a line")
     chat: bool | None = Field(
-        None, description="ask through the tokenizer's chat template with its generation prompt; default: whether a chat dataset is trained")  # fmt: skip
+        None, description="ask through the chat template of the first chat dataset, else the tokenizer's own, with its generation prompt; default: whether a chat dataset is trained")  # fmt: skip
     system: str = Field("", description="the system's message before each prompt; of chat = true")
     every_steps: int = Field(100, ge=0, description="optimizer steps between samples; 0 for none in between")
     at_start: bool = Field(True, description="before the first step")
@@ -178,46 +146,3 @@ class Samples(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of what is drawn, with the step and the prompt")
     compare: bool | None = Field(
         None, description="also show what the base says, with the same noise; default: true with an adapter alone")  # fmt: skip
-
-
-class Dataset(Section):
-    """[[datasets]]"""
-
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …"
-    )
-    dataset_type: Annotated[Literal["textfile", "doclist"], BeforeValidator(not_built)] = Field(
-        description="'textfile': .txt and .md files, one document each. 'doclist': .json, .jsonl or .parquet with a `text` field.")  # fmt: skip
-    dataset_path: str = Field(description="a file or a glob; ** descends into folders")
-    sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
-    eval_size: float | int = Field(
-        0,
-        ge=0,
-        description="held out for evaluation: a fraction below 1, or a number of chunks (documents if eval_split = 'document')",
-    )
-    eval_split: Literal["chunk", "document"] = Field(
-        "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
-    sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
-    subsample: float | None = Field(
-        None, gt=0, le=1, description="fraction of the chunks to keep (of those held out too), after a seeded shuffle"
-    )
-    num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
-    join_lines: bool = Field(
-        False, description="join line breaks inside paragraphs, as Project Gutenberg's texts have them; verse, lists, tables, headings, quotations, code and indented lines keep theirs (datasets/README.md)")  # fmt: skip
-
-
-class EvalDataset(Section):
-    """[[eval_datasets]]"""
-
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default eval0, eval1, …"
-    )
-    dataset_type: Annotated[Literal["textfile", "doclist"], BeforeValidator(not_built)] = Field(
-        description="as for [[datasets]]"
-    )
-    dataset_path: str = Field(description="a file or a glob; all of it is evaluated")
-    sequence_len: int = Field(ge=2, description="tokens per chunk, exactly")
-    subsample: float | None = Field(
-        None, gt=0, le=1, description="fraction of the chunks to keep, after a seeded shuffle"
-    )
-    join_lines: bool = Field(False, description="as for [[datasets]]")

@@ -1,25 +1,16 @@
-"""Takes a dataset's files and the tokenizer; gives its chunks, from the cache if these very files were cut before.
+"""Takes a dataset's files and the tokenizer; gives its chunks, from the cache (cache.py) if these very files were cut before."""
 
-The cache is keyed by the content of the files, the tokenizer and the settings. It is built by one process, the others
-wait; a store appears under its name when it is whole, or not at all.
-"""
-
-import fcntl
-import hashlib
-import json
-import re
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.console import UserError, gib, progress, rank
+from pipeline.console import UserError, gib, progress
+from pipeline.data import cache
 from pipeline.data.reading import documents
 from pipeline.data.reading.documents import Document
 from pipeline.data.reading.encodings import Findings
@@ -27,11 +18,8 @@ from pipeline.data.reading.sources import Source, find
 from pipeline.data.selection import SEED, Streams, held_out_count
 from pipeline.data.store import BATCH_TOKENS, ChunkStore, ChunkWriter, Marks
 from pipeline.data.tokenizer import fingerprint, tokens
-from pipeline.files import explain_out_of_space, rename
-from pipeline.foreign import printable
 
 FORMAT = 2  # goes into the key: raise it when the same input would give other chunks
-LET_FIRST_RANK_S = 5.0
 EVAL_SPLITS = ("chunk", "document")
 
 
@@ -46,13 +34,14 @@ def build(
     eval_size: float | int = 0,
     eval_split: str = "chunk",
     join_lines: bool = False,
+    field_text: str = "text",
 ) -> Streams[ChunkStore]:
     """The chunks of a dataset, tokenised now or found in `cache_dir`. One process at a time builds, the others wait.
 
     With `eval_split = 'document'` and an `eval_size` (a part of the documents, rounded up, or their number), whole
     documents drawn by a fixed seed are held out as a stream of their own. `join_lines`: join the line breaks that wrap
-    paragraphs (line_breaks.py). UserError: no files, unreadable text, a tokenizer without EOS, too little text for one
-    chunk, nothing left on one side of the split.
+    paragraphs (line_breaks.py). `field_text`: of rows, what holds the text. UserError: no files, unreadable text, a
+    tokenizer without EOS, too little text for one chunk, nothing left on one side of the split.
     """
     if eval_split not in EVAL_SPLITS:
         raise UserError(f"dataset '{name}': eval_split = '{eval_split}' is not known; use {' or '.join(EVAL_SPLITS)}")
@@ -61,13 +50,11 @@ def build(
         raise UserError(f"dataset '{name}': sequence_len = {sequence_len} leaves nothing to predict; use 3 or more")
     sources = find(dataset_type, dataset_path)
     held_out = eval_size if eval_split == "document" else 0
-    key = _key(name, sources, fingerprint(tokenizer), [*marks, sequence_len, held_out, join_lines])
-    path = cache_dir / f"{_folder_name(name)}-{key}"
-    with explain_out_of_space(path):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    with explain_out_of_space(path), _alone(cache_dir, path):
+    settings = [*marks, sequence_len, held_out, join_lines, field_text]
+    path = cache.folder(cache_dir, name, sources, [FORMAT, BATCH_TOKENS, fingerprint(tokenizer), settings])
+    with cache.alone(path):
         if not path.exists():
-            _write(path, name, sources, sequence_len, tokenizer, marks, held_out, join_lines)
+            _write(path, name, sources, sequence_len, tokenizer, marks, held_out, join_lines, field_text)
     return load(path)
 
 
@@ -90,22 +77,6 @@ def special_ids(tokenizer: Any, name: str) -> Marks:
     return Marks(tokenizer.bos_token_id, tokenizer.eos_token_id, unknown, tuple(sorted(tokenizer.all_special_ids)))
 
 
-def _key(name: str, sources: list[Source], tokenizer: str, settings: list[Any]) -> str:
-    """Names the content: 20 hex digits of the SHA-256 of all that decides the chunks and their documents' names."""
-    total = sum(path.stat().st_size for path, _ in sources)
-    files = []
-    with progress(f"checking {name}", total) if total > 2**30 else nullcontext(lambda n: None) as advance:
-        for path, file_name in sources:
-            try:
-                with open(path, "rb") as file:
-                    files.append((file_name, hashlib.file_digest(file, "sha256").hexdigest()))
-                    advance(file.tell())
-            except OSError as error:
-                raise UserError(f"{printable(path)}: cannot be read: {error.strerror}") from error
-    content = [FORMAT, name, files, tokenizer, settings, BATCH_TOKENS]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-
-
 def _write(
     path: Path,
     name: str,
@@ -115,21 +86,19 @@ def _write(
     marks: Marks,
     held_out: float | int,
     join_lines: bool,
+    field_text: str,
 ) -> None:
     """Tokenise and cut into `path`, which appears when it is whole."""
-    staging = path.with_name(f".staging-{path.name}")
-    shutil.rmtree(staging, ignore_errors=True)  # a killed process's; no other can be at work here now
-    total = documents.text_bytes(sources)
+    total = documents.text_bytes(sources, field_text)
     needed = f"about {gib(4 / 3 * total)}"  # 4 bytes a token, of which few have less than 3 bytes of text
-    with explain_out_of_space(path, needed), ExitStack() as clearing:
-        clearing.callback(shutil.rmtree, staging, ignore_errors=True)
+    with cache.whole(path, needed) as staging, ExitStack() as clearing:
         names = ("train", "eval") if held_out else ("all",)
         writers = [ChunkWriter(staging / stream, name, stream, sequence_len, marks) for stream in names]
         for writer in writers:
             clearing.callback(writer.let_go)
-        is_held_out = _draw_documents(name, sources, held_out)
+        is_held_out = _draw_documents(name, sources, held_out, field_text)
         findings = Findings()
-        read = documents.read_sources(sources, join_lines=join_lines, findings=findings)
+        read = documents.read_sources(sources, join_lines=join_lines, findings=findings, field=field_text)
         with progress(f"tokenising {name}", total) as advance:
             number = 0
             for document, ids, last in tokens(tokenizer, _counted(read, total, advance)):
@@ -137,14 +106,13 @@ def _write(
                 number += last
         for writer in writers:
             writer.close(findings)
-        rename(staging, path)
 
 
-def _draw_documents(name: str, sources: list[Source], held_out: float | int) -> NDArray[np.bool_]:
+def _draw_documents(name: str, sources: list[Source], held_out: float | int, field: str) -> NDArray[np.bool_]:
     """Which documents, by number, are held out: drawn with the fixed seed of all splits."""
     if not held_out:
         return np.zeros(0, bool)
-    total = sum(1 for _ in documents.read_sources(sources))
+    total = sum(1 for _ in documents.read_sources(sources, field=field))
     count = held_out_count(held_out, total, f"dataset '{name}'", "documents")
     drawn = np.zeros(total, bool)
     drawn[np.random.default_rng(SEED).permutation(total)[:count]] = True
@@ -166,30 +134,3 @@ def _counted(read: Iterator[Document], total: int, advance: Callable[[int], None
     for document in read:
         yield Document(document.name, partial(pieces, document))
     advance(total - done)
-
-
-@contextmanager
-def _alone(cache_dir: Path, path: Path) -> Iterator[None]:
-    """Hold the cache's lock; the system frees it when a process dies, however it dies.
-
-    Where `path` has to be built, other ranks give the first some seconds to begin: it is the one that shows progress.
-    """
-    with open(cache_dir / ".lock", "a") as file:
-        patience = time.monotonic() + (LET_FIRST_RANK_S if rank() else 0)
-        while time.monotonic() < patience and not path.exists() and not _is_held(file):
-            time.sleep(0.02)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _is_held(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(file, fcntl.LOCK_UN)
-    return False
-
-
-def _folder_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64] or "dataset"

@@ -1,6 +1,7 @@
 """What a dataset is to everything that trains on it or measures with it: rows, each with its length and its targets.
 
-Takes nothing; gives the protocol that a kind of dataset implements (book chunks: store.py), and what follows from it alone.
+Takes nothing; gives the protocol that a kind of dataset implements (book chunks: store.py; conversations and other rows:
+rows/store.py), and what follows from it alone.
 Whoever batches, weighs, shows or scores rows knows this protocol and no kind of dataset.
 
 A *target* is a place of a row whose token is trained: predicted from the places before it. The first place of a row has
@@ -53,6 +54,10 @@ class RowStore(Protocol):
     @property
     def targets(self) -> NDArray[np.int64]:
         """Targets of each row, int64 [N]; 0 where nothing of a row is trained."""
+
+    @property
+    def groups(self) -> NDArray[np.int64] | None:
+        """int64 [N]: rows with one number, those of a conversation, are held out together; None where each is by itself."""
 
     def __len__(self) -> int: ...
 

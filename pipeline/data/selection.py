@@ -1,9 +1,9 @@
 """Takes the stores of datasets; gives the rows that an epoch trains on and those that are held out for evaluation.
 
 First each dataset alone (`split`). By row (`eval_split = 'chunk'`) these are the rows that qlora-pipe would take through
-Hugging Face's `train_test_split(shuffle=True, seed=42)` and `shuffle(seed=42)`. By document the two are separate streams
-already (`chunks.build`), since neighbouring chunks of one book are no test of each other. A row without targets is in
-neither: nothing could be learnt or measured on it.
+Hugging Face's `train_test_split(shuffle=True, seed=42)` and `shuffle(seed=42)`; rows of one conversation stay together. By
+document the two are separate streams already (`chunks.build`), since neighbouring chunks of one book are no test of each
+other. A row without targets is in neither: nothing could be learnt or measured on it.
 
 Then all of them together (`mix`). 'concatenate' has every row once. 'interleave' draws datasets by weight and takes the
 drawn one's next row, as Hugging Face's `interleave_datasets` does: 'first_exhausted' stops when one dataset has given all
@@ -74,7 +74,7 @@ def split(
 ) -> Split:
     """Choose the rows of a dataset.
 
-    `eval_size`: the part (0 < eval_size < 1, rounded up) or the number (int ≥ 1) of rows held out; of no effect
+    `eval_size`: the part (0 < eval_size < 1, rounded up) or the number (int ≥ 1) of rows (conversations) held out; of no effect
     where documents were held out. `subsample`: the part of both that is kept after a shuffle, rounded down.
     `num_repeats`: how often each training row comes in an epoch. UserError if no row is left on either side,
     or a store has no row with a target.
@@ -86,10 +86,16 @@ def split(
         held_out = _with_targets(streams.eval)
         untrained += len(streams.eval) - len(held_out)
     elif eval_size:
-        count = held_out_count(eval_size, len(train), f"dataset '{name}'", "chunks")
+        groups = streams.train.groups
+        units, what = (train, "chunks") if groups is None else (np.unique(groups[train]), "conversations")
+        count = held_out_count(eval_size, len(units), f"dataset '{name}'", what)
         # The same draw as datasets.Dataset.train_test_split (datasets 5.2, arrow_dataset.py).
-        order = train[np.random.default_rng(SEED).permutation(len(train))]
-        train, held_out = order[count:], order[:count]
+        order = units[np.random.default_rng(SEED).permutation(len(units))]
+        if groups is None:
+            train, held_out = order[count:], order[:count]
+        else:
+            drawn = np.isin(groups[train], order[:count])
+            train, held_out = train[~drawn], train[drawn]
     evaluation = _subsampled(held_out, subsample, f"dataset '{name}', evaluation") if len(held_out) else None
     if num_repeats < 1:
         raise UserError(f"dataset '{name}': num_repeats = {num_repeats} must be 1 or more")

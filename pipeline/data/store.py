@@ -10,7 +10,6 @@ stream) and `report.json`. The chunks stay on disk: a run holds no more of them 
 
 import hashlib
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +19,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.console import UserError
+from pipeline.data.arrow_files import ArrowFile, opened
 from pipeline.data.reading.encodings import Findings
 from pipeline.data.row_store import DocumentSpan
-from pipeline.files import sync_stream, write_json
+from pipeline.files import write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
 BATCH_DOCUMENTS = 2**16
@@ -100,8 +100,8 @@ class ChunkWriter:
         self.largest_id = 0
         self.content = hashlib.sha256()
         schema = pa.schema([("input_ids", pa.list_(pa.int32(), sequence_len))])
-        self._chunks = _ArrowFile(folder / "chunks.arrow", schema)
-        self._documents = _ArrowFile(folder / "documents.arrow", _DOCUMENTS)
+        self._chunks = ArrowFile(folder / "chunks.arrow", schema)
+        self._documents = ArrowFile(folder / "documents.arrow", _DOCUMENTS)
 
     def add(self, name: str, ids: NDArray[np.int32], last: bool) -> None:
         """The next segment of document `name`; `last` closes it with EOS, unless the text itself ends in EOS.
@@ -220,9 +220,10 @@ class ChunkStore:
         # One number, seen as N: of millions of chunks nothing is held.
         self.lengths: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len), (len(self),))
         self.targets: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len - 1), (len(self),))
-        self._chunks = _opened(folder / "chunks.arrow")
+        self.groups = None
+        self._chunks = opened(folder / "chunks.arrow")
         self._rows = max(1, BATCH_TOKENS // self.sequence_len)
-        documents = _opened(folder / "documents.arrow").read_all()
+        documents = opened(folder / "documents.arrow").read_all()
         self._names = documents["name"]
         self._starts: NDArray[np.int64] = documents["start"].to_numpy()
 
@@ -264,28 +265,3 @@ class ChunkStore:
             "chunks": report.chunks,
             "sequence_len": report.sequence_len,
         }
-
-
-class _ArrowFile:
-    """An Arrow file being written; `close` makes it durable."""
-
-    def __init__(self, path: Path, schema: Any) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
-        self._schema = schema
-        self._writer = pa.ipc.new_file(self._file, schema)
-
-    def write(self, columns: list[Any]) -> None:
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-
-    def close(self) -> None:
-        self._writer.close()
-        sync_stream(self._file)
-        self._file.close()
-
-    def let_go(self) -> None:
-        with suppress(OSError):  # what is still in the buffer may not fit
-            self._file.close()
-
-
-def _opened(path: Path) -> Any:
-    return pa.ipc.open_file(pa.memory_map(str(path)))

@@ -5,26 +5,34 @@ tokens that the tokenizer itself puts before a text; a conversation those that i
 """
 
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.console import UserError
-from pipeline.data.chat.template import Message, NotRendered, Template, specials_of
+from pipeline.data.chat import load
+from pipeline.data.chat.template import Message, NotRendered, Template
 from pipeline.data.tokenizer import encoder
 from pipeline.foreign import printable, read_object
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Makes prompts of texts for one model. `template`: of conversations, None for plain text; `system`: their first message's
-    text, "" for none. `stops`: the ids that end an answer."""
+    """Makes prompts of texts for one model. `stops`: the ids that end an answer.
+
+    `template`: of conversations, None for plain text. `system`: the text of their first message, or with `merge_system` of the
+    first lines of the user's; "" for none.
+    """
 
     tokenizer: Any
     stops: frozenset[int]
     template: Template | None = None
     system: str = ""
+    merge_system: bool = False
 
     def ids(self, text: str) -> list[int]:
         """Of one prompt. UserError where there is nothing to go on from, or the template refuses it."""
@@ -43,9 +51,13 @@ class Asker:
         """Of a conversation that ends with the user's turn; the system's message comes before it."""
         if self.template is None:
             raise ValueError("there is no chat template")
-        opening = [{"role": "system", "content": self.system}] if self.system else []
+        given = [dict(message) for message in messages]
+        if self.system and self.merge_system:
+            given[0]["content"] = f"{self.system}\n\n{given[0]['content']}"
+        elif self.system:
+            given = [{"role": "system", "content": self.system}, *given]
         try:
-            text = self.template.render([*opening, *messages], prompt=True)
+            text = self.template.render(given, prompt=True)
         except NotRendered as error:
             raise UserError(f"the chat template cannot render the prompt: {error}") from None
         return encoder(self.tokenizer)([text])[0]
@@ -55,31 +67,33 @@ class Asker:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def asker(tokenizer: Any, folder: str, *, chat: bool, system: str, where: str) -> Asker:
-    """For the model in `folder`. `where`: what asked for a chat, for the message. UserError where there is no template."""
+def asker(
+    tokenizer: Any,
+    folder: str,
+    *,
+    chat: bool,
+    system: str,
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] = NONE,
+    merge_system: bool = False,
+) -> Asker:
+    """For the model in `folder`. `chat_template`: as in [[datasets]] (chat/load.py). UserError where `chat` has no template."""
     stops = stop_ids(tokenizer, folder)
     if not chat:
         return Asker(tokenizer, stops)
-    try:
-        source = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise UserError(
-            f"{where}: the tokenizer in {printable(folder)} has no chat template ({printable(error, 80)}); "
-            "ask in plain text, or add chat_template.jinja to that folder"
-        ) from None
-    variables = dict(tokenizer.special_tokens_map)
     day = datetime.date.today().isoformat()  # for templates that print it
-    return Asker(tokenizer, stops, Template(source, specials_of(tokenizer, sorted(stops)), variables, day=day), system)
+    made = load.template(tokenizer, sorted(stops), chat_template, template_kwargs, day)
+    return Asker(tokenizer, stops, made, system, merge_system)
 
 
 def stop_ids(tokenizer: Any, folder: str) -> frozenset[int]:
-    """The ids at which the model in `folder` stops: those of its generation_config.json, else of config.json, and the
-    tokenizer's EOS."""
-    generation = Path(folder) / "generation_config.json"
-    source = generation if generation.is_file() else Path(folder) / "config.json"
-    written = read_object(source, "where the model says what ends a text").get("eos_token_id")
-    found = [*(written if isinstance(written, list) else [written]), tokenizer.eos_token_id]
-    return frozenset(id for id in found if isinstance(id, int))
+    """The ids at which the model in `folder` stops: those of its generation_config.json, of config.json where there is none
+    (as transformers does), and the tokenizer's EOS."""
+    found: list[Any] = [*load.stop_ids(Path(folder)), tokenizer.eos_token_id]
+    if not (Path(folder) / "generation_config.json").is_file():
+        written = read_object(Path(folder) / "config.json", "the model's configuration").get("eos_token_id")
+        found += written if isinstance(written, list) else [written]
+    return frozenset(id for id in found if type(id) is int)
 
 
 def read_prompts(file: Path, where: str) -> list[str]:

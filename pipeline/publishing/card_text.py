@@ -74,23 +74,33 @@ def modules_in_words(modules: Sequence[str]) -> str:
 
 
 def data(facts: Facts) -> str:
-    """The sets by name: documents, tokens, chunks, and how many of the chunks were used."""
+    """The sets by name: documents (conversations, rows), tokens, what they were made into, and how much of that was used."""
     rows = [
         (
             d["name"],
             d["use"],
             f"{d['documents']:,}",
             f"{d['tokens']:,}",
-            f"{d['chunks']:,} × {d['sequence_len']:,}",
+            _rows(d),
             _used(d),
         )
         for d in facts.data
     ]
     head = ("data", "for", "documents", "tokens", "chunks × tokens", "chunks used")
     said = "Documents, tokens (without BOS and EOS) and chunks are of the whole text of a set."
+    if any("chunks" not in d for d in facts.data):
+        head = ("data", "for", "documents or conversations", "tokens", "rows × tokens", "rows used")
+        said = "All but what was used is of the whole of a set; tokens of books are without BOS and EOS."
     if facts.epochs is not None:
         said += f" The run read {facts.epochs:.4g} times what is used for training."
     return f"{table(head, rows)}\n{said}" if rows else ""
+
+
+def _rows(entry: dict[str, Any]) -> str:
+    """Chunks of one length, or rows up to one, with the part that is trained."""
+    if "chunks" in entry:
+        return f"{entry['chunks']:,} × {entry['sequence_len']:,}"
+    return f"{entry['made']:,} × ≤ {entry['longest']:,}, {entry['targets']:,} tokens trained"
 
 
 def _used(entry: dict[str, Any]) -> str:

@@ -13,9 +13,10 @@ import tomli_w
 
 from docs import generate
 from pipeline.config import loading
+from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.schema import Config, layer_ranges
-from pipeline.config.tables import Bnb, Dataset, EvalDataset, Optimizer, Quantization, Samples
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples
 from pipeline.console import UserError
 from tests.helpers.configs import problems, small, with_key
 from tests.helpers.paths import ROOT

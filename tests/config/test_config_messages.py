@@ -73,7 +73,7 @@ def test_all_problems_at_once() -> None:
         'activation_checkpointing = "cpu"': "'unsloth'",
         'layers_to_transform = "5:2"': "'2:5'",
         "optimizer.lrr": "Did you mean 'lr'",
-        'datasets.0.dataset_type = "axolotl"': "'textfile' or 'doclist'",
+        'datasets.0.dataset_type = "axolotl"': "'chat', 'completion' or 'pretokenized'",
         "datasets.0.sequence_len = 1": "greater than or equal to 2",
         # rules between keys, in the same message
         "lora_alpha": "required unless full_fine_tune",
@@ -300,11 +300,51 @@ def test_values_of_qlora_pipe_that_are_not_built_are_refused_by_name() -> None:
     assert (
         line == "activation_checkpointing = \"cpu\": not built; 'unsloth' also keeps the layers' inputs in host memory"
     )
-    for kind in ("axolotl", "pretokenized"):
-        raw = small()
-        raw["datasets"] = [{**raw["datasets"][0], "dataset_type": kind}]
-        (line,) = problems(raw)
-        assert line.startswith(f'datasets.0.dataset_type = "{kind}": datasets of this type are not built yet')
+
+
+def dataset(kind: str, **keys: Any) -> dict[str, Any]:
+    """A configuration whose dataset is of this type, with these keys."""
+    raw = small()
+    raw["datasets"] = [{**raw["datasets"][0], "dataset_type": kind, **keys}]
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "types"),
+    [
+        ("textfile", "field_text", "body", "'doclist'"),
+        ("textfile", "chat_template", "chatml", "'chat' and 'completion'"),
+        ("doclist", "max_bad_rows", 0.5, "'chat' and 'completion' and 'pretokenized'"),
+        ("chat", "join_lines", True, "'textfile' and 'doclist'"),
+        ("chat", "eval_split", "document", "'textfile' and 'doclist'"),
+        ("chat", "field_prompt", "question", "'completion'"),
+        ("completion", "train_on", "last", "'chat'"),
+        ("completion", "roles", {"user": ["customer"]}, "'chat'"),
+        ("pretokenized", "train_on_eos", "none", "'chat' and 'completion'"),
+    ],
+)
+def test_keys_that_do_not_go_with_the_type_are_refused(kind: str, key: str, value: Any, types: str) -> None:
+    lines = problems(dataset(kind, **{key: value, "eval_size": 2}))
+    assert f"datasets.0.{key}: has a meaning for {types} only, not for '{kind}'; remove it" in lines
+    held = {"dataset_type": kind, "dataset_path": "x", "sequence_len": 64, key: value}
+    if key != "eval_split":
+        assert any(
+            line.startswith(f"eval_datasets.0.{key}: ") for line in problems({**small(), "eval_datasets": [held]})
+        )
+
+
+def test_values_that_do_not_go_with_the_type_are_refused() -> None:
+    (line,) = problems(dataset("chat", chat_template="none"))
+    assert line.startswith("datasets.0.chat_template: 'none' goes with 'completion' only")
+    (line,) = problems(dataset("pretokenized", too_long="truncate_left"))
+    assert line.startswith("datasets.0.too_long: 'truncate_left' needs to know where turns begin")
+
+
+def test_keys_with_their_defaults_pass_whatever_the_type() -> None:
+    """As a run's config.toml has them."""
+    for kind in ("textfile", "doclist", "chat", "completion", "pretokenized"):
+        config = loading.validate(dataset(kind), "x.toml")
+        assert loading.validate(tomli.loads(loading.to_toml(config)), "y.toml") == config
 
 
 def test_names_that_datasets_get_by_default_count_too() -> None:

@@ -11,8 +11,9 @@ import tomli
 import tomli_w
 
 from pipeline.config import loading, peers
+from pipeline.config.data_tables import Dataset
 from pipeline.config.schema import Config
-from pipeline.config.tables import Dataset, Optimizer
+from pipeline.config.tables import Optimizer
 from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError
 from pipeline.names import as_ranges, layer_ranges
@@ -59,7 +60,8 @@ THEIRS = {
     "pissa_init": "init_lora_weights",
     "additional_target": "trainable_modules",
     "max_samples": "subsample",
-    "template": "not built",
+    "template": "chat_template",
+    "train_on_inputs": "no counterpart",
     "flash_attn": "attn_implementation",
     # transformers, TRL
     "per_device_train_batch_size": "micro_batch_size_per_gpu",

@@ -22,6 +22,7 @@ from tests.helpers.data import store
     [
         (("--plan", "--check"), "give one"),
         (("--plan", "--preview", "2"), "give one"),
+        (("--prepare", "--check"), "give one"),
         (("--devices", "2x48GiB"), "add --plan"),
         (("--check", "--devices", "2x48GiB"), "add --plan"),
         (("--profile", "0"), "1 to 100"),

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.console import UserError
-from pipeline.data import chunks
+from pipeline.data import cache, chunks
 from tests.helpers import data as helpers_data
 from tests.helpers.data import ROOT, WILD, build, measure, prose, shelve, tokenizer, whole
 
@@ -127,36 +127,51 @@ def shelf(tmp_path: Path) -> Path:
     return shelve(tmp_path / "shelf", *(prose(60 + 40 * i, seed=i) for i in range(10)))
 
 
+def cached(shelf: Path) -> set[Path]:
+    """The stores in the cache beside the texts."""
+    return {path for path in (shelf / "cache").iterdir() if path.is_dir()}
+
+
 def test_the_cache_is_keyed_by_content_tokenizer_and_settings(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build(shelf)
+    build(shelf)
     (shelf / "001.txt").touch()
     moved = shelf.rename(shelf.with_name("moved"))
+    first = cached(moved)
+    assert len(first) == 1
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "tokens", None)  # nothing is tokenised again
-        assert build(moved).path.name == first.path.name
-        assert build(moved, eval_size=0.5).path.name == first.path.name  # a split by chunk needs no other chunks
-    others = [
-        build(moved, sequence_len=33),
-        build(moved, name="novels"),
-        build(moved, tokenizer=tokenizer("llama3")),
-        build(moved, tokenizer=tokenizer("gpt2", bos=False)),
-        build(moved, eval_size=2, eval_split="document"),
-        build(moved, eval_size=3, eval_split="document"),
-        build(moved, join_lines=True),
+        build(moved)
+        build(moved, eval_size=0.5)  # a split by chunk needs no other chunks
+        assert cached(moved) == first
+    held_out = {"eval_size": 2, "eval_split": "document"}
+    others: list[dict[str, Any]] = [
+        {"sequence_len": 33},
+        {"name": "novels"},
+        {"tokenizer": tokenizer("llama3")},
+        {"tokenizer": tokenizer("gpt2", bos=False)},
+        held_out | {"eval_size": 3},
+        {"join_lines": True},
+        {"field_text": "body"},
     ]
+    for changes in others:
+        build(moved, **changes)
     (moved / "001.txt").rename(moved / "0011.txt")
-    others.append(build(moved))
+    build(moved)
     (moved / "002.txt").write_text(prose(200))
-    others.append(build(moved))
-    assert len({stream.path.name for stream in [first, *others]}) == len(others) + 1
-    loaded = chunks.load(others[4].path)
+    build(moved)
+    before = cached(moved)
+    assert len(before) == 1 + len(others) + 2
+    split = build(moved, **held_out)
+    (path,) = cached(moved) - before
+    loaded = chunks.load(path)
     assert loaded.eval is not None
-    assert [s.report for s in loaded.stores] == [s.report for s in others[4].stores]
-    assert [(loaded.eval.ids(i) == others[4].eval.ids(i)).all() for i in range(len(loaded.eval))]  # type: ignore[union-attr]
+    assert [s.report for s in loaded.stores] == [s.report for s in split.stores]
+    assert [(loaded.eval.ids(i) == split.eval.ids(i)).all() for i in range(len(loaded.eval))]  # type: ignore[union-attr]
 
 
 def test_a_store_that_is_not_whole_is_refused(shelf: Path) -> None:
-    path = build(shelf).path
+    build(shelf)
+    (path,) = cached(shelf)
     with open(path / "all/chunks.arrow", "r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match="have not the size they were written with; delete the folder"):
@@ -183,7 +198,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(shelf: Path, monkeypatch:
         with open("/dev/full", "w") as file:
             file.write("x")
 
-    monkeypatch.setattr("pipeline.data.store._ArrowFile.write", full)
+    monkeypatch.setattr("pipeline.data.arrow_files.ArrowFile.write", full)
     with pytest.raises(
         UserError, match=r"cannot write .*cache/.*: the disk is full: about [0-9.]+ KiB needed, .* free at .*cache"
     ) as error:
@@ -255,7 +270,7 @@ def test_the_first_rank_builds_since_it_shows_progress(
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "0\n"
     shutil.rmtree(shelf / "cache")
-    monkeypatch.setattr(chunks, "LET_FIRST_RANK_S", 0.1)
+    monkeypatch.setattr(cache, "LET_FIRST_RANK_S", 0.1)
     monkeypatch.setenv("RANK", "1")
     assert len(build(shelf).train)  # alone, another rank builds after all
 

@@ -178,11 +178,12 @@ def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("chat", "chat and instruction data are not built yet"),
-        ("sharegpt", "chat and instruction data are not built yet"),
-        ("csv", "tables are not read; write the text column"),
+        ("sharegpt", "write dataset_type = 'chat'"),
+        ("alpaca", "write dataset_type = 'completion'"),
+        ("axolotl", "write dataset_type = 'chat', 'completion' or 'pretokenized'"),
+        ("csv", "write what the rows are: dataset_type = 'doclist'"),
         ("epub", "books are read from .txt and .md files"),
-        ("jsonl", "write dataset_type = 'doclist'"),
+        ("jsonl", "write what the rows are: dataset_type = 'doclist'"),
         ("txt", "write dataset_type = 'textfile'"),
     ],
 )

@@ -130,9 +130,10 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path, lead: str) -> None:
         (
             "a.json",
             '{\n"text": "x"\n}',
-            "line 1 is not valid JSON, .* must be a list of objects .* or have an object on each",
+            "line 1 is not valid JSON, .* must be a list of objects, .* or have an object on each",
         ),
-        ("a.json", '{"data": [{"text": "x"}]}', "row 1 .* with the fields data. The file should be the list inside"),
+        ("a.json", '{"data": [{"text": "x"}], "rows": []}', "has a list in 'data' and another in 'rows'"),
+        ("a.json", '{"data": [{"text": "x"}]', "after the list the object should end, not ''"),
         ("a.jsonl", '[{"text": "x"}, \n{"text": "y"}]', "A list of objects belongs in a .json file: rename it"),
         ("a.json", "", "must be a list of objects"),
         ("a.json", '[{"text": "x"}, {"text": ', "element 2 is not valid JSON"),
@@ -143,10 +144,14 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path, lead: str) -> None:
         ("a.json", '["x"]', "row 1 has no field 'text' that holds a string; it is 'x'"),
         ("a.json", '[{"text": "x"}, 12]', "row 2 has no field 'text' that holds a string; it is 12"),
         ("a.jsonl", '{"text": "x"}\n{"text": 3}', "row 2 has no field 'text' .* object with the fields text"),
-        ("a.jsonl", '{"content": "x", "id": 1}', "row 1 has no field 'text' .* the fields content, id. Give the field"),
+        ("a.jsonl", '{"content": "x", "id": 1}', "row 1 has no field 'text' .* the fields content, id. Name the field"),
         ("a.jsonl", '{"messages": []}', "This is chat data"),
         ("a.json", '[{"conversations": []}]', "This is chat data"),
-        ("a.jsonl", '{"prompt": "x", "completion": "y"}', "These are pairs: join prompt and completion"),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "completion": "y"}',
+            r"These are pairs \(prompt and completion\): set dataset_type = 'completion'",
+        ),
         ("a.jsonl", '{"text": "x"}\n{"text": null}', "row 2 has no field 'text' .*, and 'text' is not a string"),
         ("a.jsonl", '{"text": "x"}\n{"text": "y", "n": ' + DEEP + "}", "a.jsonl: line 2 nests lists"),
         ("a.json", '[{"text": "x"}, {"text": "y", "n": ' + DEEP + "}]", "a.json: element 2 nests lists"),
@@ -223,7 +228,9 @@ def test_a_path_that_matches_nothing_lists_what_is_there(shelf: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             sources.find(dataset_type, str(shelf / path))
-    with pytest.raises(UserError, match="dataset_type = 'axolotl' is not known; use one of: textfile, doclist"):
+    with pytest.raises(
+        UserError, match="dataset_type = 'axolotl' is not known; use one of: textfile, doclist, chat, completion"
+    ):
         sources.find("axolotl", "x")
 
 

@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_read_on_is_an_error(tmp_path: Path) -> None:
         ("more/b.txt", "*", r"left out more/"),
         ("B.TXT", "*.txt", r"left out .*B\.TXT, which differ from the glob in capital letters only"),
         ("book.epub", "*", r"left out book\.epub.*`pandoc"),
-        ("data.csv", "**", r"left out data\.csv.*: a table: write its text column"),
+        ("data.csv", "**", r"left out data\.csv.*: a table, which dataset_type = 'doclist'"),
         ("b.txt.gz", "*", r"left out b\.txt\.gz.* unpack"),
         ("notes", "*", r"left out notes.* give it the ending \.txt"),
     ],
@@ -235,7 +235,7 @@ def test_a_name_that_is_no_text_is_spelled_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("a.csv", "a table: write its text column to a .jsonl or .parquet file"),
+        ("a.tsv", "a table: write its rows to a .jsonl, .csv or .parquet file"),
         ("a.epub", "pandoc FILE -t plain --wrap=none"),
         ("a.pdf", "pdftotext FILE.pdf"),
         ("a.zip", "unpack it"),

@@ -21,9 +21,7 @@ def model_folder(folder: Path, generation: Any = None, **config: Any) -> str:
 def asks(folder: Path, name: str = "", **given: Any) -> Asker:
     made = tokenizer(name or "inst")
     made.chat_template = source(name) if name else None
-    return asker(
-        made, model_folder(folder), **{"chat": bool(name), "system": "", "where": "samples.chat = true", **given}
-    )
+    return asker(made, model_folder(folder), **{"chat": bool(name), "system": "", **given})
 
 
 def test_stops_are_the_generation_configs_and_the_tokenizers(tmp_path: Path) -> None:
@@ -62,8 +60,19 @@ def test_the_systems_message_comes_first(tmp_path: Path) -> None:
 def test_what_a_template_cannot_say_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot render the prompt: Only user and assistant roles are supported"):
         asks(tmp_path, "inst", system="Be brief.").ids("Why?")
-    with pytest.raises(UserError, match=r"^samples.chat = true: the tokenizer in .* has no chat template"):
+    with pytest.raises(UserError, match="the model's tokenizer has no chat template"):
         asks(tmp_path, chat=True)
+
+
+def test_a_datasets_template_and_its_rules_are_taken(tmp_path: Path) -> None:
+    """As the dataset that is trained has them."""
+    asking = asks(tmp_path, chat=True, chat_template="{{ mood }}{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    assert asking.tokenizer.decode(asking.ids("Why?")) == "[Why?]"
+    given = {"chat_template": source("inst"), "system": "Be brief.", "merge_system": True}
+    asking = asks(tmp_path, chat=True, **given)
+    assert asking.tokenizer.decode(asking.ids("Why?")) == "<|bos|>[INST] Be brief.\n\nWhy? [/INST]"
+    loud = asks(tmp_path, chat=True, chat_template="{{ mood }}{{ messages[0].content }}", template_kwargs={"mood": "!"})
+    assert loud.tokenizer.decode(loud.ids("Why?")) == "!Why?"
 
 
 def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ class ListStore:
     bos: int | None = 1
     eos: int = 2
     content_hash: str = "0"
+    groups: NDArray[np.int64] | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:

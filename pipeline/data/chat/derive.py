@@ -102,7 +102,7 @@ def encoded(batch: Sequence[Texts], template: Template, encoder: Encoder, rules:
         fitted = fit(rows_of, text.conversation, template, encoder, rules.limit, rules.too_long)
         notes["too_long"] += fitted.dropped
         notes["shortened"] += fitted.shortened
-        results.append(Result([_finished(row, rules.train_on_eos) for row in fitted.rows], +notes))
+        results.append(Result([finished(row, rules.train_on_eos) for row in fitted.rows], +notes))
     return results
 
 
@@ -151,8 +151,8 @@ def _opens_twice(row: Encoded, template: Template, encoder: Encoder) -> bool:
     return bool(bos) and len(row.ids) > 1 and row.ids[0] == row.ids[1] == encoder.backend.token_to_id(str(bos))
 
 
-def _finished(row: Encoded, train_on_eos: str) -> Row:
-    """Targets without the ends of turns that are not trained."""
+def finished(row: Encoded, train_on_eos: str) -> Row:
+    """The row's ids and runs of targets, without the ends of turns that are not trained."""
     spans = [
         (start, end)
         if train_on_eos == "turn" or (train_on_eos == "last" and place == len(row.spans) - 1)

@@ -37,10 +37,14 @@ Encode = Callable[[Sequence[str]], list[Text]]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes texts as they stand, without adding a token. `in_pieces`: pieces of a text decode to the text."""
+    """Encodes texts as they stand, without adding a token. `in_pieces`: pieces of a text decode to the text.
+
+    `special`: ids of tokens at which every text is cut before it is encoded.
+    """
 
     backend: Any
     in_pieces: bool
+    special: frozenset[int] = frozenset()
 
     def __call__(self, texts: Sequence[str]) -> list[Text]:
         encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
@@ -58,7 +62,9 @@ def encoder(tokenizer: Any) -> Encoder:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = False
-    return Encoder(backend, _decodes_pieces(backend))
+    added = backend.get_added_tokens_decoder().items()
+    cuts = (id for id, token in added if token.special and not token.normalized and not token.single_word)
+    return Encoder(backend, _decodes_pieces(backend), frozenset(cuts))
 
 
 def _decodes_pieces(backend: Any) -> bool:
@@ -71,16 +77,46 @@ def _decodes_pieces(backend: Any) -> bool:
 
 def encode(conversations: Sequence[Sequence[RowText]], encoder: Encoder) -> list[list[Encoded]]:
     """Ids and targets of each conversation's rows; a turn at a border may come in a row of its own, after the others."""
-    texts = [text for rows in conversations for row in rows for text in (row.text, *(t.prompt for t in row.turns))]
-    found, place = encoder(texts), 0
-    done: list[list[Encoded]] = []
-    for rows in conversations:
-        done.append([])
-        for row in rows:
-            whole, prompts = found[place], found[place + 1 : place + 1 + len(row.turns)]
-            place += 1 + len(row.turns)
-            done[-1] += _row(row, whole, prompts, encoder)
-    return done
+    wholes = encoder([row.text for rows in conversations for row in rows])
+    prompts = iter(_prompts([row for rows in conversations for row in rows], wholes, encoder))
+    found = iter(wholes)
+    return [[e for row in rows for e in _row(row, next(found), next(prompts), encoder)] for rows in conversations]
+
+
+def _prompts(rows: Sequence[RowText], wholes: Sequence[Text], encoder: Encoder) -> list[list[Text]]:
+    """Each row's turns' prompts, encoded as if alone.
+
+    A special token cuts a text before it is encoded, so that of a byte-level tokenizer's prompt only what follows its last
+    one has to be encoded: a header, mostly the same one. What comes before is in the row already.
+    """
+    kept = [
+        [_kept(whole, len(turn.prompt), encoder) for turn in row.turns] for row, whole in zip(rows, wholes, strict=True)
+    ]
+    tails = [
+        [turn.prompt[whole.starts[count] if count else 0 :] for turn, count in zip(row.turns, counts, strict=True)]
+        for row, whole, counts in zip(rows, wholes, kept, strict=True)
+    ]
+    different = list(dict.fromkeys(tail for of_row in tails for tail in of_row))
+    encoded = dict(zip(different, encoder(different), strict=True))
+    return [
+        [_joined(whole, count, encoded[tail]) for count, tail in zip(counts, of_row, strict=True)]
+        for whole, counts, of_row in zip(wholes, kept, tails, strict=True)
+    ]
+
+
+def _kept(whole: Text, length: int, encoder: Encoder) -> int:
+    """How many tokens of a row those of its first `length` characters alone begin with; a special token follows them."""
+    if encoder.in_pieces:
+        for place in range(min(_first_from(whole, length), len(whole.ids) - 1) - 1, 0, -1):
+            if whole.ids[place] in encoder.special and whole.starts[place + 1] <= length:
+                return place
+    return 0
+
+
+def _joined(whole: Text, count: int, tail: Text) -> Text:
+    """The row's first `count` tokens and what follows them in a prompt."""
+    begin = whole.starts[count] if count else 0
+    return Text(whole.ids[:count] + tail.ids, whole.starts[:count] + [begin + start for start in tail.starts])
 
 
 def _row(row: RowText, whole: Text, prompts: Sequence[Text], encoder: Encoder) -> list[Encoded]:

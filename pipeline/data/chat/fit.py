@@ -15,6 +15,14 @@ from pipeline.data.chat.turns import Conversation, Refused, rows
 POLICIES = ("drop", "truncate_left", "error")
 
 
+def too_long(length: int, limit: int) -> UserError:
+    """What too_long = 'error' says."""
+    return UserError(
+        f"a row has {length:,} tokens, more than sequence_len = {limit:,}: raise sequence_len, or set too_long = 'drop' "
+        f"or 'truncate_left'"
+    )
+
+
 class Fitted(NamedTuple):
     """Rows of at most so many tokens; how many were too long and are left out, how many were shortened."""
 
@@ -38,10 +46,7 @@ def fit(
         if len(row.ids) <= limit:
             kept.append(row)
         elif policy == "error":
-            raise UserError(
-                f"a row has {len(row.ids):,} tokens, more than sequence_len = {limit:,}: raise sequence_len, or set "
-                f"too_long = 'drop' or 'truncate_left'"
-            )
+            raise too_long(len(row.ids), limit)
         elif policy == "truncate_left" and (parts := _shortened(row, conversation, template, encoder, limit)):
             kept += parts
             shortened += 1

@@ -4,6 +4,7 @@ Training's chunks run over the ends of documents and are cached; these rows do n
 """
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pipeline.console import UserError
 from pipeline.data.reading import documents
+from pipeline.data.reading.packed import ending
 from pipeline.data.reading.sources import SUFFIXES
 from pipeline.data.tokenizer import tokens
 from pipeline.foreign import printable
@@ -29,8 +31,7 @@ def document_rows(
     room = sequence_len - len(start)
     if room < 1:
         raise UserError(f"sequence_len = {sequence_len} leaves no room for text; use {len(start) + 1} or more")
-    suffix = path[path.rfind(".") :].lower() if "." in path else ""
-    dataset_type = "doclist" if suffix in SUFFIXES["doclist"] else "textfile"
+    dataset_type = "doclist" if ending(Path(path)) in SUFFIXES["doclist"] else "textfile"
     rows: list[Tensor] = []
     for ids in _whole(tokenizer, dataset_type, path):
         pieces = [ids[-room:]] if ends_only else [ids[at : at + room] for at in range(0, len(ids), room)]

@@ -1,8 +1,9 @@
 """Takes a dataset's files; gives its documents, one after the other, never all in memory.
 
-'textfile' is .txt and .md, one document a file. 'doclist' is .json (a list of objects, or an object a line), .jsonl and
-.parquet, one document a row, in the field `text`. A text file is read 1 MiB at a time; of the others one row (or a few
-Parquet pages) is held at a time. What a text may hold, and in which encodings: encodings.py.
+'textfile' is .txt and .md, one document a file. 'doclist' is .json (a list of objects, or an object a line), .jsonl,
+.parquet, .csv and .arrow, packed or not, one document a row, in the field `text` or another. A text file is read 1 MiB at a
+time; of the others one row (or a few pages) is held at a time. The first bad row ends the reading: a book lacks no chapter.
+What a text may hold, and in which encodings: encodings.py.
 """
 
 import re
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import UserError
-from pipeline.data.reading import encodings, json_rows, line_breaks
+from pipeline.data.reading import encodings, json_rows, line_breaks, records
 from pipeline.data.reading.encodings import UTF8, Findings, checked, file_text, text_of
+from pipeline.data.reading.packed import TYPICAL_RATIO, ending, is_packed, seekable
 from pipeline.data.reading.sources import Source, find, some
 from pipeline.foreign import printable
 
@@ -45,11 +47,11 @@ def read(dataset_type: str, dataset_path: str) -> Iterator[Document]:
 
 
 def read_sources(
-    sources: list[Source], *, join_lines: bool = False, findings: Findings | None = None
+    sources: list[Source], *, join_lines: bool = False, findings: Findings | None = None, field: str = "text"
 ) -> Iterator[Document]:
     """The documents of the given files, lazily; what reading their pieces meets is counted in `findings`.
 
-    `join_lines`: line breaks inside paragraphs are joined where they can be the wrapping's.
+    `join_lines`: line breaks inside paragraphs are joined where they can be the wrapping's. `field`: a row's, with its text.
     """
     met = Findings() if findings is None else findings
 
@@ -58,13 +60,18 @@ def read_sources(
         return line_breaks.joined(noted, met) if join_lines else noted
 
     for path, name in sources:
-        match path.suffix.lower():
+        match ending(path):
             case ".json":
-                rows = _rows(path, name, json_rows.listed(path, met))
+                rows = _rows(path, name, json_rows.sound(json_rows.listed(path, met), path), field)
             case ".jsonl":
-                rows = _rows(path, name, json_rows.on_lines(path, file_text(path, met)))
+                found = json_rows.on_lines(path, json_rows.lines(file_text(path, met)))
+                rows = _rows(path, name, json_rows.sound(found, path), field)
+            case ".csv":
+                rows = _rows(path, name, json_rows.sound(records.csv_rows(path, met), path), field)
+            case ".arrow":
+                rows = _rows(path, name, records.arrow_rows(path), field)
             case ".parquet":
-                rows = _parquet_rows(path, name)
+                rows = _parquet_rows(path, name, field)
             case _:
                 rows = iter([(name, printable(path), partial(file_text, path, met))])
         for title, where, pieces in rows:
@@ -72,32 +79,34 @@ def read_sources(
             del pieces  # a row may be a whole book: hold it once
 
 
-def text_bytes(sources: list[Source]) -> int:
+def text_bytes(sources: list[Source], field: str = "text") -> int:
     """Bytes of text to come, for a progress bar: sizes of the files; for Parquet those of the uncompressed column."""
     total = 0
     for path, _ in sources:
-        if path.suffix.lower() != ".parquet":
+        if is_packed(path):
+            total += TYPICAL_RATIO * path.stat().st_size
+        elif ending(path) != ".parquet":
             total += path.stat().st_size
-            continue
-        metadata = _parquet(path).metadata
-        for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-            columns = (group.column(j) for j in range(group.num_columns))
-            total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+        else:
+            metadata = _parquet(path, path, field).metadata
+            for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+                columns = (group.column(j) for j in range(group.num_columns))
+                total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
     return total
 
 
 Row = tuple[str, str, Callable[[], Iterator[str]]]  # a document's name, where it is for messages, and its pieces
 
 
-def _rows(path: Path, name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[Row]:
-    """A document for each (row number, object with a `text` field)."""
+def _rows(path: Path, name: str, rows: Iterator[tuple[int, Any]], field: str) -> Iterator[Row]:
+    """A document for each (row number, object with its text in `field`)."""
     for number, row in rows:
-        text = row.get("text") if isinstance(row, dict) else None
+        text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
             is_object = isinstance(row, dict)
             holds = f"an object with the fields {some(list(row))}" if is_object else printable(repr(row), 80)
             raise UserError(
-                f"{printable(path)}: row {number} has no field 'text' that holds a string; it is {holds}{_advice(row)}"
+                f"{printable(path)}: row {number} has no field '{field}' that holds a string; it is {holds}{_advice(row, field)}"
             )
         if half := _SURROGATE.search(text):
             raise UserError(
@@ -115,51 +124,49 @@ def _slices(text: str) -> Iterator[str]:
     return (text[begin : begin + size] for begin in range(0, len(text), size))
 
 
-def _advice(row: Any) -> str:
+def _advice(row: Any, field: str) -> str:
     """What to do with rows of another form."""
     fields = list(row) if isinstance(row, dict) else []
-    if "text" in fields:
-        return ", and 'text' is not a string: leave such rows out"
-    if any(field in _CHAT for field in fields):
-        return (
-            ". This is chat data, of which only the plain text can be trained on yet: write each conversation through the "
-            "model's chat template (tokenizer.apply_chat_template(messages, tokenize=False)) into a field 'text'"
-        )
-    if pair := [field for field in fields if field in _PAIRS]:
-        return (
-            f". These are pairs: join {' and '.join(pair)} of each row, as the model is to read them, in a field 'text'"
-        )
-    if "data" in fields or "rows" in fields:
-        return ". The file should be the list inside"
-    return ". Give the field with the text this name" if fields else ""
+    if field in fields:
+        return f", and '{field}' is not a string: leave such rows out"
+    if any(name in _CHAT for name in fields):
+        return ". This is chat data: set dataset_type = 'chat'"
+    if pair := [name for name in fields if name in _PAIRS]:
+        return f". These are pairs ({' and '.join(pair)}): set dataset_type = 'completion'"
+    return ". Name the field with the text in field_text" if fields else ""
 
 
-def _parquet(path: Path) -> Any:
-    """The opened Parquet file, which must have a column `text`."""
+def _parquet(path: Path, file: Any, field: str) -> Any:
+    """The opened Parquet file, which must have a column `field`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     where, strings = printable(path), (pa.string(), pa.large_string(), pa.string_view())
     try:
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=encodings.READ_BYTES)
-        schema = file.schema_arrow
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=encodings.READ_BYTES)
+        schema = parquet.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{where}: cannot be read as Parquet: {printable(error)}") from None
-    if schema.names.count("text") != 1:
-        wrong = "more than one" if "text" in schema.names else "no"
-        advice = "" if "text" in schema.names else _advice(dict.fromkeys(schema.names))
-        raise UserError(f"{where}: has {wrong} column 'text'; its columns: {some(schema.names)}{advice}")
-    kind = schema.field("text").type
+    if schema.names.count(field) != 1:
+        wrong = "more than one" if field in schema.names else "no"
+        advice = "" if field in schema.names else _advice(dict.fromkeys(schema.names), field)
+        raise UserError(f"{where}: has {wrong} column '{field}'; its columns: {some(schema.names)}{advice}")
+    kind = schema.field(field).type
     if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in strings:
-        raise UserError(f"{where}: column 'text' holds {kind}, not strings")
-    return file
+        raise UserError(f"{where}: column '{field}' holds {kind}, not strings")
+    return parquet
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
+def _parquet_rows(path: Path, name: str, field: str) -> Iterator[Row]:
     """A document for each row, decoded from Arrow's memory a piece at a time."""
+    with seekable(path) as file:
+        yield from _texts(path, name, _parquet(path, file, field).iter_batches(batch_size=16, columns=[field]))
+
+
+def _texts(path: Path, name: str, batches: Iterator[Any]) -> Iterator[Row]:
     import pyarrow as pa
 
-    number, batches = 0, _parquet(path).iter_batches(batch_size=16, columns=["text"])
+    number = 0
     while True:
         try:
             batch = next(batches, None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import UserError
+from pipeline.data.reading.packed import opened
 from pipeline.foreign import printable
 
 READ_BYTES = 2**20
@@ -139,14 +140,18 @@ def file_text(path: Path, findings: Findings) -> Iterator[str]:
     UserError if it cannot be opened or read, or with the first bad byte's offset.
     """
     where = printable(path)
-    try:
-        with open(path, "rb") as file:
-            encoding = recognise(file.read(HEAD_BYTES), where)
-            findings.encodings[encoding.label] = findings.encodings.get(encoding.label, 0) + 1
-            file.seek(encoding.mark_bytes)
-            yield from text_of(iter(lambda: file.read(READ_BYTES), b""), encoding, where)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+    with opened(path) as file:
+        head = file.read(HEAD_BYTES)
+        encoding = noted(head, where, findings)
+        rest = iter(lambda: file.read(READ_BYTES), b"")
+        yield from text_of(itertools.chain((head[encoding.mark_bytes :],), rest), encoding, where)
+
+
+def noted(head: bytes, where: str, findings: Findings) -> Encoding:
+    """`recognise`, and the encoding is counted in `findings`."""
+    encoding = recognise(head, where)
+    findings.encodings[encoding.label] = findings.encodings.get(encoding.label, 0) + 1
+    return encoding
 
 
 def text_of(raws: Iterable[bytes], encoding: Encoding, where: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Takes a dataset's type and path (a file or a glob); gives its files, sorted, or one error that says what is there.
+"""Takes a dataset's type and path (a file, a glob or a folder); gives its files, sorted, or one error that says what is there.
 
 No file that the path names is left out without a word: dangling links, files and folders that cannot be opened, pipes
 and devices are errors; folders, files of other endings, and names that differ in capital letters only, are warned of.
@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import UserError, warn
-from pipeline.foreign import printable
+from pipeline.data.reading.packed import ending
+from pipeline.foreign import printable, read_object
 
-SUFFIXES = {"textfile": (".txt", ".md"), "doclist": (".json", ".jsonl", ".parquet")}
+_ROWS = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+SUFFIXES = {"textfile": (".txt", ".md"), **dict.fromkeys(("doclist", "chat", "completion", "pretokenized"), _ROWS)}
 
 _PLAIN = "convert it to plain text, for example with `pandoc FILE -t plain --wrap=none -o FILE.txt`"
-_TABLE = "write its text column to a .jsonl or .parquet file with the field 'text' and set dataset_type = 'doclist'"
+_TABLE = "write its rows to a .jsonl, .csv or .parquet file and set dataset_type = 'doclist', 'chat' or 'completion'"
 _UNPACK = "it is packed: unpack it first"
 # What to do with files of other endings.
 _REMEDIES = {
-    (".csv", ".tsv", ".xls", ".xlsx"): f"a table: {_TABLE}",
-    (".arrow", ".feather", ".db", ".sqlite"): _TABLE,
+    (".csv", ".arrow"): "a table, which dataset_type = 'doclist', 'chat' or 'completion' reads",
+    (".tsv", ".xls", ".xlsx"): f"a table: {_TABLE}",
+    (".feather", ".db", ".sqlite"): _TABLE,
     (".epub", ".docx", ".odt", ".html", ".htm", ".rtf", ".fb2", ".rst", ".tex"): _PLAIN,
     (".pdf",): "convert it to plain text, for example with `pdftotext FILE.pdf`, and set join_lines = true",
     (
@@ -58,12 +61,17 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
     where = f"dataset_path = '{printable(dataset_path)}'"
     pattern = str(Path(dataset_path).expanduser())
     root = _fixed_root(pattern)
+    if dataset_type != "textfile" and Path(pattern).is_dir():
+        root = Path(pattern)
+        if saved := _saved_to_disk(root, where):
+            return [Source(path, _name(path.name)) for path in saved]
+        pattern = f"{pattern}/**"
     matched, nearly = _matches(pattern, where)
     if matched != [pattern] and Path(pattern).is_file():
         warn(f"{where}: the file of this very name is read; as a glob it would match {some(matched)}")
         matched, nearly = [pattern], []
     paths = [Path(path) for path in matched]
-    wanted = [path for path in paths if path.suffix.lower() in SUFFIXES[dataset_type]]
+    wanted = [path for path in paths if _is_read(path, dataset_type)]
     _check_readable(wanted, where)
     files = [path for path in wanted if path.is_file()]
     read = set(files)
@@ -75,10 +83,31 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
             f"{where}: left out {some(_names(others))}, since '{dataset_type}' reads files in "
             f"{' and '.join(SUFFIXES[dataset_type])}{_remedy(others)}"
         )
-    if unread := [path for path in nearly if Path(path).suffix.lower() in SUFFIXES[dataset_type]]:
+    if unread := [path for path in nearly if _is_read(Path(path), dataset_type)]:
         warn(f"{where}: left out {some(unread)}, which differ from the glob in capital letters only")
     _warn_of_doubles(files, where)
     return [Source(path, _name(path.relative_to(root).as_posix())) for path in files]
+
+
+def _is_read(path: Path, dataset_type: str) -> bool:
+    """Whether the name says that the file can be read; rows may be packed."""
+    return (path.suffix.lower() if dataset_type == "textfile" else ending(path)) in SUFFIXES[dataset_type]
+
+
+def _saved_to_disk(folder: Path, where: str) -> list[Path]:
+    """The files of a folder that `datasets` wrote with save_to_disk; none for another folder."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_object(folder / "dataset_dict.json", "the names of a dataset's splits").get("splits", [])
+        raise UserError(f"{where}: has the splits {some(list(map(str, splits)))}: give the folder of one of them")
+    if not (folder / "state.json").is_file():
+        return []
+    listed = read_object(folder / "state.json", "the files of a dataset that was saved to disk").get("_data_files")
+    names = [entry.get("filename") for entry in listed or [] if isinstance(entry, dict)]
+    paths = [folder / name for name in names if isinstance(name, str)]
+    if not paths or any(path.parent != folder for path in paths):
+        raise UserError(f"{where}: state.json names no files of this folder: save the dataset anew with save_to_disk")
+    _check_readable(paths, where)
+    return paths
 
 
 def _matches(pattern: str, where: str) -> tuple[list[str], list[str]]:
@@ -193,12 +222,10 @@ def _fixed_root(pattern: str) -> Path:
 def _nothing_found(dataset_type: str, where: str, pattern: str, root: Path, others: list[Path]) -> str:
     """Why a dataset has no files, and what there is instead."""
     message = f"{where} matches no {' or '.join(SUFFIXES[dataset_type])} file. "
-    endings = {path.suffix.lower() for path in others}
     if Path(pattern).is_dir():
-        ending = SUFFIXES[dataset_type][0]
-        return message + f"It is a folder: write '{pattern}/**/*{ending}' for all that it holds"
-    for other, suffixes in SUFFIXES.items():
-        if any(suffix in endings for suffix in suffixes) and other != dataset_type:
+        return message + f"It is a folder: write '{pattern}/**/*{SUFFIXES[dataset_type][0]}' for all that it holds"
+    for other in SUFFIXES:
+        if other != dataset_type and any(_is_read(path, other) for path in others if not path.is_dir()):
             return message + f"It matches {some(_names(others))}: for these set dataset_type = '{other}'"
     if others:
         return message + f"It matches {some(_names(others))}{_remedy(others)}"

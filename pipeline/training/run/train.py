@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config.schema import Config
-from pipeline.console import EXIT_DONE, rank
+from pipeline.console import EXIT_DONE, rank, warn
 from pipeline.log_file import LogFile
 from pipeline.training.engine import engine, selftest
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
@@ -50,6 +50,8 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             record = RunRecord(run.saver.run_dir, place, data, run.step, times.seconds)
             code = run.run()
             record.end(run.step)
+        for line in data.warnings if code == EXIT_DONE else ():
+            warn(line)
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
             run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked

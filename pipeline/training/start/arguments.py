@@ -24,7 +24,10 @@ def parse() -> argparse.Namespace:
         "--plan", action="store_true", help="show each stage's memory and the run's time without weights or GPU"
     )
     parser.add_argument("--devices", metavar="2x48GiB", help="with --plan: the GPUs, e.g. 2xA6000, 48GiB,80GiB")
-    parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training chunks, then end")
+    parser.add_argument("--preview", "--debug_dataset", type=int, metavar="N", help="print N training rows, then end")
+    parser.add_argument(
+        "--prepare", action="store_true", help="tokenise the data into the cache, say what it is, then end"
+    )
     parser.add_argument(
         "--resume_from_checkpoint",
         nargs="?",
@@ -46,14 +49,15 @@ def parse() -> argparse.Namespace:
     if arguments.config is None:
         raise UserError("--config is missing: give a TOML file, in the current folder or in configs/")
     if arguments.preview is not None and arguments.preview < 1:
-        raise UserError(f"--preview {arguments.preview}: give a number of chunks, 1 or more")
+        raise UserError(f"--preview {arguments.preview}: give a number of rows, 1 or more")
     if arguments.profile is not None and not 1 <= arguments.profile <= MOST_PROFILED:
         raise UserError(
             f"--profile {arguments.profile}: give a number of steps, 1 to {MOST_PROFILED}: all events are in memory"
         )
-    if arguments.plan and (arguments.check or arguments.preview is not None):
+    checks = arguments.check or arguments.preview is not None
+    if arguments.plan + checks + arguments.prepare > 1:
         raise UserError(
-            "--plan, --check and --preview each end the program: give one (--plan checks the model as well)"
+            "--plan, --prepare, and --check with --preview each end the program: give one (--plan checks the model as well)"
         )
     if arguments.devices and not arguments.plan:
         raise UserError("--devices names the GPUs of a --plan: add --plan, or leave it out")

@@ -1,11 +1,14 @@
-"""`--check` and `--preview`: everything of a run that needs no weights and no other process, said, and nothing more.
+"""`--check`, `--preview` and `--prepare`: all of a run that needs no weights and no other process, said, and nothing more.
 
 Takes the config; gives lines on the console, or one UserError.
 """
 
+import sys
+from collections.abc import Iterator
+
 from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, log
-from pipeline.data.preview import preview
+from pipeline.data.preview import Piece, as_lines, rows
 from pipeline.training.run import after_training
 from pipeline.training.start import kernel_places, prepare, resolve
 
@@ -21,5 +24,32 @@ def check(config: Config, preview_rows: int | None) -> int:
     prepare.evaluation_batches(plan.data, data)
     prepare.describe_steps(plan.data, plan.updates, batches, replicas=1)
     if preview_rows is not None:
-        log("\n" + "\n".join(preview(batches, tokenizer, preview_rows)))
+        show(rows(batches, tokenizer, preview_rows))
     return EXIT_DONE
+
+
+def prepare_data(config: Config) -> int:
+    """Resolve, read the data into the cache and say what became of it."""
+    plan = resolve.resolve(config)
+    data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
+    prepare.describe_steps(plan.data, plan.updates, prepare.micro_batches(plan.data, data), replicas=1)
+    log(f"prepared: in {plan.data.cache}; a run finds it there")
+    return EXIT_DONE
+
+
+STYLES = {"heading": "bold", "border": "cyan", "special": "reverse", "text": ""}
+TRAINED = {True: "bold green", False: "dim", None: ""}
+
+
+def show(shown: Iterator[list[Piece]]) -> None:
+    """Rows on a terminal in colours (targets bold and green, what is masked dim, special tokens inverse), else with marks."""
+    if not sys.stdout.isatty():
+        log("\n" + "\n".join(line for row in shown for line in as_lines(row)))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for row in shown:
+        pieces = [(piece.text, f"{TRAINED[piece.trained]} {STYLES[piece.kind]}".strip()) for piece in row]
+        console.print(Text.assemble("\n", pieces[0], "\n", *pieces[1:], "\n"))

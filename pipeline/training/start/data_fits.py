@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError, warn
-from pipeline.data.store import Report
 from pipeline.foreign import printable, read_object
 
 
@@ -45,12 +44,12 @@ def check_tokenizer(tokenizer: Any, folder: str, rows: int) -> None:
         )
 
 
-def check_ids(report: Report, tokenizer: Any, rows: int) -> None:
-    """UserError if a chunk holds an id that the model has no row for."""
-    if report.largest_id >= rows:
-        token = tokenizer.convert_ids_to_tokens(report.largest_id)
+def check_ids(name: str, largest_id: int, tokenizer: Any, rows: int) -> None:
+    """UserError if the dataset `name`, whose largest id is given, holds one that the model has no row for."""
+    if largest_id >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest_id)
         raise UserError(
-            f"dataset '{report.name}': its text holds the token '{printable(token)}' with the id {report.largest_id:,}, but "
+            f"dataset '{name}': its text holds the token '{printable(token)}' with the id {largest_id:,}, but "
             f"the model's embedding has {rows:,} rows (ids 0 to {rows - 1:,}): take such tokens out of the text, or use "
             f"the tokenizer that belongs to the model"
         )

@@ -5,17 +5,20 @@ same outcome; the first to come builds the data cache, the others find it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.tables import Dataset, EvalDataset
+from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.console import log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
+from pipeline.data.chat.derive import Rules
+from pipeline.data.chat.messages import Fields
+from pipeline.data.rows import build
+from pipeline.data.rows.store import UnequalRows
 from pipeline.data.selection import Selection, Streams, mix, split, whole
-from pipeline.data.store import ChunkStore
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.model import positions, unsupported, weights
@@ -27,13 +30,19 @@ from pipeline.training.start import data_fits
 from pipeline.training.start.questions import Questions, questions_of
 from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 
+MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
+
 
 @dataclass(frozen=True)
 class Data:
-    """Rows for training, by dataset, and for evaluation, by name; and what the model is asked while it is trained."""
+    """Rows for training, by dataset, and for evaluation, by name; what the model is asked while it is trained.
+
+    `warnings`: said at the start and again at the end.
+    """
 
     train: list[Selection]
     evaluation: dict[str, Selection]
+    warnings: list[str] = field(default_factory=list)
     questions: Questions | None = None
 
 
@@ -61,52 +70,104 @@ def tokenizer_for(plan: Resolved, folder: str) -> Any:
 def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> Data:
     """Tokenise (or find in the cache), cut and split every dataset; says what became of the text.
 
-    With the model's plan, UserError for ids beyond its embedding and for chunks and answers longer than it can read.
+    With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
-    cache = spec.cache
-    train, evaluation = [], {}
-    if plan is not None:
-        lengths = {f"datasets.{i}.sequence_len": dataset.sequence_len for i, dataset in enumerate(spec.datasets)}
-        lengths |= {f"eval_datasets.{i}.sequence_len": held.sequence_len for i, held in enumerate(spec.eval_datasets)}
-        for key, sequence_len in lengths.items():
-            positions.check(f"{key} = {sequence_len:,}", sequence_len, plan.meta_model.shared, lower=key)
+    train, evaluation = list[Selection](), dict[str, Selection]()
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
-        streams = _chunks(
-            dataset, name, tokenizer, cache, plan, eval_size=dataset.eval_size, eval_split=dataset.eval_split
-        )
+        held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
+        streams = _streams(f"datasets.{number}", dataset, name, tokenizer, spec, plan, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
         log(f"data:     {rows}")
         train.append(rows.train)
         if rows.eval is not None:
             evaluation[name] = rows.eval
-    for number, held_out in enumerate(spec.eval_datasets):
-        name = held_out.name or f"eval{number}"
-        evaluation[name] = whole(_chunks(held_out, name, tokenizer, cache, plan), held_out.subsample)
+    for number, held in enumerate(spec.eval_datasets):
+        name = held.name or f"eval{number}"
+        streams = _streams(f"eval_datasets.{number}", held, name, tokenizer, spec, plan)
+        evaluation[name] = whole(streams, held.subsample)
+    stores = [rows.store for rows in train]
+    warnings = [line for store in stores if isinstance(store, UnequalRows) for line in store.report.warnings]
+    for line in warnings:
+        warn(line)
     shared = plan and plan.meta_model.shared
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
-    return Data(train, evaluation, questions)
+    return Data(train, evaluation, warnings, questions)
 
 
-def _chunks(
-    dataset: Dataset | EvalDataset, name: str, tokenizer: Any, cache: Path, plan: Resolved | None, **held_out: Any
-) -> Streams[ChunkStore]:
-    """A dataset's chunks, whose ids the model has; says what became of the text. `held_out`: as for `chunks.build`."""
-    streams = chunks.build(
-        name=name,
-        dataset_type=dataset.dataset_type,
-        dataset_path=dataset.dataset_path,
-        sequence_len=dataset.sequence_len,
-        tokenizer=tokenizer,
-        cache_dir=cache,
-        join_lines=dataset.join_lines,
-        **held_out,
-    )
+def _streams(
+    table: str,
+    dataset: Dataset | EvalDataset,
+    name: str,
+    tokenizer: Any,
+    spec: DataSpec,
+    plan: Resolved | None,
+    **held_out: Any,
+) -> Streams[Any]:
+    """A dataset's rows, whose ids the model has; says what became of the text. `held_out`: as for `chunks.build`."""
+    streams: Streams[Any]
+    key, model = f"{table}.sequence_len", plan.meta_model.shared if plan is not None else None
+    if dataset.dataset_type in ("textfile", "doclist"):
+        if model is not None:
+            positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
+        streams = chunks.build(
+            name=name,
+            dataset_type=dataset.dataset_type,
+            dataset_path=dataset.dataset_path,
+            sequence_len=dataset.sequence_len,
+            tokenizer=tokenizer,
+            cache_dir=spec.cache,
+            join_lines=dataset.join_lines,
+            field_text=dataset.field_text,
+            **held_out,
+        )
+    else:
+        made = build.build(row_spec(dataset, name), tokenizer, spec.stops, spec.cache)
+        if model is not None:
+            what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
+            positions.check(what, made.report.longest, model, lower=key)
+        streams = Streams(made)
     for store in streams.stores:
         log(f"data:     {store.report}")
-        if plan is not None:
-            data_fits.check_ids(store.report, tokenizer, data_fits.embedding_rows(plan.meta_model.shared))
+        if model is not None:
+            data_fits.check_ids(store.name, store.report.largest_id, tokenizer, data_fits.embedding_rows(model))
     return streams
+
+
+def row_spec(dataset: Dataset | EvalDataset, name: str) -> build.RowSpec:
+    """What is made of a dataset of rows, as its table says."""
+    kind: Any = dataset.dataset_type
+    most_bad = dataset.max_bad_rows
+    if most_bad is None:
+        most_bad = 0.0 if kind == "pretokenized" else MOST_BAD
+    return build.RowSpec(
+        name,
+        kind,
+        dataset.dataset_path,
+        Rules(
+            dataset.sequence_len,
+            too_long=dataset.too_long,
+            history=dataset.history,
+            train_on_eos=dataset.train_on_eos,
+            allow_special_text=dataset.allow_special_text,
+        ),
+        Fields(
+            messages=dataset.field_messages,
+            properties={str(key): name for key, name in dataset.message_property_mappings.items()},
+            roles={str(role): names for role, names in dataset.roles.items()},
+            system=dataset.field_system,
+            tools=dataset.field_tools,
+            train_on=dataset.train_on,
+            merge_system=dataset.merge_system,
+            allow_empty_answers=dataset.allow_empty_answers,
+        ),
+        prompt=dataset.field_prompt,
+        completion=dataset.field_completion,
+        chat_template=dataset.chat_template,
+        template_kwargs=dict(dataset.chat_template_kwargs),
+        deduplicate=dataset.deduplicate,
+        most_bad=most_bad,
+    )
 
 
 def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:

@@ -23,7 +23,15 @@ class Questions(NamedTuple):
 
 def questions_of(spec: SampleSpec, tokenizer: Any, model: PreTrainedModel | None = None) -> Questions:
     """The prompts, encoded. With the model, UserError for ids it has no row for, or positions that it cannot have."""
-    making = asker(tokenizer, spec.folder, chat=spec.chat, system=spec.system, where="samples.chat = true")
+    making = asker(
+        tokenizer,
+        spec.folder,
+        chat=spec.chat,
+        system=spec.system,
+        chat_template=spec.chat_template,
+        template_kwargs=spec.template_kwargs,
+        merge_system=spec.merge_system,
+    )
     ids = []
     for number, prompt in enumerate(spec.prompts):
         try:

@@ -11,9 +11,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
-from pipeline.config.tables import Dataset, EvalDataset, Samples
+from pipeline.config.tables import Samples
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
+from pipeline.data.chat.load import stop_ids
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
@@ -107,6 +109,7 @@ def data_of(config: Config) -> DataSpec:
         config.datasets,
         config.eval_datasets,
         cache=Path(config.output_dir) / "dataset_cache",
+        stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,
         seed=config.seed,
@@ -128,12 +131,15 @@ def samples_of(s: Samples | None, folder: str, datasets: Sequence[Dataset], keep
     if s is None:
         return None
     prompts = read_prompts(Path(s.prompts_file), "samples.prompts_file") if s.prompts_file else s.prompts
-    types: set[str] = {dataset.dataset_type for dataset in datasets}
+    spoken = next((dataset for dataset in datasets if dataset.dataset_type == "chat"), None)
     return SampleSpec(
         folder,
         tuple(prompts),
-        chat="chat" in types if s.chat is None else s.chat,
+        chat=spoken is not None if s.chat is None else s.chat,
         system=s.system,
+        chat_template=spoken.chat_template if spoken else None,
+        template_kwargs=dict(spoken.chat_template_kwargs) if spoken else {},
+        merge_system=spoken is not None and spoken.merge_system,
         sampling=Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.temperature_last, s.seed),
         max_new_tokens=s.max_new_tokens,
         compare=keeps_base if s.compare is None else s.compare,

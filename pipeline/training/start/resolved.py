@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.tables import Dataset, EvalDataset, Optimizer
+from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.tables import Optimizer
 from pipeline.generation.sampling import Sampling
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
@@ -34,14 +35,17 @@ class Updates:
 class SampleSpec:
     """What the model is asked while it is trained, and when. `folder`: the model's, with its tokenizer and stop ids.
 
-    `chat`: through the chat template, after `system`'s message. `compare`: the base beside it. Steps are optimizer steps; 0 is
-    never.
+    `chat`: through `chat_template`, which with its kwargs and `merge_system` is that of the first chat dataset, else the
+    tokenizer's own (None), after `system`'s message. `compare`: the base beside it. Steps are optimizer steps; 0 is never.
     """
 
     folder: str
     prompts: tuple[str, ...]
     chat: bool
     system: str
+    chat_template: str | None
+    template_kwargs: dict[str, Any]
+    merge_system: bool
     sampling: Sampling
     max_new_tokens: int
     compare: bool
@@ -52,11 +56,15 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long. `cache`: a folder."""
+    """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long.
+
+    `cache`: a folder. `stops`: ids at which the model stops beside the tokenizer's EOS.
+    """
 
     datasets: list[Dataset]
     eval_datasets: list[EvalDataset]
     cache: Path
+    stops: list[int]
     combination: Literal["concatenate", "interleave"]
     stopping: Literal["first_exhausted", "all_exhausted"]
     seed: int

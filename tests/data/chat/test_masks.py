@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.chat import derive, turns
 from pipeline.data.chat.encode import encode, encoder
@@ -147,21 +149,20 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
         ("system_in_the_last", [SYSTEM, USER, ANSWER], "merge_system = true"),
         ("thinks_in_the_prompt", [USER, ANSWER], "another chat_template"),
         ("nemotron_3_nano", [USER, ANSWER], "enable_thinking = false"),
-        ("qwen3", [USER, ANSWER, ANSWER], "train_on = 'last'"),
         ("deepseekv3", [USER, ANSWER], "another chat_template"),
         ("gemma", [SYSTEM, USER, ANSWER], "merge_system = true"),
     ],
 )
 def test_a_turn_that_the_template_cannot_say_is_refused_with_the_remedy(name: str, talk: Any, advice: str) -> None:
-    if name == "qwen3":
-        talk = [{**m, "content": m["content"]} for m in talk]
-        talk[1] = {**talk[1], "reasoning_content": "Hm."}
-        template, _ = chat.template("gemma4_v5", "<turn|>")
-        with pytest.raises(Refused) as found:
-            turns.rows(Conversation(talk, None, [1, 2]), template)
-        assert advice in found.value.detail
-        return
     assert advice in refused(name, talk).detail
+
+
+def test_a_turn_that_goes_on_where_the_one_before_stopped_is_refused_with_the_remedy() -> None:
+    """Gemma 4 writes no header between two turns of the model, so a prompt for the second opens one that the history lacks."""
+    template, _ = chat.template("gemma4_v5", "<turn|>")
+    with pytest.raises(Refused) as found:
+        turns.rows(Conversation([USER, {**ANSWER, "reasoning_content": "Hm."}, ANSWER], None, [1, 2]), template)
+    assert "train_on = 'last'" in found.value.detail
 
 
 @pytest.mark.parametrize("name", ["llama3", "phi3", "dated"])
@@ -222,6 +223,41 @@ def test_marks_of_the_template_itself_are_compared(name: str, note: str) -> None
     found = derive.texts(conversation({"messages": [USER, ANSWER]}, Fields()), template, derive.Rules(10**6))
     assert set(found.notes) <= {"marks_differ", "marks_blanks"}
     assert found.notes[note] == 1
+
+
+def with_pieces_that_decode_otherwise() -> Any:
+    """A tokenizer as SentencePiece's: it puts a space before every text, so that pieces do not decode to the whole."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator(["a b c d 1 2 3 [ ] I N S T / the cat sat on the mat " * 9] * 3, trainer)
+    backend.add_special_tokens([AddedToken(mark, normalized=False) for mark in (chat.BOS, chat.EOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=chat.BOS, eos_token=chat.EOS, unk_token="<unk>")
+
+
+def test_a_tokenizer_whose_pieces_decode_otherwise_leaves_a_straddling_token_untrained() -> None:
+    """'sat' is one token here, of which the prompt has the 's' and the answer the rest."""
+    tokenizer = with_pieces_that_decode_otherwise()
+    enc = encoder(tokenizer)
+    assert not enc.in_pieces
+    prompt, reply = "the cat s", "at on the mat"
+    whole = tokenizer(prompt + reply, add_special_tokens=False)["input_ids"]
+    alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert whole[: len(alone)] != alone
+    turn = turns.Turn(1, prompt, reply + chat.EOS, len(chat.EOS))
+    ((row,),) = encode([[turns.RowText((turn,))]], enc)
+    ((start, end),) = row.spans
+    assert row.border
+    assert row.ids == tokenizer(prompt + reply + chat.EOS, add_special_tokens=False)["input_ids"]  # nothing was cut
+    tokens = tokenizer.convert_ids_to_tokens(row.ids)
+    assert "".join(tokens[start:end]) == "▁on▁the▁mat" + chat.EOS
+    assert "".join(tokens[:start]) == "▁the▁cat▁sat"
+    # Where prompt and answer meet between tokens, nothing is left out.
+    clean = turns.Turn(1, "the cat", " sat" + chat.EOS, len(chat.EOS))
+    ((row,),) = encode([[turns.RowText((clean,))]], enc)
+    assert not row.border
+    assert "".join(tokenizer.convert_ids_to_tokens(row.ids[slice(*row.spans[0])])) == "▁sat" + chat.EOS
 
 
 def fitted(limit: int, policy: str) -> tuple[list[derive.Row], Any]:

@@ -1,0 +1,141 @@
+"""The tables of a config that name data: [[datasets]] and [[eval_datasets]], and which of their keys goes with which type.
+
+Every key with its default, unit, bound and meaning, as in pipeline/config/schema.py, which has the top level.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+
+from pipeline.config.tables import Section
+
+_CONVERT = "books are read from .txt and .md files, dataset_type = 'textfile': convert them first"
+# dataset_type as others would write it → what to do.
+_OTHER_TYPES = {
+    ("chat_template", "sharegpt", "messages", "conversations", "chatml", "instruct"): "write dataset_type = 'chat'",
+    ("alpaca", "instruction", "input_output"): "write dataset_type = 'completion'",
+    ("axolotl",): "write dataset_type = 'chat', 'completion' or 'pretokenized', with axolotl's names of fields",
+    ("csv", "tsv", "table", "arrow", "json", "jsonl", "parquet"): (
+        "write what the rows are: dataset_type = 'doclist' (texts), 'chat', 'completion' or 'pretokenized'; each reads .json, "
+        ".jsonl, .parquet, .csv and .arrow"
+    ),
+    ("epub", "pdf", "html", "docx", "mobi"): _CONVERT,
+    ("text", "txt", "md", "markdown", "raw", "plain", "book", "books"): "write dataset_type = 'textfile'",
+}
+
+
+DatasetType = Literal["textfile", "doclist", "chat", "completion", "pretokenized"]
+
+
+def _other_types(value: Any) -> Any:
+    """Types that other trainers have are refused with what to write instead."""
+    for values, what in _OTHER_TYPES.items():
+        if isinstance(value, str) and value.lower() in values:
+            raise ValueError(what)
+    return value
+
+
+class _Data(Section):
+    """What both tables have."""
+
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …, or eval0, eval1, …")  # fmt: skip
+    dataset_type: Annotated[DatasetType, BeforeValidator(_other_types)] = Field(
+        description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours)")  # fmt: skip
+    dataset_path: str = Field(
+        description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk")  # fmt: skip
+    sequence_len: int = Field(
+        ge=2, description="tokens per chunk of 'textfile' and 'doclist', exactly; of the other types' rows at most"
+    )
+    subsample: float | None = Field(
+        None, gt=0, le=1, description="fraction of the rows to keep (of those held out too), after a seeded shuffle"
+    )
+    join_lines: bool = Field(
+        False, description="join line breaks inside paragraphs, as Project Gutenberg's texts have them; verse, lists, tables, headings, quotations, code and indented lines keep theirs (datasets/README.md)")  # fmt: skip
+    field_text: str = Field("text", min_length=1, description="doclist: the field or column with a document's text")
+    field_messages: str | None = Field(
+        None, min_length=1, description="chat: the field with the list of messages; default 'messages', else 'conversations' (ShareGPT)")  # fmt: skip
+    message_property_mappings: dict[Literal["role", "content"], str] = Field(
+        {}, description="chat: what a message calls its role and content, { role = 'from', content = 'value' }; ShareGPT's are found without")  # fmt: skip
+    roles: dict[Literal["user", "assistant", "system", "tool"], list[str]] = Field(
+        {}, description="chat: further names of roles, { user = ['customer'] }"
+    )
+    field_system: str | None = Field(
+        None, min_length=1, description="chat: a field with a system text for the conversation"
+    )
+    field_tools: str | None = Field(
+        None, min_length=1, description="chat: the field with the definitions of tools; default 'tools'"
+    )
+    field_prompt: str = Field("prompt", min_length=1, description="completion: the field with what is read")
+    field_completion: str = Field("completion", min_length=1, description="completion: the field with what is trained")
+    chat_template: str | None = Field(
+        None, min_length=1, description="chat, and completion's instructions: a file, a text of Jinja, 'chatml', 'llama3', 'gemma' or 'alpaca'; default the tokenizer's own. 'none' (completion only) takes instructions as plain text")  # fmt: skip
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        {}, description="chat: variables for the template, { enable_thinking = false }"
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="chat: train all turns of the assistant, or each conversation's last; `weight` (0, 1) or `train` of a message goes before")  # fmt: skip
+    train_on_eos: Literal["turn", "last", "none"] = Field(
+        "turn", description="chat, completion: train the end of every trained turn, of a row's last one only, or none"
+    )
+    merge_system: bool = Field(
+        False, description="chat: put the system text and a blank line before the first question, for templates that have no place for it")  # fmt: skip
+    history: Literal["split", "refuse"] = Field(
+        "split", description="chat: where a template rewrites earlier turns (leaves out their thinking), a row for each trained turn with the history a server would show, or a bad row")  # fmt: skip
+    too_long: Literal["drop", "truncate_left", "error"] = Field(
+        "drop", description="rows longer than sequence_len are left out, begin later (oldest turns go, the system text stays; of a completion the prompt's beginning; no answer is ever cut), or are an error")  # fmt: skip
+    allow_empty_answers: bool = Field(False, description="chat, completion: an empty answer is trained to stop at once; else it is a bad row")  # fmt: skip
+    allow_special_text: bool = Field(
+        False, description="chat, completion: text in which the template's own marks of turns are spelled out is taken as it is; else it is a bad row")  # fmt: skip
+    deduplicate: bool = Field(False, description="leave out rows that are the same as an earlier one; they are counted in any case")  # fmt: skip
+    max_bad_rows: float | None = Field(
+        None, ge=0, le=1, description="part of the rows that may be bad (they are left out, counted by reason, and the first are named) before it is an error; default 0.01, for pretokenized 0")  # fmt: skip
+
+
+class Dataset(_Data):
+    """[[datasets]]"""
+
+    eval_size: float | int = Field(
+        0,
+        ge=0,
+        description="held out for evaluation: a fraction below 1, or a number of chunks (documents if eval_split = 'document'; conversations, with all their rows, of the types of rows)",
+    )
+    eval_split: Literal["chunk", "document"] = Field(
+        "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
+    sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
+    num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
+
+
+class EvalDataset(_Data):
+    """[[eval_datasets]]"""
+
+
+_BOOKS, _CHAT = ("textfile", "doclist"), ("chat",)
+_TEXTS, _ROWS = ("chat", "completion"), ("chat", "completion", "pretokenized")
+# Key → the types for which it has a meaning.
+MEANT_FOR = {
+    "join_lines": _BOOKS,
+    "eval_split": _BOOKS,
+    "field_text": ("doclist",),
+    **dict.fromkeys(("field_messages", "message_property_mappings", "roles", "field_system", "field_tools"), _CHAT),
+    **dict.fromkeys(("train_on", "merge_system", "history"), _CHAT),
+    **dict.fromkeys(("field_prompt", "field_completion"), ("completion",)),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "train_on_eos"), _TEXTS),
+    **dict.fromkeys(("allow_empty_answers", "allow_special_text"), _TEXTS),
+    **dict.fromkeys(("too_long", "deduplicate", "max_bad_rows"), _ROWS),
+}
+
+
+def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
+    """One line for each key of `table` (`datasets.0`) that does not go with the dataset's type."""
+    kind = dataset.dataset_type
+    for key, types in MEANT_FOR.items():
+        field = type(dataset).model_fields.get(key)
+        if kind not in types and field is not None and getattr(dataset, key) != field.get_default():
+            has = " and ".join(f"'{one}'" for one in types)
+            yield f"{table}.{key}: has a meaning for {has} only, not for '{kind}'; remove it"
+    if kind == "chat" and dataset.chat_template == "none":
+        yield f"{table}.chat_template: 'none' goes with 'completion' only; a conversation needs a template"
+    if kind == "pretokenized" and dataset.too_long == "truncate_left":
+        yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"

@@ -1,0 +1,250 @@
+"""Takes a dataset of rows (chat, completion, pretokenized) and the tokenizer; gives its store, from the cache if it is there.
+
+The cache is keyed by the content of the files, the tokenizer, the template and all settings but the day: a template that
+prints the date has that of the day on which the cache was built, so that a run is the same tomorrow.
+"""
+
+import datetime
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.console import UserError, gib, progress
+from pipeline.data import cache
+from pipeline.data.chat import encode, load
+from pipeline.data.chat.derive import Result, Rules
+from pipeline.data.chat.messages import Fields
+from pipeline.data.chat.template import Template
+from pipeline.data.chat.turns import Refused
+from pipeline.data.chunks import special_ids
+from pipeline.data.reading import records
+from pipeline.data.reading.encodings import Findings
+from pipeline.data.reading.json_rows import Broken
+from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
+from pipeline.data.reading.records import Record
+from pipeline.data.reading.sources import Source, find
+from pipeline.data.rows import tally
+from pipeline.data.rows.makers import Chat, Completion, Maker, Pretokenized
+from pipeline.data.rows.store import RowWriter, UnequalRows
+from pipeline.data.rows.tally import Tally
+from pipeline.data.tokenizer import fingerprint
+
+FORMAT = 1  # goes into the key: raise it when the same input would give other rows
+AT_ONCE = 64  # rows of the files that are encoded together
+PLAIN = "none"  # a chat_template: text as it is
+
+Kind = Literal["chat", "completion", "pretokenized"]
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A dataset of rows: what it is called, where it is, and all that decides what becomes of it.
+
+    `chat_template`, `template_kwargs`: load.py. `fields`: how chat calls what its rows hold; `prompt`, `completion`: of a
+    completion. `most_bad`: the part of the rows that may be bad.
+    """
+
+    name: str
+    kind: Kind
+    path: str
+    rules: Rules
+    fields: Fields = field(default_factory=Fields)
+    prompt: str = "prompt"
+    completion: str = "completion"
+    chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    deduplicate: bool = False
+    most_bad: float = 0.01
+
+
+def build(spec: RowSpec, tokenizer: Any, stops: list[int], cache_dir: Path) -> UnequalRows:
+    """The rows of a dataset, made now or found in `cache_dir`. One process at a time builds, the others wait.
+
+    `stops`: ids at which the model stops beside the tokenizer's EOS. UserError: no files, a file that cannot be read, a
+    template that is none, too many bad rows, no row left.
+    """
+    special_ids(tokenizer, spec.name)
+    sources = find(spec.kind, spec.path)
+    today = datetime.date.today().isoformat()
+    try:
+        template = _template(spec, tokenizer, stops, today)
+    except UserError as error:
+        raise UserError(f"dataset '{spec.name}': {error}") from None
+    settings = {
+        key: value for key, value in asdict(spec).items() if key not in ("name", "path", "most_bad", "chat_template")
+    }
+    content = [
+        FORMAT,
+        fingerprint(tokenizer),
+        settings,
+        template.source if template else spec.chat_template,
+        sorted(stops),
+    ]
+    path = cache.folder(cache_dir, spec.name, sources, content)
+    with cache.alone(path):
+        if not path.exists():
+            total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
+            with cache.whole(path, f"about {gib(2 * total)}") as staging:
+                _write(staging, spec, sources, tokenizer, template, stops, total)
+    store = UnequalRows(path)
+    report = store.report
+    tally.check(
+        spec.name, report.read, report.bad, [line for line in report.notes if line.startswith("bad")], spec.most_bad
+    )
+    if not len(store):
+        raise UserError(
+            f"dataset '{spec.name}': none of its {report.read:,} rows is left to train on:\n  "
+            + "\n  ".join(report.notes)
+        )
+    return store
+
+
+def _template(spec: RowSpec, tokenizer: Any, stops: list[int], day: str) -> Template | None:
+    """The chat template, where there has to be one; looked at before any row is read."""
+    if spec.kind == "pretokenized" or spec.chat_template == PLAIN:
+        return None
+    if spec.kind == "completion" and spec.chat_template is None and not tokenizer.chat_template:
+        return None  # only rows of instructions need one
+    template = load.template(tokenizer, stops, spec.chat_template, spec.template_kwargs, day)
+    _ = template.end_of_turn
+    return template
+
+
+def maker(spec: RowSpec, tokenizer: Any, template: Template | None) -> Maker:
+    """What makes rows of this dataset's."""
+    if spec.kind == "pretokenized":
+        return Pretokenized(spec.rules)
+    encoder = encode.encoder(tokenizer)
+    chat = Chat(spec.fields, template, encoder, spec.rules) if template else None
+    if spec.kind == "chat" and chat is not None:
+        return chat
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return Completion(
+        spec.prompt,
+        spec.completion,
+        spec.fields.allow_empty_answers,
+        tokenizer.bos_token_id if begins else None,
+        encoder,
+        tokenizer.eos_token,
+        (tokenizer.bos_token or "", tokenizer.eos_token),
+        spec.rules,
+        chat,
+        plain=spec.chat_template == PLAIN,
+    )
+
+
+def _write(
+    staging: Path,
+    spec: RowSpec,
+    sources: list[Source],
+    tokenizer: Any,
+    template: Template | None,
+    stops: list[int],
+    total: int,
+) -> None:
+    """Make all rows and write them into `staging`."""
+    made, met, findings = maker(spec, tokenizer, template), Tally(), Findings()
+    all_stops = frozenset({tokenizer.eos_token_id, *stops})
+    with ExitStack() as clearing:
+        writer = RowWriter(staging, all_stops)
+        clearing.callback(writer.let_go)
+        seen: set[bytes] = set()
+        advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
+        found = _counted(records.read(sources, findings), total, advance)
+        while batch := list(itertools.islice(found, AT_ONCE)):
+            sound = [record for record in batch if _is_new(record, met, seen, spec.deduplicate)]
+            for record, result in zip(sound, _made(made, sound), strict=True):
+                _add(writer, met, record, result)
+        notes = met.lines(spec.deduplicate)
+        if template and template.prints_the_date:
+            notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
+        warnings = list(_will_not_stop(spec.name, writer, template))
+        writer.close(
+            name=spec.name,
+            kind=spec.kind,
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            read=met.read,
+            bad=met.bad,
+            duplicates=met.duplicates,
+            notes=notes,
+            warnings=warnings,
+        )
+
+
+def _is_new(record: Record, met: Tally, seen: set[bytes], deduplicate: bool) -> bool:
+    """Whether a row is to be made of the record: it is readable text, and none that was there before is to be left out."""
+    met.read += 1
+    if isinstance(record.value, Broken):
+        met.refuse(record.where, record.value.reason)
+        return False
+    try:
+        content = json.dumps(record.value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        met.refuse(record.where, "half a surrogate pair in its text, which is not a character")
+        return False
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    if digest in seen:
+        met.duplicates += 1
+        return not deduplicate
+    seen.add(digest)
+    return True
+
+
+def _made(made: Maker, sound: list[Record]) -> list[Result | Refused]:
+    """Results for all records; an error that ends it all is said with the place of the row that it is about."""
+    try:
+        return made([record.value for record in sound])
+    except UserError:
+        for record in sound:
+            try:
+                made([record.value])
+            except UserError as error:
+                raise UserError(f"{record.where}: {error}") from None
+        raise
+
+
+def _add(writer: RowWriter, met: Tally, record: Record, result: Result | Refused) -> None:
+    if isinstance(result, Refused):
+        met.refuse(record.where, result.reason, result.detail)
+        return
+    for row in result.rows:
+        if row.spans:
+            writer.add(row.ids, row.spans, met.kept, record.where)
+        else:
+            met.without_targets += 1
+    met.kept += 1
+    met.note(record.where, result.notes)
+
+
+def _will_not_stop(name: str, writer: RowWriter, template: Template | None) -> Iterator[str]:
+    """Why a model that is trained on these rows would go on for ever."""
+    if template is not None and template.end_of_turn and writer.rows:
+        last = [token[0] for token in template.specials.pattern.finditer(template.end_of_turn)][-1]
+        if last not in template.specials.stops:
+            yield (
+                f"dataset '{name}': the chat template ends a turn with '{last}', at which the model does not stop: add its id to "
+                f"eos_token_id in the model's generation_config.json, so that what is served stops there"
+            )
+            return
+    if writer.rows and not writer.stops:
+        yield (
+            f"dataset '{name}': no token at which the model stops is trained: it will not learn to stop. Train the ends of turns "
+            f"(train_on_eos), or end the answers with EOS"
+        )
+
+
+def _counted(found: Iterator[Record], total: int, advance: Any) -> Iterator[Record]:
+    """The same records; moves the bar by what they hold as text, up to `total`, and to its end after the last."""
+    done = 0
+    for record in found:
+        step = min(len(str(record.value)), total - done)
+        done += step
+        advance(step)
+        yield record
+    advance(total - done)

@@ -1,0 +1,128 @@
+"""Runs on conversations and completions over two stages: killed or stopped, resumed, bit-equal to the run that went through.
+
+Oracles: the run that was not interrupted; for the first step's loss the unsplit model, one row at a time, with labels from
+the rows' text.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import loading
+from pipeline.data.batches import Position
+from pipeline.training.start import prepare, resolve
+from tests.helpers.builders import write_config
+from tests.helpers.data import prose
+from tests.helpers.rows import talk, write_jsonl
+from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers, run_plan
+
+STEPS = 6
+WORDS = prose(4000, seed=5).split()
+
+
+def words(begin: int, count: int) -> str:
+    return " ".join(WORDS[begin : begin + count])
+
+
+def chat_rows(folder: Path) -> dict[str, Any]:
+    """Conversations of one to three exchanges, a bad row among them."""
+    rows: list[Any] = []
+    for n in range(22):
+        texts = [words(40 * n + 9 * part, 3 + (n + part) % 6) for part in range(2 * (1 + n % 3))]
+        rows.append(talk(*texts, system="Be brief." if n % 4 == 0 else None))
+    rows[7] = talk("Why?", "")
+    path = write_jsonl(folder / "chat.jsonl", rows)
+    return {
+        "name": "talks",
+        "dataset_type": "chat",
+        "dataset_path": str(path),
+        "chat_template": "alpaca",
+        "max_bad_rows": 0.05,
+    }
+
+
+def completion_rows(folder: Path) -> dict[str, Any]:
+    """Prompts and completions of many lengths."""
+    rows = [{"prompt": words(50 * n, 2 + n % 9) + " ", "completion": words(50 * n + 20, 1 + n % 7)} for n in range(20)]
+    path = write_jsonl(folder / "pairs.jsonl", rows)
+    return {"name": "pairs", "dataset_type": "completion", "dataset_path": str(path)}
+
+
+def config(folder: Path, base: Path, dataset: dict[str, Any], **changes: Any) -> str:
+    settings: dict[str, Any] = {
+        "model": str(base),
+        "output_dir": str(folder / "runs"),
+        "max_steps": STEPS,
+        "epochs": 4,
+        "micro_batch_size_per_gpu": 2,
+        "lora_dropout": 0.2,
+        "eval_steps": 3,
+        "datasets": [{"sequence_len": 256, "eval_size": 3, **dataset}],
+        **changes,
+    }
+    folder.mkdir(exist_ok=True)
+    return str(write_config(folder / f"{dataset['name']}.toml", **settings))
+
+
+def first_loss(toml: str, base: Path) -> float:
+    """Of the first step's rows by the unsplit model: the mean over what the text says is an answer or its end."""
+    loaded = loading.load(toml)
+    spec, tokenizer = resolve.data_of(loaded), AutoTokenizer.from_pretrained(base)
+    batches = prepare.micro_batches(spec, prepare.read_data(spec, tokenizer))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    total, targets = 0.0, 0
+    for index, row in batches.info(Position()).rows:
+        ids = torch.from_numpy(batches.stores[index].ids(row).astype("int64"))
+        text = tokenizer.decode(ids)
+        labels = torch.full_like(ids, -100)
+        for part, begin in answers(text):
+            start = len(tokenizer(text[:begin], add_special_tokens=False)["input_ids"])
+            end = start + len(tokenizer(part, add_special_tokens=False)["input_ids"])
+            labels[start:end] = ids[start:end]
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum").item()
+        targets += int((labels[1:] != -100).sum())
+    return total / targets
+
+
+def answers(text: str) -> list[tuple[str, int]]:
+    """(answer with its EOS, where it begins) in a conversation by the alpaca template."""
+    found, place = [], 0
+    while (place := text.find("### Response:\n", place)) >= 0:
+        begin = place + len("### Response:\n")
+        place = text.index("<EOS>", begin) + len("<EOS>")
+        found.append((text[begin:place], begin))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_conversations_killed_in_a_save_and_resumed_are_bit_equal(tmp_path: Path, base: Path) -> None:
+    toml = config(tmp_path, base, chat_rows(tmp_path), save_steps=2, checkpoint_on_save=True, lora_dropout=0.0)
+    killed = run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")
+    assert "output" in killed
+    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
+    # An epoch has three steps and ends in a checkpoint as well.
+    assert sorted(p.name for p in run.glob("global_step*")) == ["global_step2", "global_step3"]
+    both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")
+    assert_equal(final_state(both["runs"][0]), final_state(both["runs"][1]))
+    assert numbers(both["runs"][0]) == numbers(both["runs"][1])
+    losses = [line["train/loss"] for line in numbers(both["runs"][1]) if "train/loss" in line]
+    # fp32 sums of some 100 targets' losses in another order.
+    assert losses[0] == pytest.approx(first_loss(toml, base), abs=2e-5)
+    assert any("eval/talks/loss" in line for line in numbers(both["runs"][1]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_completions_stopped_and_resumed_are_bit_equal(tmp_path: Path, base: Path) -> None:
+    toml = config(tmp_path, base, completion_rows(tmp_path))
+    plan: list[dict[str, Any]] = [{"config": toml}, {"config": toml, "stop_after": 3}, {"config": toml, "resume": 1}]
+    result = run_plan(tmp_path, 2, plan)
+    assert result["codes"] == [0, 75, 0]
+    assert_equal(final_state(result["runs"][2]), final_state(result["runs"][0]))
+    assert numbers(result["runs"][2]) == numbers(result["runs"][0])
