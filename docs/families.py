@@ -118,7 +118,7 @@ FAMILIES = [
     Family(
         "`boft`",
         "diag(s)·W·R, exactly orthogonal blocks",
-        "As OFT, exact; PEFT makes D_in × D_in matrices.",
+        "As OFT, exact, with a factor for each output.",
         "BOFT",
         "no",
         "4, 8",
@@ -159,6 +159,12 @@ On disk it is a type of our own, which PEFT refuses: the pair is named for the r
 (`….mlp.experts.peanut_A.weight`), and `experts` in the weights' metadata says what that writes with. The fold writes it into
 experts stored one by one, as one tensor, or as one transposed tensor, with their biases, an expert at a time; `--unmerge`
 takes it out. There is no additive export: an A' = A·W for each expert has a place in no file that servers read.
+
+`load_balancing_loss_coef`, or the model's own config.json with `output_router_logits = true`, adds transformers'
+load-balancing loss of the routers to that of each micro-batch, over all layers together, whatever the stages: `train/loss`
+has it in it, `train/router_loss` is it alone, without the coefficient. `expert_load/N/most` and `least` say what share of the
+tokens the busiest and the idlest expert of layer N had, 1 being even. Padding chooses no expert. Evaluation is of the
+tokens' loss alone. Where transformers has no such loss of a model, the key is refused.
 
 ## What it costs
 

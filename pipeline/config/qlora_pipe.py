@@ -10,7 +10,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization.bnb.llm_int8_has_fp16_weight": ((False,), "16-bit weights beside the 8-bit ones would save nothing"),
     "quantization.bnb.llm_int8_enable_fp32_cpu_offload": ((False,), "no part of a stage is kept off its device"),
     "modules_to_save": (([],), "modules trained in full beside the adapter are named in trainable_modules"),
-    "load_balancing_loss_coef": ((), "a router loss is not built (it was broken in qlora-pipe)"),
     "loss_type": (("cross_entropy_loss",), "only 'cross_entropy_loss' is built"),
     "focal_loss_gamma": ((0, 0.0), "focal losses are not built"),
     "offload_mlp_to_cpu": ((False, 0), "not built; use more stages or activation_checkpointing = 'unsloth'"),

@@ -70,6 +70,8 @@ class Config(Section):
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     trainable_modules: list[str] = Field(
         [], description="modules trained in full beside the adapter, in all layers whatever layers_to_transform says: a full name, or the end of one after a dot (['embed_tokens', 'input_layernorm', 'norm']); they keep model_weight_dtype")  # fmt: skip
+    load_balancing_loss_coef: NonNegativeFloat | None = Field(
+        None, description="weight of a mixture's load-balancing loss (transformers' router_aux_loss_coef), of all layers together, added to each micro-batch's loss in training; 0 for none; default what the model's config.json asks for with output_router_logits = true")  # fmt: skip
     train_logit_scale: PositiveFloat = Field(
         1.0, description="multiplies the logits before the softmax in training; recorded in the adapter"
     )

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError, warn
 from pipeline.model.adapters.base import trainable
+from pipeline.model.router_loss import RouterLoss
 from pipeline.model.stage import Stage, logit_transform
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.model.unsupported import named
@@ -26,9 +27,14 @@ TOLERANCE = (
 
 
 def check(
-    config: PretrainedConfig, ranges: Sequence[tuple[int, int]], put: Callable[[Stage], None] | None = None
+    config: PretrainedConfig,
+    ranges: Sequence[tuple[int, int]],
+    put: Callable[[Stage], None] | None = None,
+    *,
+    router_loss: bool = False,
 ) -> None:
     """Compare stages of layers [first, end) each with the whole model; `put`, if any, puts small adapters into a stage.
+    `router_loss`: whether the loss of a mixture's routers is trained, which is compared as well.
 
     Raises UserError where they differ by more than rounding, where an adapter has no effect, and where a model that is to be
     cut has no tiny copy, so that it cannot be known what its stages compute.
@@ -47,6 +53,8 @@ def check(
     _check_cut(whole, logits, ranges)
     if put is not None:
         _check_adapters(whole, logits, ranges, put)
+    if router_loss:
+        _check_router_loss(whole, ranges)
 
 
 def _check_cut(whole: PreTrainedModel, logits: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
@@ -94,6 +102,24 @@ def _check_adapters(
         raise UserError(
             f"target_modules: an adapter in {', '.join(idle)} gets no gradient, because model_type '{kind}' does not run "
             "it as a module, or only chooses by what it gives; leave it out"
+        )
+
+
+@torch.no_grad()
+def _check_router_loss(whole: PreTrainedModel, ranges: Sequence[tuple[int, int]]) -> None:
+    kind = whole.config.model_type
+    with named(kind, "computing the loss of its routers, tried on a tiny copy,"):
+        right = whole(input_ids=token_ids(), labels=token_ids(), output_router_logits=True, use_cache=False).aux_loss
+        stages = stages_of(whole, ranges)
+        routers = [RouterLoss(stage, 1.0) for stage in stages]
+        for stage in stages:
+            stage.training = True  # the stage alone: its layers stay as they are
+        _logits(stages)
+        off = difference(routers[-1].take(), right)
+    if off > TOLERANCE:
+        raise UserError(
+            f"model_type '{kind}' computes the loss of its routers in a way this program does not know (on a tiny copy it is "
+            f"off by {off:.2g}); set load_balancing_loss_coef = 0"
         )
 
 

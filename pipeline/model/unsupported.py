@@ -15,7 +15,8 @@ import torch
 from pipeline.console import UserError
 from pipeline.foreign import printable
 
-ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")  # the keys of their weights
+ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_coef")  # the keys of their weights: the load-balancing one,
+Z_LOSSES = ("router_z_loss_coef",)  # and one of the logits' size
 MACHINE = (MemoryError, torch.OutOfMemoryError, OSError)  # what lacks is the machine's, and run/errors.py says it
 
 
@@ -49,14 +50,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def router_loss(config: Any) -> str | None:
-    """A sentence on the loss of the routers that `config` (the model's) asks for and training leaves out, or None."""
+def router_loss(config: Any, *, trained: bool = False) -> str | None:
+    """A sentence on a loss of the routers that `config` (the model's) asks for and training leaves out, or None.
+
+    `trained`: whether the load-balancing one is trained (model/router_loss.py).
+    """
     text = config.get_text_config()
-    asked = {name: weight for name in ROUTER_LOSSES if (weight := getattr(text, name, None))}
+    left_out = Z_LOSSES if trained else (*ROUTER_LOSSES, *Z_LOSSES)
+    asked = {name: weight for name in left_out if (weight := getattr(text, name, None))}
     if not getattr(text, "output_router_logits", False) or not asked:
         return None
     return (
         f"the model's config.json asks for a loss of the routers (output_router_logits = true, "
-        f"{', '.join(f'{name} = {weight:g}' for name, weight in asked.items())}), which is not built: only the next token's "
-        "loss is trained, and the experts' shares of the tokens are not evened out"
+        f"{', '.join(f'{name} = {weight:g}' for name, weight in asked.items())}), which is not trained"
+        + (
+            ""
+            if trained
+            else ": only the next token's loss is, and the experts' shares of the tokens are not evened out"
+        )
     )

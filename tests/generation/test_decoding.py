@@ -15,6 +15,7 @@ from pipeline.generation.sampling import Sampling
 from pipeline.model import cache_check, tiny_copy
 from pipeline.model.cut_check import stages_of
 from pipeline.model.neftune import apply as add_noise
+from pipeline.model.router_loss import RouterLoss
 from pipeline.model.stage import Stage
 from tests.helpers.builders import VOCABULARY, save_model
 from tests.helpers.stages import CPU, build, chain
@@ -159,6 +160,16 @@ def test_modes_noise_and_generators_are_left_as_they_were(models: dict) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in stage.modules()] == modes
     assert said == ours([quiet], [7, 8, 9], Sampling(temperature=0.9), "x")
+
+
+def test_a_mixture_whose_routers_loss_is_trained_says_the_same(tmp_path: Path) -> None:
+    save_model(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    right = ours(chain(tmp_path, [0, 2, 4]), [7, 8, 9], Sampling(), "x")
+    stages = chain(tmp_path, [0, 2, 4])
+    routers = [RouterLoss(stage.train(), 0.1) for stage in stages]
+    with speaking(stages):
+        assert ours(stages, [7, 8, 9], Sampling(), "x") == right
+    assert not any(router.measured() for router in routers)
 
 
 def test_a_stage_that_forgets_is_refused(monkeypatch: pytest.MonkeyPatch, models: dict) -> None:

@@ -217,9 +217,10 @@ def test_a_target_that_peft_passes_over_ends_the_run(monkeypatch: pytest.MonkeyP
 
 
 def test_layers_and_weights_without_an_adapter_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of six layers, three are mixtures, whose experts no name reaches; layer 0 is not chosen."""
+    """Of six layers, three are mixtures, whose experts the family does not reach; layer 0 is not chosen."""
     config = tiny_config("qwen2_moe", layers=6, mlp_only_layers=[0, 2, 4])
-    made = plan(tmp_path, config, target_modules=["down_proj"], layers_to_transform="1:5", pipeline_stages=1)
+    keys = {"adapter_type": "lora", "target_modules": ["down_proj"], "layers_to_transform": "1:5", "pipeline_stages": 1}
+    made = plan(tmp_path, config, **keys)
     assert [name.removeprefix("model.layers.") for name in made.trained.targets] == [
         "1.mlp.shared_expert.down_proj",
         "2.mlp.down_proj",
@@ -239,11 +240,11 @@ def test_layers_and_weights_without_an_adapter_are_told(tmp_path: Path, capsys: 
 def test_layers_that_have_no_such_module_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(tmp_path, tiny_config("mimo_v2_flash"), target_modules=["down_proj"], pipeline_stages=1)
     said = capsys.readouterr().out
-    assert {name.split(".")[2] for name in made.trained.targets} == {"0"}, (
-        "the others are mixtures without a shared expert"
-    )
-    assert "down_proj, layers 0 (1 of 4)" in said
-    assert "in 1 of 4 layers: mlp.down_proj" in said
+    assert [name.removeprefix("model.layers.") for name in made.trained.targets] == [
+        "0.mlp.down_proj",
+        *(f"{layer}.mlp.experts" for layer in (1, 2, 3)),
+    ]
+    assert "in 3 of 4 layers: mlp.experts; in 1 of 4 layers: mlp.down_proj" in said
 
 
 def test_routers_whose_loss_the_config_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,9 +253,10 @@ def test_routers_whose_loss_the_config_asks_for(tmp_path: Path, capsys: pytest.C
     assert quiet.router_aux_loss_coef
     assert not capsys.readouterr().err
     asked = tiny_config("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
-    plan(tmp_path / "asked", asked, target_modules=["o_proj"])
-    assert "router_aux_loss_coef = 0.5), which is not built" in capsys.readouterr().err
+    assert plan(tmp_path / "asked", asked, target_modules=["o_proj"]).router_loss == 0.5
+    assert not capsys.readouterr().err
     assert router_loss(config_of("mixtral", output_router_logits=True, router_aux_loss_coef=0.0)) is None
+    assert "router_aux_loss_coef = 0.5), which is not trained" in (router_loss(asked) or "")
 
 
 # Errors

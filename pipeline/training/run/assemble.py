@@ -23,8 +23,11 @@ from pipeline.model.adapters.base import trainable, written
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
+from pipeline.model.router_loss import RouterLoss
 from pipeline.model.stage import Stage, check_head, logit_transform, tied_head
 from pipeline.objectives.language_modelling import LanguageModelling
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.with_router_loss import WithRouterLoss
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState, restore
@@ -67,7 +70,8 @@ def trainer(
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
     optimizer = build_optimizer(plan.updates, stage, place)
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
-    objective = objective_of(stage, config.train_logit_scale)
+    routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
+    objective = objective_of(stage, config.train_logit_scale, routers)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
@@ -96,6 +100,7 @@ def trainer(
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
+        routers=routers,
         intervals=plan.intervals,
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
@@ -189,10 +194,11 @@ def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> Pipe
     return optimizer
 
 
-def objective_of(stage: Stage, train_logit_scale: float) -> LanguageModelling:
+def objective_of(stage: Stage, train_logit_scale: float, routers: RouterLoss | None = None) -> Objective:
     """The loss; only the last stage, which has the head, computes it."""
     head = stage.head if stage.is_last else None
-    return LanguageModelling(head, logit_transform(stage.model.config), train_logit_scale)
+    objective = LanguageModelling(head, logit_transform(stage.model.config), train_logit_scale)
+    return WithRouterLoss(objective, routers.coefficient, routers.take) if routers else objective
 
 
 def build_engine(
@@ -200,7 +206,7 @@ def build_engine(
     place: engine.Place,
     stage: Stage,
     optimizer: PipelineOptimizer,
-    objective: LanguageModelling,
+    objective: Objective,
     batches: MicroBatches,
     watcher: Watcher,
 ) -> PipelineEngine:

@@ -17,6 +17,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
+from pipeline.model.router_loss import RouterLoss
 from pipeline.objectives.objective import Objective
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
@@ -45,6 +46,7 @@ class Trainer:
     objective: Objective
     learning_rate: Callable[[int, int], float]
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
+    routers: RouterLoss | None  # of this stage, where their loss is trained
     intervals: Intervals
     epochs: int | None  # the run ends after so many, or after max_steps
     max_steps: int | None
@@ -111,6 +113,8 @@ class Trainer:
         self.optimizer.set_lr(lr)
         ahead = self.progress.after_step(info.next_position, self.batches.order_hash(info.next_position.epoch))
         self.state.ahead(ahead)
+        if self.routers:
+            self.routers.begin_step()
         clock.start()
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
@@ -135,7 +139,11 @@ class Trainer:
         prints = self.step % self.intervals.steps_per_print == 0 or last
         if not logs and not prints:
             return
-        own = (self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {}, peak_memory())
+        own = (
+            self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {},
+            peak_memory(),
+            self.routers.measured() if self.routers else {},
+        )
         gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
         dist.gather_object(own, gathered)
         if logs:
@@ -148,6 +156,7 @@ class Trainer:
                     "train/grad_norm": self.optimizer.grad_norm,
                     "train/tokens_per_s": tokens_per_s,
                     "train/epoch": info.epochs_done,
+                    **_means([part[2] for part in gathered or []]),
                     **norms,
                 },
             )
@@ -263,3 +272,9 @@ class Trainer:
         minutes = self.intervals.checkpoint_every_n_minutes
         due = minutes is not None and time.monotonic() - self.saver.last_checkpoint > minutes * 60
         return due and self.place.rank == 0 and not self.intervals.checkpoint_on_save
+
+
+def _means(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Of numbers that several replicas have of the same thing, the mean; all in one order."""
+    tags = sorted({tag for part in parts for tag in part})
+    return {tag: sum(values) / len(values) for tag in tags if (values := [part[tag] for part in parts if tag in part])}

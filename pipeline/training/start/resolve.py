@@ -22,7 +22,7 @@ from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
-from pipeline.model import cache_check, cut_check, quantized, unsupported, weights
+from pipeline.model import cache_check, cut_check, quantized, router_loss, unsupported, weights
 from pipeline.model.adapters import experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
@@ -45,7 +45,7 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     model_config = read_model_config(config.model)
     with unsupported.named(model_config.model_type, "looking at its structure"):
         resolved = _resolve(config, model_config, resumes)
-    if sentence := unsupported.router_loss(model_config):
+    if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)
     return resolved
@@ -99,7 +99,8 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         checkpoint_on_save=config.checkpoint_on_save,
     )
     ranges = cut_into_stages(layout, model, trained)
-    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals)
+    router_weight = router_loss_of(config.load_balancing_loss_coef, model)
+    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight)
 
 
 def data_of(config: Config) -> DataSpec:
@@ -209,9 +210,30 @@ def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     the whole model, or does not run."""
     adapter = resolved.trained.adapter
     put = partial(families.inject_for_trial, adapter=adapter) if adapter else None
-    cut_check.check(resolved.meta_model.config, ranges, put)
+    cut_check.check(resolved.meta_model.config, ranges, put, router_loss=bool(resolved.router_loss))
     if resolved.data.samples is not None:
         cache_check.check(resolved.meta_model.config, ranges, "[samples]: leave it out")
+
+
+def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:
+    """The weight of the routers' loss: the configuration's, or what the model's own config asks for. Says it.
+
+    UserError for a weight where transformers has no such loss of the model.
+    """
+    if router_loss.recorder(model) is None:
+        if weight:
+            raise UserError(
+                f"load_balancing_loss_coef = {weight:g}: transformers has no loss of the routers of model_type "
+                f"'{model.config.model_type}'; remove it"
+            )
+        return 0.0
+    used = router_loss.asked_for(model) if weight is None else weight
+    if used:
+        where = "config.json" if weight is None else "load_balancing_loss_coef"
+        log(f"routers:  {used:g} times their load-balancing loss, by {where}")
+    elif weight == 0 and router_loss.asked_for(model):
+        log("routers:  without their load-balancing loss, which config.json asks for (load_balancing_loss_coef = 0)")
+    return used
 
 
 def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list[str] | None:

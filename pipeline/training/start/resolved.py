@@ -112,7 +112,8 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end)."""
+    """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end).
+    `router_loss`: the weight of a mixture's loss of its routers, 0 for none."""
 
     base: BaseModel
     meta_model: MetaModel
@@ -122,3 +123,4 @@ class Resolved:
     layout: Layout
     data: DataSpec
     intervals: Intervals
+    router_loss: float = 0.0
