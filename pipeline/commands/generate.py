@@ -26,11 +26,11 @@ from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.generation import adapter as adapters
-from pipeline.generation import shown
+from pipeline.generation import cache_check, positions, shown
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, OverProcesses, Stages, answers, speaking
 from pipeline.generation.prompts import Asker, asker, keys_of_noise, read_prompts
 from pipeline.generation.sampling import Sampling
-from pipeline.model import cache_check, cut_check, positions, unsupported, weights
+from pipeline.model import cut_check, unsupported, weights
 from pipeline.model.adapters.switch import adapters_off
 from pipeline.model.stage import Stage, check_head, empty_model, read_model_config
 from pipeline.planning.cut import balanced

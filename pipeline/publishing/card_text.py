@@ -100,7 +100,9 @@ def _rows(entry: dict[str, Any]) -> str:
     """Chunks of one length, or rows up to one, with the part that is trained."""
     if "chunks" in entry:
         return f"{entry['chunks']:,} × {entry['sequence_len']:,}"
-    return f"{entry['made']:,} × ≤ {entry['longest']:,}, {entry['targets']:,} tokens trained"
+    packed = entry.get("packed")
+    into = f", packed into {packed['rows']:,} × {packed['sequence_len']:,}" if packed else ""
+    return f"{entry['made']:,} × ≤ {entry['longest']:,}, {entry['targets']:,} tokens trained{into}"
 
 
 def _used(entry: dict[str, Any]) -> str:

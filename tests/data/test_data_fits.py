@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from pipeline.config.loading import load
 from pipeline.console import UserError
-from pipeline.model import positions
+from pipeline.generation import positions
 from pipeline.model.stage import empty_model
 from pipeline.training.start import check as start
 from pipeline.training.start import data_fits

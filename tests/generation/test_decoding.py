@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.console import UserError
+from pipeline.generation import cache_check
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, answers, speaking
 from pipeline.generation.sampling import Sampling
-from pipeline.model import cache_check, tiny_copy
+from pipeline.model import tiny_copy
 from pipeline.model.cut_check import stages_of
 from pipeline.model.neftune import apply as add_noise
 from pipeline.model.router_loss import RouterLoss

@@ -1,4 +1,4 @@
-"""Whether the tokenizer's ids fit the model: its embedding's rows. (Positions: model/positions.py.)
+"""Whether the tokenizer's ids fit the model: its embedding's rows. (Positions: generation/positions.py.)
 
 Takes the model without weights, the tokenizer and what the stores report; gives a warning or one UserError. The ids that
 occur decide, not how many tokens the tokenizer lists.

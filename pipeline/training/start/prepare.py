@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.console import log, warn
 from pipeline.data import chunks
@@ -17,11 +19,13 @@ from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
 from pipeline.data.rows import build
+from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
 from pipeline.data.selection import Selection, Streams, mix, split, whole
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
-from pipeline.model import positions, unsupported, weights
+from pipeline.generation import positions
+from pipeline.model import unsupported, weights
 from pipeline.model.stage import tied_head
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
@@ -72,22 +76,26 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
 
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
-    train, evaluation = list[Selection](), dict[str, Selection]()
+    train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = _streams(f"datasets.{number}", dataset, name, tokenizer, spec, plan, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
         log(f"data:     {rows}")
-        train.append(rows.train)
+        chosen = rows.train
+        if dataset.packing == "best_fit":
+            packed = PackedRows(chosen, dataset.sequence_len)
+            log(f"data:     {packed}")
+            chosen = Selection(packed, np.arange(len(packed)))
+        train.append(chosen)
+        warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows) else []
         if rows.eval is not None:
             evaluation[name] = rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
         streams = _streams(f"eval_datasets.{number}", held, name, tokenizer, spec, plan)
         evaluation[name] = whole(streams, held.subsample)
-    stores = [rows.store for rows in train]
-    warnings = [line for store in stores if isinstance(store, UnequalRows) for line in store.report.warnings]
     for line in warnings:
         warn(line)
     shared = plan and plan.meta_model.shared

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError, log
+from pipeline.generation import positions
 from pipeline.generation.prompts import Asker, asker
-from pipeline.model import positions
 from pipeline.training.start import data_fits
 from pipeline.training.start.resolved import SampleSpec
 

@@ -20,9 +20,10 @@ from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
+from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
-from pipeline.model import cache_check, cut_check, quantized, router_loss, unsupported, weights
+from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
 from pipeline.model.adapters import experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
@@ -48,6 +49,9 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)
+    packed = [dataset.sequence_len for dataset in resolved.data.datasets if dataset.packing != "none"]
+    if packed:
+        packing_check.check(model_config, max(packed))
     return resolved
 
 
