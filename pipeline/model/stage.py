@@ -10,12 +10,14 @@ One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once
 """
 
 import contextlib
+import inspect
 import re
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
 from pipeline.foreign import printable, read_by_library, read_object
@@ -38,6 +40,8 @@ FIRST_READS = ("input_ids", "position_ids", "lengths")
 # What a config calls its number of layers, and more of them than any model has: building so many would never end.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000
+# What a model calls its cache of keys and values, the newest transformers' word first.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
@@ -119,6 +123,18 @@ def tied_head(model: PreTrainedModel) -> dict[str, str]:
     return {name: source for name, source in model.all_tied_weights_keys.items() if name == head}
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its cache of keys and values: transformers 5.24 renamed `past_key_values`.
+
+    Raises ValueError for a model that takes none.
+    """
+    taken = inspect.signature(model.forward).parameters
+    found = [name for name in CACHE_ARGUMENTS if name in taken]
+    if not found:
+        raise ValueError(f"{type(model).__name__} takes no cache of keys and values")
+    return found[0]
+
+
 class Stage(nn.Module):
     """Layers [first_layer, end_layer) of the model; with the embedding and what runs before the layers on the first stage,
     with the last norm and the head on the last.
@@ -134,19 +150,32 @@ class Stage(nn.Module):
         put_stand_ins(model, first_layer, end_layer)
         self.model = model
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, inputs: tuple[Tensor, ...], cache: Cache | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """First stage: the tensors of `FIRST_READS`, int64 [B, T] (lengths [B]); later ones: (hidden [B, T, D], positions).
+
+        `cache`: from `new_cache`, with the keys and values of the same rows' earlier positions, to which those of these are
+        added. Then the first stage reads no lengths.
 
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """
         x, positions_BT = inputs[:2]
+        cached = {} if cache is None else {self._cache_argument: cache}
         if self.is_first:
-            normed_BTD = run_base(self.model, positions_BT, input_ids=x)
+            normed_BTD = run_base(self.model, positions_BT, input_ids=x, **cached)
         else:
             with arrives(self.model, x):
                 # Of what is given here the model takes the size, for its masks and rotary tables.
-                normed_BTD = run_base(self.model, positions_BT, inputs_embeds=x.detach())
+                normed_BTD = run_base(self.model, positions_BT, inputs_embeds=x.detach(), **cached)
         return normed_BTD if self.is_last else (departed(self.model, self.layer_indices.stop), positions_BT)
+
+    def new_cache(self) -> Cache:
+        """An empty cache of keys and values. It has a place for every layer of the whole model, so that layers keep their
+        index and their kind (full, windowed, recurrent) on any stage; those of other stages stay empty."""
+        return DynamicCache(config=text_config(self.model.config))
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        return cache_argument(base_of(self.model))
 
     @property
     def layers(self) -> dict[int, nn.Module]:
@@ -164,11 +193,13 @@ class Stage(nn.Module):
         return head_of_model(self.model)  # type: ignore[no-any-return]
 
 
-def run_base(model: PreTrainedModel, positions_BT: Tensor, **given: Tensor) -> Tensor:
-    """What the module that runs the layers gives, from `input_ids` [B, T] or `inputs_embeds` [B, T, D]."""
+def run_base(model: PreTrainedModel, positions_BT: Tensor, **given: Tensor | Cache) -> Tensor:
+    """What the module that runs the layers gives, from `input_ids` [B, T] or `inputs_embeds` [B, T, D], and a cache if one is
+    among what is `given`."""
     base = base_of(model)
     positions = {"position_ids": positions_BT} if takes_positions(base) else {}
-    return base(**given, **positions, use_cache=False)[0]  # type: ignore[no-any-return]
+    cached = any(isinstance(one, Cache) for one in given.values())
+    return base(**given, **positions, use_cache=cached)[0]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
