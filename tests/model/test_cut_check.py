@@ -12,7 +12,6 @@ from transformers import AutoConfig
 from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model import cut_check, tiny_copy
-from pipeline.model import stage as stage_module
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.lora import inject_lora
 from pipeline.model.adapters.targets import resolve_targets
@@ -90,7 +89,7 @@ def test_windows_are_shorter_than_the_copys_rows(monkeypatch: pytest.MonkeyPatch
 
 
 def test_logits_that_are_not_what_the_config_says_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_check, "logit_transform", lambda config: stage_module.LogitTransform())
+    monkeypatch.setattr(cut_check, "logit_transform", lambda config: build.LogitTransform())
     for ranges in ([(0, 4)], TWO):
         with pytest.raises(UserError, match="'cohere' changes its logits in a way"):
             cut_check.check(config_of("cohere", logit_scale=0.3), ranges)
