@@ -118,7 +118,7 @@ FAMILIES = [
     Family(
         "`boft`",
         "diag(s)·W·R, exactly orthogonal blocks",
-        "As OFT, exact; PEFT makes D_in × D_in matrices.",
+        "As OFT, exact, with a factor for each output.",
         "BOFT",
         "no",
         "4, 8",

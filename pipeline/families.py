@@ -33,7 +33,7 @@ class Family:
     changes what a module writes, and needs that alone; else it works on what the module reads.
     `default_targets`: target_modules where they are not named; `default_input_factors`: feedforward_modules likewise.
     `even_rank`, `not_over_quantised`: why the rank must be even, why there must be no 4- or 8-bit weights; "" where not.
-    `block_size`: the key that must divide a module's inputs. `most_inputs`: it is refused on wider modules.
+    `block_size`: the key that must divide a module's inputs.
     `not_above_outputs`: why the rank must not be above a module's outputs; "" where it may.
 
     Training: `small`, its matrices whose products with a layer's states are [T, R]; `fast`, those to which LoRA+ gives the
@@ -62,7 +62,6 @@ class Family:
     even_rank: str = ""
     not_over_quantised: str = ""
     block_size: str = ""
-    most_inputs: int | None = None
     not_above_outputs: str = ""
     small: tuple[str, ...] = ()
     fast: tuple[str, ...] = ()
@@ -261,8 +260,6 @@ _ROWS = (
         card="BOFT, the inputs rotated in butterfly blocks",
         required=("boft_block_size",),
         block_size="boft_block_size",
-        most_inputs=4096,  # 64 MiB for each of PEFT's permutations, one a module
-        by_peft=True,
         peft_type="BOFT",
         tensors={"boft_R": "boft_R", "boft_s": "boft_s"},
         settings={

@@ -65,7 +65,8 @@ FORMULAS: dict[str, dict[str, Formula]] = {
     },
     "boft": {
         "trained": lambda i, o, R, k: i * k + o,
-        "flops_a_token": lambda i, o, R, k: 6 * i * i,  # a D × D matrix
+        "kept_bytes_a_token": lambda i, o, R, k: 2 * (i + o),  # x, h
+        "flops_a_token": lambda i, o, R, k: 6 * i * k,
     },
     "hra": {"trained": lambda i, o, R, k: i * R, "flops_a_token": lambda i, o, R, k: 12 * i * R},
 }

@@ -1,4 +1,4 @@
-"""Families that rotate or scale: HRA, and PEFT's OFT, BOFT and IA³.
+"""Families that rotate or scale: HRA and BOFT, and PEFT's OFT and IA³.
 
 Takes a stage and names of modules; gives the stage with these on what its modules read (or, of IA³, what they give).
 All begin as the identity, the same on any number of stages. x is a module's input, W its weight [D_out, D_in].
@@ -91,22 +91,38 @@ def inject_oft(stage: Stage, targets: list[str], block_size: int, dtype: torch.d
     )
 
 
-def inject_boft(stage: Stage, targets: list[str], block_size: int, dtype: torch.dtype) -> None:
-    """PEFT's BOFT with one butterfly factor (Liu et al. 2023, arXiv 2311.06243): diag(s)·W·R, R of exactly orthogonal
-    blocks. PEFT makes D_in × D_in matrices for it."""
-    from peft import BOFTConfig
+class BOFT(nn.Module):
+    """W' = diag(s)·W·Rᵀ, R of orthogonal blocks: BOFT with one butterfly factor (Liu et al. 2023, arXiv 2311.06243, eq. 5).
 
+    A block is the Cayley transform (I − K)(I + K)⁻¹ of K = (P − Pᵀ)/2, P what is trained: orthogonal however far it goes. The
+    input's blocks are turned where PEFT multiplies D_in × D_in matrices. A bias is not scaled.
+    """
+
+    def __init__(self, base_layer: Any, block_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        inputs, outputs, device = base_layer.in_features, base_layer.out_features, device_of(base_layer)
+        blocks = torch.zeros(1, inputs // block_size, block_size, block_size, dtype=dtype, device=device)
+        self.boft_R, self.boft_s = (
+            nn.Parameter(blocks),
+            nn.Parameter(torch.ones(outputs, 1, dtype=dtype, device=device)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D_in] → [..., D_out] in the dtype of the base layer's output."""
+        P = self.boft_R[0].float()
+        K, identity = (P - P.mT) / 2, torch.eye(P.shape[-1], device=P.device)
+        blocks = torch.linalg.solve(identity + K, identity - K, left=False).to(x.dtype)
+        turned = torch.einsum("...nk,nkj->...nj", x.unflatten(-1, blocks.shape[:2]), blocks)
+        y: Tensor = self.base_layer(turned.flatten(-2))
+        s, bias = self.boft_s.flatten().to(y.dtype), self.base_layer.bias
+        return y * s if bias is None else y * s + bias * (1 - s)
+
+
+def inject_boft(stage: Stage, targets: list[str], block_size: int, dtype: torch.dtype) -> None:
+    """`BOFT` on those of `targets` that the stage owns; `block_size` divides their inputs."""
     _check_blocks(stage, targets, block_size, "boft_block_size")
-    _inject(
-        stage,
-        targets,
-        dtype,
-        lambda mine: BOFTConfig(
-            boft_block_size=block_size,
-            boft_n_butterfly_factor=1,
-            target_modules=mine,
-        ),
-    )
+    wrap(stage, targets, lambda _, base_layer: BOFT(base_layer, block_size, dtype))
 
 
 def _inject(stage: Stage, targets: list[str], dtype: torch.dtype, config_for: Any) -> None:

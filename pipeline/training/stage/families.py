@@ -52,11 +52,6 @@ def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
         module: Any = model.get_submodule(name)
         outputs, rank = outputs_of(model, module), size.rank
         inputs = getattr(module, "in_features", outputs)
-        if row.most_inputs and inputs > row.most_inputs:
-            others = " or ".join(f"'{name}'" for name, r in CONFIGURED.items() if r.block_size and not r.most_inputs)
-            raise UserError(
-                f"adapter_type = '{row.name}': PEFT makes {inputs} × {inputs} matrices for {name}; use {others}"
-            )
         if block and inputs % block:
             raise UserError(f"{row.block_size} = {block} does not divide the {inputs} inputs of {name}")
         if row.not_above_outputs and rank > outputs:
