@@ -105,6 +105,8 @@ class Dataset(_Data):
         "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
     sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
     num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
+    packing: Literal["none", "best_fit"] = Field(
+        "none", description="'best_fit' puts several rows into one of sequence_len tokens, in which they do not see each other; models that cannot keep them apart are refused; what is held out is not packed")  # fmt: skip
 
 
 class EvalDataset(_Data):
@@ -123,7 +125,7 @@ MEANT_FOR = {
     **dict.fromkeys(("field_prompt", "field_completion"), ("completion",)),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "train_on_eos"), _TEXTS),
     **dict.fromkeys(("allow_empty_answers", "allow_special_text"), _TEXTS),
-    **dict.fromkeys(("too_long", "deduplicate", "max_bad_rows"), _ROWS),
+    **dict.fromkeys(("too_long", "deduplicate", "max_bad_rows", "packing"), _ROWS),
 }
 
 

@@ -19,6 +19,7 @@ STAGES = "pipeline_stages (and deepspeed --num_gpus N)"
 NO_PREFERENCE = "preference training is not built yet"
 TEMPLATE = "datasets.0.chat_template (a file, a text of Jinja, or 'chatml', 'llama3', …)"
 NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard events"
+PACKING = "datasets.0.packing = 'best_fit' (of chat, completion and pretokenized; books are cut into full chunks)"
 FULL_CHUNKS = "no counterpart: books are cut into full chunks, nothing is padded"
 
 INSTEAD: dict[str, str] = {
@@ -137,8 +138,8 @@ INSTEAD: dict[str, str] = {
     "test_size": HELD_OUT,
     "eval_split_size": HELD_OUT,
     "dataset_prepared_path": "no counterpart: the cache is OUTPUT_DIR/dataset_cache",
-    "sample_packing": FULL_CHUNKS,
-    "packing": FULL_CHUNKS,
+    "sample_packing": PACKING,
+    "packing": PACKING,
     "pad_to_sequence_len": FULL_CHUNKS,
     "eval_sample_packing": FULL_CHUNKS,
     "dataset_text_field": "datasets.0.field_text",

@@ -90,21 +90,25 @@ class Layout:
         """`rows` [N, 2], padded on the right, and rows of filler up to `fixed_shape`; without rows, filler alone.
 
         Padding and filler hold EOS, an id that every model of this tokenizer has. Any would do: causal attention keeps it
-        from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no new document.
+        from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no new document; in a
+        row they begin again where its store says so.
         """
         lengths = self.lengths(rows)
         n_rows, width = self.fixed_shape or (len(rows) or 1, int(self._padded(lengths).max(initial=PAD_TO)))
         ids = np.full((n_rows, width), self.stores[0].eos, dtype=np.int64)
         labelled = np.full((n_rows, width), IGNORED, dtype=np.int64)
+        positions = np.tile(np.arange(width), (n_rows, 1))
         for place, (index, row) in enumerate(rows.tolist()):
             store, length = self.stores[index], int(lengths[place])
             ids[place, :length] = tokens = store.ids(row)
             labelled[place, :length] = labels(tokens, store.spans(row))
+            for start in store.restarts(row)[1:]:
+                positions[place, start:] = np.arange(width - start)
         missing = n_rows - len(rows)
         return MicroBatch(
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labelled),
-            position_ids=torch.arange(width).repeat(n_rows, 1),
+            position_ids=torch.from_numpy(positions),
             lengths=torch.from_numpy(np.append(lengths, np.zeros(missing, np.int64))),
             loss_scale=loss_scale,
             rows=row_ids(rows) + (None,) * missing,

@@ -59,7 +59,7 @@ def as_lines(row: list[Piece]) -> list[str]:
 
 def _row(store: RowStore, row: RowId, ids: NDArray[np.int64], tokenizer: Any, number: int) -> list[Piece]:
     documents, length, targets = store.documents(row[1]), int(store.lengths[row[1]]), int(store.targets[row[1]])
-    padding = len(ids) - length
+    padding = len(ids) - documents[-1].end
     heading = (
         f"row {number}: no. {row[1]:,} of '{store.name}', {length:,} tokens, "
         f"{targets:,} of them predicted, {padding:,} padding, documents: {len(documents):,}"

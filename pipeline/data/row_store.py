@@ -67,6 +67,9 @@ class RowStore(Protocol):
     def spans(self, row: int) -> list[tuple[int, int]]:
         """Where the row's targets are: runs (start, end), end exclusive, ascending, from place 1 on."""
 
+    def restarts(self, row: int) -> list[int]:
+        """Places, ascending from 0, at which positions begin again: what begins there does not see what is before it."""
+
     def documents(self, row: int) -> list[DocumentSpan]:
         """What the row is made of, in order; together they cover it, but for a BOS before the first."""
 

@@ -243,6 +243,10 @@ class ChunkStore:
         """All but the first place is trained."""
         return [(1, self.sequence_len)]
 
+    def restarts(self, chunk: int) -> list[int]:
+        """Positions run through a chunk."""
+        return [0]
+
     def documents(self, chunk: int) -> list[DocumentSpan]:
         """The documents of chunk `chunk` in order; together they cover it but for its BOS."""
         bos = int(self.report.bos is not None)

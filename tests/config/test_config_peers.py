@@ -31,7 +31,7 @@ THEIRS = {
     "num_epochs": "epochs",
     "learning_rate": "optimizer.lr",
     "val_set_size": "eval_size",
-    "sample_packing": "no counterpart",
+    "sample_packing": "packing",
     "flash_attention": "attn_implementation",
     "gradient_checkpointing": "activation_checkpointing",
     "evals_per_epoch": "eval_steps",

@@ -40,6 +40,9 @@ class ListStore:
     def spans(self, row: int) -> list[tuple[int, int]]:
         return self.rows[row][1]
 
+    def restarts(self, row: int) -> list[int]:
+        return [0]
+
     def documents(self, row: int) -> list[DocumentSpan]:
         return [DocumentSpan(f"{row}.txt", 0, len(self.rows[row][0]), False)]
 

@@ -161,6 +161,10 @@ class UnequalRows:
         flat = self._item(1, row).values.to_pylist()
         return list(zip(flat[::2], flat[1::2], strict=True))
 
+    def restarts(self, row: int) -> list[int]:
+        """Positions run through a row."""
+        return [0]
+
     def documents(self, row: int) -> list[DocumentSpan]:
         """The one row of a file that it comes from."""
         return [DocumentSpan(self._places[row].as_py(), 0, int(self.lengths[row]), False)]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.console import log, warn
 from pipeline.data import chunks
@@ -17,16 +19,19 @@ from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
 from pipeline.data.rows import build
+from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
 from pipeline.data.selection import Selection, Streams, mix, split, whole
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
+from pipeline.generation import positions
 from pipeline.model import unsupported, weights
 from pipeline.model.stage import tied_head
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.start import data_fits
+from pipeline.training.start.questions import Questions, questions_of
 from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 
 MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
@@ -34,11 +39,15 @@ MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
 
 @dataclass(frozen=True)
 class Data:
-    """Rows for training, by dataset, and for evaluation, by name. `warnings`: said at the start and again at the end."""
+    """Rows for training, by dataset, and for evaluation, by name; what the model is asked while it is trained.
+
+    `warnings`: said at the start and again at the end.
+    """
 
     train: list[Selection]
     evaluation: dict[str, Selection]
     warnings: list[str] = field(default_factory=list)
+    questions: Questions | None = None
 
 
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
@@ -65,27 +74,33 @@ def tokenizer_for(plan: Resolved, folder: str) -> Any:
 def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> Data:
     """Tokenise (or find in the cache), cut and split every dataset; says what became of the text.
 
-    With the model's plan, UserError for ids beyond its embedding and for rows longer than it can read.
+    With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
-    train, evaluation = list[Selection](), dict[str, Selection]()
+    train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = _streams(f"datasets.{number}", dataset, name, tokenizer, spec, plan, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
         log(f"data:     {rows}")
-        train.append(rows.train)
+        chosen = rows.train
+        if dataset.packing == "best_fit":
+            packed = PackedRows(chosen, dataset.sequence_len)
+            log(f"data:     {packed}")
+            chosen = Selection(packed, np.arange(len(packed)))
+        train.append(chosen)
+        warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows) else []
         if rows.eval is not None:
             evaluation[name] = rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
         streams = _streams(f"eval_datasets.{number}", held, name, tokenizer, spec, plan)
         evaluation[name] = whole(streams, held.subsample)
-    stores = [rows.store for rows in train]
-    warnings = [line for store in stores if isinstance(store, UnequalRows) for line in store.report.warnings]
     for line in warnings:
         warn(line)
-    return Data(train, evaluation, warnings)
+    shared = plan and plan.meta_model.shared
+    questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
+    return Data(train, evaluation, warnings, questions)
 
 
 def _streams(
@@ -102,7 +117,7 @@ def _streams(
     key, model = f"{table}.sequence_len", plan.meta_model.shared if plan is not None else None
     if dataset.dataset_type in ("textfile", "doclist"):
         if model is not None:
-            data_fits.check_length(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, key, model)
+            positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
         streams = chunks.build(
             name=name,
             dataset_type=dataset.dataset_type,
@@ -118,7 +133,7 @@ def _streams(
         made = build.build(row_spec(dataset, name), tokenizer, spec.stops, spec.cache)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
-            data_fits.check_length(what, made.report.longest, key, model)
+            positions.check(what, made.report.longest, model, lower=key)
         streams = Streams(made)
     for store in streams.stores:
         log(f"data:     {store.report}")
