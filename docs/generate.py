@@ -45,6 +45,11 @@ TABLES = (
         "None by default. The first group that names a parameter has it; what none names follows `[optimizer]`.",
     ),
     ("Bnb", "`[quantization.bnb]`", "None by default. Linear layers of the base in 4 or 8 bits, by bitsandbytes."),
+    (
+        "Samples",
+        "`[samples]`",
+        "None by default. What the model says to prompts while it is trained (docs/samples.md).",
+    ),
     ("Dataset", "`[[datasets]]`", "Once for each dataset, at least one."),
     ("EvalDataset", "`[[eval_datasets]]`", "Once for each dataset that is held out as a whole; none by default."),
 )

@@ -31,9 +31,12 @@ def add_kind(command: Options) -> None:
     )
 
 
-def add_device(command: Options, where: str) -> None:
-    """--device; `where` begins its help."""
-    command.add_argument("--device", default="cpu", help=f"{where}: cpu, cuda, cuda:1 (default cpu)")
+def add_device(command: Options, where: str, *, prefers_gpu: bool = False) -> None:
+    """--device; `where` begins its help. `prefers_gpu`: without it None, which the command takes for a GPU where there is one."""
+    default = "a GPU where there is one" if prefers_gpu else "cpu"
+    command.add_argument(
+        "--device", default=None if prefers_gpu else "cpu", help=f"{where}: cpu, cuda, cuda:1 (default {default})"
+    )
 
 
 def add_dry_run(command: Options) -> None:

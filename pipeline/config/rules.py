@@ -128,6 +128,19 @@ def after_training_conflicts(
         yield f"after_training: {_listed(idle)} with full_fine_tune = true: what is saved is a model already; remove it"
 
 
+def samples_conflicts(samples: Mapping[str, Any], *, full_fine_tune: bool, in_full: Sequence[str]) -> Iterator[str]:
+    """What of [samples] contradicts itself or the run. `in_full`: trainable_modules."""
+    if bool(samples["prompts"]) == bool(samples["prompts_file"]):
+        yield "samples.prompts: give prompts = ['…'] or prompts_file, and not both"
+    if not (samples["every_steps"] or samples["at_start"] or samples["at_end"]):
+        yield "samples.every_steps: 0 with at_start and at_end = false asks for no samples; remove [samples]"
+    if samples["compare"] and (full_fine_tune or in_full):
+        key = "full_fine_tune = true" if full_fine_tune else "trainable_modules"
+        yield f"samples.compare: {key} changes the base's own weights, so there is no base left to show; remove one of them"
+    if samples["system"] and samples["chat"] is False:
+        yield "samples.system: plain text has no system's message; remove it, or chat = false"
+
+
 def _without_meaning(family: str, key: str) -> str:
     """Why `key` has no meaning for the family, and for which it has."""
     if reason := CONFIGURED[family].unneeded.get(key):

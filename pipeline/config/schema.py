@@ -23,7 +23,7 @@ from pydantic import (
 
 from pipeline.config import data_tables, rules
 from pipeline.config.data_tables import Dataset, EvalDataset
-from pipeline.config.tables import Bnb, Optimizer, Quantization, Section, not_built, regular_expression
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
@@ -182,6 +182,7 @@ class Config(Section):
     )
     optimizer: Optimizer
     quantization: Quantization | None = Field(None, description="of the base weights; default none")
+    samples: Samples | None = Field(None, description="what the model says while it is trained; default none")
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
 
@@ -250,6 +251,10 @@ class Config(Section):
                     yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
             yield from rules.full_fine_tune_conflicts(values, loraplus=loraplus)
         yield from rules.after_training_conflicts(self.after_training, self.hub_model_id, self.full_fine_tune)
+        if self.samples is not None:
+            yield from rules.samples_conflicts(
+                self.samples.model_dump(), full_fine_tune=self.full_fine_tune, in_full=self.trainable_modules
+            )
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)

@@ -1,11 +1,20 @@
-"""The tables of a config, [optimizer] and [quantization.bnb], and what all tables share; those of data are data_tables.py's.
+"""The tables of a config, [optimizer], [quantization.bnb] and [samples], and what all tables share; those of data are data_tables.py's.
 
 Every key with its default, unit, bound and meaning, as in pipeline/config/schema.py, which has the top level.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from pipeline import patterns
 
@@ -108,3 +117,32 @@ class Quantization(Section):
     """[quantization]"""
 
     bnb: Bnb
+
+
+class Samples(Section):
+    """[samples]"""
+
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="what the model is asked, or given to go on from; this or prompts_file"
+    )
+    prompts_file: str | None = Field(None, min_length=1, description="a UTF-8 text with one prompt a line")
+    chat: bool | None = Field(
+        None, description="ask through the chat template of the first chat dataset, else the tokenizer's own, with its generation prompt; default: whether a chat dataset is trained")  # fmt: skip
+    system: str = Field("", description="the system's message before each prompt; of chat = true")
+    every_steps: int = Field(100, ge=0, description="optimizer steps between samples; 0 for none in between")
+    at_start: bool = Field(True, description="before the first step")
+    at_end: bool = Field(True, description="after the last step")
+    max_new_tokens: PositiveInt = Field(200, description="tokens of an answer at most")
+    temperature: NonNegativeFloat = Field(
+        1.0, description="divides the logits; 0 is greedy: always the likeliest token"
+    )
+    top_k: int = Field(0, ge=0, description="choose among the k likeliest tokens; 0 for all")
+    top_p: float = Field(1.0, gt=0, le=1, description="choose among the likeliest tokens that together have this much")
+    min_p: float = Field(
+        0.01, ge=0, le=1, description="leave out tokens that are less likely than this times the likeliest"
+    )
+    temperature_last: bool = Field(
+        False, description="filter first and divide by temperature then, as qlora-pipe and llama.cpp; transformers divides first")  # fmt: skip
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of what is drawn, with the step and the prompt")
+    compare: bool | None = Field(
+        None, description="also show what the base says, with the same noise; default: true with an adapter alone")  # fmt: skip

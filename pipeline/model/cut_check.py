@@ -61,9 +61,9 @@ def _check_cut(whole: PreTrainedModel, logits: Tensor, ranges: Sequence[tuple[in
     kind, n_layers = whole.config.model_type, len(whole.base_model.layers)
     try:
         with torch.no_grad(), named(kind, "running it as one stage, tried on a tiny copy,"):
-            alone = _difference(_logits(_stages(whole, [(0, n_layers)])), logits)
+            alone = difference(_logits(stages_of(whole, [(0, n_layers)])), logits)
         with torch.no_grad(), named(kind, f"cutting it into {len(ranges)} stages, tried on a tiny copy,"):
-            off = _difference(_logits(_stages(whole, ranges)), logits) if len(ranges) > 1 else alone
+            off = difference(_logits(stages_of(whole, ranges)), logits) if len(ranges) > 1 else alone
     except UserError as error:
         raise UserError(f"{error}; use pipeline_stages = 1" if len(ranges) > 1 else str(error)) from error
     if alone > TOLERANCE:
@@ -85,11 +85,11 @@ def _check_adapters(
     """The same with adapters at their start, which change nothing, and backward through them."""
     kind = whole.config.model_type
     with named(kind, "training with adapters in these modules, tried on a tiny copy,"):
-        stages = _stages(whole, ranges)
+        stages = stages_of(whole, ranges)
         for stage in stages:
             put(stage)
         found = _logits(stages, backward=True)
-    if (off := _difference(found, logits)) > TOLERANCE:
+    if (off := difference(found, logits)) > TOLERANCE:
         raise UserError(
             f"model_type '{kind}': adapters change what the model computes before they are trained, on a tiny copy by "
             f"{off:.2g} of the largest logit; choose other target_modules"
@@ -110,12 +110,12 @@ def _check_router_loss(whole: PreTrainedModel, ranges: Sequence[tuple[int, int]]
     kind = whole.config.model_type
     with named(kind, "computing the loss of its routers, tried on a tiny copy,"):
         right = whole(input_ids=token_ids(), labels=token_ids(), output_router_logits=True, use_cache=False).aux_loss
-        stages = _stages(whole, ranges)
+        stages = stages_of(whole, ranges)
         routers = [RouterLoss(stage, 1.0) for stage in stages]
         for stage in stages:
             stage.training = True  # the stage alone: its layers stay as they are
         _logits(stages)
-        off = _difference(routers[-1].take(), right)
+        off = difference(routers[-1].take(), right)
     if off > TOLERANCE:
         raise UserError(
             f"model_type '{kind}' computes the loss of its routers in a way this program does not know (on a tiny copy it is "
@@ -123,7 +123,8 @@ def _check_router_loss(whole: PreTrainedModel, ranges: Sequence[tuple[int, int]]
         )
 
 
-def _stages(whole: PreTrainedModel, ranges: Sequence[tuple[int, int]]) -> list[Stage]:
+def stages_of(whole: PreTrainedModel, ranges: Sequence[tuple[int, int]]) -> list[Stage]:
+    """Stages of layers [first, end) each, in eval mode, that share the tensors of `whole`, which stays as it is."""
     return [Stage(_to_cut(whole, first, end), first, end).eval() for first, end in ranges]
 
 
@@ -170,7 +171,7 @@ def _backward(loss: Tensor) -> None:
         loss.backward()
 
 
-def _difference(found: Tensor, right: Tensor) -> float:
-    """Largest difference as a share of the largest right value; infinite for what is no number."""
+def difference(found: Tensor, right: Tensor) -> float:
+    """The largest difference as a share of the largest right value; infinite for what is no number."""
     off = float((found - right).abs().max() / right.abs().max())
     return off if off == off else float("inf")

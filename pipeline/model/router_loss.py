@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from pipeline.model.stage import FIRST_READS, Stage
@@ -92,10 +92,12 @@ class RouterLoss:
 
         return hook
 
-    def _run(self, stage: Stage, forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
-        """As `Stage.forward`, in training with the sums behind the hidden state."""
+    def _run(
+        self, stage: Stage, forward: Callable[..., Any], inputs: tuple[Tensor, ...], cache: Cache | None = None
+    ) -> Any:
+        """As `Stage.forward`, in training, when there is no cache, with the sums behind the hidden state."""
         if not stage.training:
-            return forward(inputs)
+            return forward(inputs, cache)
         given = dict(zip(FIRST_READS, inputs, strict=False))
         x, positions_BT = inputs[:2]
         rows, tokens = positions_BT.shape

@@ -9,9 +9,11 @@ One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once
 (here the positions) follow behind it.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
 from pipeline.foreign import printable, read_by_library, read_object
@@ -52,6 +54,8 @@ FIRST_READS = ("input_ids", "position_ids", "lengths")
 # What a config calls its number of layers, and more of them than any model has: building so many would never end.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_LAYERS = 10_000
+# What a model calls its cache of keys and values, the newest transformers' word first.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 class PassThrough(nn.Module):
@@ -174,6 +178,18 @@ def tied_head(model: PreTrainedModel) -> dict[str, str]:
     return {name: source for name, source in model.all_tied_weights_keys.items() if name == HEAD}
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its cache of keys and values: transformers 5.24 renamed `past_key_values`.
+
+    Raises ValueError for a model that takes none.
+    """
+    taken = inspect.signature(model.forward).parameters
+    found = [name for name in CACHE_ARGUMENTS if name in taken]
+    if not found:
+        raise ValueError(f"{type(model).__name__} takes no cache of keys and values")
+    return found[0]
+
+
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """What the model does to its raw logits: Cohere's scale, Granite's division, Gemma's soft cap."""
     before = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -204,15 +220,29 @@ class Stage(nn.Module):
                 quirk(base)
         self.model = model
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, inputs: tuple[Tensor, ...], cache: Cache | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """First stage: the tensors of `FIRST_READS`, int64 [B, T] (lengths [B]); later ones: (hidden [B, T, D], positions).
+
+        `cache`: from `new_cache`, with the keys and values of the same rows' earlier positions, to which those of these are
+        added. Then the first stage reads no lengths.
 
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """
         x, positions_BT = inputs[:2]
         given = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
-        hidden_BTD = self.model.base_model(**given, position_ids=positions_BT, use_cache=False)[0]
+        if cache is not None:
+            given[self._cache_argument] = cache
+        hidden_BTD = self.model.base_model(**given, position_ids=positions_BT, use_cache=cache is not None)[0]
         return hidden_BTD if self.is_last else (hidden_BTD, positions_BT)
+
+    def new_cache(self) -> Cache:
+        """An empty cache of keys and values. It has a place for every layer of the whole model, so that layers keep their
+        index and their kind (full, windowed, recurrent) on any stage; those of other stages stay empty."""
+        return DynamicCache(config=self.model.config)
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        return cache_argument(self.model.base_model)
 
     @property
     def layers(self) -> dict[int, nn.Module]:

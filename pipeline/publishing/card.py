@@ -53,6 +53,7 @@ def card(folder: Path, facts: Facts, *, repository: str | None) -> ModelCard:
         "What was trained": card_text.trained(facts),
         "Data": card_text.data(facts),
         "Losses": card_text.losses(facts),
+        "Samples": card_text.samples(facts),
         "The run": card_text.run(facts),
         "Versions": card_text.versions(facts),
         "Configuration": card_text.configuration(facts),

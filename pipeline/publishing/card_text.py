@@ -16,6 +16,7 @@ from pipeline.console import duration, gib
 from pipeline.families import chosen
 from pipeline.foreign import printable
 from pipeline.formats.dtypes import name_of
+from pipeline.generation.shown import ending
 from pipeline.names import layers_of
 from pipeline.publishing.facts import Facts, Loss, unrecorded
 
@@ -141,6 +142,28 @@ def thinned(steps: Sequence[int]) -> list[int]:
     if len(steps) <= MOST_ROWS:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
+
+
+def samples(facts: Facts) -> str:
+    """What the model said last, as it was drawn, and its base beside it."""
+    if not facts.samples:
+        return ""
+    config, found = facts.config["samples"], facts.samples
+    how = "greedily" if not config["temperature"] else f"at temperature {config['temperature']:g}"
+    parts = [
+        f"After {found[0]['step']:,} steps, {how}, {config['max_new_tokens']:,} tokens at most, not chosen among several; "
+        f"{sum(sample['stopped'] for sample in found)} of {len(found)} stopped by themselves."
+    ]
+    for sample in found:
+        parts += ["Prompt:", _as_block(sample["prompt"]), f"Answer ({ending(sample)}):", _as_block(sample["text"])]
+        if "base" in sample:
+            parts += [f"The base's answer ({ending(sample['base'])}):", _as_block(sample["base"]["text"])]
+    return "\n\n".join(parts)
+
+
+def _as_block(text: str) -> str:
+    """`text` of any origin as an indented block, which nothing in it can end."""
+    return "\n".join(f"    {printable(line, LONGEST)}" for line in text.split("\n"))
 
 
 def run(facts: Facts) -> str:

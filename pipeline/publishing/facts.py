@@ -31,7 +31,7 @@ class Facts:
 
     `base_folder`: where the base lies, not for the card; `base_id`: its OWNER/NAME on the Hub, if that is known.
     `adapter`: adapter_config.json of what was saved at `step`, empty for a whole model; `values`: how many numbers that
-    adapter has, and their dtypes. `data`, `parts`: those of run.json.
+    adapter has, and their dtypes. `data`, `parts`: those of run.json. `samples`: the last of samples.jsonl.
     """
 
     step: int
@@ -47,6 +47,7 @@ class Facts:
     epochs: float | None
     data: list[dict[str, Any]]
     parts: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
 
     @property
     def base(self) -> str:
@@ -79,6 +80,7 @@ def read_facts(run_dir: Path, step: int) -> Facts:
         epochs=epochs[-1] if epochs else None,
         data=record.get("data", []),
         parts=record.get("parts", []),
+        samples=_samples(run_dir / "samples.jsonl", step),
     )
 
 
@@ -88,6 +90,8 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
         key: public_name(value) if key in PATH_KEYS and isinstance(value, str) else value
         for key, value in config.items()
     }
+    if "prompts_file" in config.get("samples", {}):
+        public["samples"] = {**config["samples"], "prompts_file": Path(config["samples"]["prompts_file"]).name}
     for table in ("datasets", "eval_datasets"):
         if table in config:
             public[table] = [{**entry, "dataset_path": Path(entry["dataset_path"]).name} for entry in config[table]]
@@ -115,6 +119,15 @@ def _values(file: Path) -> tuple[int, tuple[str, ...]]:
     """How many numbers a safetensors file holds, and their dtypes."""
     tensors = read_header(file).tensors
     return sum(8 * t.n_bytes // ITEM_BITS[t.dtype] for t in tensors), tuple(sorted({t.dtype for t in tensors}))
+
+
+def _samples(file: Path, step: int) -> list[dict[str, Any]]:
+    """What the model said last, up to `step`; nothing where it was not asked."""
+    if not file.is_file():
+        return []
+    lines = [parse_json(line, str(file)) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    last = max((line["step"] for line in lines if line["step"] <= step), default=None)
+    return [line for line in lines if line["step"] == last]
 
 
 def _losses(lines: list[dict[str, Any]], tag: str) -> list[Loss]:

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, and the console's line a step.
+"""What a run reports: metrics.jsonl, samples.jsonl, TensorBoard events, and the console's line a step.
 
 Takes numbers by TensorBoard tag; gives one JSON object a line (`step`, then the tags, full precision) and the same as
 events. Only the first process writes. A resumed run goes on in the same files, from which later steps are removed.
@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from pipeline.console import duration, gib, log, rank
 from pipeline.files import sync_stream, write_text
+from pipeline.generation.shown import Sample
 
 
 class Metrics:
-    """The two files of a run. `resumed_at`: the step to go on from, 0 for a new run; `settled`: it was evaluated."""
+    """The files of a run. `resumed_at`: the step to go on from, 0 for a new run; `settled`: it was evaluated."""
 
     def __init__(self, run_dir: Path, resumed_at: int, settled: bool) -> None:
         self._file: Any = None
@@ -29,8 +30,9 @@ class Metrics:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        _keep_until(path, resumed_at, settled)
+        path, self._samples = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
+        for file in (path, self._samples):
+            _keep_until(file, resumed_at, settled)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir), purge_step=resumed_at + 1 if resumed_at else None)
 
@@ -44,6 +46,17 @@ class Metrics:
         for tag, value in values.items():
             self._events.add_scalar(tag, value, step)
 
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Append a line for each of the `samples` of `step`, and their texts to the events; durable when it returns."""
+        if self._file is None:
+            return
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+            sync_stream(file)
+        for number, sample in enumerate(samples):
+            self._events.add_text(f"samples/{number}", _markdown(sample), step)
+        self.log(step, {"samples/stopped": sum(sample["stopped"] for sample in samples) / len(samples)})
+
     def sync(self) -> None:
         """Put everything on disk, as a checkpoint is about to say that it is there."""
         if self._file is not None:
@@ -55,6 +68,16 @@ class Metrics:
         if self._file is not None:
             self._file.close()
             self._events.close()
+
+
+def _markdown(sample: Sample) -> str:
+    """A sample's texts as TensorBoard shows them: each in a block, line breaks kept."""
+    texts = [sample["prompt"], sample["text"], *([sample["base"]["text"]] if "base" in sample else [])]
+    heads = ["prompt", "answer", "the base's answer"]
+    return "\n\n".join(
+        f"{head}\n\n" + "\n".join(f"    {line}" for line in text.split("\n"))
+        for head, text in zip(heads, texts, strict=False)
+    )
 
 
 def _keep_until(path: Path, step: int, settled: bool) -> None:

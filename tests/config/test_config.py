@@ -16,7 +16,7 @@ from pipeline.config import loading
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.schema import Config, layer_ranges
-from pipeline.config.tables import Bnb, Optimizer, Quantization
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples
 from pipeline.console import UserError
 from tests.helpers.configs import problems, small, with_key
 from tests.helpers.paths import ROOT
@@ -232,6 +232,7 @@ SECTIONS = {
     "eval_datasets": EvalDataset,
     "quantization": Quantization,
     "quantization.bnb": Bnb,
+    "samples": Samples,
 }
 KEYS = [(table, key) for table, keys in QLORA_PIPE_KEYS.items() for key in keys]
 
@@ -373,7 +374,7 @@ def test_reference_has_every_key_and_every_key_has_a_meaning() -> None:
     reference = generate.config_reference()
     for section in SECTIONS.values():
         for key, field in section.model_fields.items():
-            if key not in ("optimizer", "groups", "quantization", "bnb", "datasets", "eval_datasets"):
+            if key not in ("optimizer", "groups", "quantization", "bnb", "samples", "datasets", "eval_datasets"):
                 assert f"\n| `{key}` | " in reference, key
                 assert field.description, key
     for key in REFUSED:

@@ -130,11 +130,20 @@ def test_values_of_another_kind_are_not_bent_into_shape(changes: dict[str, Any])
         ({"layers_per_stage": [3]}, "layers_per_stage"),
         ({"warmup_steps": 2.5}, "warmup_steps"),
         ({"eval_datasets": small()["datasets"]}, "datasets.name"),
+        ({"samples": {}}, "samples.prompts"),
+        ({"samples": {"prompts": ["x"], "prompts_file": "x.txt"}}, "samples.prompts"),
+        ({"samples": {"prompts": [""]}}, "samples.prompts.0 ="),
+        ({"samples": {"prompts": ["x"], "top_p": 0.0}}, "samples.top_p ="),
+        ({"samples": {"prompts": ["x"], "temperature": -1}}, "samples.temperature ="),
+        ({"samples": {"prompts": ["x"], "max_tokens": 5}}, "samples.max_tokens: unknown key"),
+        ({"samples": {"prompts": ["x"], "every_steps": 0, "at_start": False, "at_end": False}}, "samples.every_steps"),
+        ({"samples": {"prompts": ["x"], "compare": True}, "trainable_modules": ["norm"]}, "samples.compare"),
+        ({"samples": {"prompts": ["x"], "system": "y", "chat": False}}, "samples.system"),
     ],
 )
 def test_rules_between_keys(changes: dict[str, Any], key: str) -> None:
     (line,) = problems(small(**changes))
-    assert line.startswith(f"{key}:")
+    assert line.startswith(key if key.endswith((" =", " key")) else f"{key}:")
 
 
 @pytest.mark.parametrize("spelling", ["AdamW", "adamw", "ADAMW", "AdamW8bit", "adamw_kahan", "AdamW_Kahan"])

@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from pipeline.config.loading import load
 from pipeline.console import UserError
+from pipeline.generation import positions
 from pipeline.model.stage import empty_model
 from pipeline.training.start import check as start
 from pipeline.training.start import data_fits
@@ -158,7 +159,7 @@ def test_positions_are_those_of_the_stretched_rope(changes: dict[str, Any], know
     config = PretrainedConfig()
     for key, value in {"max_position_embeddings": 128, **changes}.items():
         setattr(config, key, value)
-    assert data_fits.positions(config) == known
+    assert positions.positions(config) == known
 
 
 def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
@@ -166,9 +167,9 @@ def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
 
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_positions=16, n_layer=1, n_embd=8, n_head=1, vocab_size=32))
-    data_fits.check_length("datasets.0.sequence_len = 16", 16, "datasets.0.sequence_len", model)
+    positions.check("datasets.0.sequence_len = 16", 16, model, lower="datasets.0.sequence_len")
     with pytest.raises(UserError, match=r"sequence_len = 17 is more than .* = 16, and .* \(transformer\.wpe\): lower"):
-        data_fits.check_length("datasets.0.sequence_len = 17", 17, "datasets.0.sequence_len", model)
+        positions.check("datasets.0.sequence_len = 17", 17, model, lower="datasets.0.sequence_len")
 
 
 # Names of formats

@@ -27,6 +27,7 @@ FORBIDDEN = {
     "export_lora.py": ("transformers", "deepspeed", "peft", "datasets"),
     "inspect_lora.py": ("transformers", "torch", "deepspeed"),
     "make_adapter.py": ("transformers", "torch", "deepspeed"),
+    "generate.py": ("transformers", "torch", "deepspeed"),
     "pipeline/commands/": ("pipeline.training", "deepspeed", "peft", "datasets"),
     "pipeline/config/": ("transformers", "torch"),
     "pipeline/console.py": ("transformers", "torch", "pipeline"),
@@ -37,7 +38,17 @@ FORBIDDEN = {
     "pipeline/planning/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
     "pipeline/publishing/": ("pipeline.training", "pipeline.model", "transformers", "deepspeed", "peft"),
     "pipeline/inspection/": ("pipeline.training", "deepspeed", "peft"),
-    "pipeline/": ("train", "quickstart", "merge_lora", "export_lora", "make_adapter", "inspect_lora", "tests"),
+    "pipeline/generation/": ("pipeline.training", "pipeline.objectives", "pipeline.config", "deepspeed", "datasets"),
+    "pipeline/": (
+        "train",
+        "quickstart",
+        "merge_lora",
+        "export_lora",
+        "make_adapter",
+        "inspect_lora",
+        "generate",
+        "tests",
+    ),
 }
 # The one file of such a part that may all the same, inside its functions: the names it gives are transformers' own.
 ASKS_TRANSFORMERS = "pipeline/formats/stored_names.py"
@@ -64,6 +75,7 @@ ONLY_OURS = {
     "export_lora.py": ("pipeline.artifacts", "pipeline.formats", "pipeline.commands", *GROUND),
     "inspect_lora.py": ("pipeline.commands", *GROUND),
     "make_adapter.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
+    "generate.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
     "kernels/": ("pipeline.kernels",),
 }
 

@@ -70,6 +70,29 @@ def test_losses_are_those_of_the_metrics(tmp_path: Path) -> None:
         assert abs(float(row[3]) - line["eval/held_out/perplexity"]) <= 0.5e-2 * 1.001
 
 
+def test_the_last_samples_are_shown_and_nothing_in_them_is_markup(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ["card"], samples={"prompts_file": str(tmp_path / "secret place" / "prompts.txt")})
+    said = {"tokens": 57, "stopped": True}
+    lines = [
+        {"step": 4, "prompt": "Why?", "text": "early", **said},
+        {"step": 6, "prompt": "Why?", "text": "```\n## Not a heading\n<script>\n\n![](http://x)", **said},
+        {"step": 9, "prompt": "Why?", "text": "later", **said},
+    ]
+    lines[1]["base"] = {"text": "Salt.", "tokens": 200, "stopped": False}
+    (run.run_dir / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = carded(run).text
+    section = text.split("\n## Samples\n")[1].split("\n## ")[0]
+    assert "After 6 steps, at temperature 1, 200 tokens at most" in section
+    assert "1 of 1 stopped by themselves" in section
+    assert "Answer (stopped after 57 tokens):" in section
+    assert "The base's answer (reached the limit):" in section
+    tokens = MarkdownIt().parse(section)
+    blocks = [token.content for token in tokens if token.type == "code_block"]
+    assert blocks == ["Why?\n", "```\n## Not a heading\n<script>\n\n![](http://x)\n", "Salt.\n"]
+    assert not [token for token in tokens if token.type in ("heading_open", "html_block", "fence")]
+    assert "secret" not in text
+
+
 def test_data_time_memory_and_versions_are_those_of_run_json(tmp_path: Path) -> None:
     text = carded(make_run(tmp_path, ["card"])).text
     _, book, held_out = rows(text, "Data")

@@ -34,17 +34,23 @@ def warnings_of(plan: FoldPlan) -> list[str]:
 
 
 def _other_base(plan: FoldPlan, adapter: Adapter, earlier: Sequence[dict[str, Any]], now: str) -> str | None:
+    if plan.unmerge:  # what is undone is in the base, so its values are others
+        return strange_base(plan.base, adapter, earlier)
+    return other_base(plan.base, adapter, earlier, now)
+
+
+def other_base(base: Base, adapter: Adapter, earlier: Sequence[dict[str, Any]], now: str) -> str | None:
     """A warning where the base is not the adapter's: by its fingerprint, or, where the adapter has none, by its name.
 
-    A fold's result counts as the base it was made from, which its report says.
+    `now`: the base's fingerprint. A fold's result counts as the base it was made from, which its report, `earlier`, says.
     """
     trained = adapter.base_fingerprint
-    if trained is None or plan.unmerge:  # what is undone is in the base, so its values are others
-        return strange_base(plan.base, adapter, earlier)
+    if trained is None:
+        return strange_base(base, adapter, earlier)
     if trained in {now, *(fold.get("base_fingerprint") for fold in earlier)}:
         return None
     return (
-        f"{adapter.folder} was trained on {adapter.base_model}, and the weights in {plan.base.folder} are others, though "
+        f"{adapter.folder} was trained on {adapter.base_model}, and the weights in {base.folder} are others, though "
         "names and shapes fit: another model (an instruct version of the base, say), or one that was changed since. The "
         "result is not what was trained."
     )

@@ -32,6 +32,7 @@ from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState, restore
 from pipeline.training.engine import engine
+from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
 from pipeline.training.optim.inner import make_inner
@@ -87,6 +88,9 @@ def trainer(
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale)
     say_memory(place)
     memory = StepMemory(engine.held_tensors(pipeline_engine, optimizer))
+    samples = None
+    if plan.data.samples is not None and data.questions is not None:
+        samples = Samples(plan.data.samples, data.questions, stage, place, plan.base.dtype, metrics, watcher.doing)
     return Trainer(
         engine=pipeline_engine,
         place=place,
@@ -104,6 +108,7 @@ def trainer(
         saver=Saver(opened.path, engine.launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
         state=state,
         metrics=metrics,
+        samples=samples,
         memory=memory,
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, opened.path),

@@ -23,6 +23,7 @@ from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
 from pipeline.training.engine import evaluate, prefetch, wires
 from pipeline.training.engine.engine import Place, held_tensors
+from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
@@ -53,6 +54,7 @@ class Trainer:
     folder: RunFolder  # its lock is held as long as this is
     saver: Saver
     metrics: Metrics
+    samples: Samples | None
     memory: StepMemory
     watcher: Watcher
     resume_line: str
@@ -75,6 +77,8 @@ class Trainer:
         if self.step == 0 and self.intervals.eval_before_first_step:
             self._evaluate(may_be_best=False)
             self.times.ended("evaluation")
+        if self.step == 0 and self._sample(last=False):
+            self.times.ended("samples")
         if not self.progress.settled:
             self._after_step(last=self.step == total)
         clock = Clock(total)
@@ -161,7 +165,7 @@ class Trainer:
             clock.line(self.step, loss, lr, self.optimizer.grad_norm, tokens_per_s, memory)
 
     def _after_step(self, last: bool) -> None:
-        """What is due at this step: evaluation, saves of what is trained, checkpoints at the end of an epoch."""
+        """What is due at this step: evaluation, saves of what is trained, samples, checkpoints at the end of an epoch."""
         c, epoch, epoch_ended = self.intervals, self.progress.epoch, self.progress.rows == 0
         if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
             self._evaluate(may_be_best=True)
@@ -170,6 +174,7 @@ class Trainer:
         saves = bool(c.save_steps and self.step % c.save_steps == 0)
         if saves or last:
             self._save_trained()
+        self._sample(last)
         self._completed(self.progress._replace(settled=True))
         if not last and ((saves and c.checkpoint_on_save) or (epoch_ended and c.save_checkpoint_on_epoch_end)):
             self._checkpoint()
@@ -232,6 +237,14 @@ class Trainer:
             self.progress = self.progress._replace(best_loss=mean)
             if may_be_best:
                 self._save_trained("best_loss")
+
+    def _sample(self, last: bool) -> bool:
+        """Have the model say something, if that is due at this step; whether it was."""
+        if self.samples is None or not self.samples.due(self.step, last):
+            return False
+        with self.watcher.phase("writing samples", self.step):
+            self.samples.write(self.step)
+        return True
 
     def _save_trained(self, name: str | None = None) -> None:
         """What is trained, as step<N>/ or under a name of its own."""

@@ -1,4 +1,4 @@
-"""Whether the tokenizer's ids and the chunks' length fit the model: its embedding's rows, the positions it knows.
+"""Whether the tokenizer's ids fit the model: its embedding's rows. (Positions: generation/positions.py.)
 
 Takes the model without weights, the tokenizer and what the stores report; gives a warning or one UserError. The ids that
 occur decide, not how many tokens the tokenizer lists.
@@ -7,8 +7,7 @@ occur decide, not how many tokens the tokenizer lists.
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.console import UserError, warn
 from pipeline.foreign import printable, read_object
@@ -54,48 +53,6 @@ def check_ids(name: str, largest_id: int, tokenizer: Any, rows: int) -> None:
             f"the model's embedding has {rows:,} rows (ids 0 to {rows - 1:,}): take such tokens out of the text, or use "
             f"the tokenizer that belongs to the model"
         )
-
-
-def check_length(what: str, tokens: int, key: str, model: PreTrainedModel) -> None:
-    """Warn of rows longer than the positions the model was made for; UserError where it has no others.
-
-    `what` has `tokens`; `key` is the config's, to be lowered.
-    """
-    known = positions(model.config)
-    if known is None or tokens <= known:
-        return
-    said = f"{what} is more than the model's max_position_embeddings = {known:,}"
-    if name := _learned_positions(model, tokens):
-        raise UserError(f"{said}, and it has a learned vector for each of these only ({name}): lower {key}")
-    warn(f"{said}: it has not learned to read so far back, and may read worse even where it could; lower {key} to that")
-
-
-def positions(config: PretrainedConfig) -> int | None:
-    """Positions the model was made for, with RoPE stretched as its config says; None if the config does not say."""
-    known = getattr(config, "max_position_embeddings", None)
-    if not isinstance(known, int):
-        return None
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (rope, *rope.values()):  # of all layers, or of each type of layer
-        if isinstance(kind, dict) and kind.get("factor") and kind.get("original_max_position_embeddings"):
-            known = max(known, int(kind["factor"] * kind["original_max_position_embeddings"]))
-    return known
-
-
-def _learned_positions(model: PreTrainedModel, sequence_len: int) -> str | None:
-    """The name of a table with a vector for each position, and none for the last of `sequence_len`."""
-    tokens = model.get_input_embeddings()
-    return next(
-        (
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding)
-            and module is not tokens
-            and module.num_embeddings < sequence_len
-            and any(word in name.rsplit(".", 1)[-1] for word in ("wpe", "position", "pos_emb"))
-        ),
-        None,
-    )
 
 
 def _added_by_the_library(tokenizer: Any, token: str, folder: Path) -> bool:

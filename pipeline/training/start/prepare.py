@@ -24,12 +24,14 @@ from pipeline.data.rows.store import UnequalRows
 from pipeline.data.selection import Selection, Streams, mix, split, whole
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
+from pipeline.generation import positions
 from pipeline.model import unsupported, weights
 from pipeline.model.stage import tied_head
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.start import data_fits
+from pipeline.training.start.questions import Questions, questions_of
 from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 
 MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
@@ -37,11 +39,15 @@ MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
 
 @dataclass(frozen=True)
 class Data:
-    """Rows for training, by dataset, and for evaluation, by name. `warnings`: said at the start and again at the end."""
+    """Rows for training, by dataset, and for evaluation, by name; what the model is asked while it is trained.
+
+    `warnings`: said at the start and again at the end.
+    """
 
     train: list[Selection]
     evaluation: dict[str, Selection]
     warnings: list[str] = field(default_factory=list)
+    questions: Questions | None = None
 
 
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
@@ -68,7 +74,7 @@ def tokenizer_for(plan: Resolved, folder: str) -> Any:
 def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> Data:
     """Tokenise (or find in the cache), cut and split every dataset; says what became of the text.
 
-    With the model's plan, UserError for ids beyond its embedding and for rows longer than it can read.
+    With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
     for number, dataset in enumerate(spec.datasets):
@@ -92,7 +98,9 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         evaluation[name] = whole(streams, held.subsample)
     for line in warnings:
         warn(line)
-    return Data(train, evaluation, warnings)
+    shared = plan and plan.meta_model.shared
+    questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
+    return Data(train, evaluation, warnings, questions)
 
 
 def _streams(
@@ -109,7 +117,7 @@ def _streams(
     key, model = f"{table}.sequence_len", plan.meta_model.shared if plan is not None else None
     if dataset.dataset_type in ("textfile", "doclist"):
         if model is not None:
-            data_fits.check_length(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, key, model)
+            positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
         streams = chunks.build(
             name=name,
             dataset_type=dataset.dataset_type,
@@ -125,7 +133,7 @@ def _streams(
         made = build.build(row_spec(dataset, name), tokenizer, spec.stops, spec.cache)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
-            data_fits.check_length(what, made.report.longest, key, model)
+            positions.check(what, made.report.longest, model, lower=key)
         streams = Streams(made)
     for store in streams.stores:
         log(f"data:     {store.report}")

@@ -13,12 +13,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
+from pipeline.config.tables import Samples
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.chat.load import stop_ids
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
 from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
+from pipeline.generation import cache_check
+from pipeline.generation.prompts import read_prompts
+from pipeline.generation.sampling import Sampling
 from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
 from pipeline.model.adapters import experts
 from pipeline.model.adapters import full as trained_modules
@@ -31,7 +35,7 @@ from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
-from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, Updates
+from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, SampleSpec, Updates
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -105,6 +109,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
 
 def data_of(config: Config) -> DataSpec:
     """The data as the config has it."""
+    keeps_base = not config.full_fine_tune and not config.trainable_modules
     return DataSpec(
         config.datasets,
         config.eval_datasets,
@@ -119,6 +124,33 @@ def data_of(config: Config) -> DataSpec:
         group_by_length=config.group_by_length,
         epochs=config.epochs,
         max_steps=config.max_steps,
+        samples=samples_of(config.samples, config.model, config.datasets, keeps_base),
+    )
+
+
+def samples_of(s: Samples | None, folder: str, datasets: Sequence[Dataset], keeps_base: bool) -> SampleSpec | None:
+    """What the model in `folder` is asked while it is trained. `keeps_base`: whether its own weights stay as they are.
+
+    UserError for a file of prompts that has none.
+    """
+    if s is None:
+        return None
+    prompts = read_prompts(Path(s.prompts_file), "samples.prompts_file") if s.prompts_file else s.prompts
+    spoken = next((dataset for dataset in datasets if dataset.dataset_type == "chat"), None)
+    return SampleSpec(
+        folder,
+        tuple(prompts),
+        chat=spoken is not None if s.chat is None else s.chat,
+        system=s.system,
+        chat_template=spoken.chat_template if spoken else None,
+        template_kwargs=dict(spoken.chat_template_kwargs) if spoken else {},
+        merge_system=spoken is not None and spoken.merge_system,
+        sampling=Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.temperature_last, s.seed),
+        max_new_tokens=s.max_new_tokens,
+        compare=keeps_base if s.compare is None else s.compare,
+        every_steps=s.every_steps,
+        at_start=s.at_start,
+        at_end=s.at_end,
     )
 
 
@@ -183,6 +215,8 @@ def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     adapter = resolved.trained.adapter
     put = partial(families.inject_for_trial, adapter=adapter) if adapter else None
     cut_check.check(resolved.meta_model.config, ranges, put, router_loss=bool(resolved.router_loss))
+    if resolved.data.samples is not None:
+        cache_check.check(resolved.meta_model.config, ranges, "[samples]: leave it out")
 
 
 def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:

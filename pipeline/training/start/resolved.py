@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.tables import Optimizer
+from pipeline.generation.sampling import Sampling
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
 
@@ -31,8 +32,31 @@ class Updates:
 
 
 @dataclass(frozen=True)
+class SampleSpec:
+    """What the model is asked while it is trained, and when. `folder`: the model's, with its tokenizer and stop ids.
+
+    `chat`: through `chat_template`, which with its kwargs and `merge_system` is that of the first chat dataset, else the
+    tokenizer's own (None), after `system`'s message. `compare`: the base beside it. Steps are optimizer steps; 0 is never.
+    """
+
+    folder: str
+    prompts: tuple[str, ...]
+    chat: bool
+    system: str
+    chat_template: str | None
+    template_kwargs: dict[str, Any]
+    merge_system: bool
+    sampling: Sampling
+    max_new_tokens: int
+    compare: bool
+    every_steps: int
+    at_start: bool
+    at_end: bool
+
+
+@dataclass(frozen=True)
 class DataSpec:
-    """What is read and evaluated on, how it is mixed and put into micro-batches, and for how long.
+    """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long.
 
     `cache`: a folder. `stops`: ids at which the model stops beside the tokenizer's EOS.
     """
@@ -50,6 +74,7 @@ class DataSpec:
     group_by_length: bool
     epochs: int | None
     max_steps: int | None
+    samples: SampleSpec | None = None
 
 
 @dataclass(frozen=True)

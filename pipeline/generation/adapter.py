@@ -1,0 +1,147 @@
+"""A saved adapter in a stage, as it was trained: of this program, of PEFT, or of the founding method's.
+
+Takes an adapter's folder, its base and a stage with the base's weights; puts into the stage what training puts there:
+h + s·B·A·h, or PEFT's LoRA. The families that are no pair, and pairs that training does not make, are folded into a weight
+beside the base's, in fp32 and rounded once, as merge_lora.py folds them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.artifacts.adapter.adapter import Adapter, Pair
+from pipeline.artifacts.adapter.maps import RowFactors
+from pipeline.artifacts.adapter.read import load_adapter
+from pipeline.artifacts.fold.match import match
+from pipeline.artifacts.fold.ties import settled
+from pipeline.console import UserError
+from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
+from pipeline.formats.base_model import Base
+from pipeline.model.adapters.base import owned, trainable, wrap
+from pipeline.model.adapters.lora import inject_lora
+from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
+from pipeline.model.stage import Stage
+from pipeline.names import HEAD, is_embedding, layer_of
+
+
+class Folded(nn.Module):
+    """A linear layer with another weight, beside the one that it had."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, base_layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D_in] → [..., D_out]."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Saved(NamedTuple):
+    """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say."""
+
+    adapter: Adapter
+    kind: str
+
+
+def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
+    """The adapter in `folder`, which fits the base. `kind`: the user's word where the files leave it open.
+
+    UserError where it does not fit, or has a pair for what is no part of a layer, where a fold alone can put it.
+    """
+    settled_base, (adapter,), apart = settled(base, [load_adapter(folder)])
+    known = match(settled_base, adapter, kind=kind, kind_is_meant=kind is not None, scale=1.0, layers=None).kind
+    if outside := [name for name in adapter.modules if layer_of(name) is None]:
+        raise UserError(
+            f"{folder}: it adapts {outside[0]}, which is no part of a layer; fold it (merge_lora.py) and give the merged folder"
+        )
+    table = next((name for name in adapter.full if is_embedding(name.removesuffix(".weight"))), None)
+    if table and not apart and HEAD not in base.tensors:  # the head is the embedding, also where it is on another stage
+        adapter = replace(adapter, full={**adapter.full, HEAD: adapter.full[table]})
+    return Saved(adapter, known)
+
+
+@torch.no_grad()
+def put(stage: Stage, saved: Saved) -> None:
+    """The adapter on those of its modules that the stage owns, and in the place of the weights that it has in full."""
+    mine = owned(stage, list(saved.adapter.modules))
+    for name, tensor in saved.adapter.full.items():
+        _replace(stage, name, tensor)
+    pairs = {n: p for n in mine if (p := saved.adapter.pairs.get(n)) and _trains_so(stage, n, saved, p)}
+    if saved.kind == MULTIPLICATIVE:
+        wrap(stage, list(pairs), lambda name, layer: _multiplicative(layer, pairs[name]))
+    else:
+        _put_lora(stage, pairs)
+    rest = [name for name in mine if name not in pairs]
+    wrap(stage, rest, lambda name, layer: Folded(layer, *_folded(layer, saved, name)))
+
+
+def _trains_so(stage: Stage, name: str, saved: Saved, pair: Pair) -> bool:
+    """Whether training makes such a pair: stock PEANUT leaves a bias out, and lora_bias moves one."""
+    biased = getattr(stage.model.get_submodule(name), "bias", None) is not None
+    return pair.bias is None and (saved.kind == LORA or saved.adapter.moves_bias or not biased)
+
+
+def _multiplicative(layer: nn.Module, pair: Pair) -> nn.Module:
+    device = next(layer.parameters()).device
+    made = MultiplicativeLoRA(layer, len(pair.A), 1.0, 0.0, pair.A.dtype, device, width=len(pair.B))
+    made.A.copy_(pair.A)
+    made.B.copy_(pair.B)
+    made.scaling = pair.scaling
+    return made.requires_grad_(False)
+
+
+def _put_lora(stage: Stage, pairs: dict[str, Pair]) -> None:
+    """PEFT's LoRA, of each module's own rank, s and dtype."""
+    sizes: dict[tuple[int, torch.dtype], list[str]] = {}
+    for name, pair in pairs.items():
+        sizes.setdefault((len(pair.A), pair.A.dtype), []).append(name)
+    for (rank, dtype), names in sizes.items():
+        inject_lora(stage, names, rank, rank, 0.0, dtype, seed=0)
+    parameters = trainable(stage)
+    for name, pair in pairs.items():
+        parameters[f"{name}.A"].copy_(pair.A)
+        parameters[f"{name}.B"].copy_(pair.B)
+        module: Any = stage.model.get_submodule(name)
+        module.scaling["default"] = pair.scaling
+        module.requires_grad_(False)
+
+
+def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]:
+    """The layer's weight and bias with the adapter in them."""
+    device = layer.weight.device
+    weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    for one in saved.adapter.maps.get(name, ()):
+        weight = one.on(device)(weight, 0)
+        if bias is not None and isinstance(one, RowFactors) and FAMILIES[saved.kind].bias_rule:
+            bias = one.on(device)(bias[:, None], 0)[:, 0]
+    if (pair := saved.adapter.pairs.get(name)) is not None:
+        A, B = pair.A.to(device, torch.float32), pair.B.to(device, torch.float32)
+        weight = weight + pair.scaling * (B @ (A @ weight if saved.kind == MULTIPLICATIVE else A))
+        if pair.bias is not None:
+            moved = pair.scaling * pair.bias.to(device, torch.float32)
+            bias = moved if bias is None else bias + moved
+    dtype = layer.weight.dtype
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _replace(stage: Stage, name: str, tensor: Tensor) -> None:
+    """`tensor` in the place of the parameter, where the stage has it; a tied one is no longer tied."""
+    for owner, own in _places(stage, name):
+        there = getattr(owner, own)
+        setattr(owner, own, nn.Parameter(tensor.to(there.device, there.dtype), requires_grad=False))
+
+
+def _places(stage: Stage, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """Where the parameter is in the stage, if it is."""
+    if name in dict(stage.model.named_parameters(remove_duplicate=False)):
+        module, _, own = name.rpartition(".")
+        yield stage.model.get_submodule(module), own
