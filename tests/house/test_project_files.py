@@ -75,15 +75,17 @@ def test_a_report_asks_for_files_that_a_run_has() -> None:
 
 
 def test_the_decision_log_is_in_order() -> None:
-    """A heading for each release, oldest first; entries have dates, none after the release."""
+    """A heading for each release, oldest first, and for what comes next; entries have dates, none after the release."""
     text = (ROOT / "docs/decisions.md").read_text()
     sections = re.split(r"(?m)^## ", text)[2:]
-    assert [section.split("\n")[0] for section in sections] == [".".join(r[:3]) for r in reversed(RELEASES)]
-    for section, release in zip(sections, reversed(RELEASES), strict=True):
+    releases = [(".".join(r[:3]), r[3]) for r in reversed(RELEASES)] + [("Unreleased", "9999-12-31")]
+    assert [section.split("\n")[0] for section in sections] == [name for name, _ in releases][: len(sections)]
+    assert len(sections) >= len(RELEASES)
+    for section, (_, released) in zip(sections, releases, strict=False):
         rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
         dates = [row[0].removeprefix("| ") for row in rows]
         assert rows
         assert dates == sorted(dates)
         assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
-        assert dates[-1] <= release[3]
+        assert dates[-1] <= released
         assert all(len(row) == 4 for row in rows)

@@ -108,6 +108,21 @@ def test_data_time_memory_and_versions_are_those_of_run_json(tmp_path: Path) -> 
     assert "\n## Versions\n\nmulora-pipe 0.2.0+g0123456789ab, torch 2.13.0, peft 0.21.2\n" in text
 
 
+def test_rows_of_conversations_say_how_many_are_trained_and_how_they_were_packed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ["card"])
+    content = json.loads((run.run_dir / "run.json").read_text())
+    talks = {"use": "training", "name": "talks", "documents": 4000, "made": 4100, "tokens": 99000, "targets": 31000}
+    talks |= {"longest": 700, "rows": 4100, "different": 4100}
+    packed = {**talks, "name": "packed", "packed": {"rows": 60, "sequence_len": 2048}, "rows": 60, "different": 60}
+    content["data"] = [talks, packed, *content["data"]]
+    (run.run_dir / "run.json").write_text(json.dumps(content))
+    head, first, second, book, _ = rows(carded(run).text, "Data")
+    assert head == ["data", "for", "documents or conversations", "tokens", "rows × tokens", "rows used"]
+    assert first == ["talks", "training", "4,000", "99,000", "4,100 × ≤ 700, 31,000 tokens trained", "4,100"]
+    assert second[4:] == ["4,100 × ≤ 700, 31,000 tokens trained, packed into 60 × 2,048", "60"]
+    assert book[4] == "196 × 64"
+
+
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path, ["card"])
     (run.run_dir / "run.json").unlink()

@@ -3,6 +3,9 @@
 The adapter is written by what a run writes with, and the live model is transformers' own with a hook, no code of ours.
 """
 
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 from pipeline.console import UserError
 from pipeline.formats.experts import ExpertWeights
+from pipeline.model.adapters import experts
 from pipeline.publishing import after_training
 from tests.helpers.artifacts import (
     FACTS,
@@ -31,6 +35,7 @@ from tests.helpers.artifacts import (
     tensors_of,
 )
 from tests.helpers.mixtures import LAYERS, MIXTURES, SIZES, save_mixture
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 S, RANK, WIDTH = 1.5, 4, SIZES["hidden_size"]
@@ -184,3 +189,74 @@ def test_the_end_of_a_run_is_foreseen(saved: Any, tmp_path: Path) -> None:
 
 def _dense(folder: Path) -> Path:
     return make_base(folder / "llama") if not (folder / "llama").is_dir() else folder / "llama"
+
+
+GROWTH = """
+import contextlib, io, re, sys
+from pathlib import Path
+from pipeline.artifacts.fold.merge import merge
+folder = Path(sys.argv[1])
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+with contextlib.redirect_stdout(io.StringIO()):
+    merge(folder / "small", folder / "small_adapter", folder / "small_out")
+    before = peak()
+    merge(folder / "large", folder / "large_adapter", folder / "large_out")
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_is_a_part_of_the_tensor_of_all_experts(tmp_path: Path, transposed: bool) -> None:
+    """256 MiB of experts in one tensor; a matrix at a time, or rows of it, are in memory."""
+    module, name = "model.layers.0.mlp.experts", "model.layers.0.mlp.experts.down_proj"
+    for size, (count, outer, inner) in {"small": (2, 64, 32), "large": (64, 2048, 1024)}.items():
+        (tmp_path / size).mkdir()
+        (tmp_path / size / "config.json").write_text('{"model_type": "gpt_oss"}')
+        shape = (count, inner, outer) if transposed else (count, outer, inner)
+        tensors = {name: torch.ones(shape, dtype=torch.bfloat16)}
+        save_file(tensors, tmp_path / size / "model.safetensors", metadata={"format": "pt"})
+        pairs = random_tensors({module: (outer, outer)}, RANK, multiplicative=True)
+        facts = {**FACTS, "experts": {module: ExpertWeights("down_proj", None, transposed)}}
+        save_adapter(tmp_path / f"{size}_adapter", pairs, kind="multiplicative_lora", rank=RANK, alpha=4, **facts)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    print(f"{int(done.stdout) / 2**20:.0f} MiB more")
+    assert int(done.stdout) < 64 * 2**20
+
+
+def test_experts_that_are_given_sorted_rows(tmp_path: Path) -> None:
+    """llama4: its experts multiply [E, T, D] at once and know no router, and transformers does not say how they lie."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 1, "rope_theta": 1e4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **sizes), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(tmp_path / "base")
+    calls = experts._calls(model, {"experts": model.get_submodule("model.layers.1.feed_forward.experts")})
+    with torch.no_grad():
+        form = experts._written_with(model.get_submodule("model.layers.1.feed_forward.experts"), *calls["experts"])
+    assert form == ExpertWeights("down_proj", None, True)
+    modules = {f"model.layers.{i}.feed_forward.experts": (WIDTH, WIDTH) for i in range(LAYERS)}
+    tensors = random_tensors(modules, RANK, multiplicative=True)
+    facts = {**FACTS, "experts": dict.fromkeys(modules, form)}
+    save_adapter(tmp_path / "adapter", tensors, kind="multiplicative_lora", rank=RANK, alpha=S * RANK, **facts)
+    before = logits(model)
+    with hooked(model, tensors, S, multiplicative=True):
+        live = logits(model)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    result = logits(load_model(tmp_path / "out"))
+    assert (live - before).abs().max() > 1e-2
+    assert (result - live).abs().max() < 3e-5 * live.abs().max()

@@ -1,6 +1,8 @@
 """Completions, instructions and token ids become rows; the store gives them back; conversations are held out whole."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pipeline.data.rows.store import BATCH_ROWS, RowWriter, UnequalRows
 from pipeline.data.selection import Streams, split
 from tests.data.test_records import FORMATS, PACKINGS
 from tests.helpers import chat
+from tests.helpers.paths import ROOT
 from tests.helpers.row_store import Row
 from tests.helpers.row_store import rows as drawn_rows
 from tests.helpers.rows import decoded, stored, talk, write_jsonl
@@ -218,6 +221,37 @@ def test_the_cache_is_keyed_by_files_and_settings_and_not_by_the_day(
     stored(path, **dated)
     assert there() == 7
     assert cache.LET_FIRST_RANK_S > 0
+
+
+PREPARED = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.helpers.data import prose
+from tests.helpers.rows import stored, talk, write_jsonl
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+folder, words = Path({folder!r}), prose(20_000).split()
+row = lambda n: talk(*(" ".join(words[(n * 37 + 90 * part) % (len(words) - 80) :][:80]) for part in range(4)))
+write_jsonl(folder / "small.jsonl", [row(n) for n in range(200)])
+stored(folder / "small.jsonl", limit=4096)
+before, rows = peak(), 0
+with open(folder / "large.jsonl", "w") as out:
+    while out.tell() < 10_000_000:
+        out.write(json.dumps(row(rows)) + "\\n")
+        rows += 1
+store = stored(folder / "large.jsonl", limit=4096)
+assert store.report.read == rows == len(store)
+print(json.dumps([before, peak()]))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """10 MB of conversations; what a row leaves behind is a hash of 8 bytes. (100 MB took 78 MiB more, measured.)"""
+    code = PREPARED.format(root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=280)
+    before, after = json.loads(done.stdout)
+    assert after - before < 100
 
 
 class _Tomorrow:
