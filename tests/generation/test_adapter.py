@@ -14,7 +14,8 @@ from pipeline.formats.base_model import read_base
 from pipeline.generation import adapter as adapters
 from pipeline.model.adapters.base import trainable, written
 from pipeline.model.adapters.switch import adapters_off
-from pipeline.model.stage import Stage, logit_transform
+from pipeline.model.stage import Stage
+from pipeline.model.structure.build import logit_transform
 from pipeline.training.stage import families, parts
 from pipeline.training.start import resolve
 from tests.helpers.artifacts import load_model
