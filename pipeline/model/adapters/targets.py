@@ -182,7 +182,7 @@ def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
         layer = model.get_submodule(parts_of(model).layer(index))
         for name, module in layer.named_modules():
             if name and _ends(name, target):
-                if isinstance(module, nn.Linear):
+                if _is_linear(type(module)):  # type: ignore[arg-type]
                     return f" (in layer {index} the model's code takes its weight and does not call it)"
                 return f" (in layer {index} it is a {type(module).__name__})"
     return ""
