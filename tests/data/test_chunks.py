@@ -278,6 +278,7 @@ def test_the_first_rank_builds_since_it_shows_progress(
 # Memory and names
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """8 MB of text in one document. Encoded whole, that takes 800 MiB (100 bytes for each byte of text, measured).
     In segments it is what one batch of 2 MiB takes, 200 MiB at most, whatever the size of the text."""

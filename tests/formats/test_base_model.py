@@ -473,6 +473,7 @@ print(sum(p.nbytes for p in stage.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the address space from /proc")
 def test_a_file_larger_than_memory_is_read_in_pieces(tmp_path: Path) -> None:
     """In an address space with room for half of the file a stage of an eighth of it is loaded."""

@@ -83,7 +83,7 @@ INTERLEAVED = {
 RUNS = {
     run.name: run
     for run in (
-        Run("multiplicative_1_stage", COHERE, MULTIPLICATIVE, says=("layers 0 to 2",)),
+        Run("multiplicative_1_stage", COHERE, MULTIPLICATIVE, slow=True, says=("layers 0 to 2",)),
         Run("multiplicative_2_stages", COHERE, MULTIPLICATIVE, stages=2, says=("stage 1: layers",)),
         Run("multiplicative_3_stages", COHERE, MULTIPLICATIVE, stages=3, slow=True, says=("stage 2: layers",)),
         Run(
@@ -132,6 +132,7 @@ RUNS = {
             "nf4",
             LLAMA,
             {"quantization": {"bnb": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}}},
+            slow=True,
             says=("28 linear layers in",),
         ),
         Run(
@@ -142,7 +143,7 @@ RUNS = {
             slow=True,
             says=("and in full",),
         ),
-        Run("interleaved", GRANITE, INTERLEAVED, says=("data:     other",)),
+        Run("interleaved", GRANITE, INTERLEAVED, slow=True, says=("data:     other",)),
         Run(
             "resumed",
             LLAMA,

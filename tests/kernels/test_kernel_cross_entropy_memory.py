@@ -122,6 +122,7 @@ def test_triton_allocates_nothing_but_the_losses(path: PathUnderTest) -> None:
     assert peak.bytes == nll.numel() * 4
 
 
+@pytest.mark.slow
 @once
 def test_the_triton_path_through_the_interpreter() -> None:
     helpers.through_interpreter("tests/kernels/test_kernel_cross_entropy_memory.py")

@@ -73,14 +73,8 @@ QUICK = (
     "nanochat",
     "bloom",
     "mamba",
-    "opt",
     "zaya",
-    "glm4_moe",
     "phimoe",
-    "gemma4_text",
-    "dots3_note_text",
-    "mimo_v2_flash",
-    "deepseek_v32",
 )
 
 

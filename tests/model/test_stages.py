@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import builders, stage_runs, unsplit
+from tests.helpers.quick import only
 from tests.helpers.stage_runs import STEPS, Case, Result
 from tests.helpers.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
 
@@ -84,7 +85,14 @@ GRIDS = [
     Run("in full", 2, 2),
     Run("in full", 2, 2, ("use_column_major_topology=true",)),
 ]
-ALL = [*RUNS, *(pytest.param(run, marks=pytest.mark.slow) for run in GRIDS)]
+# Two stages show what stages change; one and three, what one of them or a stage between others does.
+QUICK = [
+    run
+    for run in RUNS
+    if run.stages == 2 or run.setting == "one micro-batch" or (run.setting, run.stages) == ("layers 1:2", 3)
+]
+SLOW = [run for run in [*RUNS, *GRIDS] if run not in QUICK]
+ALL = only(QUICK, [*QUICK, *SLOW])
 over_runs = pytest.mark.parametrize("run", ALL, ids=str)
 
 
@@ -146,14 +154,16 @@ def result(root: Path) -> Callable[[Run], Result]:
 
     @cache
     def launched(processes: int, slow: bool) -> dict[str, Result] | AssertionError:
-        runs = [run for run in (GRIDS if slow else RUNS) if run.stages * run.replicas == processes]
+        runs = [run for run in (SLOW if slow else QUICK) if run.stages * run.replicas == processes]
         try:
-            return stage_runs.run(processes, [case(root, run) for run in runs], root / f"{processes} processes")
+            return stage_runs.run(
+                processes, [case(root, run) for run in runs], root / f"{processes} processes, slow {slow}"
+            )
         except AssertionError as error:
             return error
 
     def get(run: Run) -> Result:
-        results = launched(run.stages * run.replicas, run in GRIDS)
+        results = launched(run.stages * run.replicas, run in SLOW)
         if isinstance(results, AssertionError):
             raise results
         return results[str(run)]
@@ -176,7 +186,7 @@ def oracle(root: Path, result: Callable[[Run], Result]) -> Callable[[Run], unspl
             leaves = unsplit.with_multiplicative(model, result(first).initial, ALPHA / RANK)
         return unsplit.train(model, leaves, steps, optimizer(s), s.clip)
 
-    return lambda run: trained(next(r for r in RUNS if (r.setting, r.targets) == (run.setting, run.targets)))
+    return lambda run: trained(next(r for r in [*QUICK, *SLOW] if (r.setting, r.targets) == (run.setting, run.targets)))
 
 
 def optimizer(setting: Setting) -> Callable[[list[Tensor]], Any]:

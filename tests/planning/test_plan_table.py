@@ -92,8 +92,8 @@ def test_figures_of_the_step_and_the_run() -> None:
     assert "does not fit" not in text
 
 
-@pytest.mark.parametrize("stages", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["48 GiB", "RTX 4090"])
+@pytest.mark.parametrize("stages", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+@pytest.mark.parametrize("name", ["48 GiB", pytest.param("RTX 4090", marks=pytest.mark.slow)])
 def test_no_line_is_wider_than_a_terminal(stages: int, name: str) -> None:
     plan = solve(command_r(), [12 * GIB] * stages, A6000, Shape(8192, 16, stages), 64 * GIB)
     text = show(plan, device_names=[name] * stages, nearest="Use something else. " * 12)

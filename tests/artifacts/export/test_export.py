@@ -245,6 +245,7 @@ def base_of_zeros(folder: Path, layers: int, rows: int, columns: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_blocks_and_not_of_the_model(tmp_path: Path) -> None:
     """1 GiB in 16 matrices of 64 MiB: blocks and the adapter, together less than one. No heavy package is imported."""

@@ -66,6 +66,7 @@ def adapters(folder: Path, size: str, layers: int, rows: int, columns: int) -> N
     write(folder / f"ia3_{size}", "ia3", each(ia3_l=(1, columns)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_a_tensor_in_full_is_read_where_it_lies(tmp_path: Path) -> None:
     """An embedding of 128 MiB: its mapped file counts once, and nothing of its size is made beside it."""

@@ -66,7 +66,7 @@ def wait_until_written(place: Path, n_bytes: float, process: multiprocessing.pro
         time.sleep(0.0005)
 
 
-@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("force", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_leaves_no_output_or_the_old_one(tmp_path: Path, force: bool) -> None:
     """From the first byte to the renames: by the bytes written, and some milliseconds after the last of them."""
     base, adapter = big_base(tmp_path / "base", 8, 512, 1024, 3), adapter_for(tmp_path / "adapter", 8, 512, 1024)
@@ -171,6 +171,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_about_one_tensor(tmp_path: Path) -> None:
     """256 MiB in one file of 4 tensors of 64 MiB; the libraries and one small fold are in the figure before."""

@@ -29,6 +29,7 @@ from pipeline.training.start import resolve
 from tests.helpers.artifacts import tensors_of
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
+from tests.helpers.quick import only
 from tests.helpers.stages import build, hidden, token_ids
 
 # Normed hidden states of about 1 after four layers of sums of at most 64 products in fp32: rounding is near 1e-6.
@@ -59,7 +60,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "boft": {**ROTATIONS, "adapter_type": "boft", "boft_block_size": 8},
     "hra": {**ROTATIONS, "adapter_type": "hra", "lora_rank": 4},
 }
-ALL = pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("multiplicative", "control", "lora", "moslora", "dora, rslora", "pissa", "boft", "hra")
+ALL = pytest.mark.parametrize("family", only(QUICK, FAMILIES))
 
 
 @pytest.fixture(scope="module")

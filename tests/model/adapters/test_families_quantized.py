@@ -22,6 +22,7 @@ from pipeline.training.stage import families
 from pipeline.training.start import resolve
 from tests.helpers.configs import problems, small
 from tests.helpers.quantization import NF4, build, save_model
+from tests.helpers.quick import only
 from tests.training.run.test_quantized_training import dequantised, gradients
 
 LORA = {"adapter_type": "lora", "lora_rank": 4, "lora_alpha": 6.0}
@@ -37,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "boft": {**NO_RANK, "adapter_type": "boft", "boft_block_size": 8, "target_modules": ["q_proj", "down_proj"]},
 }
 SCHEMES = {"4": NF4, "8": NF4._replace(bits=8)}
+QUICK = ("multiplicative", "moslora", "dora", "boft")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def trained(stages: list[Stage]) -> dict[str, nn.Parameter]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", only(QUICK, FAMILIES))
 def test_gradients_are_those_over_the_dequantised_weights(folder: Path, family: str, scheme: str) -> None:
     raw = {"model": str(folder), "layers_to_transform": "0:2", **FAMILIES[family]}
     config = loading.validate(small(**raw, quantization={"bnb": {f"load_in_{scheme}bit": True}}), "x.toml")
@@ -83,7 +85,7 @@ def test_gradients_are_those_over_the_dequantised_weights(folder: Path, family: 
             assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), (name, cuts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", only(QUICK, FAMILIES))
 def test_what_is_saved_says_over_which_weights_it_was_trained(folder: Path, tmp_path: Path, family: str) -> None:
     bnb = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["o_proj"]}
     raw = {"model": str(folder), "layers_to_transform": "0:2", **FAMILIES[family]}

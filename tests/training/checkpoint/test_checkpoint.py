@@ -185,6 +185,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_leave_only_whole_checkpoints(tmp_path: Path) -> None:
     """What was reported as saved is there, verifies, and holds its own step's values; disk use stays at keep + 1."""
     run = tmp_path / "run"

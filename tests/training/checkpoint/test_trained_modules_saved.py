@@ -34,6 +34,7 @@ from pipeline.training.start import resolve
 from pipeline.training.start.resolved import Resolved
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
+from tests.helpers.quick import only
 from tests.helpers.stages import build, hidden, token_ids
 
 # Logits of about 10 after four layers in fp32: the issue asks for 1e-5 of logits of about 1.
@@ -119,7 +120,7 @@ def base_model(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", only(list(FAMILIES)[:2], FAMILIES))
 def test_stock_peft_loads_runs_and_merges_it(folders: dict[str, Path], tmp_path: Path, family: str, kind: str) -> None:
     folder = folders[kind]
     config, plan = planned(folder, **FAMILIES[family])

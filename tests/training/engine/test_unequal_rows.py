@@ -114,6 +114,7 @@ def test_an_evaluation_is_the_mean_over_its_targets(root: Path, result: Callable
     assert result(stages).evaluation(0)["held_out"] == pytest.approx(expected, abs=LOSS_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_more_stages_train_the_same(result: Callable[[int], Result]) -> None:
     """Three steps, the last with filler: losses agree, as each is the mean over its own targets."""
     one, two = result(1).losses, result(2).losses

@@ -25,6 +25,7 @@ from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.training.engine import prefetch, wires
 from tests.helpers import builders, stage_runs, unsplit
 from tests.helpers.paths import WORKERS
+from tests.helpers.quick import only
 from tests.helpers.stage_runs import Case, Result
 from tests.helpers.stages import build
 from tests.helpers.unsplit import GRADIENT_TOLERANCE, LOSS_TOLERANCE, size
@@ -64,7 +65,8 @@ CUTS = [
     Cut("1", (1, 1, 2), 1),  # nothing to train below and above
     Cut("2:3", (2, 2), 1, replicas=2),
 ]
-ALL = [pytest.param(cut, marks=[pytest.mark.slow] if cut.replicas > 1 or cut.stages > 2 else []) for cut in CUTS]
+QUICK = CUTS[1:3]
+ALL = only(QUICK, CUTS)
 over_cuts = pytest.mark.parametrize("cut", ALL, ids=str)
 
 
@@ -115,11 +117,12 @@ def result(root: Path) -> Callable[[Cut], Result]:
     """What a cut computed and counted. All of one number of processes are one launch."""
 
     @cache
-    def launched(processes: int) -> dict[str, Result]:
-        cases = [case(root, cut) for cut in CUTS if cut.stages * cut.replicas == processes]
-        return stage_runs.run(processes, cases, root / f"{processes} processes", WORKER)
+    def launched(processes: int, quick: bool) -> dict[str, Result]:
+        cuts = [cut for cut in CUTS if (cut in QUICK) == quick]
+        cases = [case(root, cut) for cut in cuts if cut.stages * cut.replicas == processes]
+        return stage_runs.run(processes, cases, root / f"{processes} processes, quick {quick}", WORKER)
 
-    return lambda cut: launched(cut.stages * cut.replicas)[str(cut)]
+    return lambda cut: launched(cut.stages * cut.replicas, cut in QUICK)[str(cut)]
 
 
 def adamw(leaves: list[torch.Tensor]) -> torch.optim.Optimizer:

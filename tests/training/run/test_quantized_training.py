@@ -119,7 +119,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ADAPTED)
-@pytest.mark.parametrize("family", ["llama", "cohere"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "cohere"])
 @pytest.mark.parametrize("scheme", [NF4, pytest.param(EIGHT, marks=pytest.mark.slow)], ids=["4", "8"])
 def test_no_level_changes_a_bit(folders: dict[str, Path], scheme: Any, family: str, kind: str) -> None:
     def stages_of(keeping: ActivationPolicy) -> tuple[list[Stage], dict[str, Any]]:
