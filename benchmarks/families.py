@@ -14,7 +14,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,11 +281,17 @@ def floor_of(name: str) -> str:
     return FROZEN + "".join(name.partition(", ")[1:])
 
 
-def measure(size: Size, rounds: int) -> list[dict[str, Any]]:
-    """A row for each variant."""
+def reference_of(name: str) -> str:
+    """multiplicative_lora over the same base."""
+    return "multiplicative_lora" + "".join(name.partition(", ")[1:])
+
+
+def measure(size: Size, rounds: int, wanted: Collection[str]) -> list[dict[str, Any]]:
+    """A row for each of the variants `wanted`."""
     with tempfile.TemporaryDirectory() as folder:
         save_base(size, Path(folder))
-        made = {name: Variant(name, keys, size, Path(folder)) for name, keys in variants(size).items()}
+        chosen = {name: keys for name, keys in variants(size).items() if name in wanted}
+        made = {name: Variant(name, keys, size, Path(folder)) for name, keys in chosen.items()}
     floors = {name: counts_of(made[name], size, plain=name == FROZEN) for name in made if name.startswith(FROZEN)}
     counts = {n: counted(variant, floors[floor_of(n)], size) for n, variant in made.items() if variant.optimizer}
     measured = times(made, tokens(size, size.tokens), rounds)
@@ -296,7 +302,7 @@ def measure(size: Size, rounds: int) -> list[dict[str, Any]]:
             "seconds": best[name],
             "all_seconds": seconds,
             "of_the_frozen_model": best[name] / best[floor_of(name)],
-            "of_multiplicative_lora": best[name] / best["multiplicative_lora" + "".join(name.partition(", ")[1:])],
+            "of_multiplicative_lora": best[name] / best[reference_of(name)],
             "start_s_a_module": made[name].start_s / size.adapted,
             **counts.get(name, {}),
         }
@@ -309,18 +315,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tiny", action="store_true", help="to see that it runs")
+    parser.add_argument(
+        "--only", metavar="VARIANT", help="measure it again, beside what it is compared with, and put its row in"
+    )
     parser.add_argument("--out", type=Path, help="folder of the JSON")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     size = TINY if given.tiny else USUAL
-    rows = measure(size, given.rounds)
+    wanted = (given.only, floor_of(given.only), reference_of(given.only)) if given.only else variants(size)
+    rows = measure(size, given.rounds, wanted)
     for row in rows:
         print(
             f"{row['variant']:28} {row['seconds']:7.3f} s a step, {row['of_the_frozen_model']:5.2f} × the frozen model, "
             f"{row['of_multiplicative_lora']:5.2f} × multiplicative_lora"
         )
     settings = {**size._asdict(), "target_modules": ["down_proj"], "rounds": given.rounds, "optimizer": "adamw_kahan"}
-    print("written:", record.write("families", settings, rows, given.out))
+    if given.only:
+        again = next(row for row in rows if row["variant"] == given.only)
+        print("written:", record.replace_row("families", "variant", {**again, "rounds": given.rounds}, given.out))
+    else:
+        print("written:", record.write("families", settings, rows, given.out))
 
 
 if __name__ == "__main__":

@@ -216,6 +216,13 @@ def page(result: dict[str, Any]) -> str:
         f"{size['tokens']} tokens; adapters in {size['dtype']} on `down_proj` of every layer but the first, rank "
         f"{size['rank']}, blocks of {size['block']} inputs; `{size['optimizer']}`; the fastest of {size['rounds']} rounds."
     )
+    for name, row in rows.items():
+        if again := row.get("machine"):
+            settings += (
+                f" `{name}` was measured again, beside the frozen model and `multiplicative_lora` ({row['rounds']} rounds, "
+                f"{again['cpu']}, "
+                f"PyTorch {again['versions']['torch']}, {again['when'][:10]}): its two ratios are of that run."
+            )
     plain = [row for name, row in rows.items() if ", " not in name and "trained" in row]
     over = [row for name, row in rows.items() if ", " in name and "trained" in row]
     frozen = rows["frozen"]["seconds"]
