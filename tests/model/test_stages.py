@@ -250,6 +250,7 @@ def test_stages_without_anything_to_train(result: Callable[[Run], Result], root:
         assert {r for r in range(stages) if not load_file(folder / f"{r}.safetensors")} == empty
 
 
+@pytest.mark.slow
 def test_two_replicas_are_twice_the_accumulation(result: Callable[[Run], Result]) -> None:
     """One stage on two processes with GAS 2 against one process with GAS 4, without an oracle between."""
     for setting in ("four micro-batches", "unequal rows"):

@@ -134,6 +134,7 @@ def near(device_gib: float, host_gib: int = 0, **how: object) -> tuple[str, near
     return found.sentence.removeprefix("The nearest that fits: "), found
 
 
+@pytest.mark.slow
 def test_first_what_is_kept_then_host_memory_then_stages_then_length() -> None:
     """By descending memory of the two devices, each remedy in its turn; the ones before it must not do."""
     assert near(47, chosen_already=False)[0] == "activation_checkpointing = 'auto'."  # type: ignore[index]

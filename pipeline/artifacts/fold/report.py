@@ -242,4 +242,5 @@ def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    """JSON has no NaN, and no infinity: a change whose square overflows."""
+    return value if math.isfinite(value) else None

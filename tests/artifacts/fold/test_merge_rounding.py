@@ -11,6 +11,7 @@ import torch
 
 from pipeline import version
 from pipeline.artifacts.fold import check as fold_check
+from pipeline.artifacts.fold import report
 from pipeline.artifacts.fold import rows as fold_rows
 from pipeline.artifacts.fold.merge import merge
 from pipeline.artifacts.fold.rows import Survival
@@ -138,3 +139,8 @@ def test_an_untrained_adapter_is_reported(llama: Path, tmp_path: Path, capsys: p
     assert all(math.isnan(figure.gain) for figure in figures)
     assert "changes nothing in 6 of 6 tensors" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "fold_report.json").read_text())["tensors"][0]["gain"] is None
+
+
+def test_a_figure_that_overflows_is_null_in_the_report() -> None:
+    """Finite weights, and a square that is not: JSON has no infinity."""
+    assert [report._number(value) for value in (1.5, math.inf, math.nan)] == [1.5, None, None]

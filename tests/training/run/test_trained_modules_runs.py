@@ -60,7 +60,7 @@ SLOW = [
     Run("tied", 2, overrides=("layers_to_transform='3:3'", 'activation_checkpointing="unsloth"')),
 ]
 over_runs = pytest.mark.parametrize(
-    "run", [*FAST, *(pytest.param(run, marks=pytest.mark.slow) for run in SLOW)], ids=str
+    "run", [pytest.param(run, marks=pytest.mark.slow) for run in (*FAST, *SLOW)], ids=str
 )
 
 
