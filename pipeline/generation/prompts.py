@@ -15,7 +15,7 @@ from pipeline.console import UserError
 from pipeline.data.chat import load
 from pipeline.data.chat.template import Message, NotRendered, Template
 from pipeline.data.tokenizer import encoder
-from pipeline.foreign import printable, read_object
+from pipeline.foreign import printable
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -87,13 +87,8 @@ def asker(
 
 
 def stop_ids(tokenizer: Any, folder: str) -> frozenset[int]:
-    """The ids at which the model in `folder` stops: those of its generation_config.json, of config.json where there is none
-    (as transformers does), and the tokenizer's EOS."""
-    found: list[Any] = [*load.stop_ids(Path(folder)), tokenizer.eos_token_id]
-    if not (Path(folder) / "generation_config.json").is_file():
-        written = read_object(Path(folder) / "config.json", "the model's configuration").get("eos_token_id")
-        found += written if isinstance(written, list) else [written]
-    return frozenset(id for id in found if type(id) is int)
+    """The ids at which the model in `folder` stops, the tokenizer's EOS among them."""
+    return frozenset(load.stop_ids(Path(folder))) | ({tokenizer.eos_token_id} - {None})
 
 
 def read_prompts(file: Path, where: str) -> list[str]:
