@@ -47,7 +47,7 @@ def put_into(part: nn.Module, wanted: frozenset[str]) -> Counter[str]:
             continue
         for find in (_norm, _rotary_attention, _gated_mlp, _parallel_block):
             if isinstance(found := find(module, wanted), tuple):
-                module.forward, module.kernel = found  # type: ignore[method-assign,assignment]
+                module.forward, module.kernel_taken = found  # type: ignore[method-assign,assignment]
                 taken[found[1]] += 1
                 break
     if "shared_input" in wanted:
@@ -90,7 +90,7 @@ def _parts(stage: Stage) -> list[nn.Module]:
 
 def kernel_of(module: nn.Module) -> str | None:
     """The kernel that a module has taken."""
-    return vars(module).get("kernel")
+    return vars(module).get("kernel_taken")
 
 
 def _norm(module: Any, wanted: frozenset[str]) -> Found:
