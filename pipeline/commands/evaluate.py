@@ -5,6 +5,7 @@ a weight is read where the configuration, the data, the model or an adapter is w
 """
 
 import argparse
+import math
 import os
 import shutil
 import time
@@ -148,7 +149,7 @@ def _scored(scorer: Scorer, stage: Stage, named: list[Named], data: list[UnitSet
         with adapters.worn(stage, one.saved), progress(f"{one.name}", sum(len(d.rows) for d in data)) as advance:
             for units in data:
                 scores = scorer.score(units.rows, advance=advance)
-                if (bad := next((p for p, s in enumerate(scores) if s.logprob != s.logprob), None)) is not None:
+                if (bad := next((p for p, s in enumerate(scores) if not math.isfinite(s.logprob)), None)) is not None:
                     raise UserError(
                         f"adapter '{one.name}': the log-probability of row {bad} of dataset '{units.name}' is not finite; the "
                         f"weights of the adapter or of the model are damaged"
