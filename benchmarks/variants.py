@@ -89,8 +89,10 @@ def set_adapter(layer: int, A: nn.Parameter, B: nn.Parameter) -> None:
         parameter.copy_(values.bfloat16())
 
 
-def peer(shape: Shape, device: torch.device, checkpointing: bool, wide: bool = False) -> Variant:
-    """Trainer.training_step over PEFT with the founding change; `wide`: the same weights in fp32, the comparison's oracle."""
+def peer_model(
+    shape: Shape, device: torch.device, wide: bool = False
+) -> tuple[Any, PreTrainedModel, dict[str, nn.Parameter]]:
+    """PEFT's model with the founding change, the transformers model in it, and what is trained as in `Variant`."""
     import peft
 
     base = model(shape, device)
@@ -113,6 +115,12 @@ def peer(shape: Shape, device: torch.device, checkpointing: bool, wide: bool = F
         pair = linear.lora_A["default"].weight, linear.lora_B["default"].weight
         set_adapter(index, *pair)
         trained |= {f"{index}.A": pair[0], f"{index}.B": pair[1]}
+    return wrapped, base, trained
+
+
+def peer(shape: Shape, device: torch.device, checkpointing: bool, wide: bool = False) -> Variant:
+    """Trainer.training_step over PEFT with the founding change; `wide`: the same weights in fp32, the comparison's oracle."""
+    wrapped, base, trained = peer_model(shape, device, wide)
     if checkpointing:  # what Trainer.train() does before its first step
         wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = _Trainer(

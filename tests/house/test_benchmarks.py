@@ -54,6 +54,14 @@ def test_fold(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_product(tmp_path: Path) -> None:
+    rows = benchmark("product", tmp_path, "--rounds", "1", "--dtype", "float32")["rows"]
+    assert {"peer", "train.py", "stage alone"} == {row["variant"].split(",")[0].split(" +")[0] for row in rows}
+    assert all(len(row["all_seconds"]) in (1, 3) and row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_cpu_training(tmp_path: Path) -> None:
     """Levels and kernels are one line each in the same code: one of ours stands for them."""
