@@ -26,13 +26,8 @@ STOP = "<|im_end|>"
 USER, ANSWER = [{"role": "user", "content": "Tea?"}], [{"role": "assistant", "content": "Yes."}]
 NO = [{"role": "assistant", "content": "No."}]
 ASKED = (
-    "<|im_start|>system
-You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>
-"
-    "<|im_start|>user
-Tea?<|im_end|>
-<|im_start|>assistant
-"
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n"
 )
 HELPFULNESS = {"helpfulness": 1.0, "correctness": 1.0, "coherence": 1.0, "complexity": 1.0, "verbosity": -1.0}
 
@@ -314,9 +309,7 @@ def test_units_stay_together_and_are_what_is_counted(tmp_path: Path) -> None:
             assert batch.input_ids.shape[0] == 2 * count == len(batch.lengths)
             if real:
                 assert batch.units.scale == pytest.approx(2 / len(info.rows))
-                assert batch.loss_scale == pytest.approx(
-                    2 / chosen
-                )
+                assert batch.loss_scale == pytest.approx(2 / chosen)
             for place, row in enumerate(real):
                 for slot, rows in enumerate(store.slots):
                     at, length = slot * count + place, int(rows.lengths[row])
