@@ -1,7 +1,7 @@
 """Takes rows that are one scored answer each, several of a prompt; gives a row a prompt: a pair, or ranked answers.
 
 The score is a weighted sum of fields. A pair is the best answer and one drawn from those that score less; of equal scores
-the first counts, and a prompt whose answers all score the same is none. What is drawn is a function of the prompt, not of the
+one counts, and a prompt whose answers all score the same is none. What is drawn is a function of the prompt, not of the
 order of the files. (HelpSteer: helpfulness, correctness, coherence and complexity, less verbosity.)
 """
 
@@ -71,7 +71,7 @@ def by_prompt(
         if kind == "ranked":
             yield Record(prompt.where, row | {names.answers: [answer for _, answer in chosen]})
             continue
-        best, lower = chosen[0], [pair for pair in prompt.answers if pair[0] < chosen[0][0]]
+        best, lower = chosen[0], [pair for pair in _in_order(prompt.answers) if pair[0] < chosen[0][0]]
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
         other = lower[int(np.random.PCG64(seed).random_raw() % len(lower))]
         yield Record(prompt.where, row | {names.chosen: best[1], names.rejected: other[1]})
@@ -94,6 +94,11 @@ def _score(value: Any, weights: Mapping[str, float]) -> float:
 
 
 def _best_first(answers: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    """The answers by falling score; of equal scores the first."""
-    order = sorted(answers, key=lambda pair: -pair[0])
+    """The answers by falling score; of equal scores one."""
+    order = _in_order(answers)
     return [pair for place, pair in enumerate(order) if not place or pair[0] < order[place - 1][0]]
+
+
+def _in_order(answers: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """By falling score, then by their text, whatever order they stand in."""
+    return sorted(answers, key=lambda pair: (-pair[0], json.dumps(pair[1], sort_keys=True)))
