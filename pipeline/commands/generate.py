@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.formats.base_model import read_base, warn_of_remarks
 from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
 from pipeline.formats.fingerprint import fingerprint
+from pipeline.formats.hub import model_folder
 from pipeline.generation import adapter as adapters
 from pipeline.generation import cache_check, positions, shown
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, OverProcesses, Stages, answers, speaking
@@ -55,6 +57,7 @@ def generate(asked: argparse.Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sampling = _check(asked)
     prompts = [*asked.prompt, *(read_prompts(asked.prompts, "--prompts") if asked.prompts else [])]
+    asked.model = Path(model_folder(asked.model, "--model"))
     device = _meet(asked.device)
     speaker = load(asked, sampling, device)
     if prompts:
