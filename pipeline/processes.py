@@ -26,9 +26,8 @@ def launched_by() -> str:
 
 def remove_of_dead_launches(folder: Path, prefix: str) -> None:
     """Remove the files `<prefix><launched_by()>…` of launches whose launcher is gone."""
-    for left in folder.glob(f"{prefix}*-*"):
-        launcher = left.name.removeprefix(prefix).split("-")[0]
-        if launcher.isdecimal() and not psutil.pid_exists(int(launcher)):
+    for left in folder.glob(f"{prefix}[0-9]*-*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(prefix).split("-")[0])):
             left.unlink(missing_ok=True)
 
 
