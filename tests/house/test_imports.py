@@ -28,6 +28,7 @@ FORBIDDEN = {
     "inspect_lora.py": ("transformers", "torch", "deepspeed"),
     "make_adapter.py": ("transformers", "torch", "deepspeed"),
     "generate.py": ("transformers", "torch", "deepspeed"),
+    "evaluate_lora.py": ("transformers", "torch", "deepspeed"),
     "pipeline/commands/": ("pipeline.training", "deepspeed", "peft", "datasets"),
     "pipeline/config/": ("transformers", "torch"),
     "pipeline/console.py": ("transformers", "torch", "pipeline"),
@@ -39,6 +40,8 @@ FORBIDDEN = {
     "pipeline/publishing/": ("pipeline.training", "pipeline.model", "transformers", "deepspeed", "peft"),
     "pipeline/inspection/": ("pipeline.training", "deepspeed", "peft"),
     "pipeline/generation/": ("pipeline.training", "pipeline.objectives", "pipeline.config", "deepspeed", "datasets"),
+    "pipeline/evaluation/": ("deepspeed", "peft", "datasets"),
+    "pipeline/training/": ("pipeline.evaluation",),
     "pipeline/": (
         "train",
         "quickstart",
@@ -47,6 +50,7 @@ FORBIDDEN = {
         "make_adapter",
         "inspect_lora",
         "generate",
+        "evaluate_lora",
         "tests",
     ),
 }
@@ -77,6 +81,7 @@ ONLY_OURS = {
     "inspect_lora.py": ("pipeline.commands", *GROUND),
     "make_adapter.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
     "generate.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
+    "evaluate_lora.py": ("pipeline.commands", *GROUND),
     "kernels/": ("pipeline.kernels",),
 }
 
