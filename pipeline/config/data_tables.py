@@ -134,8 +134,13 @@ class Dataset(_Data):
     )
     eval_split: Literal["chunk", "document"] = Field(
         "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
-    sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
-    num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
+    sample_weight: PositiveFloat = Field(
+        1.0, description="weight of this dataset when datasets are interleaved; of what, says mix_by"
+    )
+    num_repeats: PositiveFloat = Field(
+        1.0, description="how many times an epoch goes through this dataset; of 0.5 two epochs together have every row, of 2.5 five times")  # fmt: skip
+    max_tokens: PositiveInt | None = Field(
+        None, description="most tokens of this dataset's rows to train on (one pass); which rows, a seeded shuffle decides")  # fmt: skip
     packing: Literal["none", "best_fit"] = Field(
         "none", description="'best_fit' puts several rows into one of sequence_len tokens, in which they do not see each other; models that cannot keep them apart are refused; what is held out is not packed")  # fmt: skip
 

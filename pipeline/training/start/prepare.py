@@ -19,10 +19,11 @@ from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
+from pipeline.data.mixing import mix
 from pipeline.data.rows import build
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
-from pipeline.data.selection import Selection, Streams, mix, split, whole
+from pipeline.data.selection import Selection, Streams, repeated, split, whole
 from pipeline.data.units import build as unit_build
 from pipeline.data.units.formats import Names
 from pipeline.data.units.store import UnitRows
@@ -96,13 +97,13 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
-        rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
+        rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
         log(f"data:     {rows}")
         chosen = rows.train
         if dataset.packing == "best_fit":
             packed = PackedRows(chosen, dataset.sequence_len)
             log(f"data:     {packed}")
-            chosen = Selection(packed, np.arange(len(packed)))
+            chosen = repeated(Selection(packed, np.arange(len(packed))), dataset.num_repeats)
         train.append(chosen)
         warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows | UnitRows) else []
         if rows.eval is not None:
@@ -246,7 +247,8 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         mode=spec.combination,
         weights=[d.sample_weight for d in spec.datasets],
         stopping_strategy=spec.stopping,
-        weigh_tokens=spec.batch_size_tokens is not None,
+        by=spec.mix_by or "rows",
+        weigh_tokens=spec.mix_by is None and spec.batch_size_tokens is not None,
     )
     return MicroBatches(
         [rows.store for rows in data.train],
