@@ -1,6 +1,7 @@
 """mulora-pipe, in the order in which data flows.
 
     config.loading.load              one TOML (and the command line) → one validated `Config`
+    formats.hub.model_folder         a model's name on the Hub → its folder in the Hub's cache, downloaded once
     formats.base_model.read_base     a model's folder → its tensors' places, its config, which tensor is the head
     training.start.resolve           the model's structure on `meta`, what is trained, each stage's layers: one `Resolved`
     data.reading.documents           files → documents

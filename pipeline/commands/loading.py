@@ -21,6 +21,7 @@ from pipeline.console import RankError, UserError, log_if_slow, warn
 from pipeline.formats.base_model import Base, read_base, warn_of_remarks
 from pipeline.formats.device import usable_device
 from pipeline.formats.fingerprint import fingerprint
+from pipeline.formats.hub import model_folder
 from pipeline.generation.adapter import Saved
 from pipeline.model import cut_check, unsupported, weights
 from pipeline.model.stage import Stage, check_head, empty_model, read_model_config
@@ -75,7 +76,11 @@ def look(
     attention: str | None = None,
     layers_per_stage: list[int] | None = None,
 ) -> Found:
-    """All that can be known without reading a weight. `key`: what named the folder. `dtype`: None is the model's own."""
+    """All that can be known without reading a weight. `key`: what named the folder. `dtype`: None is the model's own.
+
+    A `folder` that is a name on the Hub is downloaded.
+    """
+    folder = Path(model_folder(folder, key))
     config = read_model_config(str(folder))
     base = read_base(folder, key)
     dtype = dtype or config.dtype or torch.float32

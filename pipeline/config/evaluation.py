@@ -49,7 +49,9 @@ class EvaluatedDataset(EvalDataset):
 class Evaluation(Section):
     """The whole evaluation."""
 
-    model: str = Field(description="folder of the base model: config.json, tokenizer, safetensors")
+    model: str = Field(
+        description="folder of the base model: config.json, tokenizer, safetensors; or its name on the Hub, 'OWNER/NAME' or 'OWNER/NAME@REVISION'"
+    )
     output_dir: str = Field(description="each evaluation makes a folder named by its UTC start time in here")
     adapters: list[str] = Field(
         [BASE], min_length=1, description="folders of adapters; 'base' is the model without any, which is measured in any case. --adapters goes before")  # fmt: skip

@@ -24,6 +24,7 @@ from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Quantization,
 from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError, warn
 from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value
+from pipeline.formats.hub import model_folder
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
 JSON_KEYS = {
@@ -76,6 +77,13 @@ def load(path: str, deepspeed_json: str | None = None, overrides: list[str] | No
     for line in warnings_of(config):
         warn(line)
     return config
+
+
+def with_model_here(config: Config, *, weights: bool) -> Config:
+    """`config` with the folder of its model, which is downloaded where it is on the Hub; without `weights` they are not."""
+    if (folder := model_folder(config.model, "model", weights=weights)) == config.model:
+        return config
+    return Config.model_validate({**config.model_dump(exclude_unset=True), "model": folder})
 
 
 def find(path: str) -> Path:

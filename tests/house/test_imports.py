@@ -15,7 +15,7 @@ MAX_CONFIG_TAKERS = 13  # functions outside pipeline/config/
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
-    "huggingface_hub": ("pipeline/publishing/",),
+    "huggingface_hub": ("pipeline/publishing/", "pipeline/formats/hub.py"),
     "deepspeed": ("pipeline/training/",),
     "bitsandbytes": ("pipeline/model/quantized_bnb.py", "pipeline/training/optim/inner.py"),
 }
@@ -64,6 +64,7 @@ GROUND = (
     "pipeline.foreign",
     "pipeline.names",
     "pipeline.patterns",
+    "pipeline.processes",
     "pipeline.version",
 )
 # What a part may import of this project, where that is all.
