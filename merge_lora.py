@@ -14,8 +14,9 @@ tensor that was trained in full takes the place of what stands then.
 import argparse
 from pathlib import Path
 
+from pipeline import next_steps
 from pipeline.commands import arguments
-from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.console import EXIT_DONE, leave_on_sigterm, log, run_command
 from pipeline.formats.choices import OUTPUT_DTYPES
 
 
@@ -108,6 +109,8 @@ def main() -> int:
         base_quant=asked.base_quant,
         base_dtype=asked.base_dtype,
     )
+    if not asked.dry_run:
+        log(next_steps.lines(next_steps.after_fold(asked.output)))
     return EXIT_DONE
 
 

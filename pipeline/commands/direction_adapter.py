@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline import next_steps
 from pipeline.artifacts.adapter.directions import (
     STRENGTHS,
     adapter_tensors,
@@ -74,7 +75,7 @@ def make(asked: argparse.Namespace) -> None:
         f"{asked.kind}, factor {asked.factor:g} ({STRENGTHS[asked.kind] * asked.factor:g} of each direction taken off), "
         f"rank {rank}: {describe_layers(layers, n_layers)}, {len(modules)} modules → {asked.output}"
     )
-    log(f"fold it:  python merge_lora.py --input {asked.input} --lora {asked.output} --output MERGED")
+    log(next_steps.lines(next_steps.after_making(Path(asked.input), asked.output)))
 
 
 def _check(asked: argparse.Namespace) -> None:

@@ -148,6 +148,8 @@ class Config(Section):
     eval_after_last_step: bool = Field(False, description="evaluate at the end of the run")
     eval_gradient_accumulation_steps: PositiveInt = Field(
         1, description="accepted, without effect: an evaluation set always goes through one full pipeline, and its loss does not depend on how it is cut")  # fmt: skip
+    report_every_minutes: NonNegativeFloat = Field(
+        5, description="minutes between reports, report.html in the run's folder, while the run goes on; also written at its end; 0 for none")  # fmt: skip
     save_steps: PositiveInt | None = Field(None, description="optimizer steps between saves of the adapter (step<N>/)")
     save_every_n_epochs: PositiveInt = Field(
         1, description="epochs between saves of the adapter (epoch<N>/); the end of a run is always saved"

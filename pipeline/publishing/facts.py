@@ -58,8 +58,7 @@ class Facts:
 def read_facts(run_dir: Path, step: int) -> Facts:
     """The facts of the run in `run_dir` up to `step`. The folder is one of ours, with config.toml and metrics.jsonl."""
     metrics = run_dir / "metrics.jsonl"
-    lines = [parse_json(line, str(metrics)) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line["step"] <= step]
+    lines = [line for line in whole_lines(metrics) if line["step"] <= step]
     saved = run_dir / f"step{step}"
     is_adapter = (saved / CONFIG_FILE).is_file()
     record = _json(run_dir / "run.json")
@@ -82,6 +81,14 @@ def read_facts(run_dir: Path, step: int) -> Facts:
         parts=record.get("parts", []),
         samples=_samples(run_dir / "samples.jsonl", step),
     )
+
+
+def whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without one that a running process is still writing; none where there is no file."""
+    if not file.is_file():
+        return []
+    *whole, _ = file.read_text(encoding="utf-8").split("\n")
+    return [parse_json(line, str(file)) for line in whole]
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
@@ -123,9 +130,7 @@ def _values(file: Path) -> tuple[int, tuple[str, ...]]:
 
 def _samples(file: Path, step: int) -> list[dict[str, Any]]:
     """What the model said last, up to `step`; nothing where it was not asked."""
-    if not file.is_file():
-        return []
-    lines = [parse_json(line, str(file)) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    lines = whole_lines(file)
     last = max((line["step"] for line in lines if line["step"] <= step), default=None)
     return [line for line in lines if line["step"] == last]
 

@@ -43,6 +43,7 @@ from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run import folder as run_folder
 from pipeline.training.run import record
 from pipeline.training.run.peers import UNHURRIED
+from pipeline.training.run.reporting import Reports
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
@@ -111,6 +112,7 @@ def trainer(
         state=state,
         metrics=metrics,
         samples=samples,
+        reports=Reports(opened.path, config.report_every_minutes),
         memory=memory,
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, opened.path),

@@ -8,8 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipeline import next_steps
 from pipeline.config.schema import Config
-from pipeline.console import EXIT_DONE, rank, warn
+from pipeline.console import EXIT_DONE, log, rank, warn
 from pipeline.log_file import LogFile
 from pipeline.training.engine import engine, selftest
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
@@ -56,8 +57,13 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
             run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked
+            run.reports.run_ended()
             engine.let_go(run.engine)
             del run, plan  # and with them the stage's weights
+            follows = next_steps.after_run(
+                run_folder.path, step, Path(config.model), is_adapter=not config.full_fine_tune
+            )
+            log(f"what can come next:\n{next_steps.lines(follows)}")
             after_training.follow(
                 config.after_training,
                 watcher,

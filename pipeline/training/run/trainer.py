@@ -27,6 +27,7 @@ from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.reporting import Reports
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start.resolved import Intervals
@@ -55,6 +56,7 @@ class Trainer:
     saver: Saver
     metrics: Metrics
     samples: Samples | None
+    reports: Reports
     memory: StepMemory
     watcher: Watcher
     resume_line: str
@@ -90,6 +92,7 @@ class Trainer:
                 self.times.say()
                 self.first_step_done()
             self._after_step(last=self.step == total)
+            self.reports.step_done()
             if self._boundary():
                 return self._stopped()
         self._finish()

@@ -1,0 +1,157 @@
+"""A run's report: what is in the page and the pictures, made of a run's folder as training leaves it."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline.console import UserError
+from pipeline.publishing.report import comparison, page, pictures
+from pipeline.publishing.report.read import Value, read
+from tests.helpers.builders import metrics, only_run, save_model, train, write_config
+from tests.helpers.paths import ROOT
+
+NASTY = "<script>alert('$x$')</script>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run over two stages, with samples, evaluations and a report at its end."""
+    folder = tmp_path_factory.mktemp("report")
+    save_model(folder / "base")
+    config = write_config(
+        folder / "c.toml",
+        model=str(folder / "base"),
+        output_dir=str(folder / "runs"),
+        eval_steps=2,
+        eval_before_first_step=True,
+        report_every_minutes=60,
+        samples={"prompts": ["The salt", NASTY], "every_steps": 2, "max_new_tokens": 8},
+    )
+    said = train(2, "--config", str(config))
+    found = only_run(folder / "runs")
+    assert f"report:   {found / 'report.html'}" in said
+    assert f"--lora {found / 'step5'} --compare" in said, "what can come next"
+    return found
+
+
+class Page(HTMLParser):
+    """Tags, addresses and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_stands_alone_and_says_what_the_run_did(run: Path) -> None:
+    found = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in found.tags
+    assert all(link.startswith(("#", "data:")) for link in found.links), "nothing is loaded from elsewhere"
+    last = metrics(run)
+    losses = [line["train/loss"] for line in last if "train/loss" in line]
+    best = min(line["eval/book/loss"] for line in last if "eval/book/loss" in line)
+    for words in (run.name, f"{losses[-1]:.4f}", f"{best:.4f}", "down_proj of layers 0 to 2", "merge_lora.py", NASTY):
+        assert words in found.text, words
+    assert found.tags.count("svg") == len(list((run / "report").glob("*.svg")))
+
+
+def test_every_picture_is_there_as_svg_and_png(run: Path) -> None:
+    names = {file.stem for file in (run / "report").iterdir()}
+    assert names == {"loss", "learning_rate", "gradient_norm", "speed", "norms", "memory"}
+    for name in names:
+        assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        svg = (run / "report" / f"{name}.svg").read_text(encoding="utf-8")
+        ElementTree.fromstring(svg)
+        assert pictures.INK not in svg, "text has the colour of the page"
+        assert not re.search(r'(href|src)="http', svg)
+
+
+def test_the_curve_has_the_runs_numbers(run: Path) -> None:
+    found = read(run)
+    logged = [line for line in metrics(run) if "train/loss" in line]
+    assert found.series["train/loss"] == [Value(line["step"], line["train/loss"]) for line in logged]
+    assert [value.step for value in found.series["eval/book/loss"]] == [0, 2, 4]
+    assert set(found.norms) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(3)}
+    assert sorted(found.spoken) == [0, 2, 4, 5]
+
+
+def test_a_run_that_still_writes(run: Path, tmp_path: Path) -> None:
+    """A line that is not whole yet is left out; the plan is not there yet."""
+    for name in ("config.toml", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')
+    assert "memory" not in [picture.name for picture in page._pictures(read(tmp_path))]
+    assert read(tmp_path).facts.step == 5
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run"):
+        read(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has logged nothing yet"):
+        read(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.publishing.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "has logged nothing yet" in done.stderr
+
+
+def test_long_lines_are_thinned_and_keep_their_end() -> None:
+    values = [Value(step, float(step)) for step in range(1, 100_001)]
+    thinned = pictures.thinned(values)
+    assert len(thinned) <= pictures.MOST_POINTS
+    assert thinned[-1].step == 100_000
+    assert json.dumps(thinned[0]) == json.dumps(Value(67, 34.0))
+
+
+@pytest.fixture(scope="module")
+def other(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with another learning rate and a loss a tenth lower."""
+    folder = tmp_path_factory.mktemp("other") / "20260101_00-00-00"
+    folder.mkdir()
+    config = (run / "config.toml").read_text(encoding="utf-8")
+    (folder / "config.toml").write_text(config.replace("lr = 0.01", "lr = 0.02"))
+    lines = [{key: v - 0.1 if key.endswith("/loss") else v for key, v in line.items()} for line in metrics(run)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_runs_beside_each_other(run: Path, other: Path, tmp_path: Path) -> None:
+    html = tmp_path / "both.html"
+    command = [sys.executable, "compare_runs.py", str(run), str(other), "--html", str(html)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:20].strip(): line.split()[-2:] for line in done.stdout.splitlines()}
+    assert rows["optimizer.lr"] == ["0.01", "0.02"]
+    assert not [row for row in rows if "." in row and row != "optimizer.lr"], "only what differs"
+    mine, others = (float(cell) for cell in rows["least loss of book"])
+    assert mine - others == pytest.approx(0.1, abs=1e-4)
+    found = Page(html.read_text(encoding="utf-8"))
+    assert {"optimizer.lr", "0.02", run.name, other.name} <= set(found.text.split())
+    assert html.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (again.returncode, "exists" in again.stderr) == (2, True)
+
+
+def test_what_cannot_be_compared(run: Path) -> None:
+    for folders in ([run], [run, run]):
+        with pytest.raises(UserError, match="one run alone|named twice"):
+            comparison.compare(folders, None, force=False)
