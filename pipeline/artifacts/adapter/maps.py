@@ -12,12 +12,14 @@ a weight, and gives what undoes it with its condition number κ.
     Multiplied     W·(I + s·B·A)ᵀ
     Replaced       another tensor in the place of W
 
-(A change on the output, W + s·B·(A·W), mixes rows and is not among them: see `fold_rows.compose`.)
+(A change on the output, W + s·B·(A·W), mixes rows and is not among them: see `fold_rows.compose`. Nor is `WholeWeight`, what
+PEFT's own layer makes of all rows at once.)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -236,7 +238,41 @@ class Replaced:
         return math.inf
 
 
+@dataclass(frozen=True)
+class WholeWeight:
+    """W as PEFT's own layer of a type merges it (pipeline/peft_layers.py): of all rows at once, in fp32 or fp64.
+
+    `settings`: PEFT's keys of this module; `tensors`: the module's, by their names in a file; `projections`: frozen ones that
+    all modules share, where the file has them; `widest`: the most outputs and inputs of any of the adapter's modules.
+    """
+
+    peft_type: str
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    projections: Mapping[str, torch.Tensor]
+    widest: tuple[int, int] = (0, 0)
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        from pipeline.peft_layers import misfit
+
+        return misfit((rows, columns), self.peft_type, self.settings, self.tensors)
+
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W' [D_out, D_in] and b' in the dtype of W, fp32 or fp64."""
+        from pipeline.peft_layers import merged
+
+        return merged(
+            weight, bias, self.peft_type, self.settings, self.tensors, widest=self.widest, projections=self.projections
+        )
+
+    def condition(self) -> float:
+        return math.inf
+
+
 RowMap = Added | RowNorms | RowFactors | ColumnFactors | Turned | Reflected | Multiplied | Replaced
+WeightMap = RowMap | WholeWeight
 
 
 def skew_symmetric(upper: torch.Tensor, size: int) -> torch.Tensor:

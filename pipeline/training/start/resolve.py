@@ -5,6 +5,7 @@ itself goes no further.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
-from pipeline.model.adapters import experts
+from pipeline.model.adapters import by_peft, experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import id_in_cache, layers_of, within_layer
+from pipeline.peft_types import PATTERNS, Asked, settings_of
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
@@ -268,7 +270,7 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
     biased = biased or any(form.bias for form in experts_of.values())
-    adapter = adapter_of(config, targets, biased, experts_of)
+    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked_of(config, targets, model))
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
@@ -325,6 +327,18 @@ def adapter_of(
         feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
         experts=dict(experts_of),
     )
+
+
+def asked_of(config: Config, targets: list[str], model: PreTrainedModel) -> Asked | None:
+    """[peft], checked by PEFT, where that is what is trained. UserError with every key that PEFT does not take."""
+    if config.peft is None:
+        return None
+    from pipeline.peft_layers import check_settings
+
+    settings = settings_of(config.peft.model_dump(), config.lora_dropout)
+    check_settings(config.peft.type, settings, by_peft.WHERE)
+    patterns.check({f"{by_peft.WHERE}{key}": settings[key] for key in PATTERNS if settings.get(key)}, targets)
+    return Asked(config.peft.type, settings, by_peft.widest_of(model, targets))
 
 
 def check_groups(
