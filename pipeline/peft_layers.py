@@ -31,7 +31,7 @@ Shape = tuple[int, int]  # D_out, D_in
 
 
 def check_settings(peft_type: str, settings: Mapping[str, Any], where: str) -> None:
-    """UserError with every key that PEFT's configuration of the type does not have, or not with such a value. `where`: before a key."""
+    """UserError with every key that PEFT's configuration of the type lacks, or that has no such value. `where`: before a key."""
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index]
     hints = typing.get_type_hints(kind)
     known = [one.name for one in fields(kind) if one.name not in OURS and one.init]
@@ -127,8 +127,8 @@ def written(layer: nn.Module, config: PeftConfig) -> dict[str, Tensor]:
 def fill(layer: Any, tensors: Mapping[str, Tensor], projections: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Give the layer the tensors of a file: by their names in `written`, all of them; floating point ones in `dtype`.
 
-    `projections`: frozen ones that the file has of all modules, by their names, where it has them. ValueError where the tensors are
-    not the layer's.
+    `projections`: frozen ones that the file has of all modules, by their names, where it has them. ValueError where the
+    tensors are not the layer's.
     """
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -177,9 +177,11 @@ def merged(
     return done.weight.detach().to(weight.dtype), None if bias is None else done.bias.detach().to(weight.dtype)
 
 
-def misfit(shape: Shape, peft_type: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+def misfit(
+    shape: Shape, biased: bool, peft_type: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> str | None:
     """In words, what of the tensors of a module with a weight of `shape` is not as PEFT makes it."""
-    plain = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    plain = nn.Linear(shape[1], shape[0], bias=biased, device="meta")
     try:
         layer = put_around({"the module": plain}, peft_type, settings, widest=shape)["the module"]
     except UserError as error:

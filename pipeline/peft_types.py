@@ -16,13 +16,14 @@ PEFT = "peft"  # the family's name in pipeline/families.py, and the table's in a
 class PeftType:
     """A row.
 
-    `computes`: in a formula. `start`: what of a module changes before the first step; "" where nothing does. `dropout`: its key
-    for what we call lora_dropout; "" where it has none. `prefix`: how the names of its tensors begin in a file. `quantised`: whether
-    it computes over 4- and 8-bit weights what it does over the dequantised ones. `dtype`: that of its trained numbers; 'base' where
-    it multiplies them with the states of the layer as they are. `projections`: frozen tensors that all its modules share, made from
-    a key as wide as the widest of them. `changes`: of a module. `own`: keys that are set here. `refused`:
-    keys that would compute something else here. `only_fp32`: PEFT makes it of 16- and 32-bit weights alone, so that fp64 does not check
-    its fold.
+    `computes`: in a formula. `start`: what of a module changes before the first step; "" where nothing does. `prefix`: how
+    its tensors' names begin in a file. `dropout`: its key for what is lora_dropout here; "" where it has none. `changes`: of a
+    module. `own`: keys that are set here; `refused`: keys that would compute something else here, and why.
+
+    `quantised`: over 4- and 8-bit weights it computes what it does over the dequantised ones. `dtype`: of its trained numbers;
+    'base' where it multiplies them with the layer's states as they are. `projections`: frozen tensors that all its modules
+    share, made from a key and as wide as the widest of them. `only_fp32`: PEFT does not make it of fp64, which then cannot
+    check its fold.
     """
 
     name: str
@@ -40,11 +41,20 @@ class PeftType:
 
 
 class Asked(NamedTuple):
-    """A type with PEFT's keys for it, patterns included, and the most outputs and inputs that one of its modules has."""
+    """A type with PEFT's keys for it, patterns included; the most outputs and inputs that one of its modules has; and the first of
+    these without a bias, "" if there is none."""
 
     type: str
     settings: Mapping[str, Any]
     widest: tuple[int, int]
+    unbiased: str = ""
+
+    @property
+    def not_folded(self) -> str:
+        """Why no fold of it is to come; "" where one is."""
+        if LOCAL[self.type].changes == "bias" and self.unbiased:
+            return f"PEFT's {self.type} is merged into biases, and {self.unbiased} has none"
+        return ""
 
 
 # By PEFT's key of patterns, the key whose value they give for some modules.
@@ -195,7 +205,7 @@ REFUSED: Mapping[str, str] = {
     "UNILORA": "its one trained vector belongs to all layers, and a stage has its own alone",
     "VBLORA": "its bank of vectors belongs to all layers, and a stage has its own alone",
     "TRAINABLE_TOKENS": "it trains rows of the embedding; set trainable_modules = ['embed_tokens']",
-    "XLORA": "it mixes adapters by a forward pass of the whole model with its last hidden state, so that every micro-batch would go "
+    "XLORA": "it mixes adapters by a forward pass of the whole model with its last hidden state: every micro-batch would go "
     "twice through all stages, with a message from the last to the first between",
     **dict.fromkeys(
         (
@@ -223,7 +233,7 @@ def known(value: str) -> str:
 
 
 def conflicts(table: Mapping[str, Any], *, quantised: bool, dropout: float, dtypes: tuple[str, str]) -> Iterator[str]:
-    """What is wrong with [peft] before PEFT is asked. `table`: its keys, `type` a known one; `dtypes`: of the adapter, of the model."""
+    """What is wrong with [peft] before PEFT is asked. `table`: its keys, of a known type; `dtypes`: of adapter and model."""
     row = LOCAL[table["type"]]
     for key in table:
         if key in row.own or (key in OURS and not (key == "bias" and table[key] == "none")):
@@ -236,7 +246,7 @@ def conflicts(table: Mapping[str, Any], *, quantised: bool, dropout: float, dtyp
         yield "peft.type: PEANUT of depth 0 with act_fn = 'linear' is adapter_type = 'multiplicative_lora'"
     if quantised and not row.quantised:
         able = ", ".join(name for name, other in LOCAL.items() if other.quantised)
-        yield f"peft.type: PEFT's {row.name} reads the weight itself, which 4 or 8 bits do not show it; over quantised weights take {able}"
+        yield f"peft.type: PEFT's {row.name} reads the weight itself, which 4 or 8 bits do not show; over these take {able}"
     wanted = {"any": dtypes[0], "base": dtypes[1], "float32": "float32"}[row.dtype]
     if wanted != dtypes[0]:
         why = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.artifacts.adapter.maps import RowFactors, WholeWeight
 from pipeline.artifacts.adapter.read import load_adapter
-from pipeline.artifacts.fold.match import match, sized
+from pipeline.artifacts.fold.match import match
 from pipeline.artifacts.fold.ties import settled
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
@@ -46,10 +46,13 @@ class Folded(nn.Module):
 
 
 class Saved(NamedTuple):
-    """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say."""
+    """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say.
+
+    `widest`: of PEFT's own types, the most outputs and inputs of its modules."""
 
     adapter: Adapter
     kind: str
+    widest: tuple[int, int]
 
 
 def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
@@ -66,8 +69,8 @@ def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
     table = next((name for name in adapter.full if is_embedding(name.removesuffix(".weight"))), None)
     if table and not apart and HEAD not in base.tensors:  # the head is the embedding, also where it is on another stage
         adapter = replace(adapter, full={**adapter.full, HEAD: adapter.full[table]})
-    widest = {one.widest for maps in part.adapter.maps.values() for one in maps if isinstance(one, WholeWeight)}
-    return Saved(sized(adapter, dict.fromkeys(adapter.modules, widest.pop())) if widest else adapter, part.kind)
+    widest = [one.widest for maps in part.adapter.maps.values() for one in maps if isinstance(one, WholeWeight)]
+    return Saved(adapter, part.kind, widest[0] if widest else (0, 0))
 
 
 @torch.no_grad()
@@ -122,7 +125,7 @@ def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     for one in saved.adapter.maps.get(name, ()):
         if isinstance(one, WholeWeight):
-            weight, bias = one.merged(weight, bias)
+            weight, bias = replace(one, widest=saved.widest, biased=bias is not None).merged(weight, bias)
             continue
         weight = one.on(device)(weight, 0)
         if bias is not None and isinstance(one, RowFactors) and FAMILIES[saved.kind].bias_rule:

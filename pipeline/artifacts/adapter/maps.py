@@ -243,7 +243,8 @@ class WholeWeight:
     """W as PEFT's own layer of a type merges it (pipeline/peft_layers.py): of all rows at once, in fp32 or fp64.
 
     `settings`: PEFT's keys of this module; `tensors`: the module's, by their names in a file; `projections`: frozen ones that
-    all modules share, where the file has them; `widest`: the most outputs and inputs of any of the adapter's modules.
+    all modules share, where the file has them; `widest`: the most outputs and inputs of any of the adapter's modules; `biased`:
+    whether the module has a bias, of which some types have trained numbers too.
     """
 
     peft_type: str
@@ -251,11 +252,12 @@ class WholeWeight:
     tensors: Mapping[str, torch.Tensor]
     projections: Mapping[str, torch.Tensor]
     widest: tuple[int, int] = (0, 0)
+    biased: bool = False
 
     def misfit(self, rows: int, columns: int) -> str | None:
         from pipeline.peft_layers import misfit
 
-        return misfit((rows, columns), self.peft_type, self.settings, self.tensors)
+        return misfit((rows, columns), self.biased, self.peft_type, self.settings, self.tensors)
 
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -263,9 +265,17 @@ class WholeWeight:
         """W' [D_out, D_in] and b' in the dtype of W, fp32 or fp64."""
         from pipeline.peft_layers import merged
 
-        return merged(
-            weight, bias, self.peft_type, self.settings, self.tensors, widest=self.widest, projections=self.projections
+        beside = weight.new_zeros(len(weight)) if bias is None and self.biased else bias
+        W, b = merged(
+            weight,
+            beside,
+            self.peft_type,
+            self.settings,
+            self.tensors,
+            widest=self.widest,
+            projections=self.projections,
         )
+        return W, None if bias is None else b
 
     def condition(self) -> float:
         return math.inf

@@ -1,9 +1,9 @@
 """Reading an adapter from disk.
 
-Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA, what pipeline/peft_types.py lists) or by the founding method's hacked PEFT; gives
-an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors that were trained in full; or refuses
-with the name of what it holds that a fold would leave out. `adapter_model.bin`, in which the founding method's adapters
-were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
+Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA, and what pipeline/peft_types.py lists) or by the
+founding method's hacked PEFT; gives an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors
+that were trained in full; or refuses with the name of what it holds that a fold would leave out. `adapter_model.bin`, in
+which the founding method's adapters were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
 """
 
 import math

@@ -63,7 +63,7 @@ def match(
     weights = _weights(base, adapter, found, stacked)
     known: str | None = adapter.family
     if known:
-        adapter = sized(adapter, {module: weight.shape for module, weight in weights.items()})
+        adapter = _sized(base, adapter, weights)
         if kind is not None and kind_is_meant:
             raise UserError(f"--kind {kind}: {adapter.folder} is a {known} by its files.")
         _check_maps(adapter, weights)
@@ -132,11 +132,18 @@ def _only(adapter: Adapter, names: Collection[str]) -> Adapter:
     )
 
 
-def sized(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
-    """With what PEFT's layers need to know of all the adapter's modules: the most outputs and inputs, of weights of `shapes`."""
-    widest = max(rows for rows, _ in shapes.values()), max(columns for _, columns in shapes.values())
+def _sized(base: Base, adapter: Adapter, weights: Mapping[str, StoredTensor]) -> Adapter:
+    """With what PEFT's layers, where it has such, need to know of its modules: the widest of all, and which have a bias."""
+    if not any(isinstance(one, WholeWeight) for maps in adapter.maps.values() for one in maps):
+        return adapter
+    shapes = [weights[module].shape for module in adapter.maps]
+    widest = max(rows for rows, _ in shapes), max(columns for _, columns in shapes)
+    biased = places(base, [f"{module}.bias" for module in adapter.maps])
     maps = {
-        module: tuple(replace(one, widest=widest) if isinstance(one, WholeWeight) else one for one in maps)
+        module: tuple(
+            replace(one, widest=widest, biased=f"{module}.bias" in biased) if isinstance(one, WholeWeight) else one
+            for one in maps
+        )
         for module, maps in adapter.maps.items()
     }
     return replace(adapter, maps=maps)

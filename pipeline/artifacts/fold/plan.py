@@ -5,9 +5,9 @@ which tensors are read through 4 bits, which dtype each tensor has afterwards, a
 
 Composition, in the order given: each adapter changes the weight as the one before left it. A multiplicative one multiplies
 it from the left, rotations, reflections and factors of inputs from the right, an additive one adds, DoRA takes the norms
-of its rows, a type of PEFT's own makes of it what PEFT merges, and a tensor trained in full takes its place. Of three multiplicative ones:
-W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Within one adapter full tensors come first. Undoing (`unmerge`)
-takes the inverses in the opposite order. Everything is rounded once, at the end.
+of its rows, PEFT's own layer merges what it is of, and a tensor that was trained in full takes its place. Of three
+multiplicative ones: W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Within one adapter full tensors come first.
+Undoing (`unmerge`) takes the inverses in the opposite order. Everything is rounded once, at the end.
 """
 
 import math

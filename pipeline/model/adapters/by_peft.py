@@ -24,7 +24,7 @@ def inject(stage: Stage, targets: list[str], to: Settings) -> None:
 
     if to.by_peft is None:
         raise ValueError("this family is of a type of PEFT's own, and none is given")
-    peft_type, settings, widest = to.by_peft
+    peft_type, settings, widest, _ = to.by_peft
     mine = owned(stage, targets)
     flags = [flag for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit") if getattr(stage.model, flag, False)]
     for group in ([mine] if LOCAL[peft_type].projections else [[name] for name in mine]) if mine else ():

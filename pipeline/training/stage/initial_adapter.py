@@ -150,10 +150,10 @@ def put(stage: Stage, tensors: dict[str, Tensor]) -> None:
     parameters: dict[str, Tensor] = {**frozen(stage), **trainable(stage)}
     modules = {name.rpartition(".")[0] for name in parameters}
     mine = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
-    given: dict[str, Tensor] = {}
+    given, there = dict[str, Tensor](), dict(stage.model.named_modules())
     for name in modules:
         own = {key.rpartition(".")[2]: tensor for key, tensor in mine.items() if key.rpartition(".")[0] == name}
-        module = stage.model.get_submodule(name)
+        module = there.get(name)
         for key, tensor in _as_trained(name, module, own).items():
             parameter = parameters[f"{name}.{key}"]
             if parameter.shape != tensor.shape:
@@ -168,7 +168,7 @@ def put(stage: Stage, tensors: dict[str, Tensor]) -> None:
         parameters[name].copy_(tensor)
 
 
-def _as_trained(name: str, module: nn.Module, written: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_trained(name: str, module: nn.Module | None, written: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of a module's `written`: its own parameters, which are what was saved where it has no such method."""
     if isinstance(module, MosLoRA):  # B·M was written
         return {**written, "M": torch.eye(module.M.shape[0])}

@@ -338,7 +338,11 @@ def asked_of(config: Config, targets: list[str], model: PreTrainedModel) -> Aske
     settings = settings_of(config.peft.model_dump(), config.lora_dropout)
     check_settings(config.peft.type, settings, by_peft.WHERE)
     patterns.check({f"{by_peft.WHERE}{key}": settings[key] for key in PATTERNS if settings.get(key)}, targets)
-    return Asked(config.peft.type, settings, by_peft.widest_of(model, targets))
+    unbiased = next((name for name in targets if getattr(model.get_submodule(name), "bias", None) is None), "")
+    asked = Asked(config.peft.type, settings, by_peft.widest_of(model, targets), unbiased)
+    if asked.not_folded:
+        warn(f"{asked.not_folded}: the adapter is for PEFT to load, and merge_lora.py will refuse it")
+    return asked
 
 
 def check_groups(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading
 from pipeline.console import UserError
+from pipeline.formats.base_model import read_base
 from pipeline.generation import adapter as generation
 from pipeline.model.adapters.base import _plain, trainable, written
 from pipeline.model.stage import Stage, empty_model, read_model_config
@@ -25,6 +26,7 @@ from pipeline.training.start import resolve
 from tests.helpers.artifacts import tensors_of
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
+from tests.helpers.quick import only
 from tests.helpers.stages import build, hidden, token_ids
 
 # Weights of about 1, changed by sums of at most 64 + 48 products of the same size: 112·2⁻²⁴ ≈ 7e-6; and four layers of them.
@@ -40,7 +42,10 @@ KEYS: dict[str, dict[str, Any]] = {
     "SUPERTUNING": {},
     "WAVEFT": {"n_frequency": 16},
 }
-TARGETS = [f"model.layers.{i}.{name}" for i in (0, 1, 2) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")]
+QUICK = ("GLORA", "LOHA", "SHIRA", "VERA")
+TARGETS = [
+    f"model.layers.{i}.{name}" for i in (0, 1, 2) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+]
 BIASED = [name for name in TARGETS if "mlp" not in name]
 
 
@@ -59,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_meta(folder: Path) -> PreTrainedModel:
-    return empty_model(read_model_config(folder), torch.float32)
+    return empty_model(read_model_config(folder), torch.float32, None)
 
 
 def config_of(folder: Path, peft_type: str, **changes: Any) -> Any:
@@ -115,7 +120,7 @@ def theirs(model: Any) -> Tensor:
     return model.model(token_ids(), use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("peft_type", LOCAL)
+@pytest.mark.parametrize("peft_type", only(QUICK, LOCAL))
 def test_stages_are_stock_peft(folder: Path, on_meta: PreTrainedModel, tmp_path: Path, peft_type: str) -> None:
     """One, two and three stages begin alike; what they save, stock PEFT loads, computes, trains and merges as they and the fold
     do; a run begins with it, and text is generated with it."""
@@ -127,11 +132,11 @@ def test_stages_are_stock_peft(folder: Path, on_meta: PreTrainedModel, tmp_path:
         assert all(torch.equal(p, trained(one)[name]) for name, p in trained(stages).items())
     for stages in (one, two, three):
         move(stages)
-    ours = hidden(three, token_ids())
+    ours = hidden(three, token_ids()).detach()
     assert torch.equal(ours, hidden(one, token_ids()))
     assert torch.equal(ours, hidden(two, token_ids()))
     saved = save(config, adapter, two, tmp_path / "adapter")
-    _check_begins_with(folder, config, adapter, saved, ours.detach())
+    _check_begins_with(folder, config, adapter, saved, ours)
 
     merged = stock(folder, saved).merge_and_unload().state_dict()
     merge(folder, saved, tmp_path / "out")
@@ -143,7 +148,7 @@ def test_stages_are_stock_peft(folder: Path, on_meta: PreTrainedModel, tmp_path:
         assert (ours - hidden([build(folder, 0, 4)], token_ids())).abs().max() > 1e-2, "the adapter does nothing"
 
     model = stock(folder, saved)
-    _check_one_step(model, two, ours)
+    _check_one_step(model, two, hidden(two, token_ids()))
 
 
 def _check_begins_with(folder: Path, config: Any, adapter: AdapterSpec, saved: Path, ours: Tensor) -> None:
@@ -154,18 +159,11 @@ def _check_begins_with(folder: Path, config: Any, adapter: AdapterSpec, saved: P
         initial_adapter.put(stage, tensors)
     with torch.no_grad():
         assert torch.equal(hidden(begun, token_ids()), ours)
-        base = generation.read_base(folder) if hasattr(generation, "read_base") else resolve_base(folder)
         plain = [build(folder, 0, 1), build(folder, 1, 4)]
-        read = generation.read(saved, base, None)
+        read = generation.read(saved, read_base(folder), None)
         for stage in plain:
             generation.put(stage, read)
         torch.testing.assert_close(hidden(plain, token_ids()), ours, rtol=0, atol=TOLERANCE)
-
-
-def resolve_base(folder: Path) -> Any:
-    from pipeline.formats.base_model import read_base
-
-    return read_base(folder)
 
 
 def _check_one_step(model: Any, stages: list[Stage], ours: Tensor) -> None:
@@ -189,3 +187,85 @@ def _check_one_step(model: Any, stages: list[Stage], ours: Tensor) -> None:
             for parameter in (own[name], right[name]):
                 parameter -= 1e-3 * (0 if parameter.grad is None else parameter.grad)
         torch.testing.assert_close(theirs(model.base_model.model), hidden(stages, token_ids()), rtol=0, atol=TOLERANCE)
+
+
+# What [peft] has otherwise than {"type": "LOHA", "r": 4}; what is said of it.
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown type": ({"type": "LOOHA"}, "peft.type.*local to a module: BEFT"),
+    "ours already": ({"type": "hra"}, "peft.type.*adapter_type = 'hra'"),
+    "needs all layers": ({"type": "vb-lora"}, "peft.type"),
+    "unknown key": ({"alfa": 4}, r"peft.alfa: PEFT's LOHA has no such key; did you mean 'alpha'\?"),
+    "wrong type": ({"r": "4"}, "peft.r = '4': input should be a valid integer"),
+    "no number for a bool": ({"r": True}, "peft.r = True: input should be a valid integer"),
+    "two at once": ({"r": 4.5, "alpha": "x"}, "(?s)peft.r = 4.5.*peft.alpha = 'x'"),
+    "targets": ({"target_modules": ["q_proj"]}, "peft.target_modules: decided by target_modules above the tables"),
+    "no place": ({"type": "ROAD", "group_size": 7}, "ROAD.*"),
+    "does not divide": ({"type": "C3A", "block_size": 7}, "PEFT makes no C3A of model.layers.0.self_attn.q_proj"),
+    "no rank": ({"r": 0}, "PEFT makes no LOHA of .*positive"),
+    "a pattern of nothing": ({"rank_pattern": {"up_proj": 2}}, "peft.rank_pattern: 'up_proj' matches none"),
+    "recomputed otherwise": ({"type": "PVERA", "generator_seed": 3}, "peft.generator_seed: a layer that is recomputed"),
+    "multiplicative": ({"type": "PEANUT", "depth": 0, "act_fn": "linear"}, "adapter_type = 'multiplicative_lora'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_go_is_refused_by_its_key(folder: Path, on_meta: PreTrainedModel, case: str) -> None:
+    keys, said = REFUSALS[case]
+    table = {"type": "LOHA", "r": 4, **keys} if "type" not in keys else keys
+    with pytest.raises(UserError, match=said):
+        families.check_fits(spec_of(config_of(folder, "LOHA", peft=table), on_meta), on_meta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft": None}, "peft: required with adapter_type = 'peft'"),
+        ({"adapter_type": "lora", "lora_rank": 4, "lora_alpha": 4}, "peft: has no meaning with adapter_type = 'lora'"),
+        ({"lora_rank": 4}, "lora_rank: has no meaning with adapter_type = 'peft'"),
+        ({"lora_dropout": 0.1}, "lora_dropout: PEFT's LOHA has no dropout"),
+        ({"quantization": {"bnb": {"load_in_4bit": True}}}, "peft.type: PEFT's LOHA reads the weight itself"),
+        ({"peft": {"type": "DELORA"}, "model_weight_dtype": "bfloat16"}, "lora_weight_dtype.*'bfloat16'"),
+        ({"peft": {"type": "VERA"}, "lora_weight_dtype": "bfloat16"}, "lora_weight_dtype.*'float32'"),
+        ({"adapter_type": "loha"}, "adapter_type = 'peft' and .peft. type = 'LOHA'"),
+        ({"adapter_type": "xlora"}, "twice through all stages"),
+    ],
+)
+def test_keys_that_do_not_go_together(folder: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config_of(folder, "LOHA", **changes)
+
+
+def test_every_type_of_peft_is_trained_or_refused_with_a_reason() -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    known = {str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_TUNER_MAPPING}
+    assert known <= LOCAL.keys() | REFUSED.keys()
+    assert not LOCAL.keys() & REFUSED.keys()
+
+
+def test_ranks_by_pattern_and_dropout(folder: Path, on_meta: PreTrainedModel, tmp_path: Path) -> None:
+    """rank_pattern as PEFT takes it, in training, in its file and in the fold; lora_dropout is the type's own."""
+    keys = {"type": "LOHA", "r": 4, "alpha": 8, "rank_pattern": {r"layers\.\d\.mlp.down_proj": 2}}
+    config = config_of(folder, "LOHA", peft=keys)
+    adapter = spec_of(config, on_meta)
+    stages = stages_with(folder, adapter, [0, 2, 4])
+    move(stages)
+    assert {p.shape[1] for name, p in trained(stages).items() if "down_proj.hada_w1_a" in name} == {2}
+    saved = save(config, adapter, stages, tmp_path / "adapter")
+    merged = stock(folder, saved).merge_and_unload().state_dict()
+    merge(folder, saved, tmp_path / "out")
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert (tensor - merged[name]).abs().max() < WEIGHT_TOLERANCE, name
+    asked = resolve.asked_of(config_of(folder, "MISS", lora_dropout=0.25), TARGETS, on_meta)
+    assert asked is not None
+    assert asked.settings["miss_dropout"] == 0.25
+
+
+def test_a_change_of_biases_needs_biases(folder: Path, on_meta: PreTrainedModel, tmp_path: Path) -> None:
+    config = config_of(folder, "BEFT")
+    adapter = spec_of(config, on_meta)
+    stages = stages_with(folder, adapter, [0, 4])
+    move(stages)
+    with pytest.raises(UserError, match=r"down_proj\.bias to take it, so PEFT cannot merge it"):
+        merge(folder, save(config, adapter, stages, tmp_path / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
