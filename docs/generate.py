@@ -48,8 +48,8 @@ TABLES = (
     (
         "Peft",
         "`[peft]`",
-        "Required with `adapter_type = 'peft'`, and only there. Every other key of it is one of PEFT's own for the type, such as `r`, "
-        "checked by PEFT's class of configuration. What each type is: docs/families.md.",
+        "Required with `adapter_type = 'peft'`, and only there. Every other key of it is one of PEFT's own for the type, such as "
+        "`r`, checked by PEFT's class of configuration. What each type is: docs/families.md.",
     ),
     (
         "Samples",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.peft_types import PEFT
+from pipeline.peft.types import PEFT
 
 AdapterType = Literal["multiplicative_lora", "control_adapter", "lora", "moslora", "ia3", "oft", "boft", "hra", "peft"]
 Kind = Literal["multiplicative_lora", "lora"]  # of adapters that are saved as pairs of A and B
@@ -294,7 +294,7 @@ _ROWS = (
         undoing="W·Π(I - 2·u#·u#ᵀ) backwards",
     ),
     Family(
-        PEFT,  # one of many; what each is, pipeline/peft_types.py says
+        PEFT,  # one of many; what each is, pipeline/peft/types.py says
         computes="a type of PEFT's own, with PEFT's keys, in the table [peft]",
         card="an adapter of one of PEFT's own types",
         required=("peft",),

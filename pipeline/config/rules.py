@@ -9,8 +9,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from pipeline import peft_types
 from pipeline.families import CONFIGURED
+from pipeline.peft import types as peft_types
 
 # Every key that has a meaning for some families only.
 FAMILY_KEYS = tuple(dict.fromkeys(key for row in CONFIGURED.values() for key in (*row.required, *row.optional)))

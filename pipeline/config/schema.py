@@ -21,13 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline import peft_types
 from pipeline.config import data_tables, rules
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.tables import Bnb, Optimizer, Peft, Quantization, Samples, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
+from pipeline.peft import types as peft_types
 
 Pattern = Annotated[str, AfterValidator(regular_expression)]
 

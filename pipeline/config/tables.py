@@ -17,8 +17,8 @@ from pydantic import (
 )
 
 from pipeline import patterns
-from pipeline.peft_types import LOCAL
-from pipeline.peft_types import known as known_type
+from pipeline.peft.types import LOCAL
+from pipeline.peft.types import known as known_type
 
 
 def regular_expression(pattern: str) -> str:

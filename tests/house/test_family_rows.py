@@ -13,7 +13,7 @@ from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS
 from pipeline.config.schema import Config
 from pipeline.families import CONFIGURED, FAMILIES, KINDS, Family, saved
 from pipeline.model import adapters
-from pipeline.peft_types import LOCAL, PEFT
+from pipeline.peft.types import LOCAL, PEFT
 from pipeline.training.stage.families import INJECTORS
 from tests.helpers.paths import ROOT
 from tests.house.test_one_home import path, texts
@@ -25,7 +25,12 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
 NAMES = {name for name in FAMILIES if name not in (*KINDS, PEFT)}
 NAMES |= {row.peft_type for row in FAMILIES.values()} - {""}
 NAMES |= {stored for row in FAMILIES.values() for stored in row.tensors.values()}
-NAMED_IN = ("pipeline/families.py", "pipeline/model/adapters/", "pipeline/artifacts/adapter/family_maps.py")
+NAMED_IN = (
+    "pipeline/families.py",
+    "pipeline/peft/types.py",
+    "pipeline/model/adapters/",
+    "pipeline/artifacts/adapter/family_maps.py",
+)
 
 
 def lacking(rows: Mapping[str, Family]) -> list[str]:

@@ -29,7 +29,7 @@ LIGHT_MODULES = (
     "pipeline.families",
     "pipeline.formats.choices",
     "pipeline.names",
-    "pipeline.peft_types",
+    "pipeline.peft.types",
     "pipeline.training.run.start_times",
     "pipeline.training.run.stop",
     "pipeline.training.start.arguments",

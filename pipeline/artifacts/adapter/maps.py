@@ -240,7 +240,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class WholeWeight:
-    """W as PEFT's own layer of a type merges it (pipeline/peft_layers.py): of all rows at once, in fp32 or fp64.
+    """W as PEFT's own layer of a type merges it (pipeline/peft/layers.py): of all rows at once, in fp32 or fp64.
 
     `settings`: PEFT's keys of this module; `tensors`: the module's, by their names in a file; `projections`: frozen ones that
     all modules share, where the file has them; `widest`: the most outputs and inputs of any of the adapter's modules; `biased`:
@@ -255,7 +255,7 @@ class WholeWeight:
     biased: bool = False
 
     def misfit(self, rows: int, columns: int) -> str | None:
-        from pipeline.peft_layers import misfit
+        from pipeline.peft.layers import misfit
 
         return misfit((rows, columns), self.biased, self.peft_type, self.settings, self.tensors)
 
@@ -263,7 +263,7 @@ class WholeWeight:
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W' [D_out, D_in] and b' in the dtype of W, fp32 or fp64."""
-        from pipeline.peft_layers import merged
+        from pipeline.peft.layers import merged
 
         beside = weight.new_zeros(len(weight)) if bias is None and self.biased else bias
         W, b = merged(

@@ -1,6 +1,6 @@
 """Reading an adapter from disk.
 
-Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA, and what pipeline/peft_types.py lists) or by the
+Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA, and what pipeline/peft/types.py lists) or by the
 founding method's hacked PEFT; gives an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors
 that were trained in full; or refuses with the name of what it holds that a fold would leave out. `adapter_model.bin`, in
 which the founding method's adapters were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
@@ -29,7 +29,7 @@ from pipeline.formats.experts import ExpertWeights
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
 from pipeline.names import natural_order
 from pipeline.patterns import matches
-from pipeline.peft_types import LOCAL, OURS, PEFT, REFUSED
+from pipeline.peft.types import LOCAL, OURS, PEFT, REFUSED
 
 Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
@@ -211,7 +211,7 @@ def _by_peft(
     folder: Path, tensors: dict[str, torch.Tensor], config: Facts
 ) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, tuple[WeightMap, ...]]]:
     """Of a type of PEFT's own: the tensors by module, the rest, and the maps. UserError where PEFT refuses its configuration."""
-    from pipeline.peft_layers import check_settings, of_module
+    from pipeline.peft.layers import check_settings, of_module
 
     where, row = f"{folder}/{CONFIG_FILE}: ", LOCAL[config["peft_type"]]
     settings = {key: value for key, value in config.items() if key not in OURS and value is not None} | dict(row.own)

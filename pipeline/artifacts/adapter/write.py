@@ -9,7 +9,7 @@ Takes tensors under global names (`model.layers.3.mlp.down_proj.A` and `.B`) and
     oft    W·R, R of orthogonal blocks             .oft_R [blocks, k·(k − 1)/2]
     boft   s ⊙ W·R, by rows                        .boft_R [1, blocks, k, k], .boft_s [D_out, 1]
     hra    W·H₁·…·H_R, reflections                 .hra_u [D_in, R]
-    peft   one of pipeline/peft_types.py           as PEFT's layer names them
+    peft   one of pipeline/peft/types.py           as PEFT's layer names them
 
 A multiplicative adapter is written as PEFT's `PEANUT` type (depth 0, linear): stock PEFT then loads, runs and merges it
 correctly, and tools that know LoRA alone refuse it. As `LORA` they would take it, and be wrong on square layers.
@@ -44,7 +44,7 @@ from pipeline.formats.dtypes import CODES
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import holders, layers_of, loadable_name, natural_order, public_name
-from pipeline.peft_types import PEFT, Asked
+from pipeline.peft.types import PEFT, Asked
 
 Tensors = Mapping[str, torch.Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -31,7 +31,7 @@ from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
 from pipeline.formats.safetensors import StoredTensor, TensorSpec, read_floats
 from pipeline.names import layer_of
-from pipeline.peft_types import LOCAL
+from pipeline.peft.types import LOCAL
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipeline.console import UserError
 from pipeline.model.stage import Stage
 from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.names import layer_of
-from pipeline.peft_types import Asked
+from pipeline.peft.types import Asked
 
 
 class Settings(NamedTuple):

@@ -1,4 +1,4 @@
-"""PEFT's own types that are local to a module (pipeline/peft_types.py), by PEFT's own layers.
+"""PEFT's own types that are local to a module (pipeline/peft/types.py), by PEFT's own layers.
 
 Takes a stage and names of modules; gives the stage with PEFT's layers around those that it owns. Each is made by itself and drawn
 from a seed of its name, so a run begins alike on any number of stages; of types with projections that all modules share, the
@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from pipeline.model.adapters.base import Injector, Settings, device_of, owned
 from pipeline.model.stage import Stage
-from pipeline.peft_types import LOCAL, PEFT, Asked
+from pipeline.peft.types import LOCAL, PEFT, Asked
 
 WHERE = f"{PEFT}."  # before a key of the table
 
 
 def inject(stage: Stage, targets: list[str], to: Settings) -> None:
     """PEFT's layers on those of `targets` that the stage owns, trained numbers in `to.dtype`."""
-    from pipeline import peft_layers
+    from pipeline.peft import layers as peft_layers
 
     if to.by_peft is None:
         raise ValueError("this family is of a type of PEFT's own, and none is given")
@@ -39,7 +39,7 @@ def inject(stage: Stage, targets: list[str], to: Settings) -> None:
 
 def check_fits(model: PreTrainedModel, targets: list[str], asked: Asked) -> None:
     """UserError, without a weight, where PEFT makes no layer around one of `targets`."""
-    from pipeline import peft_layers
+    from pipeline.peft import layers as peft_layers
 
     tried = set()
     for name in targets:

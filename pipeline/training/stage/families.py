@@ -27,7 +27,7 @@ from pipeline.model.adapters.base import Injector, Settings, outputs_of, written
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft_types import Asked
+from pipeline.peft.types import Asked
 from pipeline.training.optim.inner import add, value
 from pipeline.training.stage import initial_adapter, patterns
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Size
@@ -254,7 +254,7 @@ def trained_over(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Any] | 
 
 def _peft_config(asked: Asked) -> dict[str, Any]:
     """All keys of PEFT's configuration: the defaults of another version may be others."""
-    from pipeline.peft_layers import as_json
+    from pipeline.peft.layers import as_json
 
     return as_json(asked.type, asked.settings)
 

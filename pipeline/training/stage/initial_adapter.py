@@ -27,7 +27,7 @@ from pipeline.model.adapters.control import ControlAdapter
 from pipeline.model.adapters.lora import MosLoRA
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft_types import PEFT, Asked
+from pipeline.peft.types import PEFT, Asked
 from pipeline.training.stage import patterns
 
 Size = tuple[int, float]  # rank R, s

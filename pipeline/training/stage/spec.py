@@ -12,7 +12,7 @@ import torch
 from pipeline.families import Family, chosen
 from pipeline.formats.experts import ExpertWeights
 from pipeline.model.quantized import Scheme
-from pipeline.peft_types import Asked
+from pipeline.peft.types import Asked
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.formats.base_model import read_base
 from pipeline.generation import adapter as generation
 from pipeline.model.adapters.base import _plain, trainable, written
 from pipeline.model.stage import Stage, empty_model, read_model_config
-from pipeline.peft_types import LOCAL, REFUSED
+from pipeline.peft.types import LOCAL, REFUSED
 from pipeline.training.stage import families, initial_adapter
 from pipeline.training.stage.spec import AdapterSpec
 from pipeline.training.start import resolve
@@ -81,7 +81,8 @@ def config_of(folder: Path, peft_type: str, **changes: Any) -> Any:
 
 
 def spec_of(config: Any, on_meta: PreTrainedModel, targets: list[str] = TARGETS) -> AdapterSpec:
-    return replace(resolve.adapter_of(config, targets), by_peft=resolve.asked_of(config, targets, on_meta))
+    asked = resolve.asked_of(config.peft.model_dump(), config.lora_dropout, targets, on_meta)
+    return replace(resolve.adapter_of(config, targets), by_peft=asked)
 
 
 def stages_with(folder: Path, adapter: AdapterSpec, cuts: list[int]) -> list[Stage]:
@@ -256,7 +257,7 @@ def test_ranks_by_pattern_and_dropout(folder: Path, on_meta: PreTrainedModel, tm
     merge(folder, saved, tmp_path / "out")
     for name, tensor in tensors_of(tmp_path / "out").items():
         assert (tensor - merged[name]).abs().max() < WEIGHT_TOLERANCE, name
-    asked = resolve.asked_of(config_of(folder, "MISS", lora_dropout=0.25), TARGETS, on_meta)
+    asked = spec_of(config_of(folder, "MISS", lora_dropout=0.25), on_meta).by_peft
     assert asked is not None
     assert asked.settings["miss_dropout"] == 0.25
 

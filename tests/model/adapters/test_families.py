@@ -299,10 +299,10 @@ def test_adapter_has_its_own_dtype_over_a_16_bit_base(folder: Path, family: str,
 @pytest.mark.parametrize(
     ("changes", "key", "said"),
     [
-        ({"adapter_type": "adalora"}, "adapter_type", "no single stage"),
+        ({"adapter_type": "adalora"}, "adapter_type", "shared out among all layers"),
         ({"adapter_type": "X-LoRA"}, "adapter_type", "whole model"),
         ({"adapter_type": "vera"}, "adapter_type", "shares one pair"),
-        ({"adapter_type": "loha"}, "adapter_type", "garbage"),
+        ({"adapter_type": "loha"}, "adapter_type", "type = 'LOHA'"),
         ({"adapter_type": "lokr"}, "adapter_type", "garbage"),
         ({"adapter_type": "control_adapter"}, "lora_alpha", "scaling is 1"),
         ({"adapter_type": "oft", "lora_rank": None, "lora_alpha": None}, "oft_block_size", "required"),

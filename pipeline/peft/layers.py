@@ -1,6 +1,6 @@
 """PEFT's own layers: around single modules, or as what they make of a weight.
 
-Takes a type of pipeline/peft_types.py, PEFT's keys for it and modules; gives PEFT's layers, one module at a time, so that nothing
+Takes a type of pipeline/peft/types.py, PEFT's keys for it and modules; gives PEFT's layers, one module at a time, so that nothing
 depends on which others there are: PEFT sees a model of these modules alone. The one file that knows how PEFT keeps a layer's
 tensors; it imports PEFT, and so is itself imported late by what has to start without.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline import patterns
 from pipeline.console import UserError
-from pipeline.peft_types import LOCAL, OURS, PATTERNS
+from pipeline.peft.types import LOCAL, OURS, PATTERNS
 
 ADAPTER = "default"  # PEFT's name of an adapter where there is one
 WIDEST = "widest"  # a module that stands for the widest of all

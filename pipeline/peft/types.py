@@ -1,7 +1,7 @@
 """PEFT's own types of adapters: which of them train over stages with `adapter_type = 'peft'`, and why the others do not.
 
 A type is a row of LOCAL if all it needs of a module is the module, its weight, and numbers that can be made anew from a key:
-then a stage that has the module has the adapter. Torch-free and without PEFT, which pipeline/peft_layers.py alone imports.
+then a stage that has the module has the adapter. Torch-free and without PEFT, which pipeline/peft/layers.py alone imports.
 What was tried of each type: docs/families.md.
 """
 
@@ -41,8 +41,8 @@ class PeftType:
 
 
 class Asked(NamedTuple):
-    """A type with PEFT's keys for it, patterns included; the most outputs and inputs that one of its modules has; and the first of
-    these without a bias, "" if there is none."""
+    """A type with PEFT's keys for it, patterns included; the most outputs and inputs of its modules; and the first of these
+    without a bias, "" if there is none."""
 
     type: str
     settings: Mapping[str, Any]
@@ -247,7 +247,7 @@ def conflicts(table: Mapping[str, Any], *, quantised: bool, dropout: float, dtyp
     if quantised and not row.quantised:
         able = ", ".join(name for name, other in LOCAL.items() if other.quantised)
         yield f"peft.type: PEFT's {row.name} reads the weight itself, which 4 or 8 bits do not show; over these take {able}"
-    wanted = {"any": dtypes[0], "base": dtypes[1], "float32": "float32"}[row.dtype]
+    wanted = dtypes[0] if row.dtype == "any" else dtypes[1] if row.dtype == "base" else row.dtype
     if wanted != dtypes[0]:
         why = (
             "multiplies its numbers with the layer's states as they are"
