@@ -137,5 +137,5 @@ def draw(parameter: Tensor, name: str, seed: int) -> None:
 
 def _plain(name: str) -> str:
     """PEFT's 'x.lora_A.default.weight' → 'x.A', 'x.oft_R.default.weight' → 'x.oft_R', 'x.hada_w1_a.default' → 'x.hada_w1_a'."""
-    match = re.fullmatch(r"(.+)\.(?:lora_(?=[AB]\.)|(?=oft_R\.))(\w+)\.default\.weight", name)
+    match = re.fullmatch(r"(.+)\.(?:lora_(?=[AB]\.)|(?=(?:oft_R|lora_magnitude_vector)\.))(\w+)\.default\.weight", name)
     return f"{match[1]}.{match[2]}" if match else re.sub(r"\.default(?=\.|$)", "", name)

@@ -271,10 +271,9 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
     biased = biased or any(form.bias for form in experts_of.values())
-    adapter = replace(
-        adapter_of(config, targets, biased, experts_of),
-        by_peft=asked_of(config.peft and config.peft.model_dump(), config.lora_dropout, targets, model),
-    )
+    table = config.peft.model_dump() if config.peft else None
+    asked = asked_of(table, config.lora_dropout, targets, model)
+    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
