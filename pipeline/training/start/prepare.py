@@ -19,9 +19,11 @@ from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
 from pipeline.data.rows import build
+from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
 from pipeline.data.selection import Selection, Streams, mix, split, whole
+from pipeline.data.store import ChunkStore
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.generation import positions
@@ -83,24 +85,28 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         streams = _streams(f"datasets.{number}", dataset, name, tokenizer, spec, plan, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
         log(f"data:     {rows}")
-        chosen = rows.train
-        if dataset.packing == "best_fit":
-            packed = PackedRows(chosen, dataset.sequence_len)
-            log(f"data:     {packed}")
-            chosen = Selection(packed, np.arange(len(packed)))
-        train.append(chosen)
+        train.append(packed(rows.train, dataset))
         warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows) else []
         if rows.eval is not None:
-            evaluation[name] = rows.eval
+            evaluation[name] = packed(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
         streams = _streams(f"eval_datasets.{number}", held, name, tokenizer, spec, plan)
-        evaluation[name] = whole(streams, held.subsample)
+        evaluation[name] = packed(whole(streams, held.subsample), held)
     for line in warnings:
         warn(line)
     shared = plan and plan.meta_model.shared
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
     return Data(train, evaluation, warnings, questions)
+
+
+def packed(chosen: Selection, dataset: Dataset | EvalDataset) -> Selection:
+    """Chosen rows, packed as the dataset's table says; says how full they are. Packed rows without a target are left out."""
+    if dataset.packing == "none":
+        return chosen
+    rows = PackedRows(chosen, dataset.sequence_len, dataset.packing, dataset.keeps_apart)
+    log(f"data:     {rows}")
+    return Selection(rows, np.flatnonzero(rows.targets))
 
 
 def _streams(
@@ -127,6 +133,7 @@ def _streams(
             cache_dir=spec.cache,
             join_lines=dataset.join_lines,
             field_text=dataset.field_text,
+            kind=ApartChunks if dataset.keeps_apart else ChunkStore,
             **held_out,
         )
     else:

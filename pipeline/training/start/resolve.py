@@ -50,7 +50,8 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)
-    packed = [dataset.sequence_len for dataset in resolved.data.datasets if dataset.packing != "none"]
+    sets = [*resolved.data.datasets, *resolved.data.eval_datasets]
+    packed = [dataset.sequence_len for dataset in sets if dataset.keeps_apart]
     if packed:
         packing_check.check(model_config, max(packed))
     return resolved

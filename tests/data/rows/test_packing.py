@@ -1,8 +1,11 @@
 """Rows packed into rows of one length: each once, as full as can be, and with the loss and gradients of each alone."""
 
+import itertools
 import math
 import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.batches import MicroBatches, Position
+from pipeline.data.row_store import RowStore
+from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows, best_fit
 from pipeline.data.selection import Selection, mix
+from pipeline.data.store import ChunkStore, ChunkWriter, Marks
 from tests.helpers.builders import model_config
 from tests.helpers.row_store import ListStore, stores
 
@@ -80,6 +86,37 @@ def test_a_packed_row_is_its_rows(store: ListStore, more: int) -> None:
     assert rows.targets.sum() == store.targets.sum()
 
 
+@settings(max_examples=25, deadline=None)
+@given(store=stores, room=st.integers(2, 200), apart=st.booleans())
+def test_a_stream_is_its_rows_one_after_the_other(store: ListStore, room: int, apart: bool) -> None:
+    rows = PackedRows(Selection(store, np.arange(len(store))), room, "stream", apart)
+    total = int(store.lengths.sum())
+    assert len(rows) == math.ceil(total / room)
+    ids = np.concatenate([rows.ids(row) for row in range(len(rows))])
+    assert ids[:total].tolist() == [id for own, _ in store.rows for id in own]
+    assert (ids[total:] == store.eos).all()
+    begun = np.cumsum([0, *store.lengths]).tolist()
+    starts = {*begun[:-1], *range(0, total, room)}
+    wanted = {begun[n] + place for n, (_, runs) in enumerate(store.rows) for a, b in runs for place in range(a, b)}
+    trained = [room * row + place for row in range(len(rows)) for a, b in rows.spans(row) for place in range(a, b)]
+    assert trained == sorted(wanted - starts)  # what begins a row without what was before it is predicted by nothing
+    assert rows.targets.tolist() == [sum(b - a for a, b in rows.spans(row)) for row in range(len(rows))]
+    found = [room * row + place for row in range(len(rows)) for place in rows.restarts(row)]
+    padding = {total} if total < room * len(rows) else set()
+    assert found == (sorted(starts | padding) if apart else list(range(0, total, room)))
+    assert rows.cut == sum(a // room != (b - 1) // room for a, b in itertools.pairwise(begun))
+    documents = [(room * row + d.start, d) for row in range(len(rows)) for d in rows.documents(row)]
+    assert sorted(starts) == [place for place, _ in documents]
+    assert [d.continued for _, d in documents] == [place not in begun for place, _ in documents]
+    assert sum(d.end - d.start for _, d in documents) == total
+
+
+def test_whether_rows_are_kept_apart_is_known_by_the_hash() -> None:
+    chosen = Selection(ListStore([([5] * length, [(1, length)]) for length in (9, 7, 5, 3)]), np.arange(4))
+    kinds: Any = itertools.product(("best_fit", "stream"), (True, False))
+    assert len({PackedRows(chosen, 12, *kind).content_hash for kind in kinds}) == 4
+
+
 def test_the_order_and_content_are_known_by_the_hash() -> None:
     store = ListStore([([5] * length, [(1, length)]) for length in (9, 7, 5, 3)])
     assert packed(store, 12).content_hash == packed(store, 12).content_hash
@@ -96,7 +133,7 @@ def drawn(count: int) -> ListStore:
     return ListStore(rows)
 
 
-def step(store: ListStore | PackedRows, model: torch.nn.Module, **size: int) -> tuple[Tensor, list[Tensor]]:
+def step(store: RowStore, model: torch.nn.Module, **size: int) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of one step over all rows, as the pipeline weighs them."""
     rows = [Selection(store, np.arange(len(store)))]
     batches = MicroBatches([store], mix(rows, seed=0), seed=0, gradient_accumulation_steps=len(store), **size)
@@ -124,6 +161,64 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(kind: str) -> Non
     for size in (1, 2):
         packed_loss, packed_gradients = step(packed(store, 96), model, micro_batch_size=size)
         # fp64, but masks, RoPE and the like are computed in fp32 (2⁻²³) by some families.
+        assert abs(packed_loss - loss) < 1e-6 * loss
+        for one, other in zip(gradients, packed_gradients, strict=True):
+            assert (one - other).abs().max() <= 1e-6 * one.abs().max().clamp_min(1e-3)
+
+
+def parts(store: RowStore) -> ListStore:
+    """What restarts in a row, as a row by itself: nothing else is seen from it."""
+    found = []
+    for row in range(len(store)):
+        edges = [*store.restarts(row), int(store.lengths[row])]
+        for a, b in itertools.pairwise(edges):
+            runs = [(max(first, a) - a, min(end, b) - a) for first, end in store.spans(row)]
+            found.append((store.ids(row)[a:b].tolist(), [run for run in runs if run[0] < run[1]]))
+    return ListStore(found)
+
+
+def books(folder: Path, bos: bool) -> Path:
+    """A store of documents of 3 to 60 tokens in chunks of 48."""
+    draw = random.Random(1)
+    writer = ChunkWriter(folder / "store", "book", "all", 48, Marks(1 if bos else None, 2, None, ()))
+    lengths = [
+        47,
+        *(draw.randint(3, 60) for _ in range(14)),
+    ]  # with its EOS the first fills a chunk, or goes one beyond
+    for number, length in enumerate(lengths):
+        writer.add(f"{number}.txt", np.array([draw.randint(3, 60) for _ in range(length)], np.int32), last=True)
+    writer.close()
+    return folder / "store"
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_documents_of_a_chunk_are_kept_apart(tmp_path: Path, bos: bool) -> None:
+    folder = books(tmp_path, bos)
+    plain, apart = ChunkStore(folder), ApartChunks(folder)
+    assert plain.content_hash != apart.content_hash
+    assert len(plain) == len(apart) > 5
+    for chunk in range(len(apart)):
+        assert (apart.ids(chunk) == plain.ids(chunk)).all()
+        # A document begins behind EOS; one that begins right behind the chunk's BOS has that as its own.
+        begins = [place + 1 for place in np.flatnonzero(apart.ids(chunk)[:-1] == apart.eos).tolist()]
+        assert apart.restarts(chunk) == [0, *begins]
+        trained = [place for a, b in apart.spans(chunk) for place in range(a, b)]
+        assert trained == sorted(set(range(1, 48)) - set(begins))
+        assert apart.targets[chunk] == len(trained)
+        assert plain.restarts(chunk) == [0]
+        assert plain.targets[chunk] == 47
+
+
+@pytest.mark.parametrize("kind", ["cohere2", pytest.param("llama", marks=SLOW), pytest.param("gemma2", marks=SLOW)])
+def test_a_cut_stream_and_books_have_the_loss_and_gradients_of_their_parts_alone(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config(kind)).double().eval()
+    drawn_rows = drawn(24)
+    stream = PackedRows(Selection(drawn_rows, np.arange(24)), 50, "stream")
+    assert stream.cut > 5
+    for store in (stream, ApartChunks(books(tmp_path, bos=True))):
+        loss, gradients = step(parts(store), model, micro_batch_size=1)
+        packed_loss, packed_gradients = step(store, model, micro_batch_size=2)
         assert abs(packed_loss - loss) < 1e-6 * loss
         for one, other in zip(gradients, packed_gradients, strict=True):
             assert (one - other).abs().max() <= 1e-6 * one.abs().max().clamp_min(1e-3)
