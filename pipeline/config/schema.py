@@ -283,23 +283,12 @@ class Config(Section):
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
             yield from data_tables.conflicts(f"datasets.{number}", dataset)
-            yield from self._packed_by_flash(f"datasets.{number}", dataset)
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
         for number, held_out in enumerate(self.eval_datasets):
             yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
-            yield from self._packed_by_flash(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
-
-    def _packed_by_flash(self, table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
-        several = self.micro_batch_size_per_gpu > 1 or self.batch_size_tokens
-        if dataset.keeps_apart and several and "flash" in (self.attn_implementation or ""):
-            key = "packing" if dataset.packing != "none" else "document_mask"
-            yield (
-                f"{table}.{key}: flash attention keeps packed documents apart in micro-batches of one row only; set "
-                "micro_batch_size_per_gpu = 1 without batch_size_tokens, or another attn_implementation"
-            )
 
     def _conflicts_of_quantization(self, bnb: Bnb) -> Iterator[str]:
         if self.full_fine_tune:

@@ -6,6 +6,7 @@ row's labels are, how it is padded, what filler is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,12 +53,24 @@ class Layout:
     Where all rows have one length there is no padding, and every micro-batch has the same shape, `fixed_shape`. Otherwise
     a micro-batch is as wide as its longest row, padded to a multiple of 64. UserError if a row exceeds
     `batch_size_tokens`.
+
+    `switch`: tokens beyond which the model's rotary embedding, which goes by the longest of a micro-batch, is another
+    (longrope, dynamic). Then no micro-batch has both longer and shorter parts, and positions of padding begin again in time: one
+    token sooner than has to be, as transformers' dynamic embedding comes back to its first form only below `switch`.
     """
 
-    def __init__(self, stores: Sequence[RowStore], micro_batch_size: int, batch_size_tokens: int | None) -> None:
+    def __init__(
+        self,
+        stores: Sequence[RowStore],
+        micro_batch_size: int,
+        batch_size_tokens: int | None,
+        switch: int | None = None,
+    ) -> None:
         self.stores = list(stores)
+        self.switch = switch
+        self._widths = [_widths(store) for store in self.stores]
         self.micro_batch_size, self.batch_size_tokens = micro_batch_size, batch_size_tokens
-        ends = [(int(store.lengths.min()), int(store.lengths.max())) for store in self.stores]
+        ends = [(int(widths.min()), int(widths.max())) for widths in self._widths]
         lengths = {length for both in ends for length in both}
         self.pad_to = 1 if len(lengths) == 1 else PAD_TO
         if batch_size_tokens is not None:
@@ -67,6 +80,12 @@ class Layout:
         if len(lengths) == 1:
             width = lengths.pop()
             self.fixed_shape = (batch_size_tokens // width if batch_size_tokens else micro_batch_size, width)
+            if self.fixed_shape[0] > 1 and switch and len({x for s in self.stores for x in s.reaches > switch}) > 1:
+                raise UserError(
+                    f"dataset '{self.stores[0].name}': the model's rotary embedding is another beyond {switch:,} tokens, and "
+                    "packed rows on both sides of that would share a micro-batch: set micro_batch_size_per_gpu = 1 without "
+                    "batch_size_tokens"
+                )
 
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of each of `rows` [N, 2], int64 [N]."""
@@ -78,32 +97,47 @@ class Layout:
 
     def widths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """What each of `rows` [N, 2] would be padded to alone, int64 [N]."""
-        return self._padded(self.lengths(rows))
+        return self._padded(self._gathered(self._widths, rows))
+
+    def beyond(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `rows` [N, 2] reach beyond `switch`; none without it."""
+        if self.switch is None:
+            return np.zeros(len(rows), np.bool_)
+        return self._gathered([store.reaches for store in self.stores], rows) > self.switch
 
     def cut(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where micro-batches begin when `rows` [N, 2] are taken in order; int64 [M + 1], ending in N."""
         if self.fixed_shape:
             return cut(np.full(len(rows), self.fixed_shape[1]), self.fixed_shape[0], None)
-        return cut(self.widths(rows), self.micro_batch_size, self.batch_size_tokens)
+        widths, beyond = self.widths(rows), self.beyond(rows)
+        borders = [0, *(np.flatnonzero(beyond[1:] != beyond[:-1]) + 1), len(rows)]
+        starts = [
+            a + cut(widths[a:b], self.micro_batch_size, self.batch_size_tokens)[:-1] for a, b in pairwise(borders)
+        ]
+        return np.concatenate([*starts, [len(rows)]])
 
     def micro_batch(self, rows: NDArray[np.int64], loss_scale: float) -> MicroBatch:
         """`rows` [N, 2], padded on the right, and rows of filler up to `fixed_shape`; without rows, filler alone.
 
         Padding and filler hold EOS, an id that every model of this tokenizer has. Any would do: causal attention keeps it
-        from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no new document; in a
-        row they begin again where its store says so.
+        from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no new document, unless
+        that would change the rotary embedding; in a row they begin again where its store says so.
         """
         lengths = self.lengths(rows)
-        n_rows, width = self.fixed_shape or (len(rows) or 1, int(self._padded(lengths).max(initial=PAD_TO)))
+        n_rows, width = self.fixed_shape or (len(rows) or 1, int(self.widths(rows).max(initial=PAD_TO)))
         ids = np.full((n_rows, width), self.stores[0].eos, dtype=np.int64)
         labelled = np.full((n_rows, width), IGNORED, dtype=np.int64)
         positions = np.tile(np.arange(width), (n_rows, 1))
+        if self.switch is not None:
+            positions[len(rows) :] %= self.switch - 1
         for place, (index, row) in enumerate(rows.tolist()):
             store, length = self.stores[index], int(lengths[place])
             ids[place, :length] = tokens = store.ids(row)
             labelled[place, :length] = labels(tokens, store.spans(row))
             for start in store.restarts(row)[1:]:
                 positions[place, start:] = np.arange(width - start)
+            if self.switch is not None:
+                positions[place, length:] = np.arange(width - length) % (self.switch - 1)
         missing = n_rows - len(rows)
         return MicroBatch(
             input_ids=torch.from_numpy(ids),
@@ -132,6 +166,11 @@ class Layout:
                 f"batch_size_tokens = {batch_size_tokens:,} does not hold the longest row of dataset '{store.name}', which "
                 f"has {longest:,} tokens{padded}: raise batch_size_tokens to {width:,} or lower the dataset's sequence_len"
             )
+
+
+def _widths(store: RowStore) -> NDArray[np.int64]:
+    """Tokens that each row of a store takes before anything is padded to a multiple, int64 [N]."""
+    return store.lengths if store.width is None else np.broadcast_to(np.int64(store.width), (len(store),))
 
 
 def cut(widths: NDArray[np.int64], micro_batch_size: int, batch_size_tokens: int | None) -> NDArray[np.int64]:

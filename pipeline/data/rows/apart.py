@@ -24,6 +24,11 @@ class ApartChunks(ChunkStore):
         body = self.sequence_len - (self.bos is not None)
         within = self._starts[(self._starts % body != 0) & (self._starts < len(self) * body)]
         self.targets: NDArray[np.int64] = self.targets - np.bincount(within // body, minlength=len(self))
+        edges = np.union1d(np.append(self._starts, 0), np.arange(len(self) + 1) * body)
+        edges = edges[edges <= len(self) * body]
+        bos = (edges[:-1] % body == 0) & (self.bos is not None)
+        firsts = np.searchsorted(edges, np.arange(len(self)) * body)
+        self.reaches = np.maximum.reduceat(np.diff(edges) + bos, firsts)
         self.content_hash = hashlib.sha256(f"documents apart {self.content_hash}".encode()).hexdigest()
 
     def spans(self, chunk: int) -> list[tuple[int, int]]:

@@ -6,6 +6,9 @@ other, cut where a row of the given length is full; what a cut leaves for the ne
 Where rows are kept apart, positions begin again at every one's beginning, by which transformers lets none see another
 (model/packing_check.py makes sure of it); what is left of a row is padding, one more document. A row's first token is no
 target, as nothing before it predicts it; nor is that of what a cut leaves.
+
+Where a model's rotary embedding is another for what is longer than `switch` tokens, best fit puts longer rows beside longer
+ones only.
 """
 
 import hashlib
@@ -62,12 +65,16 @@ class PackedRows:
         sequence_len: int,
         packing: Literal["best_fit", "stream"] = "best_fit",
         apart: bool = True,
+        switch: int | None = None,
     ) -> None:
         self._store: RowStore = chosen.store
         self._apart = apart
         lengths = self._store.lengths[chosen.rows]
         if packing == "best_fit":
-            rows = best_fit(lengths.tolist(), sequence_len)
+            rows = []
+            for alike in (lengths <= switch, lengths > switch) if switch and apart else (lengths > 0,):
+                there = np.flatnonzero(alike)
+                rows += [there[row] for row in best_fit(lengths[there].tolist(), sequence_len)]
             places = np.concatenate(rows)
             pieces = np.stack([places, np.zeros_like(places), lengths[places]], axis=1)
             self._first = np.cumsum([0, *map(len, rows)])
@@ -84,7 +91,10 @@ class PackedRows:
         self.sequence_len, self.name = sequence_len, self._store.name
         self.bos, self.eos, self.groups = self._store.bos, self._store.eos, None
         self.tokens = int(lengths.sum())
-        self.lengths: NDArray[np.int64] = np.broadcast_to(np.int64(sequence_len), (len(self),))
+        sizes = pieces[:, 2] - pieces[:, 1]
+        self.width = sequence_len
+        self.lengths: NDArray[np.int64] = np.add.reduceat(sizes, self._first[:-1])
+        self.reaches: NDArray[np.int64] = np.maximum.reduceat(sizes, self._first[:-1]) if apart else self.lengths
         targets = self._store.targets[self._pieces[:, 0]]
         for number in np.flatnonzero(~whole).tolist():
             targets[number] = sum(b - a for a, b in self._spans(number))
@@ -103,12 +113,9 @@ class PackedRows:
         return line + cut + ("" if self._apart else "; those in one row see each other")
 
     def ids(self, row: int) -> NDArray[np.int32]:
-        """The rows' tokens one after the other, and EOS as padding: int32 [sequence_len]."""
-        ids = np.full(self.sequence_len, self.eos, dtype=np.int32)
-        for start, number in self._placed(row):
-            member, begin, end = self._pieces[number].tolist()
-            ids[start : start + end - begin] = self._store.ids(member)[begin:end]
-        return ids
+        """The rows' tokens one after the other, int32 [length]."""
+        pieces = self._pieces[self._first[row] : self._first[row + 1]].tolist()
+        return np.concatenate([self._store.ids(member)[begin:end] for member, begin, end in pieces])
 
     def spans(self, row: int) -> list[tuple[int, int]]:
         """The runs of targets of all rows in it."""
@@ -118,8 +125,7 @@ class PackedRows:
         """Where a row, or the padding, begins; where they are not kept apart, positions run through."""
         if not self._apart:
             return [0]
-        starts = [start for start, _ in self._placed(row)]
-        end = self._end(row)
+        starts, end = [start for start, _ in self._placed(row)], int(self.lengths[row])
         return starts + ([end] if end < self.sequence_len else [])
 
     def documents(self, row: int) -> list[DocumentSpan]:
@@ -150,8 +156,3 @@ class PackedRows:
         sizes = self._pieces[numbers.start : numbers.stop, 2] - self._pieces[numbers.start : numbers.stop, 1]
         starts = np.cumsum(np.append(0, sizes[:-1])).tolist()
         return list(zip(starts, numbers, strict=True))
-
-    def _end(self, row: int) -> int:
-        """Where the padding begins."""
-        pieces = self._pieces[self._first[row] : self._first[row + 1]]
-        return int((pieces[:, 2] - pieces[:, 1]).sum())

@@ -6,6 +6,7 @@ same outcome; the first to come builds the data cache, the others find it.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,21 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
+    pack = partial(packed, switch=spec.rope_switch)
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = _streams(f"datasets.{number}", dataset, name, tokenizer, spec, plan, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
         log(f"data:     {rows}")
-        train.append(packed(rows.train, dataset))
+        train.append(pack(rows.train, dataset))
         warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows) else []
         if rows.eval is not None:
-            evaluation[name] = packed(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
+            evaluation[name] = pack(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
         streams = _streams(f"eval_datasets.{number}", held, name, tokenizer, spec, plan)
-        evaluation[name] = packed(whole(streams, held.subsample), held)
+        evaluation[name] = pack(whole(streams, held.subsample), held)
     for line in warnings:
         warn(line)
     shared = plan and plan.meta_model.shared
@@ -100,11 +102,11 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     return Data(train, evaluation, warnings, questions)
 
 
-def packed(chosen: Selection, dataset: Dataset | EvalDataset) -> Selection:
+def packed(chosen: Selection, dataset: Dataset | EvalDataset, switch: int | None) -> Selection:
     """Chosen rows, packed as the dataset's table says; says how full they are. Packed rows without a target are left out."""
     if dataset.packing == "none":
         return chosen
-    rows = PackedRows(chosen, dataset.sequence_len, dataset.packing, dataset.keeps_apart)
+    rows = PackedRows(chosen, dataset.sequence_len, dataset.packing, dataset.keeps_apart, switch)
     log(f"data:     {rows}")
     return Selection(rows, np.flatnonzero(rows.targets))
 
@@ -205,6 +207,7 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         dp_rank=replica,
         dp_world=replicas,
         group_by_length=spec.group_by_length,
+        switch=spec.rope_switch,
     )
 
 
@@ -217,6 +220,7 @@ def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: i
             batch_size_tokens=spec.batch_size_tokens,
             dp_rank=replica,
             dp_world=replicas,
+            switch=spec.rope_switch,
         )
         for name, rows in data.evaluation.items()
     }
