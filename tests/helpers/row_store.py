@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.data.row_store import DocumentSpan
+from pipeline.data.row_store import DocumentSpan, RowStore
 
 Row = tuple[list[int], list[tuple[int, int]]]  # (ids, runs of targets)
 
@@ -35,6 +35,10 @@ class ListStore:
     @property
     def reaches(self) -> NDArray[np.int64]:
         return self.lengths
+
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        return (self,)
 
     def __len__(self) -> int:
         return len(self.rows)

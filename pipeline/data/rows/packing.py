@@ -87,7 +87,7 @@ class PackedRows:
         self._pieces = np.column_stack(
             [chosen.rows[pieces[:, 0]], pieces[:, 1:]]
         )  # (row of the store, begin, end) of each
-        self.count = len(chosen)
+        self.count = len(chosen.rows)
         self.sequence_len, self.name = sequence_len, self._store.name
         self.bos, self.eos, self.groups = self._store.bos, self._store.eos, None
         self.tokens = int(lengths.sum())
@@ -102,6 +102,11 @@ class PackedRows:
         order = np.concatenate([[sequence_len, apart], self._first, self._pieces.reshape(-1)])
         content = self._store.content_hash.encode() + order.astype("<i8").tobytes()
         self.content_hash = hashlib.sha256(content).hexdigest()
+
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        """Each row is by itself."""
+        return (self,)
 
     def __len__(self) -> int:
         return len(self._first) - 1

@@ -59,8 +59,9 @@ class SampleSpec:
 class DataSpec:
     """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long.
 
-    `cache`: a folder. `stops`: ids at which the model stops beside the tokenizer's EOS.
-    `rope_switch`: tokens beyond which the model's rotary embedding is another, if it is of such a kind.
+    `cache`: a folder. `mix_by`: None is by rows, and by tokens in the mean with `batch_size_tokens`. `stops`: ids at which the
+    model stops beside the tokenizer's EOS. `rope_switch`: tokens beyond which the model's rotary embedding is another, if it is
+    of such a kind.
     """
 
     datasets: list[Dataset]
@@ -69,6 +70,7 @@ class DataSpec:
     stops: list[int]
     combination: Literal["concatenate", "interleave"]
     stopping: Literal["first_exhausted", "all_exhausted"]
+    mix_by: Literal["rows", "tokens", "targets"] | None
     seed: int
     micro_batch_size: int
     batch_size_tokens: int | None

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.console import UserError
 from pipeline.data.batches import MicroBatches, Position
+from pipeline.data.mixing import mix
 from pipeline.data.row_store import RowStore
 from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows, best_fit
-from pipeline.data.selection import Selection, mix
+from pipeline.data.selection import Selection
 from pipeline.data.store import ChunkStore, ChunkWriter, Marks
 from tests.helpers.builders import model_config
 from tests.helpers.row_store import ListStore, stores
