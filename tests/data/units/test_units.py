@@ -12,6 +12,7 @@ import torch
 from pipeline.console import UserError
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.microbatch import Layout
+from pipeline.data.mixing import mix
 from pipeline.data.row_store import IGNORED
 from pipeline.data.selection import Streams, split, whole
 from pipeline.data.units.build import UnitSpec, build
@@ -294,7 +295,7 @@ def test_units_stay_together_and_are_what_is_counted(tmp_path: Path) -> None:
     reference = np.arange(2 * len(store), dtype=np.float32).reshape(-1, 2)
     store = store.with_reference(reference)
     batches = MicroBatches(
-        [store], lambda epoch: whole_rows(store), seed=1, micro_batch_size=3, gradient_accumulation_steps=2
+        [store], mix([whole(Streams(store))], seed=1), seed=1, micro_batch_size=3, gradient_accumulation_steps=2
     )
     position, seen = Position(), []
     while position.epoch == 0:
