@@ -19,17 +19,23 @@ STAGES = "pipeline_stages (and deepspeed --num_gpus N)"
 NO_PREFERENCE = "preference training is not built yet"
 TEMPLATE = "datasets.0.chat_template (a file, a text of Jinja, or 'chatml', 'llama3', …)"
 NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard events"
-PACKING = "datasets.0.packing = 'best_fit' (of chat, completion and pretokenized; books are cut into full chunks)"
+PACKING = "datasets.0.packing = 'best_fit' or 'stream' (of chat, completion and pretokenized; books are a stream, in which document_mask = true keeps documents apart)"
 FULL_CHUNKS = "no counterpart: books are cut into full chunks, nothing is padded"
+
+MODEL = "model (a folder, or 'OWNER/NAME' on the Hub)"
+REVISION = "model = 'OWNER/NAME@REVISION'"
 
 INSTEAD: dict[str, str] = {
     # model
-    "base_model": "model (a folder)",
-    "model_name_or_path": "model (a folder)",
-    "model_name": "model (a folder)",
-    "model_path": "model (a folder)",
-    "base_model_config": "model (a folder)",
-    "pretrained_model": "model (a folder)",
+    "base_model": MODEL,
+    "model_name_or_path": MODEL,
+    "model_name": MODEL,
+    "model_path": MODEL,
+    "base_model_config": MODEL,
+    "pretrained_model": MODEL,
+    "model_revision": REVISION,
+    "revision_of_model": REVISION,
+    "revision": REVISION,
     "tokenizer": "no counterpart: the tokenizer in the model's folder is used",
     "tokenizer_name_or_path": "no counterpart: the tokenizer in the model's folder is used",
     "trust_remote_code": "no counterpart: code from a model's folder is never run",
@@ -141,7 +147,7 @@ INSTEAD: dict[str, str] = {
     "sample_packing": PACKING,
     "packing": PACKING,
     "pad_to_sequence_len": FULL_CHUNKS,
-    "eval_sample_packing": FULL_CHUNKS,
+    "eval_sample_packing": "eval_datasets.0.packing = 'best_fit' (what datasets.0.eval_size holds out is packed as that is)",
     "dataset_text_field": "datasets.0.field_text",
     "text_column": "datasets.0.field_text",
     "chat_template": TEMPLATE,
@@ -152,7 +158,7 @@ INSTEAD: dict[str, str] = {
     "completion_only_loss": "no counterpart: of chat and completion only the answers are trained (datasets.0.train_on)",
     "excess_length_strategy": "datasets.0.too_long",
     "dataset_exact_deduplication": "datasets.0.deduplicate",
-    "mix_strategy": "dataset_combination_mode = 'interleave' and datasets.0.sample_weight",
+    "mix_strategy": "dataset_combination_mode = 'interleave', mix_by and datasets.0.sample_weight",
     "interleave_probs": "datasets.0.sample_weight",
     "dataloader_num_workers": "no counterpart: chunks are read as they are needed",
     "streaming": "no counterpart: text is tokenised into a cache on disk",
@@ -199,7 +205,7 @@ INSTEAD: dict[str, str] = {
 # What axolotl and others write within a dataset.
 IN_DATASETS: dict[str, str] = {
     "path": "dataset_path",
-    "type": "dataset_type ('textfile', 'doclist', 'chat', 'completion' or 'pretokenized')",
+    "type": "dataset_type ('textfile', 'doclist', 'chat', 'completion', 'pretokenized', 'preference', 'unpaired' or 'ranked')",
     "ds_type": "dataset_type",
     "data_files": "dataset_path (a file or a glob)",
     "file": "dataset_path",
