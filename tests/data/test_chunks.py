@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.console import UserError
-from pipeline.data import cache, chunks
+from pipeline.data import chunks
+from pipeline.data.preparing import cache
 from tests.helpers import data as helpers_data
 from tests.helpers.data import ROOT, WILD, build, measure, prose, shelve, tokenizer, whole
 

@@ -72,10 +72,10 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
         matched, nearly = [pattern], []
     paths = [Path(path) for path in matched]
     wanted = [path for path in paths if _is_read(path, dataset_type)]
-    _check_readable(wanted, where)
-    files = [path for path in wanted if path.is_file()]
-    read = set(files)
-    others = [path for path in paths if path not in read and not ("**" in pattern and path.is_dir())]
+    statuses = _readable(wanted, where)
+    files = [path for path in wanted if stat.S_ISREG(statuses[path].st_mode)]
+    others = [path for path in paths if path not in statuses or not stat.S_ISREG(statuses[path].st_mode)]
+    others = [path for path in others if not ("**" in pattern and path.is_dir())]
     if not files:
         raise UserError(_nothing_found(dataset_type, where, pattern, root, others))
     if others:
@@ -85,7 +85,7 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
         )
     if unread := [path for path in nearly if _is_read(Path(path), dataset_type)]:
         warn(f"{where}: left out {some(unread)}, which differ from the glob in capital letters only")
-    _warn_of_doubles(files, where)
+    _warn_of_doubles(files, statuses, where)
     return [Source(path, _name(path.relative_to(root).as_posix())) for path in files]
 
 
@@ -106,7 +106,7 @@ def _saved_to_disk(folder: Path, where: str) -> list[Path]:
     paths = [folder / name for name in names if isinstance(name, str)]
     if not paths or any(path.parent != folder for path in paths):
         raise UserError(f"{where}: state.json names no files of this folder: save the dataset anew with save_to_disk")
-    _check_readable(paths, where)
+    _readable(paths, where)
     return paths
 
 
@@ -177,32 +177,32 @@ def _listing(folder: Path, where: str) -> list[str]:
         raise UserError(f"{where}: the folder '{printable(folder)}' cannot be read: {error.strerror}") from None
 
 
-def _check_readable(paths: list[Path], where: str) -> None:
-    """UserError that names all of these that should be read and cannot be."""
-    if wrong := [f"'{printable(path)}' {why}" for path in paths if (why := _unreadable(path))]:
+def _readable(paths: list[Path], where: str) -> dict[Path, os.stat_result]:
+    """What each of these is; each is looked at and opened once. UserError that names all that should be read and cannot be."""
+    found, wrong = dict[Path, os.stat_result](), list[str]()
+    for path in paths:
+        try:
+            found[path] = path.stat()
+            if stat.S_ISREG(found[path].st_mode):
+                os.close(os.open(path, os.O_RDONLY))
+            elif not stat.S_ISDIR(found[path].st_mode):
+                wrong.append(f"'{printable(path)}' is a pipe, a socket or a device, not a file")
+        except OSError as error:
+            why = f"cannot be read ({error.strerror})"
+            if path.is_symlink() and isinstance(error, FileNotFoundError):
+                why = f"is a link to '{printable(os.readlink(path))}', which is not there"
+            wrong.append(f"'{printable(path)}' {why}")
+    if wrong:
         raise UserError(f"{where}: {some(wrong)}: mend or remove what cannot be read, or narrow the path")
+    return found
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a path that ends like text cannot be read; None for files that can, and for folders."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            return None if stat.S_ISDIR(mode) else "is a pipe, a socket or a device, not a file"
-        with open(path, "rb"):
-            return None
-    except OSError as error:
-        if path.is_symlink() and isinstance(error, FileNotFoundError):
-            return f"is a link to '{printable(os.readlink(path))}', which is not there"
-        return f"cannot be read ({error.strerror})"
-
-
-def _warn_of_doubles(files: list[Path], where: str) -> None:
+def _warn_of_doubles(files: list[Path], statuses: dict[Path, os.stat_result], where: str) -> None:
     """Say which files are one and the same under several names: they are read as often."""
     first: dict[tuple[int, int], Path] = {}
     doubles = []
     for path in files:
-        status = path.stat()
+        status = statuses[path]
         same = first.setdefault((status.st_dev, status.st_ino), path)
         if same != path:
             doubles.append(f"{printable(path)} (also {printable(same)})")

@@ -128,10 +128,11 @@ def _streams(
             cache_dir=spec.cache,
             join_lines=dataset.join_lines,
             field_text=dataset.field_text,
+            processes=spec.processes,
             **held_out,
         )
     else:
-        made = build.build(row_spec(dataset, name), tokenizer, spec.stops, spec.cache)
+        made = build.build(row_spec(dataset, name), tokenizer, spec.stops, spec.cache, spec.processes)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
             positions.check(what, made.report.longest, model, lower=key)

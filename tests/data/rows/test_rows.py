@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.console import UserError
-from pipeline.data import cache
+from pipeline.data.preparing import cache
 from pipeline.data.rows.store import BATCH_ROWS, RowWriter, UnequalRows
 from pipeline.data.selection import Streams, split
 from tests.data.test_records import FORMATS, PACKINGS
