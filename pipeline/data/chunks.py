@@ -116,7 +116,8 @@ def _write(
     with cache.whole(path, needed) as staging, ExitStack() as clearing:
         names = ("train", "eval") if held_out else ("all",)
         writers = [ChunkWriter(staging / stream, name, stream, sequence_len, marks) for stream in names]
-        for writer in (*writers, journal):
+        clearing.callback(journal.let_go)
+        for writer in writers:
             clearing.callback(writer.let_go)
         is_held_out = _draw_documents(name, text, held_out)
         findings, number = Findings(), 0
