@@ -52,9 +52,10 @@ def main() -> int:
     asked = parser().parse_args()
     leave_on_sigterm()
     from pipeline.artifacts.export.export import export  # torch: only now that the command line is right
+    from pipeline.formats.hub import model_folder
 
     export(
-        asked.input,
+        Path(model_folder(asked.input, "--input")),
         asked.lora,
         asked.output,
         format=asked.format,

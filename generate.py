@@ -20,7 +20,13 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python generate.py --model models/base --lora runs/x/step100 --prompt 'It was a dark' --compare",
         allow_abbrev=False,
     )
-    command.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of the model")
+    command.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the model, or OWNER/NAME[@REVISION] on the Hub",
+    )
     command.add_argument("--lora", type=Path, metavar="ADAPTER", help="folder of an adapter of it, not folded")
     asked = command.add_argument_group("what is asked")
     asked.add_argument(

@@ -19,7 +19,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python inspect_lora.py runs/x/step100 --input models/base --text book.txt --html step100.html",
     )
     command.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter")
-    command.add_argument("--input", type=Path, metavar="BASE", help="folder of its base model: shows tokens")
+    command.add_argument(
+        "--input",
+        type=Path,
+        metavar="BASE",
+        help="folder of its base model, or OWNER/NAME[@REVISION] on the Hub: shows tokens",
+    )
     command.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text: shows where in it the adapter fires")
     command.add_argument("--html", type=Path, metavar="OUT", help="write all of it as one page, readable offline")
     command.add_argument(

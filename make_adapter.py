@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python make_adapter.py --input models/base --output ablated --kind abliteration "
         "--from-texts refused.jsonl answered.jsonl --position last --direction-layer 20",
     )
-    command.add_argument("--input", required=True, metavar="BASE", help="folder of the base model")
+    command.add_argument(
+        "--input", required=True, metavar="BASE", help="folder of the base model, or OWNER/NAME[@REVISION] on the Hub"
+    )
     command.add_argument("--output", type=Path, required=True, metavar="OUT", help="folder to write the adapter to")
     command.add_argument(
         "--kind",

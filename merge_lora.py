@@ -90,9 +90,10 @@ def main() -> int:
     asked = parser().parse_args()
     leave_on_sigterm()
     from pipeline.artifacts.fold.merge import merge  # torch: only now that the command line is right
+    from pipeline.formats.hub import model_folder
 
     merge(
-        asked.input,
+        Path(model_folder(asked.input, "--input")),
         asked.lora,
         asked.output,
         scale=asked.scale,

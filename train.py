@@ -39,6 +39,10 @@ def main() -> int:
     times.ended("imports")
     config = loading.load(arguments.config, arguments.deepspeed_config, arguments.set)
     times.ended("config")
+    if trains:
+        launch.check_processes(config.pipeline_stages)
+    config = loading.with_model_here(config, weights=trains)
+    times.ended("download")
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
     if arguments.plan:
         with log_if_slow(IMPORTING):
@@ -48,7 +52,6 @@ def main() -> int:
         with log_if_slow(IMPORTING):
             from pipeline.training.start import check
         return check.prepare_data(config) if arguments.prepare else check.check(config, arguments.preview)
-    launch.check_processes(config.pipeline_stages)
     with log_if_slow(IMPORTING):
         from pipeline.training.run import errors
         from pipeline.training.run.train import train

@@ -3,7 +3,8 @@
     python -m docs.generate            writes both
     python -m docs.generate --check    exit code 1, naming the files that are not what would be written
 
-Takes the pydantic models of pipeline/config/schema.py; gives text. Run it after changing a key, its default or its meaning.
+Takes the pydantic models of pipeline/config/schema.py and pipeline/config/evaluation.py; gives text. Run it after changing a
+key, its default or its meaning.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import loading
+from pipeline.config.evaluation import Evaluation
 from pipeline.config.qlora_pipe import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,17 @@ REFUSED_KEYS = """\
 ## Keys of qlora-pipe that are refused
 
 A value that asks for nothing passes; any other is an error with the reason.
+"""
+AN_EVALUATION = """\
+## An evaluation
+
+The keys of `evaluate_lora.py --config` ([evaluation.md](evaluation.md)), generated from `pipeline/config/evaluation.py`.
+Above the first `[table]` of the file:
+"""
+ITS_DATASETS = """\
+### `[[datasets]]` of an evaluation
+
+Once for each dataset, at least one. All keys of `[[eval_datasets]]`, and:
 """
 TABLES = (
     ("Config", "Top level", "Above the first `[table]` of the file."),
@@ -67,6 +80,12 @@ def config_reference() -> str:
     for definition, title, note in TABLES:
         body = parsed if definition == "Config" else parsed["$defs"][definition]
         parts.append(f"## {title}\n\n{note}\n\n" + _table(("key", "type", "default", "meaning"), _key_rows(body)))
+    evaluation = json.loads(json.dumps(Evaluation.model_json_schema()))
+    parts.append(f"{AN_EVALUATION}\n" + _table(("key", "type", "default", "meaning"), _key_rows(evaluation)))
+    theirs, known = evaluation["$defs"]["EvaluatedDataset"], parsed["$defs"]["EvalDataset"]["properties"]
+    own = {key: field for key, field in theirs["properties"].items() if field != known.get(key)}
+    rows = _key_rows({**theirs, "properties": own})
+    parts.append(f"{ITS_DATASETS}\n" + _table(("key", "type", "default", "meaning"), rows))
     json_rows = ((f"`{theirs}`", f"`{ours}`") for theirs, ours in loading.JSON_KEYS.items())
     parts.append(f"{DEEPSPEED_JSON}\n" + _table(("key in the JSON", "key here"), json_rows))
     refused_rows = (

@@ -1,6 +1,7 @@
 """mulora-pipe, in the order in which data flows.
 
     config.loading.load              one TOML (and the command line) → one validated `Config`
+    formats.hub.model_folder         a model's name on the Hub → its folder in the Hub's cache, downloaded once
     formats.base_model.read_base     a model's folder → its tensors' places, its config, which tensor is the head
     training.start.resolve           the model's structure on `meta`, what is trained, each stage's layers: one `Resolved`
     data.reading.documents           files → documents
@@ -18,11 +19,12 @@
     training.run.trainer.Trainer     steps, evaluation, saves, stop signals
     training.checkpoint.commit       the state of the last completed step → a folder that is whole or not there
     generation.decoding              prompts → answers through the stages, in a run's samples and in generate.py
+    evaluation.scoring               rows → log-probabilities through the stages; evaluation.cells: figures, lights
     artifacts.fold.merge             base + adapters → a merged model; artifacts.export: the exact additive form
     publishing                       after a run: fold, exports, model card, upload to the Hub
     inspection                       what an adapter does, in numbers, tokens and passages
 
-Imports point one way: training → planning → objectives, generation → model, data → config, console; `artifacts` needs neither
-DeepSpeed nor transformers. Past training.start.resolve only training.run.assemble.trainer sees the config: all else receives
-plain values.
+Imports point one way: evaluation → training → planning → objectives, generation → model, data → config, console; `artifacts`
+needs neither DeepSpeed nor transformers. Past training.start.resolve only training.run.assemble.trainer sees the config: all
+else receives plain values.
 """

@@ -1,7 +1,7 @@
 """What names say: the layer of a module, the order of layers, the head and the embedding, the model that is meant.
 
-Takes names of modules and tensors ('model.layers.3.mlp.down_proj.weight'), layers as a user writes them ('0:10,20'), and
-names of models (a folder or a Hub id); gives numbers, sort keys, and names that may be shared.
+Takes names of modules and tensors ('model.layers.3.mlp.down_proj.weight'), of files of weights, layers as a user writes
+them ('0:10,20'), and names of models (a folder or a Hub id); gives numbers, sort keys, and names that may be shared.
 """
 
 import os
@@ -15,6 +15,30 @@ HEAD, EMBEDDING = f"{HEAD_MODULE}.weight", f"{EMBEDDING_MODULE}.weight"
 # What other models, and adapters of them, call the two.
 EMBEDDINGS = (EMBEDDING_MODULE, "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 HEADS = (HEAD_MODULE, "embed_out")
+
+# The files of a model's folder that transformers reads weights from.
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Weights in any format, and pickles.
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".tflite",
+    ".index.json",
+)
 
 LAYER_RANGES = re.compile(r"\s*\d+\s*(:\s*\d+\s*)?(,\s*\d+\s*(:\s*\d+\s*)?)*")
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
@@ -85,6 +109,12 @@ def as_ranges(layers: Iterable[int]) -> str:
         else:
             parts.append([layer])
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}:{part[-1]}" for part in parts)
+
+
+def hub_model(text: str) -> tuple[str, str | None] | None:
+    """'OWNER/NAME' or 'OWNER/NAME@REVISION' as the two (None: the Hub's default branch); None for what names no repository."""
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w-][\w.-]*(?:/[\w-][\w.-]*)*))?", text)
+    return (found[1], found[2]) if found and not text.lower().endswith(".gguf") else None
 
 
 def public_name(base_model: str) -> str:

@@ -15,7 +15,13 @@ Options = argparse._ActionsContainer
 
 def add_base(command: Options) -> None:
     """--input, required."""
-    command.add_argument("--input", type=Path, required=True, metavar="BASE", help="folder of the base model")
+    command.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="BASE",
+        help="folder of the base model, or OWNER/NAME[@REVISION] on the Hub",
+    )
 
 
 def add_base_quant(command: Options, *, why: str, dtype: str) -> None:

@@ -28,6 +28,7 @@ from pipeline.families import MULTIPLICATIVE
 from pipeline.files import check_file_free, check_free
 from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
+from pipeline.formats.hub import model_folder
 from pipeline.model.adapters.targets import describe_layers, resolve_targets
 from pipeline.model.layerwise import mean_hidden_states
 from pipeline.model.stage import empty_model, read_model_config
@@ -41,6 +42,7 @@ NORMS_AFTER_WRITING = {"post_feedforward_layernorm", "post_mlp_layernorm"}
 def make(asked: argparse.Namespace) -> None:
     """Find the directions, and write the adapter."""
     _check(asked)
+    asked.input = model_folder(asked.input, "--input")
     model = empty_model(read_model_config(asked.input), torch.float32, None)
     n_layers, width = len(layers_of_model(model)), text_config(model.config).hidden_size
     layers = _layers(asked.layers, n_layers)

@@ -8,35 +8,25 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, TextStreamer
 
-from pipeline.artifacts.fold.warnings import other_base
-from pipeline.artifacts.fold_history import earlier_folds
-from pipeline.console import RankError, UserError, duration, log, log_if_slow, plain, rank, warn
+from pipeline.commands import loading
+from pipeline.console import UserError, duration, log, log_if_slow, plain, rank
 from pipeline.data import tokenizer as tokenizers
-from pipeline.formats.base_model import read_base, warn_of_remarks
-from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
-from pipeline.formats.fingerprint import fingerprint
 from pipeline.generation import adapter as adapters
 from pipeline.generation import cache_check, positions, shown
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, OverProcesses, Stages, answers, speaking
 from pipeline.generation.prompts import Asker, asker, keys_of_noise, read_prompts
 from pipeline.generation.sampling import Sampling
-from pipeline.model import cut_check, unsupported, weights
+from pipeline.model import unsupported
 from pipeline.model.adapters.switch import adapters_off
-from pipeline.model.stage import Stage, check_head, empty_model, read_model_config
-from pipeline.model.structure.parts import head_of_model, layers_of_model
-from pipeline.planning.cut import balanced
-
-WAITS_AT_MOST = timedelta(days=7)  # for whoever sits at the terminal
+from pipeline.model.stage import Stage
 
 
 class Speaker(NamedTuple):
@@ -55,15 +45,13 @@ def generate(asked: argparse.Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sampling = _check(asked)
     prompts = [*asked.prompt, *(read_prompts(asked.prompts, "--prompts") if asked.prompts else [])]
-    device = _meet(asked.device)
+    device = loading.meet(asked.device)
     speaker = load(asked, sampling, device)
     if prompts:
         _answer_all(speaker, prompts, asked.compare)
     else:
         _converse(speaker, asked.chat)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    loading.part()
 
 
 def _check(asked: argparse.Namespace) -> Sampling:
@@ -94,75 +82,32 @@ def _check(asked: argparse.Namespace) -> Sampling:
     return Sampling(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.temperature_last, asked.seed)
 
 
-def _meet(device: str | None) -> torch.device:
-    """This process's device. Where a launcher started several processes, they find each other."""
-    on_gpu = torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return usable_device(device or ("cuda" if on_gpu else "cpu"))
-    found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(found)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAITS_AT_MOST)
-    return found
-
-
 def load(asked: argparse.Namespace, sampling: Sampling, device: torch.device) -> Speaker:
     """Check all there is, then read the weights and the adapter."""
-    folder = str(asked.model)
-    config = read_model_config(folder)
-    kind = config.model_type
-    base = read_base(asked.model, "--model")
-    dtype = DTYPES[asked.dtype] if asked.dtype else config.dtype or torch.float32
-    with unsupported.named(kind, "looking at its structure"):
-        whole = empty_model(config, dtype, None)
-        weights.check_complete(whole, base)
-    warn_of_remarks(base)
-    ranges = _ranges(whole, dist.get_world_size() if dist.is_initialized() else 1)
+    found = loading.look(
+        asked.model, "--model", loading.processes(), dtype=DTYPES[asked.dtype] if asked.dtype else None
+    )
     with log_if_slow("trying out a tiny copy of the model"):
-        cut_check.check(config, ranges)
-        cache_check.check(config, ranges, "generate.py")
-    tokenizer = tokenizers.load(folder)
-    asks = asker(tokenizer, folder, chat=asked.chat, system=asked.system, chat_template=asked.chat_template)
-    saved = adapters.read(asked.lora, base, asked.kind) if asked.lora else None
+        cache_check.check(found.config, found.ranges, "generate.py")
+    tokenizer = tokenizers.load(found.folder)
+    asks = asker(tokenizer, found.folder, chat=asked.chat, system=asked.system, chat_template=asked.chat_template)
+    saved = adapters.read(asked.lora, found.base, asked.kind) if asked.lora else None
     if saved:
-        now = fingerprint(base) if saved.adapter.base_fingerprint else ""
-        if doubt := other_base(base, saved.adapter, earlier_folds(base.folder), now):
-            warn(doubt)
+        loading.warn_of_another_base(found.base, saved)
         if asked.compare and saved.adapter.full:
             raise UserError(
                 f"--compare: {asked.lora} takes the place of weights of the base ({next(iter(saved.adapter.full))}), so there "
                 "is no base left to show; run once without --lora"
             )
-    with _said_here(), log_if_slow("reading the weights"), unsupported.named(kind, "putting its stage together"):
-        stage = Stage(empty_model(read_model_config(folder), dtype, None), *ranges[rank()])
-        weights.load(stage, folder, dtype, device)
-        stage.to(device)
-        if stage.is_last:
-            check_head(stage)
+    with loading.said_here():
+        stage = loading.read_stage(found, rank(), device)
         if saved:
-            adapters.put(stage, saved)
+            with unsupported.named(found.config.model_type, "putting its adapter into a stage"):
+                adapters.put(stage, saved)
     stages: Stages = InOneProcess([stage], device)
     if dist.is_initialized():
-        stages = OverProcesses(stage, range(dist.get_world_size()), device, dtype)
-    return Speaker(stage, stages, asks, whole, sampling, asked.max_new_tokens)
-
-
-@contextmanager
-def _said_here() -> Iterator[None]:
-    """What one process alone finds wrong it says itself, and ends: the launcher then ends the others."""
-    try:
-        yield
-    except UserError as error:
-        if dist.is_initialized():
-            raise RankError(str(error), error.exit_code) from error
-        raise
-
-
-def _ranges(whole: PreTrainedModel, n_stages: int) -> list[tuple[int, int]]:
-    """Each stage's layers, balanced by the weights that are read for a token."""
-    sizes = [float(sum(p.numel() for p in layer.parameters())) for layer in layers_of_model(whole)]
-    head: Any = head_of_model(whole)
-    return balanced(sizes, float(head.weight.numel()), n_stages)
+        stages = OverProcesses(stage, range(dist.get_world_size()), device, found.dtype)
+    return Speaker(stage, stages, asks, found.whole, sampling, asked.max_new_tokens)
 
 
 def _answer_all(speaker: Speaker, prompts: list[str], compare: bool) -> None:

@@ -19,6 +19,7 @@ from pipeline.families import Kind
 from pipeline.files import atomic_file, check_file_free
 from pipeline.formats.base_model import Base, read_base, warn_of_remarks
 from pipeline.formats.dtypes import FLOATS
+from pipeline.formats.hub import model_folder
 from pipeline.inspection import page, reading, terminal
 from pipeline.inspection.passages import Text, read_text
 
@@ -26,8 +27,9 @@ from pipeline.inspection.passages import Text, read_text
 def inspect(asked: argparse.Namespace) -> None:
     """Read and show."""
     _check(asked)
+    base_folder = Path(model_folder(asked.input, "--input")) if asked.input else None
     adapter = load_pairs(asked.adapter)
-    base, kind = _base_and_kind(adapter, asked.input, asked.kind)
+    base, kind = _base_and_kind(adapter, base_folder, asked.kind)
     tokenizer, text = _tokenizer_and_text(base, asked.text, asked.tokens)
     inspection = reading.read(
         adapter,

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli
 import tomli_w
@@ -24,6 +24,7 @@ from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Quantization,
 from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError, warn
 from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value
+from pipeline.formats.hub import model_folder
 
 # DeepSpeed JSON key → our key. Everything else DeepSpeed could be told is decided by the trainer.
 JSON_KEYS = {
@@ -54,6 +55,17 @@ STAND_INS: dict[str, Any] = {
 }
 
 
+class Vocabulary(NamedTuple):
+    """What a file may say: its keys at the top level, those of its tables by their names, and what stands in (STAND_INS)."""
+
+    root: type[Section]
+    sections: dict[str, type[Section]]
+    stand_ins: dict[str, Any]
+
+
+RUN = Vocabulary(Config, SECTIONS, STAND_INS)
+
+
 def load(path: str, deepspeed_json: str | None = None, overrides: list[str] | None = None) -> Config:
     """The validated configuration in `path`, with a DeepSpeed JSON and `key=value` overrides applied."""
     source = find(path)
@@ -65,6 +77,13 @@ def load(path: str, deepspeed_json: str | None = None, overrides: list[str] | No
     for line in warnings_of(config):
         warn(line)
     return config
+
+
+def with_model_here(config: Config, *, weights: bool) -> Config:
+    """`config` with the folder of its model, which is downloaded where it is on the Hub; without `weights` they are not."""
+    if (folder := model_folder(config.model, "model", weights=weights)) == config.model:
+        return config
+    return Config.model_validate({**config.model_dump(exclude_unset=True), "model": folder})
 
 
 def find(path: str) -> Path:
@@ -80,15 +99,29 @@ def find(path: str) -> Path:
 def validate(raw: dict[str, Any], where: str, problems: list[str] | None = None) -> Config:
     """`raw` as a `Config`; one `UserError` naming every problem otherwise."""
     problems = list(problems or [])
-    raw = _without_refused(raw, problems)
+    config: Config = validate_as(RUN, _without_refused(raw, problems), where, problems)
+    return config
+
+
+def validate_as(words: Vocabulary, raw: dict[str, Any], where: str, problems: list[str]) -> Any:
+    """`raw` as a `words.root`; one `UserError` naming every problem, those already known too, otherwise."""
+    problems = list(problems)
     try:
-        config = Config.model_validate(raw)
+        config = words.root.model_validate(raw)
     except ValidationError as error:
-        problems += _explain(error) + _explain_rest(error, raw)
+        problems += _explain(error, words) + _explain_rest(error, raw, words)
     if problems:
-        lines = [*problems, *_valid_keys(problems)]
+        lines = [*problems, *_valid_keys(problems, words)]
         raise UserError(f"{where} has {len(problems)} problem(s):\n" + "\n".join(f"  {line}" for line in lines))
     return config
+
+
+def overridden(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`raw` with each `key=value` put in."""
+    raw = copy.deepcopy(raw)
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
 
 
 def to_toml(config: Config) -> str:
@@ -119,13 +152,13 @@ def _without_refused(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]
     return kept
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, words: Vocabulary) -> list[str]:
     lines: dict[str, list[str]] = {}  # what is wrong → the rules it breaks, of which one would do
     for e in error.errors():
         loc = [part for part in e["loc"] if part not in BRANCHES]
         key = _dotted(loc)
         if e["type"] == "extra_forbidden":
-            lines[f"{key}: {UNKNOWN}{_nearest(loc)}"] = []
+            lines[f"{key}: {UNKNOWN}{_nearest(loc, words)}"] = []
         elif e["type"] == "missing":
             lines[f"{key}: required, but not given"] = []
         elif not loc:
@@ -136,7 +169,7 @@ def _explain(error: ValidationError) -> list[str]:
     return [what + ", or ".join(rules) for what, rules in lines.items()]
 
 
-def _explain_rest(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+def _explain_rest(error: ValidationError, raw: dict[str, Any], words: Vocabulary) -> list[str]:
     """Broken rules between keys, which pydantic checks only when every single key is right."""
     mended, wrong = copy.deepcopy(raw), set()
     for e in error.errors():
@@ -148,27 +181,33 @@ def _explain_rest(error: ValidationError, raw: dict[str, Any]) -> list[str]:
         elif e["loc"]:
             wrong.add(str(e["loc"][0]))
     mended = {key: value for key, value in mended.items() if key not in wrong}
-    mended |= {key: value for key, value in STAND_INS.items() if key in wrong}
+    mended |= {key: value for key, value in words.stand_ins.items() if key in wrong}
     try:
-        Config.model_validate(mended)
+        words.root.model_validate(mended)
     except ValidationError as rest:
         # A rule that speaks of a wrong key would be judging the stand-in.
         about_wrong = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, wrong))})\b") if wrong else None
-        known = set(_explain(error))
-        return [line for line in _explain(rest) if line not in known and not (about_wrong and about_wrong.search(line))]
+        known = set(_explain(error, words))
+        return [
+            line
+            for line in _explain(rest, words)
+            if line not in known and not (about_wrong and about_wrong.search(line))
+        ]
     return []
 
 
-def _nearest(loc: list[Any]) -> str:
+def _nearest(loc: list[Any], words: Vocabulary) -> str:
     """What to write instead of an unknown key; nothing where no good match is known."""
     table, key = ".".join(part for part in loc[:-1] if isinstance(part, str)), str(loc[-1])
-    model: type[Section] = SECTIONS.get(table, Config)
+    model: type[Section] = words.sections.get(table, words.root)
+    if words is not RUN and key in (Config if not table else SECTIONS.get(table, Config)).model_fields:
+        return " It is a key of a training, and says nothing here."
     if told := peers.in_table(table, key):
         return f" {told}"
-    if elsewhere := [s for s, m in SECTIONS.items() if key in m.model_fields and m is not model]:
+    if elsewhere := [s for s, m in words.sections.items() if key in m.model_fields and m is not model]:
         brackets = "[[{}]]" if elsewhere[0].endswith(("datasets", "groups")) else "[{}]"
         return f" It belongs in {brackets.format(elsewhere[0])}."
-    if table and key in Config.model_fields:
+    if table and key in words.root.model_fields:
         return " It belongs at the top level, above the first [table]."
     if told := peers.anywhere(key):
         return f" {told}"
@@ -176,7 +215,7 @@ def _nearest(loc: list[Any]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def _valid_keys(problems: list[str]) -> Iterator[str]:
+def _valid_keys(problems: list[str], words: Vocabulary) -> Iterator[str]:
     """The keys of each table in which an unknown key has no suggestion, once."""
     tables = {
         re.sub(r"\.\d+", "", problem.partition(": ")[0]).rpartition(".")[0]
@@ -184,7 +223,7 @@ def _valid_keys(problems: list[str]) -> Iterator[str]:
         if problem.endswith(UNKNOWN)
     }
     for table in sorted(tables):
-        yield f"Valid keys {f'in [{table}]' if table else 'at the top level'}: {', '.join(SECTIONS.get(table, Config).model_fields)}."
+        yield f"Valid keys {f'in [{table}]' if table else 'at the top level'}: {', '.join(words.sections.get(table, words.root).model_fields)}."
 
 
 def _dotted(loc: list[Any]) -> str:

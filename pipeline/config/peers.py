@@ -22,14 +22,20 @@ NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard e
 PACKING = "datasets.0.packing = 'best_fit' (of chat, completion and pretokenized; books are cut into full chunks)"
 FULL_CHUNKS = "no counterpart: books are cut into full chunks, nothing is padded"
 
+MODEL = "model (a folder, or 'OWNER/NAME' on the Hub)"
+REVISION = "model = 'OWNER/NAME@REVISION'"
+
 INSTEAD: dict[str, str] = {
     # model
-    "base_model": "model (a folder)",
-    "model_name_or_path": "model (a folder)",
-    "model_name": "model (a folder)",
-    "model_path": "model (a folder)",
-    "base_model_config": "model (a folder)",
-    "pretrained_model": "model (a folder)",
+    "base_model": MODEL,
+    "model_name_or_path": MODEL,
+    "model_name": MODEL,
+    "model_path": MODEL,
+    "base_model_config": MODEL,
+    "pretrained_model": MODEL,
+    "model_revision": REVISION,
+    "revision_of_model": REVISION,
+    "revision": REVISION,
     "tokenizer": "no counterpart: the tokenizer in the model's folder is used",
     "tokenizer_name_or_path": "no counterpart: the tokenizer in the model's folder is used",
     "trust_remote_code": "no counterpart: code from a model's folder is never run",

@@ -34,7 +34,9 @@ Pattern = Annotated[str, AfterValidator(regular_expression)]
 class Config(Section):
     """The whole run."""
 
-    model: str = Field(description="folder of the base model: config.json, tokenizer, safetensors")
+    model: str = Field(
+        description="folder of the base model: config.json, tokenizer, safetensors; or its name on the Hub, 'OWNER/NAME' or 'OWNER/NAME@REVISION', from which it is downloaded into the Hub's cache (HF_HUB_CACHE)"
+    )
     output_dir: str = Field(description="each run makes a folder named by its UTC start time in here")
 
     adapter_type: Annotated[

@@ -4,6 +4,7 @@ Takes paths; gives headers, configurations and bytes in pieces, or one UserError
 
     safetensors   headers without data; reading and writing tensors piece by piece
     base_model    a base model's folder: its tensors, its config, whether head and embedding are one, what else belongs to it
+    hub           a model named as on the Hub: downloaded, or taken from the cache
     stored_names  what a folder calls the weights that transformers runs under other names
     fingerprint   which model a folder holds, told by a few of its values
     links         where links in such a folder may lead

@@ -18,31 +18,9 @@ from pipeline.foreign import printable, read_object
 from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.links import check_links
 from pipeline.formats.safetensors import Header, StoredTensor, read_floats, read_header, read_pieces
-from pipeline.names import HEAD, is_embedding
+from pipeline.names import HEAD, INDEX, SINGLE, WEIGHT_SUFFIXES, is_embedding
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-# Weights in any format, and pickles. `adapter_config.json` would make transformers look for an adapter in the result.
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".gguf",
-    ".ggml",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".npz",
-    ".tflite",
-    ".index.json",
-)
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # would make transformers look for an adapter in the result
 LEFT_OUT_NAMES = (ADAPTER_CONFIG,)
 
 # What quantisers store beside a weight, or in its place, by the ends of names: x.weight_scale_inv, x.SCB, x.qweight, …

@@ -6,6 +6,7 @@ beside the base's, in fp32 and rounded once, as merge_lora.py folds them.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from pipeline.model.adapters.base import owned, trainable, wrap
 from pipeline.model.adapters.lora import inject_lora
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.stage import Stage
+from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import HEAD, is_embedding, layer_of
 
 
@@ -82,6 +84,27 @@ def put(stage: Stage, saved: Saved) -> None:
         _put_lora(stage, pairs)
     rest = [name for name in mine if name not in pairs]
     wrap(stage, rest, lambda name, layer: Folded(layer, *_folded(layer, saved, name)))
+
+
+@contextmanager
+def worn(stage: Stage, saved: Saved | None) -> Iterator[None]:
+    """Inside, the stage has the adapter, if one is given; afterwards it has the very modules and weights it had before."""
+    if saved is None:
+        yield
+        return
+    modules = {name: stage.model.get_submodule(name) for name in owned(stage, list(saved.adapter.modules))}
+    weights = [(*place, getattr(*place)) for name in saved.adapter.full for place in _places(stage, name)]
+    try:
+        put(stage, saved)
+        yield
+    finally:
+        for name, module in modules.items():
+            stage.model.set_submodule(name, module)
+        vars(layers_of_model(stage.model)).pop(
+            "peft_config", None
+        )  # by which PEFT would take the next one for a second
+        for owner, own, weight in weights:
+            setattr(owner, own, weight)
 
 
 def _trains_so(stage: Stage, name: str, saved: Saved, pair: Pair) -> bool:

@@ -11,7 +11,6 @@ One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once
 
 import contextlib
 import inspect
-import re
 from functools import cached_property
 from pathlib import Path
 
@@ -87,12 +86,6 @@ def _no_folder(given: str) -> str:
         return "a GGUF file's weights are packed for inference; give the folder of the original model, in Hugging Face's format"
     if Path(given).is_file():
         return "this is a file; give the folder it is in"
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", given):
-        name = given.split("/")[1]
-        return (
-            "no such folder. If it is the model's name on the Hub, download it first: "
-            f"hf download {given} --local-dir {name}, and write model = '{name}'"
-        )
     return "no such folder; download the model first and give its folder"
 
 

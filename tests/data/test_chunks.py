@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pipeline.processes
 from pipeline.console import UserError
 from pipeline.data import chunks
-from pipeline.data.preparing import cache
 from tests.helpers import data as helpers_data
 from tests.helpers.data import ROOT, WILD, build, measure, prose, shelve, tokenizer, whole
 
@@ -272,7 +272,7 @@ def test_the_first_rank_builds_since_it_shows_progress(
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "0\n"
     shutil.rmtree(shelf / "cache")
-    monkeypatch.setattr(cache, "LET_FIRST_RANK_S", 0.1)
+    monkeypatch.setattr(pipeline.processes, "LET_FIRST_RANK_S", 0.1)
     monkeypatch.setenv("RANK", "1")
     assert len(build(shelf).train)  # alone, another rank builds after all
 

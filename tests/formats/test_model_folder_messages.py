@@ -12,8 +12,6 @@ from pipeline.model.stage import read_model_config
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("CohereForAI/c4ai-command-r-v01", "hf download CohereForAI/c4ai-command-r-v01 --local-dir c4ai-command-r-v01"),
-        ("meta-llama/Llama-3.1-8B", "model = 'Llama-3.1-8B'"),
         ("models/model-Q4_K_M.gguf", "GGUF"),
         ("/no/such/folder", "no such folder"),
         ("./a/b", "no such folder"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tests.helpers import warm
 from tests.helpers.paths import ROOT
 
 BOOKS = ROOT / "datasets" / "sample_books"
@@ -144,13 +145,23 @@ def start(processes: int, *arguments: str, script: Path = ROOT / "train.py", **e
 
 
 def train(processes: int, *arguments: str, expect: int = 0, timeout: float = 240, **extra: str) -> str:
-    """Run the training command to its end and return what it printed; fails if it ends with another code."""
-    return finish(start(processes, *arguments, script=ROOT / "train.py", **extra), expect, timeout)
+    """Run the training command to its end and return what it printed; fails if it ends with another code.
+
+    With variables of the environment (`extra`) the interpreters are new: some are read when a process starts.
+    """
+    if extra:
+        return finish(start(processes, *arguments, **extra), expect, timeout)
+    return launch(processes, ROOT / "train.py", *arguments, expect=expect, timeout=timeout)
 
 
-def launch(processes: int, script: Path, *arguments: str, timeout: float = 240) -> str:
-    """Run another script under the `deepspeed` launcher to its end and return what it printed; fails if it fails."""
-    return finish(start(processes, *arguments, script=script), 0, timeout)
+def launch(processes: int, script: Path, *arguments: str, expect: int = 0, timeout: float = 240) -> str:
+    """Run a script under DeepSpeed's launcher to its end and return what it printed; fails if it ends with another code."""
+    try:
+        code, output = warm.run(processes, script, arguments, environment(), timeout)
+    except TimeoutError as late:
+        raise AssertionError(f"timed out:\n{late}") from None
+    assert code == expect, f"exit code {code}, expected {expect}:\n{output}"
+    return output
 
 
 def finish(process: subprocess.Popen[str], expect: int, timeout: float) -> str:

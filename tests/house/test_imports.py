@@ -15,7 +15,7 @@ MAX_CONFIG_TAKERS = 13  # functions outside pipeline/config/
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
-    "huggingface_hub": ("pipeline/publishing/",),
+    "huggingface_hub": ("pipeline/publishing/", "pipeline/formats/hub.py"),
     "deepspeed": ("pipeline/training/",),
     "bitsandbytes": ("pipeline/model/quantized_bnb.py", "pipeline/training/optim/inner.py"),
 }
@@ -28,6 +28,7 @@ FORBIDDEN = {
     "inspect_lora.py": ("transformers", "torch", "deepspeed"),
     "make_adapter.py": ("transformers", "torch", "deepspeed"),
     "generate.py": ("transformers", "torch", "deepspeed"),
+    "evaluate_lora.py": ("transformers", "torch", "deepspeed"),
     "pipeline/commands/": ("pipeline.training", "deepspeed", "peft", "datasets"),
     "pipeline/config/": ("transformers", "torch"),
     "pipeline/console.py": ("transformers", "torch", "pipeline"),
@@ -39,6 +40,8 @@ FORBIDDEN = {
     "pipeline/publishing/": ("pipeline.training", "pipeline.model", "transformers", "deepspeed", "peft"),
     "pipeline/inspection/": ("pipeline.training", "deepspeed", "peft"),
     "pipeline/generation/": ("pipeline.training", "pipeline.objectives", "pipeline.config", "deepspeed", "datasets"),
+    "pipeline/evaluation/": ("deepspeed", "peft", "datasets"),
+    "pipeline/training/": ("pipeline.evaluation",),
     "pipeline/": (
         "train",
         "quickstart",
@@ -47,6 +50,7 @@ FORBIDDEN = {
         "make_adapter",
         "inspect_lora",
         "generate",
+        "evaluate_lora",
         "tests",
     ),
 }
@@ -60,6 +64,7 @@ GROUND = (
     "pipeline.foreign",
     "pipeline.names",
     "pipeline.patterns",
+    "pipeline.processes",
     "pipeline.version",
 )
 # What a part may import of this project, where that is all.
@@ -76,6 +81,7 @@ ONLY_OURS = {
     "inspect_lora.py": ("pipeline.commands", *GROUND),
     "make_adapter.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
     "generate.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
+    "evaluate_lora.py": ("pipeline.commands", *GROUND),
     "kernels/": ("pipeline.kernels",),
 }
 

@@ -20,6 +20,7 @@ HEAVY = (
     "pyarrow",
     "tokenizers",
     "matplotlib",
+    "scipy",
     "yaml",
 )
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))

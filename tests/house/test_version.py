@@ -15,7 +15,15 @@ from pipeline import version
 from pipeline.training.run import record
 from tests.helpers.builders import ROOT, environment
 
-SCRIPTS = ("train.py", "merge_lora.py", "export_lora.py", "make_adapter.py", "inspect_lora.py", "generate.py")
+SCRIPTS = (
+    "train.py",
+    "merge_lora.py",
+    "export_lora.py",
+    "make_adapter.py",
+    "inspect_lora.py",
+    "generate.py",
+    "evaluate_lora.py",
+)
 
 
 def git(tree: Path, *arguments: str) -> str:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from pipeline.config import loading  # noqa: E402
 from pipeline.data import tokenizer  # noqa: E402
+from pipeline.processes import launched_by  # noqa: E402
 from pipeline.training.checkpoint import commit as checkpoint  # noqa: E402
 from pipeline.training.engine import engine  # noqa: E402
 from pipeline.training.run import assemble, folder, stop  # noqa: E402
@@ -37,7 +38,7 @@ def main() -> None:
     codes, runs = [], []
     for case in json.loads(plan_path.read_text()):
         config = loading.load(case["config"], None, case.get("overrides", []))
-        rendezvous = plan_path.resolve().with_name(f".rendezvous-{engine.launched_by()}")
+        rendezvous = plan_path.resolve().with_name(f".rendezvous-{launched_by()}")
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
         resume = case.get("resume")
         resume = runs[resume] if isinstance(resume, int) else resume

@@ -35,6 +35,7 @@ from pipeline.data import tokenizer
 from pipeline.data.selection import Selection
 from pipeline.model.memory.host_arena import Ticket
 from pipeline.model.stage import Stage
+from pipeline.processes import launched_by
 from pipeline.training.engine import engine, evaluate, schedule, selftest
 from pipeline.training.metrics import Clock
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
@@ -49,7 +50,7 @@ def main() -> None:
     given, out = (Path(argument) for argument in sys.argv[-2:])  # the launcher puts --local_rank before them
     cases = json.loads(given.read_text())
     watcher = Watcher(set())
-    rendezvous = out.resolve() / f".rendezvous-{engine.launched_by()}"
+    rendezvous = out.resolve() / f".rendezvous-{launched_by()}"
     for case in cases:
         config = loading.load(case["config"], None, case["overrides"])
         place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)

@@ -23,11 +23,11 @@ from pipeline.artifacts.fold_history import REPORT_FILE
 from pipeline.console import UserError, gib, log, progress, warn
 from pipeline.families import Kind
 from pipeline.files import atomic_folder, check_disk_space, check_free, write_json
-from pipeline.formats.base_model import INDEX, files_to_copy, read_base, warn_of_remarks
+from pipeline.formats.base_model import files_to_copy, read_base, warn_of_remarks
 from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.device import usable_device
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
-from pipeline.names import natural_order
+from pipeline.names import INDEX, natural_order
 
 
 def merge(

@@ -4,24 +4,21 @@ Takes a dataset's files and whatever else decides its rows (format, tokenizer, s
 rows are whole, or not at all. The other processes wait for the one that builds.
 """
 
-import fcntl
 import hashlib
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pipeline.console import UserError, progress, rank
+from pipeline.console import UserError, progress
 from pipeline.data.preparing.hashes import sha256_of
 from pipeline.data.reading.sources import Source
 from pipeline.files import explain_out_of_space, rename
 from pipeline.foreign import printable
-
-LET_FIRST_RANK_S = 5.0
+from pipeline.processes import one_at_a_time
 
 
 def folder(cache_dir: Path, name: str, sources: list[Source], content: list[Any]) -> Path:
@@ -40,17 +37,10 @@ def folder(cache_dir: Path, name: str, sources: list[Source], content: list[Any]
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold the lock of the cache that `path` is in; the system frees it when a process dies, however it dies.
-
-    Where `path` has to be built, other ranks give the first some seconds to begin: it is the one that shows progress.
-    """
+    """Hold the lock of the cache that `path` is in; where `path` has to be built, the first rank goes first."""
     with explain_out_of_space(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_out_of_space(path), open(path.parent / ".lock", "a") as file:
-        patience = time.monotonic() + (LET_FIRST_RANK_S if rank() else 0)
-        while time.monotonic() < patience and not path.exists() and not _is_held(file):
-            time.sleep(0.02)
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with explain_out_of_space(path), one_at_a_time(path.parent / ".lock", path.exists):
         yield
 
 
@@ -68,12 +58,3 @@ def whole(path: Path, needed: str) -> Iterator[Path]:
             rename(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_held(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(file, fcntl.LOCK_UN)
-    return False

@@ -19,7 +19,10 @@ from pipeline.data.reading.packed import ending
 from pipeline.foreign import printable, read_object
 
 _ROWS = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
-SUFFIXES = {"textfile": (".txt", ".md"), **dict.fromkeys(("doclist", "chat", "completion", "pretokenized"), _ROWS)}
+SUFFIXES = {
+    "textfile": (".txt", ".md"),
+    **dict.fromkeys(("doclist", "chat", "completion", "pretokenized", "multiple_choice"), _ROWS),
+}
 
 _PLAIN = "convert it to plain text, for example with `pandoc FILE -t plain --wrap=none -o FILE.txt`"
 _TABLE = "write its rows to a .jsonl, .csv or .parquet file and set dataset_type = 'doclist', 'chat' or 'completion'"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.console import UserError, log_if_slow
 from pipeline.objectives.objective import Objective
+from pipeline.processes import launched_by, remove_of_dead_launches
 from pipeline.training.engine import schedule as schedule_cuts
 from pipeline.training.engine import wires
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
@@ -69,12 +69,6 @@ def check_version() -> None:
     version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
     if version < MINIMUM_DEEPSPEED:
         raise UserError(f"DeepSpeed {deepspeed.__version__} scales accumulated gradients differently; install ≥ 0.19.3")
-
-
-def launched_by() -> str:
-    """A name all processes of this launch share and no other launch has: the launcher's process id and start time."""
-    launcher = psutil.Process(os.getppid() if "WORLD_SIZE" in os.environ else os.getpid())
-    return f"{launcher.pid}-{int(launcher.create_time() * 1000)}"
 
 
 @log_if_slow("starting: waiting for the other processes")
@@ -229,9 +223,7 @@ def rendezvous_in(folder: Path) -> Path:
     """The file through which this launch's processes find each other; removes those of launches that have died."""
     folder.mkdir(parents=True, exist_ok=True)
     own = folder.resolve() / f".rendezvous-{launched_by()}"
-    for left in own.parent.glob(".rendezvous-*-*"):
-        if not psutil.pid_exists(int(left.name.split("-")[1])):
-            left.unlink(missing_ok=True)
+    remove_of_dead_launches(own.parent, ".rendezvous-")
     return own
 
 

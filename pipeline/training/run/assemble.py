@@ -29,6 +29,7 @@ from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.with_router_loss import WithRouterLoss
+from pipeline.processes import launched_by
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState, restore
@@ -106,7 +107,7 @@ def trainer(
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
         folder=opened,
-        saver=Saver(opened.path, engine.launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
+        saver=Saver(opened.path, launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
         state=state,
         metrics=metrics,
         samples=samples,

@@ -5,10 +5,12 @@ Takes the config; gives lines on the console, or one UserError.
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, log
 from pipeline.data.preview import Piece, as_lines, rows
+from pipeline.formats.hub import awaits_weights
 from pipeline.training.run import after_training
 from pipeline.training.start import kernel_places, prepare, resolve
 
@@ -17,8 +19,11 @@ def check(config: Config, preview_rows: int | None) -> int:
     """Resolve and check; with `preview_rows`, show so many rows as the model will read them."""
     plan = resolve.resolve(config)
     kernel_places.foresee(config.kernels, plan.meta_model, plan.trained)
-    prepare.check_files(config.model, config.output_dir, plan.meta_model)
-    after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
+    if awaits_weights(Path(config.model)):
+        log("weights:  not downloaded yet; a run checks them, and what needs them (after_training), when they are")
+    else:
+        prepare.check_files(config.model, config.output_dir, plan.meta_model)
+        after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(plan.data, data := prepare.read_data(plan.data, tokenizer, plan))
     prepare.evaluation_batches(plan.data, data)

@@ -7,9 +7,10 @@ same outcome; the first to come builds the data cache, the others find it.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.console import log, warn
@@ -51,6 +52,14 @@ class Data:
     questions: Questions | None = None
 
 
+class Places(NamedTuple):
+    """What reading a dataset needs beside it: ids at which the model stops, the cache's folder, how many processes prepare."""
+
+    stops: list[int]
+    cache: Path
+    processes: int | None = None
+
+
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
     """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     check_writable(Path(output_dir), "output_dir")
@@ -78,10 +87,11 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
+    places, shared = Places(spec.stops, spec.cache, spec.processes), plan and plan.meta_model.shared
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
-        streams = _streams(f"datasets.{number}", dataset, name, tokenizer, spec, plan, **held_out)
+        streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
         log(f"data:     {rows}")
         chosen = rows.train
@@ -95,27 +105,29 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
             evaluation[name] = rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
-        streams = _streams(f"eval_datasets.{number}", held, name, tokenizer, spec, plan)
+        streams = read_streams(f"eval_datasets.{number}", held, name, tokenizer, places, shared)
         evaluation[name] = whole(streams, held.subsample)
     for line in warnings:
         warn(line)
-    shared = plan and plan.meta_model.shared
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
     return Data(train, evaluation, warnings, questions)
 
 
-def _streams(
+def read_streams(
     table: str,
     dataset: Dataset | EvalDataset,
     name: str,
     tokenizer: Any,
-    spec: DataSpec,
-    plan: Resolved | None,
+    places: Places,
+    model: PreTrainedModel | None,
     **held_out: Any,
 ) -> Streams[Any]:
-    """A dataset's rows, whose ids the model has; says what became of the text. `held_out`: as for `chunks.build`."""
+    """A dataset's rows, whose ids the `model` has, if one is given; says what became of the text.
+
+    `held_out`: as for `chunks.build`.
+    """
     streams: Streams[Any]
-    key, model = f"{table}.sequence_len", plan.meta_model.shared if plan is not None else None
+    key = f"{table}.sequence_len"
     if dataset.dataset_type in ("textfile", "doclist"):
         if model is not None:
             positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
@@ -125,14 +137,14 @@ def _streams(
             dataset_path=dataset.dataset_path,
             sequence_len=dataset.sequence_len,
             tokenizer=tokenizer,
-            cache_dir=spec.cache,
+            cache_dir=places.cache,
             join_lines=dataset.join_lines,
             field_text=dataset.field_text,
-            processes=spec.processes,
+            processes=places.processes,
             **held_out,
         )
     else:
-        made = build.build(row_spec(dataset, name), tokenizer, spec.stops, spec.cache, spec.processes)
+        made = build.build(row_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
             positions.check(what, made.report.longest, model, lower=key)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import processes
 from pipeline.console import UserError
-from pipeline.data.preparing import cache
 from pipeline.data.rows.store import BATCH_ROWS, RowWriter, UnequalRows
 from pipeline.data.selection import Streams, split
 from tests.data.test_records import FORMATS, PACKINGS
@@ -220,7 +220,7 @@ def test_the_cache_is_keyed_by_files_and_settings_and_not_by_the_day(
     path.write_text(json.dumps(talk("a", "c")))
     stored(path, **dated)
     assert there() == 7
-    assert cache.LET_FIRST_RANK_S > 0
+    assert processes.LET_FIRST_RANK_S > 0
 
 
 PREPARED = """

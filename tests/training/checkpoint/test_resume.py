@@ -1,8 +1,6 @@
 """Stop after any step and resume: bit-equal to the run that was not interrupted; and across numbers of stages."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ from safetensors.torch import load_file
 
 from pipeline.console import UserError
 from pipeline.training.run.folder import check_continues
-from tests.helpers.builders import BOOKS, ROOT, environment, metrics, write_config
+from tests.helpers.builders import BOOKS, launch, metrics, write_config
+from tests.helpers.paths import WORKERS
 
 STEPS = 6
 
@@ -50,17 +49,9 @@ def run_plan(
     """Run tests/workers/resume_worker.py over `plan`; returns its codes and run folders."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(plan))
-    command = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus",
-        str(processes),
-        "tests/workers/resume_worker.py",
-        str(path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == expect, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    said = launch(processes, WORKERS / "resume_worker.py", str(path), expect=expect, timeout=280)
     result = path.with_suffix(".runs.json")
-    return json.loads(result.read_text()) if result.exists() else {"output": done.stdout + done.stderr}
+    return json.loads(result.read_text()) if result.exists() else {"output": said}
 
 
 def final_state(run: str, step: int = STEPS) -> dict[str, torch.Tensor]:
