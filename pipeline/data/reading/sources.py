@@ -187,7 +187,8 @@ def _readable(paths: list[Path], where: str) -> dict[Path, os.stat_result]:
         try:
             found[path] = path.stat()
             if stat.S_ISREG(found[path].st_mode):
-                os.close(os.open(path, os.O_RDONLY))
+                with open(path, "rb"):
+                    pass
             elif not stat.S_ISDIR(found[path].st_mode):
                 wrong.append(f"'{printable(path)}' is a pipe, a socket or a device, not a file")
         except OSError as error:
