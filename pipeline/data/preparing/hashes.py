@@ -4,7 +4,6 @@ What is remembered lies in the user's cache folder ($XDG_CACHE_HOME, ~/.cache). 
 computed each time. A file changed within the last seconds is not remembered, as a second change might leave its times equal.
 """
 
-import fcntl
 import hashlib
 import os
 import sqlite3
@@ -14,7 +13,9 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from pipeline.console import UserError
+from pipeline.files import machine_cache
 from pipeline.foreign import printable
+from pipeline.processes import one_at_a_time
 
 SETTLED_S = 2.0  # the coarsest clock of a file system in use
 MOST = 2_000_000  # files that are remembered
@@ -26,9 +27,7 @@ _FORGET = "DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?"
 
 def memory() -> Path:
     """Where hashes are remembered."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mulora-pipe" / "file_hashes.sqlite"
-    )
+    return machine_cache() / "file_hashes.sqlite"
 
 
 def sha256_of(
@@ -43,7 +42,7 @@ def sha256_of(
         found = _found(database, keys)
         if database is None or all(found):
             return _completed(paths, keys, found, advance)
-        with _alone():
+        with one_at_a_time(memory().with_suffix(".lock"), lambda: False):
             found = _found(database, keys)
             return _completed(paths, keys, found, advance, database)
 
@@ -102,7 +101,6 @@ def _remembered() -> Iterator[sqlite3.Connection | None]:
     """The database, or None where there can be none."""
     database = None
     with suppress(OSError, RuntimeError, sqlite3.Error):
-        memory().parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(memory(), timeout=5)
         database.execute(_TABLE)
     if database is None:
@@ -110,10 +108,3 @@ def _remembered() -> Iterator[sqlite3.Connection | None]:
         return
     with closing(database):
         yield database
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    with open(memory().with_suffix(".lock"), "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,5 +1,7 @@
 """Takes a dataset's type and path (a file, a glob or a folder); gives its files, sorted, or one error that says what is there.
 
+What is on the Hub (hub.py) or at an address (remote.py) is downloaded first.
+
 No file that the path names is left out without a word: dangling links, files and folders that cannot be opened, pipes
 and devices are errors; folders, files of other endings, and names that differ in capital letters only, are warned of.
 A glob is the shell's, with ** for any depth. A [ in it is also taken as it stands, since folders are called so.
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import UserError, warn
+from pipeline.data.reading import remote
 from pipeline.data.reading.packed import ending
 from pipeline.foreign import printable, read_object
 
@@ -62,6 +65,11 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
     if dataset_type not in SUFFIXES:
         raise UserError(f"dataset_type = '{printable(dataset_type)}' is not known; use one of: {', '.join(SUFFIXES)}")
     where = f"dataset_path = '{printable(dataset_path)}'"
+    if dataset_path.startswith("hub:"):
+        return _on_the_hub(dataset_type, dataset_path, where)
+    if remote.is_address(dataset_path):
+        found = remote.files(dataset_path, lambda path: _is_read(path, dataset_type))
+        return [Source(path, _name(name)) for path, name in found]
     pattern = str(Path(dataset_path).expanduser())
     root = _fixed_root(pattern)
     if dataset_type != "textfile" and Path(pattern).is_dir():
@@ -90,6 +98,21 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
         warn(f"{where}: left out {some(unread)}, which differ from the glob in capital letters only")
     _warn_of_doubles(files, statuses, where)
     return [Source(path, _name(path.relative_to(root).as_posix())) for path in files]
+
+
+def _on_the_hub(dataset_type: str, dataset_path: str, where: str) -> list[Source]:
+    from pipeline.data.reading import hub  # its client takes a while to import
+
+    folder, names = hub.files(dataset_path)
+    found = [Source(folder / name, _name(name)) for name in names if _is_read(Path(name), dataset_type)]
+    if others := [name for name in names if not _is_read(Path(name), dataset_type)]:
+        left_out = (
+            f"{where}: '{dataset_type}' reads files in {' and '.join(SUFFIXES[dataset_type])}, not {some(others)}"
+        )
+        if not found:
+            raise UserError(f"{left_out}; a conversion to Parquet may be at its revision @refs/convert/parquet")
+        warn(left_out)
+    return found
 
 
 def _is_read(path: Path, dataset_type: str) -> bool:
@@ -233,8 +256,6 @@ def _nothing_found(dataset_type: str, where: str, pattern: str, root: Path, othe
             return message + f"It matches {some(_names(others))}: for these set dataset_type = '{other}'"
     if others:
         return message + f"It matches {some(_names(others))}{_remedy(others)}"
-    if "://" in pattern or pattern.startswith(("http:", "https:", "hub:")):
-        return message + "It is an address: download the files and give their path"
     if not root.is_dir():
         above = next(folder for folder in root.absolute().parents if folder.is_dir())
         return message + (
@@ -245,10 +266,10 @@ def _nothing_found(dataset_type: str, where: str, pattern: str, root: Path, othe
 
 
 def _hub_remedy(path: str) -> str:
-    """How to get a dataset whose name on the Hub `path` can be."""
+    """How to name a dataset whose name on the Hub `path` can be."""
     if path.count("/") != 1 or glob.has_magic(path) or path.startswith(("/", ".", "~")):
         return ""
-    return f"; if '{path}' is on the Hub, get it with `hf download --repo-type dataset {path} --local-dir FOLDER`"
+    return f"; if '{path}' is on the Hub, write dataset_path = 'hub:{path}'"
 
 
 def _remedy(others: list[Path]) -> str:
