@@ -207,7 +207,7 @@ INSTEAD: dict[str, str] = {
 # What axolotl and others write within a dataset.
 IN_DATASETS: dict[str, str] = {
     "path": "dataset_path",
-    "type": "dataset_type ('textfile', 'doclist', 'chat', 'completion' or 'pretokenized')",
+    "type": "dataset_type ('textfile', 'doclist', 'chat', 'completion', 'pretokenized', 'preference', 'unpaired' or 'ranked')",
     "ds_type": "dataset_type",
     "data_files": "dataset_path (a file or a glob)",
     "file": "dataset_path",

@@ -109,8 +109,9 @@ class MicroBatches:
         """This rank's micro-batches (one for each accumulation step) of the step at `position`, and the step's facts.
 
         Micro-batches go to the ranks in turn. `loss_scale` is micro_batches_per_step / targets of the step: averaged over
-        accumulation steps and ranks, the loss is the mean over the step's targets, however divided. UserError for a step
-        without targets, which has no mean.
+        accumulation steps and ranks, the loss is the mean over the step's targets, however divided; of units there is also
+        micro_batches_per_step / units of the step, and the targets are those of first slots. UserError for a step without
+        targets, which has no mean.
         """
         info = self.info(position)
         if not info.targets:
@@ -119,11 +120,14 @@ class MicroBatches:
                 f"first of them of dataset '{self.stores[info.rows[0][0]].name}', has a token to train on: leave them out"
             )
         plan, starts = self._epoch(position.epoch), self._edges(position)
-        scale = self.micro_batches_per_step / info.targets
+        scale = self.micro_batches_per_step / self._layout.first_targets(np.array(info.rows, np.int64))
+        unit_scale = self.micro_batches_per_step / len(info.rows)
         batches = []
         for index in range(self.dp_rank, self.micro_batches_per_step, self.dp_world):
             if index < len(starts) - 1:
-                batches.append(self._layout.micro_batch(plan.rows[starts[index] : starts[index + 1]], scale))
+                batches.append(
+                    self._layout.micro_batch(plan.rows[starts[index] : starts[index + 1]], scale, unit_scale)
+                )
             else:
                 batches.append(self._layout.micro_batch(plan.rows[:0], loss_scale=0.0))
         return batches, info
@@ -136,7 +140,7 @@ class MicroBatches:
         ended = end == len(plan.rows)
         return StepInfo(
             rows=row_ids(rows),
-            tokens=int(self._layout.lengths(rows).sum()),
+            tokens=self._layout.tokens(rows),
             targets=int(self._layout.targets(rows).sum()),
             next_position=Position(position.epoch + 1) if ended else Position(position.epoch, end),
             epochs_done=position.epoch + end / len(plan.rows),
@@ -232,7 +236,8 @@ class EvaluationBatches:
 
     Every row is in exactly one. `len` is the same on all ranks, so that the whole set goes through the pipeline in one
     call; what is missing at the end is filler. Rows of several lengths come in the order of length, which pads least.
-    A micro-batch's `loss_scale` is 1, so its loss is a sum; the set's mean loss is the sum over ranks / `targets`.
+    A micro-batch's `loss_scale` (and its units') is 1, so its loss is a sum; the set's mean loss is the sum over ranks /
+    `targets` (or `units`).
     UserError for a set without targets.
     """
 
@@ -251,7 +256,7 @@ class EvaluationBatches:
         pairs = np.stack([np.zeros_like(rows.rows), rows.rows], axis=1)
         self._rows = pairs[np.argsort(self._layout.lengths(pairs), kind="stable")]
         self._starts = self._layout.cut(self._rows)
-        self.targets = int(self._layout.targets(pairs).sum())
+        self.targets, self.units = int(self._layout.targets(pairs).sum()), len(pairs)
         if not self.targets:
             raise UserError(f"dataset '{rows.store.name}': none of its {len(rows):,} rows to evaluate on has a target")
 

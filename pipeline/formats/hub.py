@@ -39,7 +39,7 @@ def model_folder(given: str | Path, asked: str, *, weights: bool = True) -> str:
     owner, name = named[0].split("/")
     locks = Path(constants.HF_HUB_CACHE) / ".locks" / f"models--{owner}--{name}"
     answer = locks / f"{OURS}{launched_by()}-{'all' if weights else 'light'}"
-    with _first_of_launch(locks, answer):
+    with first_of_launch(locks, answer):
         if "WORLD_SIZE" in os.environ and answer.is_file():
             found = parse_json(answer.read_text(encoding="utf-8"), str(answer))
             if found["given"] == str(given):
@@ -51,7 +51,7 @@ def model_folder(given: str | Path, asked: str, *, weights: bool = True) -> str:
 
 
 @contextmanager
-def _first_of_launch(locks: Path, answer: Path) -> Iterator[None]:
+def first_of_launch(locks: Path, answer: Path) -> Iterator[None]:
     """One process at a time, of this launch and of others. A cache that cannot be written needs none."""
     try:
         locks.mkdir(parents=True, exist_ok=True)

@@ -342,7 +342,6 @@ def test_without_a_memory_hashes_are_computed(
     if spoil == "folder":
         (tmp_path / "machine").write_text("a file")
     elif spoil == "file":
-        hashes.memory().parent.mkdir(parents=True)
         hashes.memory().write_bytes(b"no database" * 1000)
     else:
         monkeypatch.setattr(hashes, "SETTLED_S", 60.0)

@@ -14,10 +14,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from pipeline.console import UserError, is_out_of_space, log, warn
-from pipeline.files import machine_cache
 from pipeline.foreign import printable, read_by_library
-from pipeline.formats.hub import literally, note_commit, reason
-from pipeline.processes import one_at_a_time
+from pipeline.formats.hub import first_of_launch, literally, note_commit, reason
 
 PREFIX, CARD = "hub:", "README.md"
 _NAME = re.compile(
@@ -51,7 +49,8 @@ def files(path: str) -> tuple[Path, list[str]]:
     UserError: no such dataset, revision or split, not to be had and not in the cache, downloaded in part.
     """
     asked, where = parsed(path), f"dataset_path = '{printable(path)}'"
-    with one_at_a_time(machine_cache() / "hub.lock", lambda: False):  # the first downloads, the others find it
+    locks = Path(constants.HF_HUB_CACHE) / ".locks" / f"datasets--{asked.repository.replace('/', '--')}"
+    with first_of_launch(locks, locks / "none"):  # the first downloads, the others find it
         try:
             return _downloaded(asked, where)
         except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled) as error:

@@ -5,11 +5,11 @@ prints the date has that of the day on which the cache was built, so that a run 
 """
 
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.console import UserError, gib, progress
 from pipeline.data.chat import encode, load
@@ -31,6 +31,7 @@ from pipeline.data.tokenizer import fingerprint
 FORMAT = 1  # goes into the key: raise it when the same input would give other rows
 PLAIN = "none"  # a chat_template: text as it is
 
+Row = TypeVar("Row")
 Kind = Literal["chat", "completion", "pretokenized"]
 
 
@@ -155,8 +156,8 @@ def _write(
         seen: set[str] = set()
         advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
         made = prepared(maker(spec, tokenizer, template), sources, journal, workers.processes_for(total, processes))
-        for one in _counted(made, total, advance):
-            if _is_new(one, met, seen, spec.deduplicate):
+        for one in counted(made, total, advance, lambda one: one.size):
+            if is_new(one.digest, met, seen, spec.deduplicate):
                 _add(writer, met, one)
         notes = met.lines(spec.deduplicate)
         if template and template.prints_the_date:
@@ -175,11 +176,11 @@ def _write(
         )
 
 
-def _is_new(one: Prepared, met: Tally, seen: set[str], deduplicate: bool) -> bool:
-    """Whether a row is taken: none that was there before is to be left out."""
+def is_new(digest: str | None, met: Tally, seen: set[str], deduplicate: bool) -> bool:
+    """Whether a row of the files with this digest (None: it cannot be read) is taken, unless it was there before."""
     met.read += 1
-    if one.digest is None or one.digest not in seen:
-        seen.update([one.digest] if one.digest else [])
+    if digest is None or digest not in seen:
+        seen.update([digest] if digest else [])
         return True
     met.duplicates += 1
     return not deduplicate
@@ -215,11 +216,11 @@ def _will_not_stop(name: str, writer: RowWriter, template: Template | None) -> I
         )
 
 
-def _counted(found: Iterator[Prepared], total: int, advance: Any) -> Iterator[Prepared]:
-    """The same rows; moves the bar by what they hold as text, up to `total`, and to its end after the last."""
+def counted(found: Iterator[Row], total: int, advance: Any, size: Callable[[Row], int]) -> Iterator[Row]:
+    """The same rows; moves the bar by the `size` of each in characters, up to `total`, and to its end after the last."""
     done = 0
     for one in found:
-        step = min(one.size, total - done)
+        step = min(size(one), total - done)
         done += step
         advance(step)
         yield one

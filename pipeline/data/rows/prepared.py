@@ -112,25 +112,25 @@ class _Work:
         self._make = make
 
     def __call__(self, batch: list[Record]) -> list[Prepared]:
-        looked_at = [_content(record) for record in batch]
-        sound = [record for record, content in zip(batch, looked_at, strict=True) if isinstance(content, bytes)]
+        looked_at = [content(record) for record in batch]
+        sound = [record for record, found in zip(batch, looked_at, strict=True) if isinstance(found, bytes)]
         made = iter(_made(self._make, sound))
         results = []
-        for record, content in zip(batch, looked_at, strict=True):
-            if isinstance(content, str):
-                results.append(Prepared(record.where, None, len(str(record.value)), [], {}, (content, "")))
+        for record, found in zip(batch, looked_at, strict=True):
+            if isinstance(found, str):
+                results.append(Prepared(record.where, None, len(str(record.value)), [], {}, (found, "")))
                 continue
-            digest, result = hashlib.blake2b(content, digest_size=8).hexdigest(), next(made)
+            digest, result = digest_of(found), next(made)
             if isinstance(result, Refused):
                 refused = (result.reason, result.detail)
-                results.append(Prepared(record.where, digest, len(content), [], {}, refused))
+                results.append(Prepared(record.where, digest, len(found), [], {}, refused))
             else:
                 rows = [(np.array(row.ids, dtype=np.int32), list(row.spans)) for row in result.rows]
-                results.append(Prepared(record.where, digest, len(content), rows, dict(result.notes)))
+                results.append(Prepared(record.where, digest, len(found), rows, dict(result.notes)))
         return results
 
 
-def _content(record: Record) -> bytes | str:
+def content(record: Record) -> bytes | str:
     """What the row holds, by which it is known again; as text, why it is bad."""
     if isinstance(record.value, Broken):
         return record.value.reason
@@ -138,6 +138,11 @@ def _content(record: Record) -> bytes | str:
         return json.dumps(record.value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8")
     except UnicodeEncodeError:
         return "half a surrogate pair in its text, which is not a character"
+
+
+def digest_of(found: bytes) -> str:
+    """Tells a row's content from others'."""
+    return hashlib.blake2b(found, digest_size=8).hexdigest()
 
 
 def _made(make: Maker, sound: Sequence[Record]) -> list[Any]:
