@@ -39,6 +39,7 @@ def build(
     join_lines: bool = False,
     field_text: str = "text",
     processes: int | None = None,
+    kind: type[ChunkStore] = ChunkStore,
 ) -> Streams[ChunkStore]:
     """The chunks of a dataset, tokenised now or found in `cache_dir`. One process at a time builds, the others wait.
 
@@ -46,8 +47,8 @@ def build(
 
     With `eval_split = 'document'` and an `eval_size` (a part of the documents, rounded up, or their number), whole
     documents drawn by a fixed seed are held out as a stream of their own. `join_lines`: join the line breaks that wrap
-    paragraphs (line_breaks.py). `field_text`: of rows, what holds the text. UserError: no files, unreadable text, a
-    tokenizer without EOS, too little text for one chunk, nothing left on one side of the split.
+    paragraphs (line_breaks.py). `field_text`: of rows, what holds the text. `kind`: as what the chunks are opened. UserError: no
+    files, unreadable text, a tokenizer without EOS, too little text for one chunk, nothing left on one side of the split.
     """
     if eval_split not in EVAL_SPLITS:
         raise UserError(f"dataset '{name}': eval_split = '{eval_split}' is not known; use {' or '.join(EVAL_SPLITS)}")
@@ -62,14 +63,14 @@ def build(
         if not path.exists():
             text = _Text(sources, join_lines, field_text)
             _write(path, name, text, sequence_len, tokenizer, marks, held_out, processes)
-    return load(path)
+    return load(path, kind)
 
 
-def load(path: Path) -> Streams[ChunkStore]:
+def load(path: Path, kind: type[ChunkStore] = ChunkStore) -> Streams[ChunkStore]:
     """The streams that `build` left at `path`. UserError if they are not there or not whole."""
     if (path / "all").exists():
-        return Streams(ChunkStore(path / "all"))
-    return Streams(ChunkStore(path / "train"), ChunkStore(path / "eval"))
+        return Streams(kind(path / "all"))
+    return Streams(kind(path / "train"), kind(path / "eval"))
 
 
 def special_ids(tokenizer: Any, name: str) -> Marks:
