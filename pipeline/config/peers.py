@@ -158,7 +158,7 @@ INSTEAD: dict[str, str] = {
     "completion_only_loss": "no counterpart: of chat and completion only the answers are trained (datasets.0.train_on)",
     "excess_length_strategy": "datasets.0.too_long",
     "dataset_exact_deduplication": "datasets.0.deduplicate",
-    "mix_strategy": "dataset_combination_mode = 'interleave' and datasets.0.sample_weight",
+    "mix_strategy": "dataset_combination_mode = 'interleave', mix_by and datasets.0.sample_weight",
     "interleave_probs": "datasets.0.sample_weight",
     "dataloader_num_workers": "no counterpart: chunks are read as they are needed",
     "streaming": "no counterpart: text is tokenised into a cache on disk",
@@ -205,7 +205,7 @@ INSTEAD: dict[str, str] = {
 # What axolotl and others write within a dataset.
 IN_DATASETS: dict[str, str] = {
     "path": "dataset_path",
-    "type": "dataset_type ('textfile', 'doclist', 'chat', 'completion' or 'pretokenized')",
+    "type": "dataset_type ('textfile', 'doclist', 'chat', 'completion', 'pretokenized', 'preference', 'unpaired' or 'ranked')",
     "ds_type": "dataset_type",
     "data_files": "dataset_path (a file or a glob)",
     "file": "dataset_path",

@@ -59,6 +59,11 @@ class RowStore(Protocol):
     def groups(self) -> NDArray[np.int64] | None:
         """int64 [N]: rows with one number, those of a conversation, are held out together; None where each is by itself."""
 
+    @property
+    def slots(self) -> "tuple[RowStore, ...]":
+        """What a row is made of. A unit of preference data is several rows, which share a micro-batch: a store for the first of
+        every unit, one for the second, …; a row by itself is made of itself, and this is the store alone."""
+
     def __len__(self) -> int: ...
 
     def ids(self, row: int) -> NDArray[np.int32]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.console import UserError
 from pipeline.data.arrow_files import ArrowFile, opened
 from pipeline.data.reading.encodings import Findings
-from pipeline.data.row_store import DocumentSpan
+from pipeline.data.row_store import DocumentSpan, RowStore
 from pipeline.files import write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
@@ -226,6 +226,11 @@ class ChunkStore:
         documents = opened(folder / "documents.arrow").read_all()
         self._names = documents["name"]
         self._starts: NDArray[np.int64] = documents["start"].to_numpy()
+
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        """Each row is by itself."""
+        return (self,)
 
     def __len__(self) -> int:
         return self.report.chunks

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.data.row_store import DocumentSpan
+from pipeline.data.row_store import DocumentSpan, RowStore
 
 Row = tuple[list[int], list[tuple[int, int]]]  # (ids, runs of targets)
 
@@ -30,6 +30,10 @@ class ListStore:
     @property
     def targets(self) -> NDArray[np.int64]:
         return np.array([sum(end - start for start, end in spans) for _, spans in self.rows], dtype=np.int64)
+
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        return (self,)
 
     def __len__(self) -> int:
         return len(self.rows)

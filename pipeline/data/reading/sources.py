@@ -22,6 +22,7 @@ _ROWS = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
 SUFFIXES = {
     "textfile": (".txt", ".md"),
     **dict.fromkeys(("doclist", "chat", "completion", "pretokenized", "multiple_choice"), _ROWS),
+    **dict.fromkeys(("preference", "unpaired", "ranked"), _ROWS),
 }
 
 _PLAIN = "convert it to plain text, for example with `pandoc FILE -t plain --wrap=none -o FILE.txt`"

@@ -155,9 +155,9 @@ def _write(
         clearing.callback(writer.let_go)
         seen: set[bytes] = set()
         advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
-        found = _counted(records.read(sources, findings), total, advance)
+        found = counted(records.read(sources, findings), total, advance)
         while batch := list(itertools.islice(found, AT_ONCE)):
-            sound = [record for record in batch if _is_new(record, met, seen, spec.deduplicate)]
+            sound = [record for record in batch if is_new(record, met, seen, spec.deduplicate)]
             for record, result in zip(sound, _made(made, sound), strict=True):
                 _add(writer, met, record, result)
         notes = met.lines(spec.deduplicate)
@@ -177,7 +177,7 @@ def _write(
         )
 
 
-def _is_new(record: Record, met: Tally, seen: set[bytes], deduplicate: bool) -> bool:
+def is_new(record: Record, met: Tally, seen: set[bytes], deduplicate: bool) -> bool:
     """Whether a row is to be made of the record: it is readable text, and none that was there before is to be left out."""
     met.read += 1
     if isinstance(record.value, Broken):
@@ -239,7 +239,7 @@ def _will_not_stop(name: str, writer: RowWriter, template: Template | None) -> I
         )
 
 
-def _counted(found: Iterator[Record], total: int, advance: Any) -> Iterator[Record]:
+def counted(found: Iterator[Record], total: int, advance: Any) -> Iterator[Record]:
     """The same records; moves the bar by what they hold as text, up to `total`, and to its end after the last."""
     done = 0
     for record in found:

@@ -57,6 +57,11 @@ class PackedRows:
         content = self._store.content_hash.encode() + order.astype("<i8").tobytes()
         self.content_hash = hashlib.sha256(content).hexdigest()
 
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        """Each row is by itself."""
+        return (self,)
+
     def __len__(self) -> int:
         return len(self._members)
 

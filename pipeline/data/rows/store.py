@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.console import UserError
 from pipeline.data.arrow_files import ArrowFile, opened
-from pipeline.data.row_store import DocumentSpan
+from pipeline.data.row_store import DocumentSpan, RowStore
 from pipeline.files import write_json
 
 BATCH_ROWS = 512  # in one Arrow record batch
@@ -147,6 +147,11 @@ class UnequalRows:
         self.groups: NDArray[np.int64] = index["conversation"].to_numpy()
         self._places = index["place"]
         self._rows = opened(folder / "rows.arrow")
+
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        """Each row is by itself."""
+        return (self,)
 
     def __len__(self) -> int:
         return self.report.rows

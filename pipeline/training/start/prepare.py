@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from pipeline.config.data_tables import Dataset, EvalDataset
-from pipeline.console import log, warn
+from pipeline.config.data_tables import UNITS, Dataset, EvalDataset
+from pipeline.console import UserError, log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
+from pipeline.data.mixing import mix
 from pipeline.data.rows import build
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
-from pipeline.data.selection import Selection, Streams, mix, split, whole
+from pipeline.data.selection import Selection, Streams, repeated, split, whole
+from pipeline.data.units import build as unit_build
+from pipeline.data.units.formats import Names
+from pipeline.data.units.store import UnitRows
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.generation import positions
@@ -65,6 +69,16 @@ def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
         )
 
 
+def check_trained_on(spec: DataSpec) -> None:
+    """UserError for data that no objective here trains on."""
+    for number, dataset in enumerate(spec.datasets):
+        if dataset.dataset_type in UNITS:
+            raise UserError(
+                f"datasets.{number}.dataset_type = '{dataset.dataset_type}': its rows are read, checked and shown (--check, "
+                f"--prepare, --preview), and no training on them is built yet"
+            )
+
+
 def tokenizer_for(plan: Resolved, folder: str) -> Any:
     """The tokenizer in `folder`; UserError if its BOS or EOS has no trained row in the model's embedding."""
     tokenizer = tokenizers.load(folder)
@@ -83,15 +97,15 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
-        rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
+        rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
         log(f"data:     {rows}")
         chosen = rows.train
         if dataset.packing == "best_fit":
             packed = PackedRows(chosen, dataset.sequence_len)
             log(f"data:     {packed}")
-            chosen = Selection(packed, np.arange(len(packed)))
+            chosen = repeated(Selection(packed, np.arange(len(packed))), dataset.num_repeats)
         train.append(chosen)
-        warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows) else []
+        warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows | UnitRows) else []
         if rows.eval is not None:
             evaluation[name] = rows.eval
     for number, held in enumerate(spec.eval_datasets):
@@ -134,7 +148,7 @@ def read_streams(
             **held_out,
         )
     else:
-        made = build.build(row_spec(dataset, name), tokenizer, stops, cache)
+        made = _rows_of(dataset, name, tokenizer, stops, cache)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
             positions.check(what, made.report.longest, model, lower=key)
@@ -144,6 +158,49 @@ def read_streams(
         if model is not None:
             data_fits.check_ids(store.name, store.report.largest_id, tokenizer, data_fits.embedding_rows(model))
     return streams
+
+
+def _rows_of(
+    dataset: Dataset | EvalDataset, name: str, tokenizer: Any, stops: list[int], cache: Path
+) -> UnequalRows | UnitRows:
+    """A dataset of rows, or of units."""
+    if dataset.dataset_type in UNITS:
+        return unit_build.build(unit_spec(dataset, name), tokenizer, stops, cache)
+    return build.build(row_spec(dataset, name), tokenizer, stops, cache)
+
+
+def unit_spec(dataset: Dataset | EvalDataset, name: str) -> unit_build.UnitSpec:
+    """What is made of a dataset of units, as its table says."""
+    kind: Any = dataset.dataset_type
+    return unit_build.UnitSpec(
+        name,
+        kind,
+        dataset.dataset_path,
+        dataset.sequence_len,
+        keep_start=dataset.truncation_mode == "keep_start",
+        names=Names(
+            dataset.field_prompt,
+            dataset.field_chosen,
+            dataset.field_rejected,
+            dataset.field_completion,
+            dataset.field_label,
+            dataset.field_answers,
+            chat=dataset.conversational,
+            messages=Fields(
+                properties={str(key): name for key, name in dataset.message_property_mappings.items()},
+                roles={str(role): names for role, names in dataset.roles.items()},
+                system=dataset.field_system,
+                merge_system=dataset.merge_system,
+            ),
+        ),
+        ranks=dataset.ranks,
+        score_weights=dict(dataset.score_weights),
+        chat_template=dataset.chat_template,
+        template_kwargs=dict(dataset.chat_template_kwargs),
+        allow_special_text=dataset.allow_special_text,
+        deduplicate=dataset.deduplicate,
+        most_bad=MOST_BAD if dataset.max_bad_rows is None else dataset.max_bad_rows,
+    )
 
 
 def row_spec(dataset: Dataset | EvalDataset, name: str) -> build.RowSpec:
@@ -190,7 +247,8 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         mode=spec.combination,
         weights=[d.sample_weight for d in spec.datasets],
         stopping_strategy=spec.stopping,
-        weigh_tokens=spec.batch_size_tokens is not None,
+        by=spec.mix_by or "rows",
+        weigh_tokens=spec.mix_by is None and spec.batch_size_tokens is not None,
     )
     return MicroBatches(
         [rows.store for rows in data.train],

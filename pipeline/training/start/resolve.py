@@ -118,6 +118,7 @@ def data_of(config: Config) -> DataSpec:
         stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,
+        mix_by=config.mix_by,
         seed=config.seed,
         micro_batch_size=config.micro_batch_size_per_gpu,
         batch_size_tokens=config.batch_size_tokens,

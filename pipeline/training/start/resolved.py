@@ -58,7 +58,8 @@ class SampleSpec:
 class DataSpec:
     """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long.
 
-    `cache`: a folder. `stops`: ids at which the model stops beside the tokenizer's EOS.
+    `cache`: a folder. `mix_by`: None is by rows, and by tokens in the mean with `batch_size_tokens`. `stops`: ids at which the
+    model stops beside the tokenizer's EOS.
     """
 
     datasets: list[Dataset]
@@ -67,6 +68,7 @@ class DataSpec:
     stops: list[int]
     combination: Literal["concatenate", "interleave"]
     stopping: Literal["first_exhausted", "all_exhausted"]
+    mix_by: Literal["rows", "tokens", "targets"] | None
     seed: int
     micro_batch_size: int
     batch_size_tokens: int | None

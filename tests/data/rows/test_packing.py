@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.batches import MicroBatches, Position
+from pipeline.data.mixing import mix
 from pipeline.data.rows.packing import PackedRows, best_fit
-from pipeline.data.selection import Selection, mix
+from pipeline.data.selection import Selection
 from tests.helpers.builders import model_config
 from tests.helpers.row_store import ListStore, stores
 
