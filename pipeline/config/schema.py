@@ -291,12 +291,6 @@ class Config(Section):
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
             yield from data_tables.conflicts(f"datasets.{number}", dataset)
-            several = self.micro_batch_size_per_gpu > 1 or self.batch_size_tokens
-            if dataset.packing != "none" and several and "flash" in (self.attn_implementation or ""):
-                yield (
-                    f"datasets.{number}.packing: flash attention keeps packed documents apart in micro-batches of one row only; set "
-                    "micro_batch_size_per_gpu = 1 without batch_size_tokens, or another attn_implementation"
-                )
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
         for number, held_out in enumerate(self.eval_datasets):

@@ -35,12 +35,14 @@ def build(
     eval_split: str = "chunk",
     join_lines: bool = False,
     field_text: str = "text",
+    kind: type[ChunkStore] = ChunkStore,
 ) -> Streams[ChunkStore]:
     """The chunks of a dataset, tokenised now or found in `cache_dir`. One process at a time builds, the others wait.
 
     With `eval_split = 'document'` and an `eval_size` (a part of the documents, rounded up, or their number), whole
     documents drawn by a fixed seed are held out as a stream of their own. `join_lines`: join the line breaks that wrap
-    paragraphs (line_breaks.py). `field_text`: of rows, what holds the text. UserError: no files, unreadable text, a
+    paragraphs (line_breaks.py). `field_text`: of rows, what holds the text. `kind`: as what the chunks are opened. UserError: no
+    files, unreadable text, a
     tokenizer without EOS, too little text for one chunk, nothing left on one side of the split.
     """
     if eval_split not in EVAL_SPLITS:
@@ -55,14 +57,14 @@ def build(
     with cache.alone(path):
         if not path.exists():
             _write(path, name, sources, sequence_len, tokenizer, marks, held_out, join_lines, field_text)
-    return load(path)
+    return load(path, kind)
 
 
-def load(path: Path) -> Streams[ChunkStore]:
+def load(path: Path, kind: type[ChunkStore] = ChunkStore) -> Streams[ChunkStore]:
     """The streams that `build` left at `path`. UserError if they are not there or not whole."""
     if (path / "all").exists():
-        return Streams(ChunkStore(path / "all"))
-    return Streams(ChunkStore(path / "train"), ChunkStore(path / "eval"))
+        return Streams(kind(path / "all"))
+    return Streams(kind(path / "train"), kind(path / "eval"))
 
 
 def special_ids(tokenizer: Any, name: str) -> Marks:

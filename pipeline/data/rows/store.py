@@ -143,6 +143,7 @@ class UnequalRows:
         self.content_hash = self.report.sha256
         index = opened(folder / "index.arrow").read_all()
         self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
+        self.reaches, self.width = self.lengths, None
         self.targets: NDArray[np.int64] = index["targets"].to_numpy().astype(np.int64)
         self.groups: NDArray[np.int64] = index["conversation"].to_numpy()
         self._places = index["place"]

@@ -6,6 +6,7 @@ same outcome; the first to come builds the data cache, the others find it.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
 from pipeline.data.mixing import mix
 from pipeline.data.rows import build
+from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
 from pipeline.data.selection import Selection, Streams, repeated, split, whole
+from pipeline.data.store import ChunkStore
 from pipeline.data.units import build as unit_build
 from pipeline.data.units.formats import Names
 from pipeline.data.units.store import UnitRows
@@ -92,6 +95,7 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
+    pack = partial(packed, switch=spec.rope_switch)
     places, shared = (spec.stops, spec.cache), plan and plan.meta_model.shared
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
@@ -99,23 +103,29 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
         log(f"data:     {rows}")
-        chosen = rows.train
-        if dataset.packing == "best_fit":
-            packed = PackedRows(chosen, dataset.sequence_len)
-            log(f"data:     {packed}")
-            chosen = repeated(Selection(packed, np.arange(len(packed))), dataset.num_repeats)
-        train.append(chosen)
+        train.append(
+            repeated(pack(rows.train, dataset), dataset.num_repeats) if dataset.packing != "none" else rows.train
+        )
         warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows | UnitRows) else []
         if rows.eval is not None:
-            evaluation[name] = rows.eval
+            evaluation[name] = pack(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
         streams = read_streams(f"eval_datasets.{number}", held, name, tokenizer, places, shared)
-        evaluation[name] = whole(streams, held.subsample)
+        evaluation[name] = pack(whole(streams, held.subsample), held)
     for line in warnings:
         warn(line)
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
     return Data(train, evaluation, warnings, questions)
+
+
+def packed(chosen: Selection, dataset: Dataset | EvalDataset, switch: int | None) -> Selection:
+    """Chosen rows, packed as the dataset's table says; says how full they are. Packed rows without a target are left out."""
+    if dataset.packing == "none":
+        return chosen
+    rows = PackedRows(chosen, dataset.sequence_len, dataset.packing, dataset.keeps_apart, switch)
+    log(f"data:     {rows}")
+    return Selection(rows, np.flatnonzero(rows.targets))
 
 
 def read_streams(
@@ -145,6 +155,7 @@ def read_streams(
             cache_dir=cache,
             join_lines=dataset.join_lines,
             field_text=dataset.field_text,
+            kind=ApartChunks if dataset.keeps_apart else ChunkStore,
             **held_out,
         )
     else:
@@ -260,6 +271,7 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         dp_rank=replica,
         dp_world=replicas,
         group_by_length=spec.group_by_length,
+        switch=spec.rope_switch,
     )
 
 
@@ -272,6 +284,7 @@ def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: i
             batch_size_tokens=spec.batch_size_tokens,
             dp_rank=replica,
             dp_world=replicas,
+            switch=spec.rope_switch,
         )
         for name, rows in data.evaluation.items()
     }
