@@ -5,8 +5,10 @@ itself goes no further.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -24,13 +26,14 @@ from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
-from pipeline.model.adapters import experts
+from pipeline.model.adapters import by_peft, experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import id_in_cache, layers_of, within_layer
+from pipeline.peft.types import PATTERNS, Asked, settings_of
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
@@ -50,10 +53,13 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)
-    packed = [dataset.sequence_len for dataset in resolved.data.datasets if dataset.packing != "none"]
-    if packed:
-        packing_check.check(model_config, max(packed))
-    return resolved
+    sets = [*resolved.data.datasets, *resolved.data.eval_datasets]
+    packed = [dataset for dataset in sets if dataset.keeps_apart]
+    if not packed:
+        return resolved
+    cut_in = max((dataset.sequence_len for dataset in packed if dataset.packing != "best_fit"), default=None)
+    way = packing_check.check(model_config, config.attn_implementation, cut_in=cut_in)
+    return replace(resolved, kept_apart_by=way)
 
 
 @log_if_slow("starting: looking at the model, without its weights")
@@ -70,7 +76,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), meta_model, trained)
-    data = data_of(config)
+    data = replace(data_of(config), rope_switch=packing_check.switches_at(model_config))
     tokens, budget = max(d.sequence_len for d in config.datasets), config.batch_size_tokens
     layout = Layout(
         config.pipeline_stages,
@@ -115,6 +121,7 @@ def data_of(config: Config) -> DataSpec:
         config.datasets,
         config.eval_datasets,
         cache=Path(config.output_dir) / "dataset_cache",
+        processes=config.dataset_processes,
         stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,
@@ -269,7 +276,9 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
     biased = biased or any(form.bias for form in experts_of.values())
-    adapter = adapter_of(config, targets, biased, experts_of)
+    table = config.peft.model_dump() if config.peft else None
+    asked = asked_of(table, config.lora_dropout, targets, model)
+    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
@@ -326,6 +335,24 @@ def adapter_of(
         feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
         experts=dict(experts_of),
     )
+
+
+def asked_of(
+    table: Mapping[str, Any] | None, dropout: float, targets: list[str], model: PreTrainedModel
+) -> Asked | None:
+    """The table [peft], checked by PEFT, where there is one. UserError with every key that PEFT does not take."""
+    if table is None:
+        return None
+    from pipeline.peft.layers import check_settings
+
+    peft_type, settings = table["type"], settings_of(table, dropout)
+    check_settings(peft_type, settings, by_peft.WHERE)
+    patterns.check({f"{by_peft.WHERE}{key}": settings[key] for key in PATTERNS if settings.get(key)}, targets)
+    unbiased = next((name for name in targets if getattr(model.get_submodule(name), "bias", None) is None), "")
+    asked = Asked(peft_type, settings, by_peft.widest_of(model, targets), unbiased)
+    if asked.not_folded:
+        warn(f"{asked.not_folded}: the adapter is for PEFT to load, and merge_lora.py will refuse it")
+    return asked
 
 
 def check_groups(
