@@ -52,6 +52,7 @@ FORBIDDEN = {
         "inspect_lora",
         "generate",
         "evaluate_lora",
+        "compare_runs",
         "tests",
     ),
 }
@@ -64,6 +65,7 @@ GROUND = (
     "pipeline.files",
     "pipeline.foreign",
     "pipeline.names",
+    "pipeline.next_steps",
     "pipeline.patterns",
     "pipeline.peft.types",
     "pipeline.processes",
@@ -88,6 +90,8 @@ ONLY_OURS = {
     "make_adapter.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
     "generate.py": ("pipeline.commands", "pipeline.formats.choices", *GROUND),
     "evaluate_lora.py": ("pipeline.commands", *GROUND),
+    "compare_runs.py": ("pipeline.commands", "pipeline.publishing.report", *GROUND),
+    "pipeline/next_steps.py": (),
     "kernels/": ("pipeline.kernels",),
 }
 

@@ -23,6 +23,7 @@ SCRIPTS = (
     "inspect_lora.py",
     "generate.py",
     "evaluate_lora.py",
+    "compare_runs.py",
 )
 
 
