@@ -14,10 +14,10 @@ tensor that was trained in full takes the place of what stands then.
 import argparse
 from pathlib import Path
 
-from pipeline import next_steps
 from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, leave_on_sigterm, log, run_command
 from pipeline.formats.choices import OUTPUT_DTYPES
+from pipeline.publishing import next_steps
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline import next_steps
 from pipeline.artifacts.adapter.directions import (
     STRENGTHS,
     adapter_tensors,
@@ -35,6 +34,7 @@ from pipeline.model.layerwise import mean_hidden_states
 from pipeline.model.stage import empty_model, read_model_config
 from pipeline.model.structure.parts import layers_of_model, text_config
 from pipeline.names import layer_ranges, layers_of
+from pipeline.publishing import next_steps
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).
 NORMS_AFTER_WRITING = {"post_feedforward_layernorm", "post_mlp_layernorm"}

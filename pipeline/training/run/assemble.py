@@ -30,6 +30,7 @@ from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.with_router_loss import WithRouterLoss
 from pipeline.processes import launched_by
+from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState, restore
@@ -43,7 +44,6 @@ from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run import folder as run_folder
 from pipeline.training.run import record
 from pipeline.training.run.peers import UNHURRIED
-from pipeline.training.run.reporting import Reports
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts

@@ -8,10 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline import next_steps
 from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, log, rank, warn
 from pipeline.log_file import LogFile
+from pipeline.publishing import next_steps
 from pipeline.training.engine import engine, selftest
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
 from pipeline.training.run.record import RunRecord

@@ -19,6 +19,7 @@ from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
 from pipeline.model.router_loss import RouterLoss
 from pipeline.objectives.objective import Objective
+from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
 from pipeline.training.engine import evaluate, prefetch, wires
@@ -27,7 +28,6 @@ from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.reporting import Reports
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start.resolved import Intervals
