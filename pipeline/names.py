@@ -15,6 +15,8 @@ HEAD, EMBEDDING = f"{HEAD_MODULE}.weight", f"{EMBEDDING_MODULE}.weight"
 # What other models, and adapters of them, call the two.
 EMBEDDINGS = (EMBEDDING_MODULE, "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 HEADS = (HEAD_MODULE, "embed_out")
+# What chooses a token's experts: small, and a rounding there sends tokens elsewhere. qlora-pipe leaves out `gate` too.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 # The files of a model's folder that transformers reads weights from.
 SINGLE = "model.safetensors"
