@@ -83,6 +83,11 @@ def is_embedding(module: str) -> bool:
     return last_part(module) in EMBEDDINGS
 
 
+def is_router(name: str) -> bool:
+    """Whether a module or tensor is, or is part of, what chooses a token's experts, by its name."""
+    return not ROUTERS.isdisjoint(name.split("."))
+
+
 def is_head(module: str) -> bool:
     """Whether a module is the output head, by its name."""
     return last_part(module) in HEADS

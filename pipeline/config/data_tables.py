@@ -20,12 +20,29 @@ _OTHER_TYPES = {
         "write what the rows are: dataset_type = 'doclist' (texts), 'chat', 'completion' or 'pretokenized'; each reads .json, "
         ".jsonl, .parquet, .csv and .arrow"
     ),
+    (
+        "dpo",
+        "ipo",
+        "orpo",
+        "simpo",
+        "cpo",
+        "pairs",
+        "pairwise",
+        "rm",
+        "chatml.intel",
+        "chatml.argilla",
+        "chatml.icr",
+        "chatml.ultra",
+    ): ("write dataset_type = 'preference'"),
+    ("kto", "prompt_completion_label"): "write dataset_type = 'unpaired'",
+    ("ranking", "nectar", "zephyr.nectar"): "write dataset_type = 'ranked'",
     ("epub", "pdf", "html", "docx", "mobi"): _CONVERT,
     ("text", "txt", "md", "markdown", "raw", "plain", "book", "books"): "write dataset_type = 'textfile'",
 }
 
 
-DatasetType = Literal["textfile", "doclist", "chat", "completion", "pretokenized"]
+DatasetType = Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "unpaired", "ranked"]
+_BOOKS = ("textfile", "doclist")
 
 
 def _other_types(value: Any) -> Any:
@@ -42,9 +59,9 @@ class _Data(Section):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …, or eval0, eval1, …")  # fmt: skip
     dataset_type: Annotated[DatasetType, BeforeValidator(_other_types)] = Field(
-        description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours)")  # fmt: skip
+        description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours); 'preference' pairs of answers, 'unpaired' answers that are good or bad, 'ranked' several answers in order (docs/data-preference.md)")  # fmt: skip
     dataset_path: str = Field(
-        description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk")  # fmt: skip
+        description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk; hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] on the Hub, or an address (s3://, gs://, hf://, https://): docs/data-text.md")  # fmt: skip
     sequence_len: int = Field(
         ge=2, description="tokens per chunk of 'textfile' and 'doclist', exactly; of the other types' rows at most"
     )
@@ -67,8 +84,23 @@ class _Data(Section):
     field_tools: str | None = Field(
         None, min_length=1, description="chat: the field with the definitions of tools; default 'tools'"
     )
-    field_prompt: str = Field("prompt", min_length=1, description="completion: the field with what is read")
-    field_completion: str = Field("completion", min_length=1, description="completion: the field with what is trained")
+    field_prompt: str = Field(
+        "prompt", min_length=1, description="completion, preference, unpaired, ranked: the field with what is read"
+    )
+    field_completion: str = Field("completion", min_length=1, description="completion: the field with what is trained; unpaired, and with score_weights: the field with the answer")  # fmt: skip
+    field_chosen: str = Field("chosen", min_length=1, description="preference: the field with the better answer, as text or messages")  # fmt: skip
+    field_rejected: str = Field("rejected", min_length=1, description="preference: the field with the worse answer")
+    field_label: str | None = Field(
+        None, min_length=1, description="unpaired: the field that says whether the answer is good (true, 1) or bad; default 'label'. preference: a field that says whether field_chosen's answer is the better one; default none, it always is")  # fmt: skip
+    field_answers: str = Field(
+        "answers", min_length=1, description="ranked: the field with the answers, best first, or as objects of answer and rank (1 the best; of equal ranks the first counts)")  # fmt: skip
+    ranks: int = Field(2, ge=2, description="ranked: how many answers of each prompt, the best ones; rows with fewer are bad rows")  # fmt: skip
+    score_weights: dict[str, float] = Field(
+        {}, description="preference, ranked: rows are one answer each (field_completion), whose score is the sum of these fields times these weights; a pair is a prompt's best answer and a random one that scores less, ranks are by score: { helpfulness = 1, verbosity = -1 }")  # fmt: skip
+    conversational: bool = Field(
+        False, description="preference, unpaired, ranked: texts are messages of user and assistant, written by the chat template; else prompt and answer are plain text, with EOS behind. Messages, and rows with a text in field_system, always go through the template")  # fmt: skip
+    truncation_mode: Literal["keep_start", "drop"] = Field(
+        "keep_start", description="preference, unpaired, ranked: rows longer than sequence_len lose their end, as in TRL (a unit whose prompt alone is as long is left out), or their units are left out")  # fmt: skip
     chat_template: str | None = Field(
         None, min_length=1, description="chat, and completion's instructions: a file, a text of Jinja, 'chatml', 'llama3', 'gemma' or 'alpaca'; default the tokenizer's own. 'none' (completion only) takes instructions as plain text")  # fmt: skip
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(
@@ -91,6 +123,17 @@ class _Data(Section):
     deduplicate: bool = Field(False, description="leave out rows that are the same as an earlier one; they are counted in any case")  # fmt: skip
     max_bad_rows: float | None = Field(
         None, ge=0, le=1, description="part of the rows that may be bad (they are left out, counted by reason, and the first are named) before it is an error; default 0.01, for pretokenized 0")  # fmt: skip
+    packing: Literal["none", "best_fit", "stream"] = Field(
+        "none", description="puts several rows into one of sequence_len tokens, 'best_fit' without cutting any, 'stream' one after the other, cut at the end of each (not for evaluation); what a dataset of 'best_fit' holds out is packed too. Books are a stream in any case")  # fmt: skip
+    document_mask: bool | None = Field(
+        None, description="documents that share a row do not see each other; models that cannot keep them apart are refused; default true where rows are packed, false for books, as in qlora-pipe")  # fmt: skip
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether documents that share a row must not see each other."""
+        if self.dataset_type in _BOOKS:
+            return bool(self.document_mask)
+        return self.packing != "none" and self.document_mask is not False
 
 
 class Dataset(_Data):
@@ -103,29 +146,38 @@ class Dataset(_Data):
     )
     eval_split: Literal["chunk", "document"] = Field(
         "chunk", description="'chunk' holds out chunks as qlora-pipe does; 'document' holds out whole documents, which is the honest test, since neighbouring chunks of one book share it")  # fmt: skip
-    sample_weight: PositiveFloat = Field(1.0, description="weight of this dataset when datasets are interleaved")
-    num_repeats: PositiveInt | None = Field(None, description="how many times an epoch goes through this dataset")
-    packing: Literal["none", "best_fit"] = Field(
-        "none", description="'best_fit' puts several rows into one of sequence_len tokens, in which they do not see each other; models that cannot keep them apart are refused; what is held out is not packed")  # fmt: skip
+    sample_weight: PositiveFloat = Field(
+        1.0, description="weight of this dataset when datasets are interleaved; of what, says mix_by"
+    )
+    num_repeats: PositiveFloat = Field(
+        1.0, description="how many times an epoch goes through this dataset; of 0.5 two epochs together have every row, of 2.5 five times")  # fmt: skip
+    max_tokens: PositiveInt | None = Field(
+        None, description="most tokens of this dataset's rows to train on (one pass); which rows, a seeded shuffle decides")  # fmt: skip
 
 
 class EvalDataset(_Data):
     """[[eval_datasets]]"""
 
 
-_BOOKS, _CHAT = ("textfile", "doclist"), ("chat",)
+_CHAT = ("chat",)
 _TEXTS, _ROWS = ("chat", "completion"), ("chat", "completion", "pretokenized")
+UNITS = ("preference", "unpaired", "ranked")
 # Key → the types for which it has a meaning.
 MEANT_FOR = {
     "join_lines": _BOOKS,
     "eval_split": _BOOKS,
     "field_text": ("doclist",),
-    **dict.fromkeys(("field_messages", "message_property_mappings", "roles", "field_system", "field_tools"), _CHAT),
-    **dict.fromkeys(("train_on", "merge_system", "history"), _CHAT),
-    **dict.fromkeys(("field_prompt", "field_completion"), ("completion",)),
-    **dict.fromkeys(("chat_template", "chat_template_kwargs", "train_on_eos"), _TEXTS),
-    **dict.fromkeys(("allow_empty_answers", "allow_special_text"), _TEXTS),
-    **dict.fromkeys(("too_long", "deduplicate", "max_bad_rows", "packing"), _ROWS),
+    **dict.fromkeys(("message_property_mappings", "roles", "field_system", "merge_system"), _CHAT + UNITS),
+    **dict.fromkeys(("field_messages", "field_tools", "train_on", "history"), _CHAT),
+    **dict.fromkeys(("field_prompt", "field_completion"), ("completion", *UNITS)),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "allow_special_text"), _TEXTS + UNITS),
+    **dict.fromkeys(("train_on_eos", "allow_empty_answers"), _TEXTS),
+    **dict.fromkeys(("too_long", "packing"), _ROWS),
+    **dict.fromkeys(("deduplicate", "max_bad_rows"), _ROWS + UNITS),
+    **dict.fromkeys(("field_chosen", "field_rejected", "field_label"), ("preference", "unpaired")),
+    "score_weights": ("preference", "ranked"),
+    **dict.fromkeys(("field_answers", "ranks"), ("ranked",)),
+    **dict.fromkeys(("conversational", "truncation_mode"), UNITS),
 }
 
 
@@ -139,5 +191,13 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
             yield f"{table}.{key}: has a meaning for {has} only, not for '{kind}'; remove it"
     if kind == "chat" and dataset.chat_template == "none":
         yield f"{table}.chat_template: 'none' goes with 'completion' only; a conversation needs a template"
+    if kind in UNITS and dataset.conversational and dataset.chat_template == "none":
+        yield f"{table}.conversational: needs a chat template, and chat_template = 'none' is none; remove one of them"
+    if kind == "preference" and dataset.score_weights and dataset.field_label:
+        yield f"{table}.field_label: with score_weights the score says which answer is better; remove one of them"
     if kind == "pretokenized" and dataset.too_long == "truncate_left":
         yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"
+    if kind not in _BOOKS and dataset.document_mask is not None and dataset.packing == "none":
+        yield f"{table}.document_mask: has a meaning with packing only: without it every row is alone; remove it, or pack"
+    if isinstance(dataset, EvalDataset) and dataset.packing == "stream":
+        yield f"{table}.packing: 'stream' would score what it cuts without its beginning; use 'best_fit'"

@@ -182,6 +182,12 @@ class Config(Section):
     dataset_interleave_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
         "first_exhausted", description="when an interleaved epoch ends"
     )
+    mix_by: Literal["rows", "tokens", "targets"] | None = Field(
+        None, description="what sample_weight weighs when datasets are interleaved: 'rows' by chance; 'tokens' or 'targets' (trained tokens) by turns, each dataset's share kept to within one row all through an epoch (docs/mixing.md); default 'rows', with batch_size_tokens the chance of a token")  # fmt: skip
+    dataset_processes: PositiveInt | None = Field(
+        None,
+        description="processes that prepare the data; default one for each core, and one for less than 16 MiB of text",
+    )
     optimizer: Optimizer
     quantization: Quantization | None = Field(None, description="of the base weights; default none")
     samples: Samples | None = Field(None, description="what the model says while it is trained; default none")
@@ -263,6 +269,10 @@ class Config(Section):
         for key in () if evaluates else ("eval_steps", "eval_before_first_step", "eval_after_last_step"):
             if getattr(self, key):
                 yield f"{key}: there is nothing to evaluate; give datasets.0.eval_size or [[eval_datasets]], or remove it"
+        if self.mix_by is not None and self.dataset_combination_mode != "interleave":
+            yield "mix_by: only applies when dataset_combination_mode is 'interleave'; set that, or remove it"
+        if self.mix_by in ("tokens", "targets") and self.group_by_length:
+            yield f"mix_by: '{self.mix_by}' has an order of its own, which group_by_length = true would undo; remove one of them"
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pipeline_stages:
             yield f"layers_per_stage: has {len(self.layers_per_stage)} entries, but pipeline_stages = {self.pipeline_stages}"
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
@@ -285,12 +295,6 @@ class Config(Section):
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
             yield from data_tables.conflicts(f"datasets.{number}", dataset)
-            several = self.micro_batch_size_per_gpu > 1 or self.batch_size_tokens
-            if dataset.packing != "none" and several and "flash" in (self.attn_implementation or ""):
-                yield (
-                    f"datasets.{number}.packing: flash attention keeps packed documents apart in micro-batches of one row only; set "
-                    "micro_batch_size_per_gpu = 1 without batch_size_tokens, or another attn_implementation"
-                )
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
         for number, held_out in enumerate(self.eval_datasets):

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from pipeline.console import UserError
 from pipeline.data.microbatch import Layout, MicroBatch, row_ids
+from pipeline.data.mixing import Mixture
 from pipeline.data.row_store import RowId, RowStore
-from pipeline.data.selection import EpochRows, Selection, shuffled
+from pipeline.data.selection import Selection, shuffled
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,16 @@ class _Epoch:
 class MicroBatches:
     """The micro-batches of a run for data-parallel rank `dp_rank` of `dp_world`.
 
-    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, row). How many rows share a micro-batch, and its shape,
-    says `Layout`. With rows of several lengths, `group_by_length` puts rows of like length together, and the largest
-    micro-batch is the run's first, so that too little memory shows at once.
+    `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, row); they are shuffled unless it has an order. How many
+    rows share a micro-batch, and its shape, says `Layout`. With rows of several lengths, `group_by_length` puts rows of like
+    length together, and the largest micro-batch is the run's first, so that too little memory shows at once. `switch`: as for
+    `Layout`.
     """
 
     def __init__(
         self,
         stores: Sequence[RowStore],
-        epoch_rows: EpochRows,
+        epoch_rows: Mixture,
         *,
         seed: int,
         micro_batch_size: int = 1,
@@ -70,14 +72,16 @@ class MicroBatches:
         dp_rank: int = 0,
         dp_world: int = 1,
         group_by_length: bool = False,
+        switch: int | None = None,
     ) -> None:
         self.stores, self.epoch_rows, self.seed = list(stores), epoch_rows, seed
         self.dp_rank, self.dp_world, self.group_by_length = dp_rank, dp_world, group_by_length
         self.micro_batches_per_step = gradient_accumulation_steps * dp_world
-        self._layout = Layout(stores, micro_batch_size, batch_size_tokens)
+        self._layout = Layout(stores, micro_batch_size, batch_size_tokens, switch)
         self.fixed_shape = self._layout.fixed_shape
         self._epochs: dict[int, _Epoch] = {}
         self._hashes: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}  # rows of an epoch
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch from its beginning."""
@@ -85,10 +89,13 @@ class MicroBatches:
 
     def steps_left(self, position: Position) -> int:
         """Optimizer steps from `position` to the end of its epoch."""
-        if self.fixed_shape and not position.rows:  # whatever the order
-            micro_batches = math.ceil(len(self.epoch_rows(position.epoch)) / self.fixed_shape[0])
+        if self.fixed_shape:  # whatever the order
+            size = self._size(position.epoch)
+            self._check_within(position, size)
+            micro_batches = math.ceil((size - position.rows) / self.fixed_shape[0])
         else:
-            micro_batches = len(self._starts(position)) - 1
+            plan = self._epoch(position.epoch)
+            micro_batches = len(plan.starts) - 1 - self._first(plan, position)
         return math.ceil(micro_batches / self.micro_batches_per_step)
 
     def steps_to_come(self, position: Position, epochs: int, at_most: int | None = None) -> int:
@@ -104,8 +111,9 @@ class MicroBatches:
         """This rank's micro-batches (one for each accumulation step) of the step at `position`, and the step's facts.
 
         Micro-batches go to the ranks in turn. `loss_scale` is micro_batches_per_step / targets of the step: averaged over
-        accumulation steps and ranks, the loss is the mean over the step's targets, however divided. UserError for a step
-        without targets, which has no mean.
+        accumulation steps and ranks, the loss is the mean over the step's targets, however divided; of units there is also
+        micro_batches_per_step / units of the step, and the targets are those of first slots. UserError for a step without
+        targets, which has no mean.
         """
         info = self.info(position)
         if not info.targets:
@@ -113,25 +121,28 @@ class MicroBatches:
                 f"rows {position.rows:,} and on of epoch {position.epoch}: none of the step's {len(info.rows):,} rows, the "
                 f"first of them of dataset '{self.stores[info.rows[0][0]].name}', has a token to train on: leave them out"
             )
-        plan, starts = self._epoch(position.epoch), self._starts(position)
-        scale = self.micro_batches_per_step / info.targets
+        plan, starts = self._epoch(position.epoch), self._edges(position)
+        scale = self.micro_batches_per_step / self._layout.first_targets(np.array(info.rows, np.int64))
+        unit_scale = self.micro_batches_per_step / len(info.rows)
         batches = []
         for index in range(self.dp_rank, self.micro_batches_per_step, self.dp_world):
             if index < len(starts) - 1:
-                batches.append(self._layout.micro_batch(plan.rows[starts[index] : starts[index + 1]], scale))
+                batches.append(
+                    self._layout.micro_batch(plan.rows[starts[index] : starts[index + 1]], scale, unit_scale)
+                )
             else:
                 batches.append(self._layout.micro_batch(plan.rows[:0], loss_scale=0.0))
         return batches, info
 
     def info(self, position: Position) -> StepInfo:
         """The facts of the step at `position`, without reading its data."""
-        plan, starts = self._epoch(position.epoch), self._starts(position)
-        end = int(starts[min(self.micro_batches_per_step, len(starts) - 1)])
+        plan = self._epoch(position.epoch)
+        end = int(self._edges(position)[-1])
         rows = plan.rows[position.rows : end]
         ended = end == len(plan.rows)
         return StepInfo(
             rows=row_ids(rows),
-            tokens=int(self._layout.lengths(rows).sum()),
+            tokens=self._layout.tokens(rows),
             targets=int(self._layout.targets(rows).sum()),
             next_position=Position(position.epoch + 1) if ended else Position(position.epoch, end),
             epochs_done=position.epoch + end / len(plan.rows),
@@ -167,14 +178,18 @@ class MicroBatches:
 
     def _planned(self, epoch: int) -> _Epoch:
         rows = self.epoch_rows(epoch)
-        rows = rows[shuffled(len(rows), self.seed, epoch)]
+        if not self.epoch_rows.in_order:
+            rows = rows[shuffled(len(rows), self.seed, epoch)]
         if self.fixed_shape:
             return _Epoch(rows, self._layout.cut(rows))
         if self.group_by_length:
             rows = rows[np.argsort(self._layout.lengths(rows), kind="stable")]
+        beyond = self._layout.beyond(rows)
+        if beyond.any() and not beyond.all():
+            rows = rows[np.argsort(beyond, kind="stable")]
         starts = self._layout.cut(rows)
         order = np.arange(len(starts) - 1)
-        if self.group_by_length:
+        if self.group_by_length or (beyond.any() and not beyond.all()):
             order = shuffled(len(order), self.seed, epoch, 1)
         if epoch == 0:
             padded = np.diff(starts) * np.maximum.reduceat(self._layout.widths(rows), starts[:-1])
@@ -183,16 +198,34 @@ class MicroBatches:
         pieces = [rows[starts[i] : starts[i + 1]] for i in order]
         return _Epoch(np.concatenate(pieces), np.cumsum([0] + [len(piece) for piece in pieces]))
 
-    def _starts(self, position: Position) -> NDArray[np.int64]:
-        """Where the micro-batches from `position` on begin, ending in the number of rows."""
-        plan = self._epoch(position.epoch)
-        if not 0 <= position.rows < len(plan.rows):
+    def _size(self, epoch: int) -> int:
+        """Rows of an epoch."""
+        if epoch not in self._sizes:
+            self._sizes[epoch] = len(self._epochs[epoch].rows if epoch in self._epochs else self.epoch_rows(epoch))
+        return self._sizes[epoch]
+
+    def _edges(self, position: Position) -> NDArray[np.int64]:
+        """Where the micro-batches of the step at `position` begin, ending in its end: so many edges, whatever the epoch has."""
+        plan, count = self._epoch(position.epoch), self.micro_batches_per_step
+        self._check_within(position, len(plan.rows))
+        if self.fixed_shape:  # any row can begin a micro-batch
+            edges = position.rows + np.arange(count + 1) * self.fixed_shape[0]
+            return np.append(edges[edges < len(plan.rows)], len(plan.rows))[: count + 1]
+        first = self._first(plan, position)
+        return plan.starts[first : first + count + 1]
+
+    @staticmethod
+    def _check_within(position: Position, size: int) -> None:
+        """UserError if the epoch of `size` rows has no such position."""
+        if not 0 <= position.rows < size:
             raise UserError(
                 f"the data position, row {position.rows:,} of epoch {position.epoch}, is beyond the epoch's "
-                f"{len(plan.rows):,} rows: it was saved with other data"
+                f"{size:,} rows: it was saved with other data"
             )
-        if self.fixed_shape:  # any row can begin a micro-batch
-            return np.append(np.arange(position.rows, len(plan.rows), self.fixed_shape[0]), len(plan.rows))
+
+    def _first(self, plan: _Epoch, position: Position) -> int:
+        """The number of the micro-batch that begins at `position`, where micro-batches are of unequal size."""
+        self._check_within(position, len(plan.rows))
         first = int(np.searchsorted(plan.starts, position.rows))
         if plan.starts[first] != position.rows:
             raise UserError(
@@ -200,7 +233,7 @@ class MicroBatches:
                 f"saved with another micro_batch_size_per_gpu, batch_size_tokens or group_by_length; "
                 f"set these as they were"
             )
-        return plan.starts[first:]
+        return first
 
 
 class EvaluationBatches:
@@ -208,7 +241,8 @@ class EvaluationBatches:
 
     Every row is in exactly one. `len` is the same on all ranks, so that the whole set goes through the pipeline in one
     call; what is missing at the end is filler. Rows of several lengths come in the order of length, which pads least.
-    A micro-batch's `loss_scale` is 1, so its loss is a sum; the set's mean loss is the sum over ranks / `targets`.
+    A micro-batch's `loss_scale` (and its units') is 1, so its loss is a sum; the set's mean loss is the sum over ranks /
+    `targets` (or `units`).
     UserError for a set without targets.
     """
 
@@ -220,14 +254,15 @@ class EvaluationBatches:
         batch_size_tokens: int | None = None,
         dp_rank: int = 0,
         dp_world: int = 1,
+        switch: int | None = None,
     ) -> None:
         self.dp_rank, self.dp_world = dp_rank, dp_world
-        self._layout = Layout([rows.store], micro_batch_size, batch_size_tokens)
+        self._layout = Layout([rows.store], micro_batch_size, batch_size_tokens, switch)
         self.fixed_shape = self._layout.fixed_shape
         pairs = np.stack([np.zeros_like(rows.rows), rows.rows], axis=1)
-        self._rows = pairs[np.argsort(self._layout.lengths(pairs), kind="stable")]
+        self._rows = pairs[np.lexsort((self._layout.lengths(pairs), self._layout.beyond(pairs)))]
         self._starts = self._layout.cut(self._rows)
-        self.targets = int(self._layout.targets(pairs).sum())
+        self.targets, self.units = int(self._layout.targets(pairs).sum()), len(pairs)
         if not self.targets:
             raise UserError(f"dataset '{rows.store.name}': none of its {len(rows):,} rows to evaluate on has a target")
 

@@ -35,13 +35,15 @@ def rows(batches: MicroBatches, tokenizer: Any, count: int) -> Iterator[list[Pie
     while position.epoch == 0:
         micro_batches, info = batches.step(position)
         for batch in micro_batches:
-            for row, ids in zip(batch.rows, batch.input_ids.numpy(), strict=True):
+            for place, row in enumerate(batch.rows):
                 if row is None:
                     continue
                 if shown == count:
                     return
                 shown += 1
-                yield _row(batches.stores[row[0]], row, ids, tokenizer, shown)
+                for slot, store in enumerate(batches.stores[row[0]].slots):
+                    ids = batch.input_ids[slot * len(batch.rows) + place].numpy()
+                    yield _row(store, row, ids, tokenizer, shown)
         position = info.next_position
 
 

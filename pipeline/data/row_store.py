@@ -52,12 +52,26 @@ class RowStore(Protocol):
         """Tokens of each row, int64 [N]."""
 
     @property
+    def width(self) -> int | None:
+        """To how many tokens each row is padded; None where that is left to who batches it."""
+
+    @property
+    def reaches(self) -> NDArray[np.int64]:
+        """Tokens of the longest part of each row in which positions run on, int64 [N]: what a rotary embedding that changes with
+        length goes by."""
+
+    @property
     def targets(self) -> NDArray[np.int64]:
         """Targets of each row, int64 [N]; 0 where nothing of a row is trained."""
 
     @property
     def groups(self) -> NDArray[np.int64] | None:
         """int64 [N]: rows with one number, those of a conversation, are held out together; None where each is by itself."""
+
+    @property
+    def slots(self) -> "tuple[RowStore, ...]":
+        """What a row is made of. A unit of preference data is several rows, which share a micro-batch: a store for the first of
+        every unit, one for the second, …; a row by itself is made of itself, and this is the store alone."""
 
     def __len__(self) -> int: ...
 

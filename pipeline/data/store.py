@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.console import UserError
 from pipeline.data.arrow_files import ArrowFile, opened
 from pipeline.data.reading.encodings import Findings
-from pipeline.data.row_store import DocumentSpan
+from pipeline.data.row_store import DocumentSpan, RowStore
 from pipeline.files import write_json
 
 BATCH_TOKENS = 2**20  # in one Arrow record batch
@@ -220,12 +220,18 @@ class ChunkStore:
         # One number, seen as N: of millions of chunks nothing is held.
         self.lengths: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len), (len(self),))
         self.targets: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len - 1), (len(self),))
-        self.groups = None
+        self.groups = self.width = None
+        self.reaches = self.lengths
         self._chunks = opened(folder / "chunks.arrow")
         self._rows = max(1, BATCH_TOKENS // self.sequence_len)
         documents = opened(folder / "documents.arrow").read_all()
         self._names = documents["name"]
         self._starts: NDArray[np.int64] = documents["start"].to_numpy()
+
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        """Each row is by itself."""
+        return (self,)
 
     def __len__(self) -> int:
         return self.report.chunks

@@ -313,13 +313,18 @@ def dataset(kind: str, **keys: Any) -> dict[str, Any]:
     ("kind", "key", "value", "types"),
     [
         ("textfile", "field_text", "body", "'doclist'"),
-        ("textfile", "chat_template", "chatml", "'chat' and 'completion'"),
-        ("doclist", "max_bad_rows", 0.5, "'chat' and 'completion' and 'pretokenized'"),
+        ("textfile", "chat_template", "chatml", "'chat' and 'completion' and 'preference' and 'unpaired' and 'ranked'"),
+        (
+            "doclist",
+            "max_bad_rows",
+            0.5,
+            "'chat' and 'completion' and 'pretokenized' and 'preference' and 'unpaired' and 'ranked'",
+        ),
         ("chat", "join_lines", True, "'textfile' and 'doclist'"),
         ("chat", "eval_split", "document", "'textfile' and 'doclist'"),
-        ("chat", "field_prompt", "question", "'completion'"),
+        ("chat", "field_prompt", "question", "'completion' and 'preference' and 'unpaired' and 'ranked'"),
         ("completion", "train_on", "last", "'chat'"),
-        ("completion", "roles", {"user": ["customer"]}, "'chat'"),
+        ("completion", "roles", {"user": ["customer"]}, "'chat' and 'preference' and 'unpaired' and 'ranked'"),
         ("pretokenized", "train_on_eos", "none", "'chat' and 'completion'"),
     ],
 )

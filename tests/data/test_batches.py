@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pipeline.console import UserError
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position, StepInfo
 from pipeline.data.microbatch import MicroBatch, cut
-from pipeline.data.selection import Selection, mix, shuffled
+from pipeline.data.mixing import mix
+from pipeline.data.selection import Selection, shuffled
 from pipeline.data.store import ChunkStore
 from tests.helpers import data as helpers_data
 

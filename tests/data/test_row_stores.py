@@ -19,8 +19,9 @@ from pipeline.kernels.cross_entropy import LogitTransform
 from pipeline.console import UserError
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.microbatch import MicroBatch
+from pipeline.data.mixing import Mixture, mix
 from pipeline.data.preview import preview
-from pipeline.data.selection import Selection, Streams, mix, split
+from pipeline.data.selection import Selection, Streams, split
 from pipeline.objectives.language_modelling import LanguageModelling
 from tests.helpers import data as helpers_data
 from tests.helpers.row_store import ListStore, stores
@@ -137,7 +138,9 @@ def test_a_row_without_targets_is_left_out_and_said(tmp_path: Path) -> None:
 def test_nothing_is_divided_by_no_targets() -> None:
     """Such rows do not come through `split`; whoever brings them all the same is told."""
     store = ListStore([([1, 5, 6], []), ([1, 7], []), ([1, 8, 9], [(1, 3)])])
-    batches = MicroBatches([store], lambda epoch: np.array([[0, 0], [0, 1]]), seed=0, gradient_accumulation_steps=2)
+    batches = MicroBatches(
+        [store], Mixture(lambda epoch: np.array([[0, 0], [0, 1]])), seed=0, gradient_accumulation_steps=2
+    )
     assert batches.info(Position()).targets == 0
     with pytest.raises(UserError, match=r"none of the step's 2 rows.*'turns', has a token to train on: leave them out"):
         batches.step(Position())
@@ -173,6 +176,6 @@ def test_a_row_too_long_for_the_budget_is_refused_wherever_it_lies() -> None:
 def test_the_preview_counts_the_rows_own_tokens_and_targets() -> None:
     store = ListStore([([5, 6, 7, 8], [(2, 4)]), ([5] * 70, [(1, 70)])])
     backend = helpers_data.tokenizer()
-    lines = preview(MicroBatches([store], lambda epoch: np.array([[0, 0]]), seed=0), backend, 1)
+    lines = preview(MicroBatches([store], Mixture(lambda epoch: np.array([[0, 0]])), seed=0), backend, 1)
     assert lines[0] == "row 1: no. 0 of 'turns', 4 tokens, 2 of them predicted, 60 padding, documents: 1"
     assert lines[2].endswith("⟦60 × padding⟧")

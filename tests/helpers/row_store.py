@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.data.row_store import DocumentSpan
+from pipeline.data.row_store import DocumentSpan, RowStore
 
 Row = tuple[list[int], list[tuple[int, int]]]  # (ids, runs of targets)
 
@@ -22,6 +22,7 @@ class ListStore:
     eos: int = 2
     content_hash: str = "0"
     groups: NDArray[np.int64] | None = None
+    width: int | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -30,6 +31,14 @@ class ListStore:
     @property
     def targets(self) -> NDArray[np.int64]:
         return np.array([sum(end - start for start, end in spans) for _, spans in self.rows], dtype=np.int64)
+
+    @property
+    def reaches(self) -> NDArray[np.int64]:
+        return self.lengths
+
+    @property
+    def slots(self) -> tuple[RowStore, ...]:
+        return (self,)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -30,7 +30,7 @@ from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
 from pipeline.formats.safetensors import StoredTensor, TensorSpec, read_floats
-from pipeline.names import ROUTERS, layer_of
+from pipeline.names import is_router, layer_of
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def quantised_weights(base: Base) -> frozenset[str]:
         tensor
         for name, tensor in base.tensors.items()
         if layer_of(name) is not None
-        and ROUTERS.isdisjoint(name.split("."))
+        and not is_router(name)
         and (
             (len(tensor.shape) == 2 and name.endswith(".weight")) or (len(tensor.shape) == 3 and min(tensor.shape) > 1)
         )

@@ -1,5 +1,6 @@
 """Counts what is met in a dataset's rows: bad ones by reason with the first places, and what is worth saying of the others."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.console import UserError
@@ -28,7 +29,8 @@ class Tally:
     duplicates: int = 0
     without_targets: int = 0
     reasons: dict[str, _Bad] = field(default_factory=dict)
-    notes: dict[str, tuple[int, str]] = field(default_factory=dict)  # a key of NOTES → how often, where first
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)  # a key of `words` → how often, where first
+    words: Mapping[str, str] = field(default_factory=lambda: NOTES)  # what is counted, as the report calls it
 
     def refuse(self, where: str, reason: str, advice: str = "") -> None:
         """A bad row."""
@@ -48,7 +50,7 @@ class Tally:
         """For the report, each what was met with its number."""
         lines = [
             f"{self.notes[key][0]:,} {words} (first {self.notes[key][1]})"
-            for key, words in NOTES.items()
+            for key, words in self.words.items()
             if key in self.notes
         ]
         if self.duplicates:

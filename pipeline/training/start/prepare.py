@@ -6,23 +6,30 @@ same outcome; the first to come builds the data cache, the others find it.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from pipeline.config.data_tables import Dataset, EvalDataset
-from pipeline.console import log, warn
+from pipeline.config.data_tables import UNITS, Dataset, EvalDataset
+from pipeline.console import UserError, log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
+from pipeline.data.mixing import mix
 from pipeline.data.rows import build
+from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
-from pipeline.data.selection import Selection, Streams, mix, split, whole
+from pipeline.data.selection import Selection, Streams, repeated, split, whole
+from pipeline.data.store import ChunkStore
+from pipeline.data.units import build as unit_build
+from pipeline.data.units.formats import Names
+from pipeline.data.units.store import UnitRows
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.generation import positions
@@ -51,6 +58,14 @@ class Data:
     questions: Questions | None = None
 
 
+class Places(NamedTuple):
+    """What reading a dataset needs beside it: ids at which the model stops, the cache's folder, how many processes prepare."""
+
+    stops: list[int]
+    cache: Path
+    processes: int | None = None
+
+
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
     """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     check_writable(Path(output_dir), "output_dir")
@@ -63,6 +78,16 @@ def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
             f"{model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
             "are kept, as in transformers; tie_word_embeddings = false would say so."
         )
+
+
+def check_trained_on(spec: DataSpec) -> None:
+    """UserError for data that no objective here trains on."""
+    for number, dataset in enumerate(spec.datasets):
+        if dataset.dataset_type in UNITS:
+            raise UserError(
+                f"datasets.{number}.dataset_type = '{dataset.dataset_type}': its rows are read, checked and shown (--check, "
+                f"--prepare, --preview), and no training on them is built yet"
+            )
 
 
 def tokenizer_for(plan: Resolved, folder: str) -> Any:
@@ -78,30 +103,37 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
-    places, shared = (spec.stops, spec.cache), plan and plan.meta_model.shared
+    places, shared = Places(spec.stops, spec.cache, spec.processes), plan and plan.meta_model.shared
+    pack = partial(packed, switch=spec.rope_switch)
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
-        rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats or 1)
+        rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
         log(f"data:     {rows}")
-        chosen = rows.train
-        if dataset.packing == "best_fit":
-            packed = PackedRows(chosen, dataset.sequence_len)
-            log(f"data:     {packed}")
-            chosen = Selection(packed, np.arange(len(packed)))
-        train.append(chosen)
-        warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows) else []
+        train.append(
+            repeated(pack(rows.train, dataset), dataset.num_repeats) if dataset.packing != "none" else rows.train
+        )
+        warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows | UnitRows) else []
         if rows.eval is not None:
-            evaluation[name] = rows.eval
+            evaluation[name] = pack(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
         streams = read_streams(f"eval_datasets.{number}", held, name, tokenizer, places, shared)
-        evaluation[name] = whole(streams, held.subsample)
+        evaluation[name] = pack(whole(streams, held.subsample), held)
     for line in warnings:
         warn(line)
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
     return Data(train, evaluation, warnings, questions)
+
+
+def packed(chosen: Selection, dataset: Dataset | EvalDataset, switch: int | None) -> Selection:
+    """Chosen rows, packed as the dataset's table says; says how full they are. Packed rows without a target are left out."""
+    if dataset.packing == "none":
+        return chosen
+    rows = PackedRows(chosen, dataset.sequence_len, dataset.packing, dataset.keeps_apart, switch)
+    log(f"data:     {rows}")
+    return Selection(rows, np.flatnonzero(rows.targets))
 
 
 def read_streams(
@@ -109,16 +141,16 @@ def read_streams(
     dataset: Dataset | EvalDataset,
     name: str,
     tokenizer: Any,
-    places: tuple[list[int], Path],
+    places: Places,
     model: PreTrainedModel | None,
     **held_out: Any,
 ) -> Streams[Any]:
     """A dataset's rows, whose ids the `model` has, if one is given; says what became of the text.
 
-    `places`: ids at which the model stops, and where the cache is. `held_out`: as for `chunks.build`.
+    `held_out`: as for `chunks.build`.
     """
     streams: Streams[Any]
-    key, (stops, cache) = f"{table}.sequence_len", places
+    key = f"{table}.sequence_len"
     if dataset.dataset_type in ("textfile", "doclist"):
         if model is not None:
             positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
@@ -128,13 +160,15 @@ def read_streams(
             dataset_path=dataset.dataset_path,
             sequence_len=dataset.sequence_len,
             tokenizer=tokenizer,
-            cache_dir=cache,
+            cache_dir=places.cache,
             join_lines=dataset.join_lines,
             field_text=dataset.field_text,
+            processes=places.processes,
+            kind=ApartChunks if dataset.keeps_apart else ChunkStore,
             **held_out,
         )
     else:
-        made = build.build(row_spec(dataset, name), tokenizer, stops, cache)
+        made = _rows_of(dataset, name, tokenizer, places)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
             positions.check(what, made.report.longest, model, lower=key)
@@ -144,6 +178,47 @@ def read_streams(
         if model is not None:
             data_fits.check_ids(store.name, store.report.largest_id, tokenizer, data_fits.embedding_rows(model))
     return streams
+
+
+def _rows_of(dataset: Dataset | EvalDataset, name: str, tokenizer: Any, places: Places) -> UnequalRows | UnitRows:
+    """A dataset of rows, or of units."""
+    if dataset.dataset_type in UNITS:
+        return unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache)
+    return build.build(row_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
+
+
+def unit_spec(dataset: Dataset | EvalDataset, name: str) -> unit_build.UnitSpec:
+    """What is made of a dataset of units, as its table says."""
+    kind: Any = dataset.dataset_type
+    return unit_build.UnitSpec(
+        name,
+        kind,
+        dataset.dataset_path,
+        dataset.sequence_len,
+        keep_start=dataset.truncation_mode == "keep_start",
+        names=Names(
+            dataset.field_prompt,
+            dataset.field_chosen,
+            dataset.field_rejected,
+            dataset.field_completion,
+            dataset.field_label,
+            dataset.field_answers,
+            chat=dataset.conversational,
+            messages=Fields(
+                properties={str(key): name for key, name in dataset.message_property_mappings.items()},
+                roles={str(role): names for role, names in dataset.roles.items()},
+                system=dataset.field_system,
+                merge_system=dataset.merge_system,
+            ),
+        ),
+        ranks=dataset.ranks,
+        score_weights=dict(dataset.score_weights),
+        chat_template=dataset.chat_template,
+        template_kwargs=dict(dataset.chat_template_kwargs),
+        allow_special_text=dataset.allow_special_text,
+        deduplicate=dataset.deduplicate,
+        most_bad=MOST_BAD if dataset.max_bad_rows is None else dataset.max_bad_rows,
+    )
 
 
 def row_spec(dataset: Dataset | EvalDataset, name: str) -> build.RowSpec:
@@ -190,7 +265,8 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         mode=spec.combination,
         weights=[d.sample_weight for d in spec.datasets],
         stopping_strategy=spec.stopping,
-        weigh_tokens=spec.batch_size_tokens is not None,
+        by=spec.mix_by or "rows",
+        weigh_tokens=spec.mix_by is None and spec.batch_size_tokens is not None,
     )
     return MicroBatches(
         [rows.store for rows in data.train],
@@ -202,6 +278,7 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         dp_rank=replica,
         dp_world=replicas,
         group_by_length=spec.group_by_length,
+        switch=spec.rope_switch,
     )
 
 
@@ -214,6 +291,7 @@ def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: i
             batch_size_tokens=spec.batch_size_tokens,
             dp_rank=replica,
             dp_world=replicas,
+            switch=spec.rope_switch,
         )
         for name, rows in data.evaluation.items()
     }

@@ -5,6 +5,7 @@ itself goes no further.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -50,10 +51,13 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)
-    packed = [dataset.sequence_len for dataset in resolved.data.datasets if dataset.packing != "none"]
-    if packed:
-        packing_check.check(model_config, max(packed))
-    return resolved
+    sets = [*resolved.data.datasets, *resolved.data.eval_datasets]
+    packed = [dataset for dataset in sets if dataset.keeps_apart]
+    if not packed:
+        return resolved
+    cut_in = max((dataset.sequence_len for dataset in packed if dataset.packing != "best_fit"), default=None)
+    way = packing_check.check(model_config, config.attn_implementation, cut_in=cut_in)
+    return replace(resolved, kept_apart_by=way)
 
 
 @log_if_slow("starting: looking at the model, without its weights")
@@ -73,7 +77,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), meta_model, trained)
-    data = data_of(config)
+    data = replace(data_of(config), rope_switch=packing_check.switches_at(model_config))
     tokens, budget = max(d.sequence_len for d in config.datasets), config.batch_size_tokens
     layout = Layout(
         config.pipeline_stages,
@@ -118,9 +122,11 @@ def data_of(config: Config) -> DataSpec:
         config.datasets,
         config.eval_datasets,
         cache=Path(config.output_dir) / "dataset_cache",
+        processes=config.dataset_processes,
         stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,
+        mix_by=config.mix_by,
         seed=config.seed,
         micro_batch_size=config.micro_batch_size_per_gpu,
         batch_size_tokens=config.batch_size_tokens,

@@ -22,6 +22,11 @@ SHOWN = {
         "»",
         "Say what it is.\n\na lock\n\n«Two gates with a boat between them.⟦EOS <EOS>⟧»",
     ],
+    "preference": [
+        "sluice:« a gate for water⟦EOS <EOS>⟧»",
+        "sluice:« a kind of boat⟦EOS <EOS>⟧»",
+        "«A key.⟦EOS <EOS>⟧»",
+    ],
     "pretokenized": ["of 'ids', 5 tokens, 3 of them predicted", "of 'ids', 4 tokens, 3 of them predicted"],
 }
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.data.selection import Selection, mix
+from pipeline.data.mixing import mix
+from pipeline.data.selection import Selection
 from tests.helpers import builders, stage_runs, unsplit
 from tests.helpers.row_store import ListStore, Row
 from tests.helpers.stage_runs import Case, Result

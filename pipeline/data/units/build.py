@@ -1,0 +1,229 @@
+"""Takes a dataset of units (preference, unpaired, ranked) and the tokenizer; gives its store, from the cache if it is there."""
+
+import datetime
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import UserError, gib, progress
+from pipeline.data.chat import encode as chat_encode
+from pipeline.data.chat import load
+from pipeline.data.chat.template import Template
+from pipeline.data.chat.turns import Refused
+from pipeline.data.chunks import special_ids
+from pipeline.data.preparing import cache
+from pipeline.data.reading import records
+from pipeline.data.reading.encodings import Findings
+from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
+from pipeline.data.reading.records import Record
+from pipeline.data.reading.sources import Source, find
+from pipeline.data.rows import tally
+from pipeline.data.rows.build import PLAIN, counted, is_new
+from pipeline.data.rows.prepared import AT_ONCE, content, digest_of
+from pipeline.data.rows.tally import Tally
+from pipeline.data.tokenizer import fingerprint
+from pipeline.data.units.encode import NOTES, Rows, UnitEncoder
+from pipeline.data.units.formats import Kind, Names, Unit, units
+from pipeline.data.units.scored import Grouped, by_prompt
+from pipeline.data.units.store import UnitRows, UnitWriter
+from pipeline.foreign import printable
+
+FORMAT = 1  # goes into the key: raise it when the same input would give other units
+MANY_STRADDLE = 0.2  # of the units: then it is a warning
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """A dataset of units: what it is called, where it is, and all that decides what becomes of it.
+
+    `limit`: tokens a row; longer ones are cut (`keep_start`) or left out. `ranks`: answers of a ranked unit. `score_weights`: a
+    field → its weight in the score by which answers of a prompt become units.
+    """
+
+    name: str
+    kind: Kind
+    path: str
+    limit: int
+    keep_start: bool = True
+    names: Names = field(default_factory=Names)
+    ranks: int = 2
+    score_weights: Mapping[str, float] = field(default_factory=dict)
+    chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    allow_special_text: bool = False
+    deduplicate: bool = False
+    most_bad: float = 0.01
+
+
+def build(spec: UnitSpec, tokenizer: Any, stops: list[int], cache_dir: Path) -> UnitRows:
+    """The units of a dataset, made now or found in `cache_dir`. One process at a time builds, the others wait.
+
+    `stops`: ids at which the model stops beside the tokenizer's EOS. UserError: no files, a file that cannot be read, a
+    template that is none, too many bad rows, no unit left.
+    """
+    special_ids(tokenizer, spec.name)
+    sources = find(spec.kind, spec.path)
+    try:
+        template = _template(spec, tokenizer, stops)
+    except UserError as error:
+        raise UserError(f"dataset '{spec.name}': {error}") from None
+    settings = {
+        key: value for key, value in asdict(spec).items() if key not in ("name", "path", "most_bad", "chat_template")
+    }
+    source = template.source if template else spec.chat_template
+    path = cache.folder(
+        cache_dir, spec.name, sources, [FORMAT, fingerprint(tokenizer), settings, source, sorted(stops)]
+    )
+    with cache.alone(path):
+        if not path.exists():
+            total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
+            with cache.whole(path, f"about {gib(3 * total)}") as staging:
+                _write(staging, spec, sources, tokenizer, template, stops, total)
+    store = UnitRows(path)
+    report = store.report
+    bad_lines = [line for line in report.notes if line.startswith("bad")]
+    tally.check(spec.name, report.read, report.bad, bad_lines, spec.most_bad)
+    if not len(store):
+        raise UserError(
+            f"dataset '{spec.name}': none of its {report.read:,} rows is left to train on:\n  "
+            + "\n  ".join(report.notes)
+        )
+    return store
+
+
+def _template(spec: UnitSpec, tokenizer: Any, stops: list[int]) -> Template | None:
+    """The chat template; None where there is none, which only rows of messages need."""
+    if spec.chat_template == PLAIN or (spec.chat_template is None and not tokenizer.chat_template):
+        return None
+    day = datetime.date.today().isoformat()
+    template = load.template(tokenizer, stops, spec.chat_template, spec.template_kwargs, day)
+    _ = template.end_of_turn
+    return template
+
+
+def unit_encoder(spec: UnitSpec, tokenizer: Any, template: Template | None) -> UnitEncoder:
+    """What makes rows of this dataset's units."""
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return UnitEncoder(
+        chat_encode.encoder(tokenizer),
+        template,
+        tokenizer.bos_token_id if begins else None,
+        tokenizer.bos_token or "",
+        tokenizer.eos_token,
+        spec.limit,
+        spec.keep_start,
+        spec.allow_special_text,
+    )
+
+
+def _write(
+    staging: Path,
+    spec: UnitSpec,
+    sources: list[Source],
+    tokenizer: Any,
+    template: Template | None,
+    stops: list[int],
+    total: int,
+) -> None:
+    """Make all units and write them into `staging`."""
+    met, findings, grouped = Tally(words=NOTES), Findings(), Grouped()
+    straddling: list[str] = []
+    with ExitStack() as clearing:
+        writer = UnitWriter(staging, frozenset({tokenizer.eos_token_id, *stops}))
+        clearing.callback(writer.let_go)
+        advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
+        read = records.read(sources, findings)
+        found: Iterable[Record] = counted(read, total, advance, lambda record: len(str(record.value)))
+        if spec.score_weights:
+            found = by_prompt(found, spec.kind, spec.names, spec.score_weights, spec.ranks, grouped)
+        rows = _rows(spec, unit_encoder(spec, tokenizer, template), found, met)
+        for place, unit in _with_mismatched(rows, spec.limit, met) if spec.kind == "unpaired" else rows:
+            writer.add(unit, place)
+            if unit.straddles:
+                straddling = straddling or [place, unit.straddles]
+        notes = ([str(grouped)] if spec.score_weights else []) + met.lines(spec.deduplicate)
+        notes.insert(0, f"{writer.units:,} units ({spec.kind}) of {len(writer._groups):,} prompts")
+        if template and template.prints_the_date:
+            notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
+        writer.close(
+            name=spec.name,
+            kind=spec.kind,
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            read=met.read,
+            bad=met.bad,
+            duplicates=met.duplicates,
+            notes=notes,
+            warnings=_warnings(spec.name, writer.units, met, straddling),
+        )
+
+
+def _warnings(name: str, units: int, met: Tally, straddling: list[str]) -> list[str]:
+    count = met.notes.get("straddling", (0, ""))[0]
+    if not straddling or count <= MANY_STRADDLE * units:
+        return []
+    return [
+        f"dataset '{name}': in {count:,} of {units:,} units a token straddles prompt and answer, so that what is trained begins "
+        f"before the answer, with another token than a server would have: let the answer begin with the space, not the prompt "
+        f"end with it. {straddling[0]}: {printable(repr(straddling[1]), 120)}"
+    ]
+
+
+def _rows(spec: UnitSpec, encoder: UnitEncoder, read: Iterable[Record], met: Tally) -> Iterator[tuple[str, Rows]]:
+    """(place in the files, unit) of all records; counts what is wrong with the others."""
+    seen: set[str] = set()
+    source = iter(read)
+    while batch := list(itertools.islice(source, AT_ONCE)):
+        made: list[tuple[str, Unit]] = []
+        for record in batch:
+            found = content(record)
+            if not is_new(digest_of(found) if isinstance(found, bytes) else None, met, seen, spec.deduplicate):
+                continue
+            if isinstance(found, str):
+                met.refuse(record.where, found)
+                continue
+            try:
+                made += [(record.where, unit) for unit in units(record.value, spec.kind, spec.names, spec.ranks)]
+            except Refused as refused:
+                met.refuse(record.where, refused.reason, refused.detail)
+        try:
+            results = encoder([unit for _, unit in made])
+        except UserError as error:
+            raise UserError(f"dataset '{spec.name}', {made[0][0]} and on: {error}") from None
+        for (place, _), result in zip(made, results, strict=True):
+            if isinstance(result, Refused):
+                met.refuse(place, result.reason, result.detail)
+                continue
+            rows, notes = result
+            met.note(place, notes)
+            if rows is not None:
+                yield place, rows
+
+
+def _with_mismatched(rows: Iterator[tuple[str, Rows]], limit: int, met: Tally) -> Iterator[tuple[str, Rows]]:
+    """Each answer's unit with a second row: its prompt and the answer to another one, the last that came before it (after it,
+    of the first prompt). KTO's z is taken of these."""
+    waiting: list[tuple[str, Rows]] = []
+    last: Rows | None = None
+    other: Rows | None = None  # the last whose prompt is not `last`'s
+    for place, unit in rows:
+        if last is not None and last.prompt != unit.prompt:
+            other = last
+        last = unit
+        if other is None:
+            waiting.append((place, unit))
+            continue
+        yield from ((at, _beside(one, unit, limit)) for at, one in waiting)
+        waiting = []
+        yield place, _beside(unit, other, limit)
+    for place, _ in waiting:
+        met.note(place, Counter(alone=1))
+
+
+def _beside(unit: Rows, other: Rows, limit: int) -> Rows:
+    mismatched = [*unit.ids[0][: unit.start], *other.ids[0][other.start :]]
+    return unit._replace(ids=[unit.ids[0], mismatched[:limit]], cut=[unit.cut[0], len(mismatched) > limit])
