@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, leave_on_sigterm, log, run_command
 from pipeline.formats.choices import OUTPUT_DTYPES
-from pipeline.publishing import next_steps
+from pipeline.publishing.next_steps import after_fold, lines
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +110,7 @@ def main() -> int:
         base_dtype=asked.base_dtype,
     )
     if not asked.dry_run:
-        log(next_steps.lines(next_steps.after_fold(asked.output)))
+        log(lines(after_fold(asked.output)))
     return EXIT_DONE
 
 
