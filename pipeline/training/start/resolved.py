@@ -12,6 +12,7 @@ from pipeline.config.tables import Optimizer
 from pipeline.generation.sampling import Sampling
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
+from pipeline.training.start.objective import ObjectiveSpec
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Intervals:
 @dataclass(frozen=True)
 class Resolved:
     """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end).
-    `router_loss`: the weight of a mixture's loss of its routers, 0 for none."""
+    `router_loss`: the weight of a mixture's loss of its routers, 0 for none. `objective`: None for language modelling."""
 
     base: BaseModel
     meta_model: MetaModel
@@ -126,3 +127,4 @@ class Resolved:
     data: DataSpec
     intervals: Intervals
     router_loss: float = 0.0
+    objective: ObjectiveSpec | None = None
