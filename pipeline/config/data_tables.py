@@ -42,6 +42,7 @@ _OTHER_TYPES = {
 
 
 DatasetType = Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "unpaired", "ranked"]
+_BOOKS = ("textfile", "doclist")
 
 
 def _other_types(value: Any) -> Any:
@@ -60,7 +61,7 @@ class _Data(Section):
     dataset_type: Annotated[DatasetType, BeforeValidator(_other_types)] = Field(
         description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours); 'preference' pairs of answers, 'unpaired' answers that are good or bad, 'ranked' several answers in order (docs/data-preference.md)")  # fmt: skip
     dataset_path: str = Field(
-        description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk")  # fmt: skip
+        description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk; hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] on the Hub, or an address (s3://, gs://, hf://, https://): docs/data-text.md")  # fmt: skip
     sequence_len: int = Field(
         ge=2, description="tokens per chunk of 'textfile' and 'doclist', exactly; of the other types' rows at most"
     )
@@ -122,6 +123,17 @@ class _Data(Section):
     deduplicate: bool = Field(False, description="leave out rows that are the same as an earlier one; they are counted in any case")  # fmt: skip
     max_bad_rows: float | None = Field(
         None, ge=0, le=1, description="part of the rows that may be bad (they are left out, counted by reason, and the first are named) before it is an error; default 0.01, for pretokenized 0")  # fmt: skip
+    packing: Literal["none", "best_fit", "stream"] = Field(
+        "none", description="puts several rows into one of sequence_len tokens, 'best_fit' without cutting any, 'stream' one after the other, cut at the end of each (not for evaluation); what a dataset of 'best_fit' holds out is packed too. Books are a stream in any case")  # fmt: skip
+    document_mask: bool | None = Field(
+        None, description="documents that share a row do not see each other; models that cannot keep them apart are refused; default true where rows are packed, false for books, as in qlora-pipe")  # fmt: skip
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether documents that share a row must not see each other."""
+        if self.dataset_type in _BOOKS:
+            return bool(self.document_mask)
+        return self.packing != "none" and self.document_mask is not False
 
 
 class Dataset(_Data):
@@ -141,15 +153,13 @@ class Dataset(_Data):
         1.0, description="how many times an epoch goes through this dataset; of 0.5 two epochs together have every row, of 2.5 five times")  # fmt: skip
     max_tokens: PositiveInt | None = Field(
         None, description="most tokens of this dataset's rows to train on (one pass); which rows, a seeded shuffle decides")  # fmt: skip
-    packing: Literal["none", "best_fit"] = Field(
-        "none", description="'best_fit' puts several rows into one of sequence_len tokens, in which they do not see each other; models that cannot keep them apart are refused; what is held out is not packed")  # fmt: skip
 
 
 class EvalDataset(_Data):
     """[[eval_datasets]]"""
 
 
-_BOOKS, _CHAT = ("textfile", "doclist"), ("chat",)
+_CHAT = ("chat",)
 _TEXTS, _ROWS = ("chat", "completion"), ("chat", "completion", "pretokenized")
 UNITS = ("preference", "unpaired", "ranked")
 # Key → the types for which it has a meaning.
@@ -187,3 +197,7 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
         yield f"{table}.field_label: with score_weights the score says which answer is better; remove one of them"
     if kind == "pretokenized" and dataset.too_long == "truncate_left":
         yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"
+    if kind not in _BOOKS and dataset.document_mask is not None and dataset.packing == "none":
+        yield f"{table}.document_mask: has a meaning with packing only: without it every row is alone; remove it, or pack"
+    if isinstance(dataset, EvalDataset) and dataset.packing == "stream":
+        yield f"{table}.packing: 'stream' would score what it cuts without its beginning; use 'best_fit'"

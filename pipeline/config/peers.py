@@ -19,7 +19,7 @@ STAGES = "pipeline_stages (and deepspeed --num_gpus N)"
 PREFERENCE = "[objective] type = 'preference'"
 TEMPLATE = "datasets.0.chat_template (a file, a text of Jinja, or 'chatml', 'llama3', …)"
 NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard events"
-PACKING = "datasets.0.packing = 'best_fit' (of chat, completion and pretokenized; books are cut into full chunks)"
+PACKING = "datasets.0.packing = 'best_fit' or 'stream' (of chat, completion and pretokenized; books are a stream, in which document_mask = true keeps documents apart)"
 FULL_CHUNKS = "no counterpart: books are cut into full chunks, nothing is padded"
 
 MODEL = "model (a folder, or 'OWNER/NAME' on the Hub)"
@@ -147,7 +147,7 @@ INSTEAD: dict[str, str] = {
     "sample_packing": PACKING,
     "packing": PACKING,
     "pad_to_sequence_len": FULL_CHUNKS,
-    "eval_sample_packing": FULL_CHUNKS,
+    "eval_sample_packing": "eval_datasets.0.packing = 'best_fit' (what datasets.0.eval_size holds out is packed as that is)",
     "dataset_text_field": "datasets.0.field_text",
     "text_column": "datasets.0.field_text",
     "chat_template": TEMPLATE,
@@ -160,6 +160,8 @@ INSTEAD: dict[str, str] = {
     "dataset_exact_deduplication": "datasets.0.deduplicate",
     "mix_strategy": "dataset_combination_mode = 'interleave', mix_by and datasets.0.sample_weight",
     "interleave_probs": "datasets.0.sample_weight",
+    "dataset_num_proc": "dataset_processes",
+    "preprocessing_num_workers": "dataset_processes",
     "dataloader_num_workers": "no counterpart: chunks are read as they are needed",
     "streaming": "no counterpart: text is tokenised into a cache on disk",
     "max_samples": "datasets.0.subsample (a fraction)",

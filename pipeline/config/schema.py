@@ -185,6 +185,10 @@ class Config(Section):
     )
     mix_by: Literal["rows", "tokens", "targets"] | None = Field(
         None, description="what sample_weight weighs when datasets are interleaved: 'rows' by chance; 'tokens' or 'targets' (trained tokens) by turns, each dataset's share kept to within one row all through an epoch (docs/mixing.md); default 'rows', with batch_size_tokens the chance of a token")  # fmt: skip
+    dataset_processes: PositiveInt | None = Field(
+        None,
+        description="processes that prepare the data; default one for each core, and one for less than 16 MiB of text",
+    )
     optimizer: Optimizer
     quantization: Quantization | None = Field(None, description="of the base weights; default none")
     samples: Samples | None = Field(None, description="what the model says while it is trained; default none")
@@ -294,12 +298,6 @@ class Config(Section):
         names = [d.name or default for d, default in zip(datasets, implicit, strict=True)]
         for number, dataset in enumerate(self.datasets):
             yield from data_tables.conflicts(f"datasets.{number}", dataset)
-            several = self.micro_batch_size_per_gpu > 1 or self.batch_size_tokens
-            if dataset.packing != "none" and several and "flash" in (self.attn_implementation or ""):
-                yield (
-                    f"datasets.{number}.packing: flash attention keeps packed documents apart in micro-batches of one row only; set "
-                    "micro_batch_size_per_gpu = 1 without batch_size_tokens, or another attn_implementation"
-                )
             if dataset.eval_split == "document" and not dataset.eval_size:
                 yield f"datasets.{number}.eval_split: 'document' holds nothing out without eval_size"
         for number, held_out in enumerate(self.eval_datasets):

@@ -56,7 +56,8 @@ class MicroBatches:
 
     `epoch_rows(epoch)` gives int64 [N, 2] of (index into `stores`, row); they are shuffled unless it has an order. How many
     rows share a micro-batch, and its shape, says `Layout`. With rows of several lengths, `group_by_length` puts rows of like
-    length together, and the largest micro-batch is the run's first, so that too little memory shows at once.
+    length together, and the largest micro-batch is the run's first, so that too little memory shows at once. `switch`: as for
+    `Layout`.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class MicroBatches:
         dp_rank: int = 0,
         dp_world: int = 1,
         group_by_length: bool = False,
+        switch: int | None = None,
     ) -> None:
         self.stores, self.epoch_rows, self.seed = list(stores), epoch_rows, seed
         self.dp_rank, self.dp_world, self.group_by_length = dp_rank, dp_world, group_by_length
         self.micro_batches_per_step = gradient_accumulation_steps * dp_world
-        self._layout = Layout(stores, micro_batch_size, batch_size_tokens)
+        self._layout = Layout(stores, micro_batch_size, batch_size_tokens, switch)
         self.fixed_shape = self._layout.fixed_shape
         self._epochs: dict[int, _Epoch] = {}
         self._hashes: dict[int, str] = {}
@@ -182,9 +184,12 @@ class MicroBatches:
             return _Epoch(rows, self._layout.cut(rows))
         if self.group_by_length:
             rows = rows[np.argsort(self._layout.lengths(rows), kind="stable")]
+        beyond = self._layout.beyond(rows)
+        if beyond.any() and not beyond.all():
+            rows = rows[np.argsort(beyond, kind="stable")]
         starts = self._layout.cut(rows)
         order = np.arange(len(starts) - 1)
-        if self.group_by_length:
+        if self.group_by_length or (beyond.any() and not beyond.all()):
             order = shuffled(len(order), self.seed, epoch, 1)
         if epoch == 0:
             padded = np.diff(starts) * np.maximum.reduceat(self._layout.widths(rows), starts[:-1])
@@ -249,12 +254,13 @@ class EvaluationBatches:
         batch_size_tokens: int | None = None,
         dp_rank: int = 0,
         dp_world: int = 1,
+        switch: int | None = None,
     ) -> None:
         self.dp_rank, self.dp_world = dp_rank, dp_world
-        self._layout = Layout([rows.store], micro_batch_size, batch_size_tokens)
+        self._layout = Layout([rows.store], micro_batch_size, batch_size_tokens, switch)
         self.fixed_shape = self._layout.fixed_shape
         pairs = np.stack([np.zeros_like(rows.rows), rows.rows], axis=1)
-        self._rows = pairs[np.argsort(self._layout.lengths(pairs), kind="stable")]
+        self._rows = pairs[np.lexsort((self._layout.lengths(pairs), self._layout.beyond(pairs)))]
         self._starts = self._layout.cut(self._rows)
         self.targets, self.units = int(self._layout.targets(pairs).sum()), len(pairs)
         if not self.targets:

@@ -72,10 +72,23 @@ class Layout:
     Where all rows have one length there is no padding, and every micro-batch has the same shape, `fixed_shape`. Otherwise
     a micro-batch is as wide as its longest row, padded to a multiple of 64. Of units, `micro_batch_size` counts units,
     `batch_size_tokens` all of their rows. UserError if a row (or unit) exceeds `batch_size_tokens`, or units have not one size.
+
+    `switch`: tokens beyond which the model's rotary embedding, which goes by the longest of a micro-batch, is another
+    (longrope, dynamic). Then no micro-batch has both longer and shorter parts, and positions of padding begin again in time: one
+    token sooner than has to be, as transformers' dynamic embedding comes back to its first form only below `switch`. (The rows
+    of a unit are never parted, so that a longer one decides for the others.)
     """
 
-    def __init__(self, stores: Sequence[RowStore], micro_batch_size: int, batch_size_tokens: int | None) -> None:
+    def __init__(
+        self,
+        stores: Sequence[RowStore],
+        micro_batch_size: int,
+        batch_size_tokens: int | None,
+        switch: int | None = None,
+    ) -> None:
         self.stores = list(stores)
+        self.switch = switch
+        self._widths = [_widths(store) for store in self.stores]
         self.micro_batch_size, self.batch_size_tokens = micro_batch_size, batch_size_tokens
         self.slots = len(self.stores[0].slots)
         if other := next((store for store in self.stores if len(store.slots) != self.slots), None):
@@ -83,7 +96,7 @@ class Layout:
                 f"datasets '{self.stores[0].name}' and '{other.name}': the units of one have {self.slots} rows, those of the "
                 f"other {len(other.slots)}; train on sets of one dataset_type, ranked ones with the same ranks"
             )
-        ends = [(int(store.lengths.min()), int(store.lengths.max())) for store in self.stores]
+        ends = [(int(widths.min()), int(widths.max())) for widths in self._widths]
         lengths = {length for both in ends for length in both} if self.slots == 1 else {0, 1}  # units are not filled up
         self.pad_to = 1 if len(lengths) == 1 else PAD_TO
         if batch_size_tokens is not None:
@@ -93,6 +106,12 @@ class Layout:
         if len(lengths) == 1:
             width = lengths.pop()
             self.fixed_shape = (batch_size_tokens // width if batch_size_tokens else micro_batch_size, width)
+            if self.fixed_shape[0] > 1 and switch and len({x for s in self.stores for x in s.reaches > switch}) > 1:
+                raise UserError(
+                    f"dataset '{self.stores[0].name}': the model's rotary embedding is another beyond {switch:,} tokens, and "
+                    "packed rows on both sides of that would share a micro-batch: set micro_batch_size_per_gpu = 1 without "
+                    "batch_size_tokens"
+                )
 
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of each of `rows` [N, 2], int64 [N]."""
@@ -115,26 +134,39 @@ class Layout:
 
     def widths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """What each of `rows` [N, 2] would be padded to alone, int64 [N]."""
-        return self._padded(self.lengths(rows))
+        return self._padded(self._gathered(self._widths, rows))
+
+    def beyond(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `rows` [N, 2] reach beyond `switch`; none without it."""
+        if self.switch is None:
+            return np.zeros(len(rows), np.bool_)
+        return self._gathered([store.reaches for store in self.stores], rows) > self.switch
 
     def cut(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where micro-batches begin when `rows` [N, 2] are taken in order; int64 [M + 1], ending in N."""
         if self.fixed_shape:
             return cut(np.full(len(rows), self.fixed_shape[1]), self.fixed_shape[0], None)
-        return cut(self.widths(rows) * self.slots, self.micro_batch_size, self.batch_size_tokens)
+        widths, beyond = self.widths(rows) * self.slots, self.beyond(rows)
+        borders = [0, *(np.flatnonzero(beyond[1:] != beyond[:-1]) + 1), len(rows)]
+        starts = [
+            a + cut(widths[a:b], self.micro_batch_size, self.batch_size_tokens)[:-1]
+            for a, b in itertools.pairwise(borders)
+        ]
+        return np.concatenate([*starts, [len(rows)]])
 
     def micro_batch(self, rows: NDArray[np.int64], loss_scale: float, unit_scale: float = 1.0) -> MicroBatch:
         """`rows` [N, 2], padded on the right, and rows of filler up to `fixed_shape`; without rows, filler alone (of units one).
 
         Padding and filler hold EOS, an id that every model of this tokenizer has. Any would do: causal attention keeps it
-        from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no new document; in a
-        row they begin again where its store says so.
+        from the tokens before it, and its labels are −100. Positions run on over it, so that it opens no new document, unless
+        that would change the rotary embedding; in a row they begin again where its store says so.
         """
-        lengths = self.lengths(rows)
-        n_rows, width = self.fixed_shape or (len(rows) or 1, int(self._padded(lengths).max(initial=PAD_TO)))
+        n_rows, width = self.fixed_shape or (len(rows) or 1, int(self.widths(rows).max(initial=PAD_TO)))
         ids = np.full((self.slots, n_rows, width), self.stores[0].eos, dtype=np.int64)
         labelled = np.full((self.slots, n_rows, width), IGNORED, dtype=np.int64)
-        positions = np.tile(np.arange(width), (self.slots, n_rows, 1))
+        running = np.arange(width)
+        padding = running if self.switch is None else running % (self.switch - 1)
+        positions = np.tile(padding, (self.slots, n_rows, 1))
         true_lengths = np.zeros((self.slots, n_rows), dtype=np.int64)
         for slot, place in itertools.product(range(self.slots), range(len(rows))):
             index, row = rows[place].tolist()
@@ -143,8 +175,10 @@ class Layout:
             true_lengths[slot, place] = length = len(tokens)
             ids[slot, place, :length] = tokens
             labelled[slot, place, :length] = labels(tokens, store.spans(row))
-            for start in store.restarts(row)[1:]:
-                positions[slot, place, start:] = np.arange(width - start)
+            for start in store.restarts(row):
+                positions[slot, place, start:] = running[: width - start]
+            if self.switch is not None:
+                positions[slot, place, length:] = padding[: width - length]
         missing = n_rows - len(rows)
         return MicroBatch(
             input_ids=torch.from_numpy(ids.reshape(-1, width)),
@@ -187,6 +221,11 @@ class Layout:
                 f"has {longest:,} tokens{padded}{unit}: raise batch_size_tokens to {width * self.slots:,} or lower the dataset's "
                 f"sequence_len"
             )
+
+
+def _widths(store: RowStore) -> NDArray[np.int64]:
+    """Tokens that each row of a store takes before anything is padded to a multiple, int64 [N]."""
+    return store.lengths if store.width is None else np.broadcast_to(np.int64(store.width), (len(store),))
 
 
 def cut(widths: NDArray[np.int64], micro_batch_size: int, batch_size_tokens: int | None) -> NDArray[np.int64]:

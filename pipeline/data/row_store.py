@@ -52,6 +52,15 @@ class RowStore(Protocol):
         """Tokens of each row, int64 [N]."""
 
     @property
+    def width(self) -> int | None:
+        """To how many tokens each row is padded; None where that is left to who batches it."""
+
+    @property
+    def reaches(self) -> NDArray[np.int64]:
+        """Tokens of the longest part of each row in which positions run on, int64 [N]: what a rotary embedding that changes with
+        length goes by."""
+
+    @property
     def targets(self) -> NDArray[np.int64]:
         """Targets of each row, int64 [N]; 0 where nothing of a row is trained."""
 

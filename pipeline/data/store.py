@@ -220,7 +220,8 @@ class ChunkStore:
         # One number, seen as N: of millions of chunks nothing is held.
         self.lengths: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len), (len(self),))
         self.targets: NDArray[np.int64] = np.broadcast_to(np.int64(self.sequence_len - 1), (len(self),))
-        self.groups = None
+        self.groups = self.width = None
+        self.reaches = self.lengths
         self._chunks = opened(folder / "chunks.arrow")
         self._rows = max(1, BATCH_TOKENS // self.sequence_len)
         documents = opened(folder / "documents.arrow").read_all()

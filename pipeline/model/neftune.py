@@ -1,8 +1,9 @@
 """NEFTune: noise on the embedding's output, in training only (Jain et al. 2023, arXiv:2310.05914, algorithm 1).
 
 Takes a stage; gives it hooks that add U(−1, 1)·α/√(T·D) to each row of what its embedding returns, T the row's own
-length. The first stage alone has an embedding. The embedding lies outside every layer that is recomputed, so that the
-noise is drawn once a micro-batch; from torch's default generator, whose state a checkpoint holds.
+length, or, where positions begin again within a row, that of each part. The first stage alone has an embedding. It lies outside
+every layer that is recomputed, so that the noise is drawn once a micro-batch; from torch's default generator, whose state a
+checkpoint holds.
 """
 
 from typing import Any
@@ -27,19 +28,24 @@ class _Noise:
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self._lengths_B = torch.empty(0)
+        self._lengths_BT = torch.empty(0)
 
     def note_lengths(self, stage: nn.Module, arguments: tuple[tuple[Tensor, ...]]) -> None:
         """`arguments`: the stage's one, the tensors of `FIRST_READS`; without lengths, rows are full."""
         given = dict(zip(FIRST_READS, arguments[0], strict=False))
-        rows, tokens = given["input_ids"].shape
-        self._lengths_B = given.get("lengths", torch.full((rows,), tokens, device=given["input_ids"].device))
+        positions_BT = given["position_ids"]
+        rows, tokens = positions_BT.shape
+        lengths_B = given.get("lengths", torch.full((rows,), tokens, device=positions_BT.device))
+        part_BT = (positions_BT == 0).cumsum(1)
+        there_BT = torch.arange(tokens, device=positions_BT.device) < lengths_B[:, None]
+        counts = torch.zeros(rows, tokens + 1, dtype=torch.int64, device=positions_BT.device)
+        self._lengths_BT = counts.scatter_add_(1, part_BT, there_BT.long()).gather(1, part_BT)
 
     def add(self, embedding: nn.Module, arguments: Any, output_BTD: Tensor) -> Tensor:
         """output + noise, the sum in fp32 and rounded once to the output's dtype."""
         if not embedding.training:
             return output_BTD
-        places_B = self._lengths_B.clamp(min=1) * output_BTD.shape[-1]  # filler has no tokens
-        size_B = self.alpha / places_B.to(torch.float32).sqrt()
+        places_BT = self._lengths_BT.clamp(min=1) * output_BTD.shape[-1]  # filler and padding have no tokens
+        size_BT = self.alpha / places_BT.to(torch.float32).sqrt()
         noise_BTD = torch.empty(output_BTD.shape, dtype=torch.float32, device=output_BTD.device).uniform_(-1, 1)
-        return noise_BTD.mul_(size_B[:, None, None]).add_(output_BTD).to(output_BTD.dtype)
+        return noise_BTD.mul_(size_BT[:, :, None]).add_(output_BTD).to(output_BTD.dtype)

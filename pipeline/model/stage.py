@@ -13,6 +13,7 @@ import contextlib
 import inspect
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from transformers import AutoConfig, Cache, DynamicCache, PretrainedConfig, PreT
 from pipeline.console import UserError
 from pipeline.foreign import printable, read_by_library, read_object
 from pipeline.formats.base_model import has_weights, head_of, read_base
+from pipeline.model.structure.apart import WAYS, Way
 from pipeline.model.structure.build import build, leaves_transform_out, logit_transform
 from pipeline.model.structure.parts import (
     base_of,
@@ -142,6 +144,7 @@ class Stage(nn.Module):
         self.is_first, self.is_last = first_layer == 0, end_layer == n_layers
         put_stand_ins(model, first_layer, end_layer)
         self.model = model
+        self.kept_apart_by: Way = "positions"  # where rows hold several documents: packing_check.py knows
 
     def forward(self, inputs: tuple[Tensor, ...], cache: Cache | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """First stage: the tensors of `FIRST_READS`, int64 [B, T] (lengths [B]); later ones: (hidden [B, T, D], positions).
@@ -152,13 +155,15 @@ class Stage(nn.Module):
         Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
         """
         x, positions_BT = inputs[:2]
-        cached = {} if cache is None else {self._cache_argument: cache}
+        given: dict[str, Any] = {self._cache_argument: cache} if cache is not None else {}
+        if cache is None:
+            given = WAYS[self.kept_apart_by](self.model, positions_BT)
         if self.is_first:
-            normed_BTD = run_base(self.model, positions_BT, input_ids=x, **cached)
+            normed_BTD = run_base(self.model, positions_BT, input_ids=x, **given)
         else:
             with arrives(self.model, x):
                 # Of what is given here the model takes the size, for its masks and rotary tables.
-                normed_BTD = run_base(self.model, positions_BT, inputs_embeds=x.detach(), **cached)
+                normed_BTD = run_base(self.model, positions_BT, inputs_embeds=x.detach(), **given)
         return normed_BTD if self.is_last else (departed(self.model, self.layer_indices.stop), positions_BT)
 
     def new_cache(self) -> Cache:
@@ -186,9 +191,9 @@ class Stage(nn.Module):
         return head_of_model(self.model)  # type: ignore[no-any-return]
 
 
-def run_base(model: PreTrainedModel, positions_BT: Tensor, **given: Tensor | Cache) -> Tensor:
-    """What the module that runs the layers gives, from `input_ids` [B, T] or `inputs_embeds` [B, T, D], and a cache if one is
-    among what is `given`."""
+def run_base(model: PreTrainedModel, positions_BT: Tensor, **given: Any) -> Tensor:
+    """What the module that runs the layers gives, from `input_ids` [B, T] or `inputs_embeds` [B, T, D], and a cache, masks or
+    documents' boundaries if there are some among what is `given`."""
     base = base_of(model)
     positions = {"position_ids": positions_BT} if takes_positions(base) else {}
     cached = any(isinstance(one, Cache) for one in given.values())

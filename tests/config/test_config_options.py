@@ -82,3 +82,31 @@ def test_a_runs_own_copy_of_its_configuration_reads_as_it_was() -> None:
     assert loading.validate(tomli.loads(loading.to_toml(config)), "x.toml") == config
     assert config.optimizer.groups[0].beta1 == 0.5
     assert config.rank_pattern == {"layers.0.mlp.down_proj": 8}
+
+
+TALKS = {"name": "a", "dataset_type": "chat", "dataset_path": "a.jsonl", "sequence_len": 64}
+BOOK = {"name": "a", "dataset_type": "textfile", "dataset_path": "a.txt", "sequence_len": 64}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "apart"),
+    [
+        (BOOK, False),
+        ({**BOOK, "document_mask": True}, True),
+        (TALKS, False),
+        ({**TALKS, "packing": "best_fit"}, True),
+        ({**TALKS, "packing": "stream"}, True),
+        ({**TALKS, "packing": "stream", "document_mask": False}, False),
+    ],
+)
+def test_which_documents_are_kept_apart(dataset: dict[str, Any], apart: bool) -> None:
+    assert loading.validate(small(datasets=[dataset]), "x.toml").datasets[0].keeps_apart is apart
+
+
+def test_packing_where_it_means_nothing_or_would_spoil_a_score() -> None:
+    (problem,) = problems(small(datasets=[{**TALKS, "document_mask": True}]))
+    assert problem.startswith("datasets.0.document_mask: has a meaning with packing only")
+    (problem,) = problems(small(eval_datasets=[{**TALKS, "name": "b", "packing": "stream"}]))
+    assert problem.startswith("eval_datasets.0.packing: 'stream' would score what it cuts")
+    (problem,) = problems(small(datasets=[{**BOOK, "packing": "stream"}]))
+    assert problem.startswith("datasets.0.packing: has a meaning for 'chat' and 'completion'")

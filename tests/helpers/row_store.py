@@ -22,6 +22,7 @@ class ListStore:
     eos: int = 2
     content_hash: str = "0"
     groups: NDArray[np.int64] | None = None
+    width: int | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -30,6 +31,10 @@ class ListStore:
     @property
     def targets(self) -> NDArray[np.int64]:
         return np.array([sum(end - start for start, end in spans) for _, spans in self.rows], dtype=np.int64)
+
+    @property
+    def reaches(self) -> NDArray[np.int64]:
+        return self.lengths
 
     @property
     def slots(self) -> tuple[RowStore, ...]:

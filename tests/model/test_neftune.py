@@ -36,12 +36,13 @@ def noisy(folder: Path, first: int = 0, end: int = 4, dtype: torch.dtype = torch
     return stage
 
 
-def noise(stage: Stage, ids_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+def noise(stage: Stage, ids_BT: Tensor, lengths_B: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
     """What is added to the embedding's output in one forward of `stage`, [B, T, D]."""
     caught: list[Tensor] = []
     handle = stage.model.base_model.layers[0].register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     lengths = () if lengths_B is None else (lengths_B,)
-    stage((ids_BT, torch.arange(ids_BT.shape[1]).expand_as(ids_BT), *lengths))
+    running = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+    stage((ids_BT, running if positions_BT is None else positions_BT, *lengths))
     handle.remove()
     return caught[0].detach() - torch.nn.functional.embedding(ids_BT, stage.model.get_input_embeddings().weight)
 
@@ -75,6 +76,21 @@ def test_each_row_has_the_size_of_its_own_length(folder: Path) -> None:
     assert values.isfinite().all()
     for row, length in ((0, TOKENS), (1, 6)):
         own, bound = values[:, row], ALPHA / math.sqrt(length * WIDTH)
+        assert 0.99 * bound < own.abs().max() <= bound + 2 * 8 * 2**-24
+        assert float(own.square().mean()) == pytest.approx(bound**2 / 3, rel=5 * math.sqrt(0.8 / own.numel()))
+
+
+def test_documents_of_a_packed_row_have_the_size_of_their_own_lengths(folder: Path) -> None:
+    """Two documents and padding in one row: each as noisy as alone."""
+    stage, parts = noisy(folder), ((0, 6), (6, 20))
+    positions = torch.tensor([[*range(6), *range(14), *range(4)]])
+    torch.manual_seed(0)
+    values = torch.stack(
+        [noise(stage, token_ids(1, TOKENS), torch.tensor([20]), positions)[0] for _ in range(40)]
+    ).double()
+    assert values.isfinite().all()
+    for begin, end in parts:
+        own, bound = values[:, begin:end], ALPHA / math.sqrt((end - begin) * WIDTH)
         assert 0.99 * bound < own.abs().max() <= bound + 2 * 8 * 2**-24
         assert float(own.square().mean()) == pytest.approx(bound**2 / 3, rel=5 * math.sqrt(0.8 / own.numel()))
 

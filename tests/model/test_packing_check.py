@@ -1,15 +1,24 @@
-"""Which families keep documents apart that share a row: tried on tiny copies, not looked up in a list."""
+"""Which families keep documents apart that share a row, and by what: tried on tiny copies, not looked up in a list."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from pipeline.console import UserError
 from pipeline.model import packing_check
+from pipeline.model.stage import Stage
+from pipeline.model.structure import apart
+from pipeline.model.structure.apart import Way
+from tests.helpers.builders import save_model
+from tests.helpers.stages import build
 
 APART = ("cohere", "cohere2", "gemma3_text")
-NOT_APART = ("gpt_oss", "qwen3_next")
+NOT_APART = ("qwen3_next",)
 # Tried one by one: those that have a mask of their own, mixtures, and those that are built from older ones.
 MORE_APART = (
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "granite", "glm4", "mixtral"),
@@ -43,20 +52,106 @@ def slow(kinds: tuple[str, ...]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", [*APART, *slow(MORE_APART)])
 def test_families_that_keep_documents_apart_pass(kind: str) -> None:
-    packing_check.check(config(kind), 4096)
+    assert packing_check.check(config(kind)) == "positions"
+
+
+def test_masks_are_handed_to_a_family_that_makes_its_own_without_positions() -> None:
+    assert packing_check.check(config("gpt_oss")) == "masks"
 
 
 @pytest.mark.parametrize("kind", [*NOT_APART, *slow(MORE_NOT_APART)])
 def test_families_that_do_not_are_refused_by_name(kind: str) -> None:
     with pytest.raises(UserError, match=rf"model_type '{kind}' does not keep documents apart"):
-        packing_check.check(config(kind), 4096)
+        packing_check.check(config(kind))
+
+
+@pytest.mark.parametrize("kind", ["cohere2", *slow((*APART[:1], APART[2], *MORE_APART, "gpt_oss"))])
+def test_boundaries_come_to_every_attention_where_flash_attention_is_asked_for(kind: str) -> None:
+    assert packing_check.check(config(kind), "flash_attention_2") == "boundaries"
+
+
+@pytest.mark.slow
+def test_recurrences_are_refused_with_flash_attention_too() -> None:
+    with pytest.raises(UserError, match="'qwen3_next' does not keep documents apart"):
+        packing_check.check(config("qwen3_next"), "flash_attention_2")
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_rotary_embeddings_that_change_with_length_are_packed_below_that_only(kind: str) -> None:
+def test_of_rotary_embeddings_that_change_with_length_streams_are_packed_below_that_only(kind: str) -> None:
     factors = {"long_factor": [1.0] * 32, "short_factor": [1.0] * 32} if kind == "longrope" else {"factor": 2.0}
     rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 1024, **factors}
     stretched = config("llama", hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=rope)
     with pytest.raises(UserError, match="lower sequence_len to 1,024"):
-        packing_check.check(stretched, 2048)
-    packing_check.check(stretched, 1024)
+        packing_check.check(stretched, cut_in=2048)
+    assert packing_check.check(stretched, cut_in=1024) == packing_check.check(stretched) == "positions"
+
+
+LENGTHS = ((3, 5), (3, 5))  # of the documents in each of two rows
+
+
+def documents(stages: list[Stage], by: Way) -> tuple[Tensor, Tensor]:
+    """What the stages give for two rows of two documents, and for each document by itself, [documents' tokens, D]."""
+    ids = torch.randint(8, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(a), *range(b)] for a, b in LENGTHS])
+
+    def through(given: Tensor, at: Tensor) -> Tensor:
+        handed: Any = (given, at)
+        for stage in stages:
+            stage.kept_apart_by = by
+            handed = stage(handed)
+        return handed
+
+    with torch.no_grad():
+        together = through(ids, positions).flatten(0, 1)
+        parts = [ids[row, a:b][None] for row, (n, m) in enumerate(LENGTHS) for a, b in ((0, n), (n, n + m))]
+        alone = [through(part, torch.arange(part.shape[1])[None])[0] for part in parts]
+    return together, torch.cat(alone)
+
+
+def test_a_family_with_masks_of_its_own_keeps_documents_apart_on_stages(tmp_path: Path) -> None:
+    """transformers' functions give the masks, on every stage; without them documents leak."""
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config("gpt_oss", **small, **experts)).save_pretrained(tmp_path)
+    stages = [build(tmp_path, 0, 2).eval(), build(tmp_path, 2, 4).eval()]
+    together, alone = documents(stages, "masks")
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+    leaking, _ = documents(stages, "positions")
+    assert (leaking - alone).abs().max() > 1e-2 * alone.abs().max()
+
+
+def test_flash_attention_is_told_of_boundaries_once_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By transformers' own function; an attention that goes by them alone gives what each document gives by itself."""
+    save_model(tmp_path, "llama")
+    told, counted = [], []
+
+    def recorded(*given: Any, **named: Any) -> Any:
+        told.append({key: named.get(key) for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")})
+        return packing_check.attention_by_boundaries(*given, **named)
+
+    def made(positions: Tensor) -> Any:
+        counted.append(positions.shape)
+        return prepare_fa_kwargs_from_position_ids(positions)
+
+    AttentionInterface.register("recorded", recorded)
+    AttentionMaskInterface.register("recorded", lambda *_, **__: None)
+    monkeypatch.setattr(apart, "prepare_fa_kwargs_from_position_ids", made)
+    stages = [build(tmp_path, 0, 2).eval(), build(tmp_path, 2, 4).eval()]
+    for stage in stages:
+        stage.model.config._attn_implementation = "recorded"
+    together, alone = documents(stages, "boundaries")
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+    assert counted[:2] == [(2, 8)] * 2  # once a stage, whatever its layers
+    for given in told[:4]:  # of four layers
+        assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 3, 8, 11, 16]
+        assert given["cu_seq_lens_q"].dtype == torch.int32
+        assert given["max_length_q"] == given["max_length_k"] == 5
+    leaking, _ = documents(stages, "positions")
+    assert (leaking - alone).abs().max() > 1e-2 * alone.abs().max()

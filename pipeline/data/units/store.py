@@ -93,6 +93,15 @@ class SlotRows:
         return self.rows.lengths[self.slot :: self.of]
 
     @property
+    def width(self) -> None:
+        """Padded to no fixed number of tokens."""
+
+    @property
+    def reaches(self) -> NDArray[np.int64]:
+        """Positions run through a row, int64 [U]."""
+        return self.lengths
+
+    @property
     def targets(self) -> NDArray[np.int64]:
         """Targets, int64 [U]."""
         return self.rows.targets[self.slot :: self.of]
@@ -150,6 +159,7 @@ class UnitRows:
         self.members = tuple(SlotRows(rows, slot, of, self.kind) for slot in range(of))
         self.name, self.bos, self.eos, self.content_hash = rows.name, rows.bos, rows.eos, rows.content_hash
         self.lengths: NDArray[np.int64] = np.max([slot.lengths for slot in self.members], axis=0, initial=0)
+        self.reaches, self.width = self.lengths, None
         self.targets: NDArray[np.int64] = np.sum([slot.targets for slot in self.members], axis=0)
         self.groups: NDArray[np.int64] = rows.groups[::of] if of else rows.groups
 

@@ -146,6 +146,7 @@ def build_stage(
     if run_plan.ranges != plan.ranges:  # chosen by 'auto'
         resolve.check_tiny(plan, run_plan.ranges)
     stage = Stage(plan.meta_model.make(), first, end)
+    stage.kept_apart_by = plan.kept_apart_by
     with engine.agreement(place), unsupported.named(plan.meta_model.config.model_type, "putting its stage together"):
         check_room(stage, place)
         parts.put_quantised(stage, plan.base.scheme)

@@ -6,8 +6,9 @@ same outcome; the first to come builds the data cache, the others find it.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -21,9 +22,11 @@ from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
 from pipeline.data.mixing import mix
 from pipeline.data.rows import build
+from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import UnequalRows
 from pipeline.data.selection import Selection, Streams, repeated, split, whole
+from pipeline.data.store import ChunkStore
 from pipeline.data.units import build as unit_build
 from pipeline.data.units.formats import Names
 from pipeline.data.units.store import UnitRows
@@ -55,6 +58,14 @@ class Data:
     questions: Questions | None = None
 
 
+class Places(NamedTuple):
+    """What reading a dataset needs beside it: ids at which the model stops, the cache's folder, how many processes prepare."""
+
+    stops: list[int]
+    cache: Path
+    processes: int | None = None
+
+
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
     """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     check_writable(Path(output_dir), "output_dir")
@@ -82,30 +93,37 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
-    places, shared = (spec.stops, spec.cache), plan and plan.meta_model.shared
+    places, shared = Places(spec.stops, spec.cache, spec.processes), plan and plan.meta_model.shared
+    pack = partial(packed, switch=spec.rope_switch)
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
         log(f"data:     {rows}")
-        chosen = rows.train
-        if dataset.packing == "best_fit":
-            packed = PackedRows(chosen, dataset.sequence_len)
-            log(f"data:     {packed}")
-            chosen = repeated(Selection(packed, np.arange(len(packed))), dataset.num_repeats)
-        train.append(chosen)
+        train.append(
+            repeated(pack(rows.train, dataset), dataset.num_repeats) if dataset.packing != "none" else rows.train
+        )
         warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows | UnitRows) else []
         if rows.eval is not None:
-            evaluation[name] = rows.eval
+            evaluation[name] = pack(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
         name = held.name or f"eval{number}"
         streams = read_streams(f"eval_datasets.{number}", held, name, tokenizer, places, shared)
-        evaluation[name] = whole(streams, held.subsample)
+        evaluation[name] = pack(whole(streams, held.subsample), held)
     for line in warnings:
         warn(line)
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
     return Data(train, evaluation, warnings, questions)
+
+
+def packed(chosen: Selection, dataset: Dataset | EvalDataset, switch: int | None) -> Selection:
+    """Chosen rows, packed as the dataset's table says; says how full they are. Packed rows without a target are left out."""
+    if dataset.packing == "none":
+        return chosen
+    rows = PackedRows(chosen, dataset.sequence_len, dataset.packing, dataset.keeps_apart, switch)
+    log(f"data:     {rows}")
+    return Selection(rows, np.flatnonzero(rows.targets))
 
 
 def read_streams(
@@ -113,16 +131,16 @@ def read_streams(
     dataset: Dataset | EvalDataset,
     name: str,
     tokenizer: Any,
-    places: tuple[list[int], Path],
+    places: Places,
     model: PreTrainedModel | None,
     **held_out: Any,
 ) -> Streams[Any]:
     """A dataset's rows, whose ids the `model` has, if one is given; says what became of the text.
 
-    `places`: ids at which the model stops, and where the cache is. `held_out`: as for `chunks.build`.
+    `held_out`: as for `chunks.build`.
     """
     streams: Streams[Any]
-    key, (stops, cache) = f"{table}.sequence_len", places
+    key = f"{table}.sequence_len"
     if dataset.dataset_type in ("textfile", "doclist"):
         if model is not None:
             positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
@@ -132,13 +150,15 @@ def read_streams(
             dataset_path=dataset.dataset_path,
             sequence_len=dataset.sequence_len,
             tokenizer=tokenizer,
-            cache_dir=cache,
+            cache_dir=places.cache,
             join_lines=dataset.join_lines,
             field_text=dataset.field_text,
+            processes=places.processes,
+            kind=ApartChunks if dataset.keeps_apart else ChunkStore,
             **held_out,
         )
     else:
-        made = _rows_of(dataset, name, tokenizer, stops, cache)
+        made = _rows_of(dataset, name, tokenizer, places)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
             positions.check(what, made.report.longest, model, lower=key)
@@ -150,13 +170,11 @@ def read_streams(
     return streams
 
 
-def _rows_of(
-    dataset: Dataset | EvalDataset, name: str, tokenizer: Any, stops: list[int], cache: Path
-) -> UnequalRows | UnitRows:
+def _rows_of(dataset: Dataset | EvalDataset, name: str, tokenizer: Any, places: Places) -> UnequalRows | UnitRows:
     """A dataset of rows, or of units."""
     if dataset.dataset_type in UNITS:
-        return unit_build.build(unit_spec(dataset, name), tokenizer, stops, cache)
-    return build.build(row_spec(dataset, name), tokenizer, stops, cache)
+        return unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache)
+    return build.build(row_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
 
 
 def unit_spec(dataset: Dataset | EvalDataset, name: str) -> unit_build.UnitSpec:
@@ -250,6 +268,7 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         dp_rank=replica,
         dp_world=replicas,
         group_by_length=spec.group_by_length,
+        switch=spec.rope_switch,
     )
 
 
@@ -262,6 +281,7 @@ def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: i
             batch_size_tokens=spec.batch_size_tokens,
             dp_rank=replica,
             dp_world=replicas,
+            switch=spec.rope_switch,
         )
         for name, rows in data.evaluation.items()
     }

@@ -5,6 +5,7 @@ itself goes no further.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,10 +52,13 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)
-    packed = [dataset.sequence_len for dataset in resolved.data.datasets if dataset.packing != "none"]
-    if packed:
-        packing_check.check(model_config, max(packed))
-    return resolved
+    sets = [*resolved.data.datasets, *resolved.data.eval_datasets]
+    packed = [dataset for dataset in sets if dataset.keeps_apart]
+    if not packed:
+        return resolved
+    cut_in = max((dataset.sequence_len for dataset in packed if dataset.packing != "best_fit"), default=None)
+    way = packing_check.check(model_config, config.attn_implementation, cut_in=cut_in)
+    return replace(resolved, kept_apart_by=way)
 
 
 @log_if_slow("starting: looking at the model, without its weights")
@@ -71,8 +75,16 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), meta_model, trained)
-    data = data_of(config)
-    objective = spec_of(config.objective, config.rl, config.datasets, config.eval_datasets, around(config))
+    data = replace(data_of(config), rope_switch=packing_check.switches_at(model_config))
+    around = Around(
+        units_at_once=None if config.batch_size_tokens else config.micro_batch_size_per_gpu,
+        in_full=config.full_fine_tune or bool(config.trainable_modules),
+        starts_from=config.init_adapter,
+        train_logit_scale=config.train_logit_scale,
+        dropout=config.lora_dropout,
+        start_from_weight=config.init_lora_weights is not True,
+    )
+    objective = spec_of(config.objective, config.rl, config.datasets, config.eval_datasets, around)
     tokens, budget, slots = (
         max(d.sequence_len for d in config.datasets),
         config.batch_size_tokens,
@@ -114,18 +126,6 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
 
-def around(config: Config) -> Around:
-    """What a preference loss may not go with."""
-    return Around(
-        units_at_once=None if config.batch_size_tokens else config.micro_batch_size_per_gpu,
-        in_full=config.full_fine_tune or bool(config.trainable_modules),
-        starts_from=config.init_adapter,
-        train_logit_scale=config.train_logit_scale,
-        dropout=config.lora_dropout,
-        start_from_weight=config.init_lora_weights is not True,
-    )
-
-
 def data_of(config: Config) -> DataSpec:
     """The data as the config has it."""
     keeps_base = not config.full_fine_tune and not config.trainable_modules
@@ -133,6 +133,7 @@ def data_of(config: Config) -> DataSpec:
         config.datasets,
         config.eval_datasets,
         cache=Path(config.output_dir) / "dataset_cache",
+        processes=config.dataset_processes,
         stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.tables import Optimizer
 from pipeline.generation.sampling import Sampling
+from pipeline.model.structure.apart import Way
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
 from pipeline.training.start.objective import ObjectiveSpec
@@ -59,13 +60,15 @@ class SampleSpec:
 class DataSpec:
     """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long.
 
-    `cache`: a folder. `mix_by`: None is by rows, and by tokens in the mean with `batch_size_tokens`. `stops`: ids at which the
-    model stops beside the tokenizer's EOS.
+    `cache`: a folder. `processes`: how many prepare the data, None is one a core. `mix_by`: None is by rows, and by tokens in
+    the mean with `batch_size_tokens`. `stops`: ids at which the model stops beside the tokenizer's EOS. `rope_switch`: tokens
+    beyond which the model's rotary embedding is another, if it is of such a kind.
     """
 
     datasets: list[Dataset]
     eval_datasets: list[EvalDataset]
     cache: Path
+    processes: int | None
     stops: list[int]
     combination: Literal["concatenate", "interleave"]
     stopping: Literal["first_exhausted", "all_exhausted"]
@@ -78,6 +81,7 @@ class DataSpec:
     epochs: int | None
     max_steps: int | None
     samples: SampleSpec | None = None
+    rope_switch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class Intervals:
 @dataclass(frozen=True)
 class Resolved:
     """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end).
-    `router_loss`: the weight of a mixture's loss of its routers, 0 for none. `objective`: None for language modelling."""
+    `router_loss`: the weight of a mixture's loss of its routers, 0 for none. `kept_apart_by`: what the model needs beside
+    positions to keep documents that share a row apart. `objective`: None for language modelling."""
 
     base: BaseModel
     meta_model: MetaModel
@@ -128,3 +133,4 @@ class Resolved:
     intervals: Intervals
     router_loss: float = 0.0
     objective: ObjectiveSpec | None = None
+    kept_apart_by: Way = "positions"

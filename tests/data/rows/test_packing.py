@@ -1,8 +1,11 @@
 """Rows packed into rows of one length: each once, as full as can be, and with the loss and gradients of each alone."""
 
+import itertools
 import math
 import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pipeline.console import UserError
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.mixing import mix
+from pipeline.data.row_store import RowStore
+from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows, best_fit
 from pipeline.data.selection import Selection
+from pipeline.data.store import ChunkStore, ChunkWriter, Marks
 from tests.helpers.builders import model_config
 from tests.helpers.row_store import ListStore, stores
 
@@ -62,7 +69,7 @@ def test_a_packed_row_is_its_rows(store: ListStore, more: int) -> None:
     for row in range(len(rows)):
         ids, starts = rows.ids(row), rows.restarts(row)
         trained = {place for a, b in rows.spans(row) for place in range(a, b)}
-        assert len(ids) == room == rows.lengths[row]
+        assert len(ids) == rows.lengths[row] <= room == rows.width
         assert len(trained) == rows.targets[row]
         documents = rows.documents(row)
         assert starts == [span.start for span in documents] + ([documents[-1].end] if documents[-1].end < room else [])
@@ -75,10 +82,41 @@ def test_a_packed_row_is_its_rows(store: ListStore, more: int) -> None:
             }
             assert span.start not in trained  # nothing before it predicts it
             seen.append(span.name)
-        assert (ids[documents[-1].end :] == store.eos).all()
+        assert len(ids) == documents[-1].end
+        assert rows.reaches[row] == max(span.end - span.start for span in documents)
         assert not any(place >= documents[-1].end for place in trained)
     assert sorted(seen) == sorted(f"{number}.txt" for number in range(len(store)))
     assert rows.targets.sum() == store.targets.sum()
+
+
+@settings(max_examples=25, deadline=None)
+@given(store=stores, room=st.integers(2, 200), apart=st.booleans())
+def test_a_stream_is_its_rows_one_after_the_other(store: ListStore, room: int, apart: bool) -> None:
+    rows = PackedRows(Selection(store, np.arange(len(store))), room, "stream", apart)
+    total = int(store.lengths.sum())
+    assert len(rows) == math.ceil(total / room)
+    ids = np.concatenate([rows.ids(row) for row in range(len(rows))])
+    assert ids.tolist() == [id for own, _ in store.rows for id in own]
+    begun = np.cumsum([0, *store.lengths]).tolist()
+    starts = {*begun[:-1], *range(0, total, room)}
+    wanted = {begun[n] + place for n, (_, runs) in enumerate(store.rows) for a, b in runs for place in range(a, b)}
+    trained = [room * row + place for row in range(len(rows)) for a, b in rows.spans(row) for place in range(a, b)]
+    assert trained == sorted(wanted - starts)  # what begins a row without what was before it is predicted by nothing
+    assert rows.targets.tolist() == [sum(b - a for a, b in rows.spans(row)) for row in range(len(rows))]
+    found = [room * row + place for row in range(len(rows)) for place in rows.restarts(row)]
+    padding = {total} if total < room * len(rows) else set()
+    assert found == (sorted(starts | padding) if apart else list(range(0, total, room)))
+    assert rows.cut == sum(a // room != (b - 1) // room for a, b in itertools.pairwise(begun))
+    documents = [(room * row + d.start, d) for row in range(len(rows)) for d in rows.documents(row)]
+    assert sorted(starts) == [place for place, _ in documents]
+    assert [d.continued for _, d in documents] == [place not in begun for place, _ in documents]
+    assert sum(d.end - d.start for _, d in documents) == total
+
+
+def test_whether_rows_are_kept_apart_is_known_by_the_hash() -> None:
+    chosen = Selection(ListStore([([5] * length, [(1, length)]) for length in (9, 7, 5, 3)]), np.arange(4))
+    kinds: Any = itertools.product(("best_fit", "stream"), (True, False))
+    assert len({PackedRows(chosen, 12, *kind).content_hash for kind in kinds}) == 4
 
 
 def test_the_order_and_content_are_known_by_the_hash() -> None:
@@ -97,7 +135,7 @@ def drawn(count: int) -> ListStore:
     return ListStore(rows)
 
 
-def step(store: ListStore | PackedRows, model: torch.nn.Module, **size: int) -> tuple[Tensor, list[Tensor]]:
+def step(store: RowStore, model: torch.nn.Module, **size: Any) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of one step over all rows, as the pipeline weighs them."""
     rows = [Selection(store, np.arange(len(store)))]
     batches = MicroBatches([store], mix(rows, seed=0), seed=0, gradient_accumulation_steps=len(store), **size)
@@ -128,3 +166,123 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(kind: str) -> Non
         assert abs(packed_loss - loss) < 1e-6 * loss
         for one, other in zip(gradients, packed_gradients, strict=True):
             assert (one - other).abs().max() <= 1e-6 * one.abs().max().clamp_min(1e-3)
+
+
+def parts(store: RowStore) -> ListStore:
+    """What restarts in a row, as a row by itself: nothing else is seen from it."""
+    found = []
+    for row in range(len(store)):
+        edges = [start for start in store.restarts(row) if start < store.lengths[row]] + [int(store.lengths[row])]
+        for a, b in itertools.pairwise(edges):
+            runs = [(max(first, a) - a, min(end, b) - a) for first, end in store.spans(row)]
+            found.append((store.ids(row)[a:b].tolist(), [run for run in runs if run[0] < run[1]]))
+    return ListStore(found)
+
+
+def books(folder: Path, bos: bool) -> Path:
+    """A store of documents of 3 to 60 tokens in chunks of 48."""
+    draw = random.Random(1)
+    writer = ChunkWriter(folder / "store", "book", "all", 48, Marks(1 if bos else None, 2, None, ()))
+    lengths = [
+        47,
+        *(draw.randint(3, 60) for _ in range(14)),
+    ]  # with its EOS the first fills a chunk, or goes one beyond
+    for number, length in enumerate(lengths):
+        writer.add(f"{number}.txt", np.array([draw.randint(3, 60) for _ in range(length)], np.int32), last=True)
+    writer.close()
+    return folder / "store"
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_documents_of_a_chunk_are_kept_apart(tmp_path: Path, bos: bool) -> None:
+    folder = books(tmp_path, bos)
+    plain, apart = ChunkStore(folder), ApartChunks(folder)
+    assert plain.content_hash != apart.content_hash
+    assert len(plain) == len(apart) > 5
+    for chunk in range(len(apart)):
+        assert (apart.ids(chunk) == plain.ids(chunk)).all()
+        # A document begins behind EOS; one that begins right behind the chunk's BOS has that as its own.
+        begins = [place + 1 for place in np.flatnonzero(apart.ids(chunk)[:-1] == apart.eos).tolist()]
+        assert apart.restarts(chunk) == [0, *begins]
+        trained = [place for a, b in apart.spans(chunk) for place in range(a, b)]
+        assert trained == sorted(set(range(1, 48)) - set(begins))
+        assert apart.targets[chunk] == len(trained)
+        assert plain.restarts(chunk) == [0]
+        assert plain.targets[chunk] == 47
+        assert apart.reaches[chunk] == max(b - a for a, b in itertools.pairwise([0, *begins, 48]))
+
+
+@pytest.mark.parametrize("kind", ["cohere2", pytest.param("llama", marks=SLOW), pytest.param("gemma2", marks=SLOW)])
+def test_a_cut_stream_and_books_have_the_loss_and_gradients_of_their_parts_alone(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config(kind)).double().eval()
+    drawn_rows = drawn(24)
+    stream = PackedRows(Selection(drawn_rows, np.arange(24)), 50, "stream")
+    assert stream.cut > 5
+    for store in (stream, ApartChunks(books(tmp_path, bos=True))):
+        loss, gradients = step(parts(store), model, micro_batch_size=1)
+        packed_loss, packed_gradients = step(store, model, micro_batch_size=2)
+        assert abs(packed_loss - loss) < 1e-6 * loss
+        for one, other in zip(gradients, packed_gradients, strict=True):
+            assert (one - other).abs().max() <= 1e-6 * one.abs().max().clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("kind", ["longrope", pytest.param("dynamic", marks=SLOW)])
+@pytest.mark.parametrize("size", [{"micro_batch_size": 3}, {"batch_size_tokens": 256}])
+def test_no_row_has_its_rotary_embedding_from_another(kind: str, size: dict[str, int]) -> None:
+    """Rows on both sides of 32 tokens, where the embedding changes; padded beyond it, packed, and each alone.
+
+    'dynamic' goes by the longest row's own length, so that of longer ones all have one; and in transformers it does not come
+    back to its first form for a row of 32 exactly.
+    """
+    factors = (
+        {"long_factor": [3.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 32}
+        if kind == "longrope"
+        else {"factor": 2.0}
+    )
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **factors}
+    lengths = [5, 12, 40, 9, 31, 32 if kind == "longrope" else 30, 40, 20, 40, 7, 3, 28]
+    draw = random.Random(3)
+    rows = [([draw.randint(3, 60) for _ in range(n)], [(1, n)]) for n in lengths]
+
+    def fresh() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = model_config("llama", rope_parameters=rope, max_position_embeddings=32, initializer_range=0.3)
+        return AutoModelForCausalLM.from_config(config).double().eval()
+
+    total, loss, gradients = sum(n - 1 for n in lengths), torch.zeros((), dtype=torch.float64), list[Tensor]()
+    for length, row in zip(lengths, rows, strict=True):
+        own, theirs = step(ListStore([row]), fresh(), micro_batch_size=1)  # one row: nothing is padded
+        share = (length - 1) / total
+        loss = loss + share * own
+        gradients = [share * g + sum for g, sum in zip(theirs, gradients or [0] * len(theirs), strict=True)]
+    store = ListStore(rows)
+    best = PackedRows(Selection(store, np.arange(len(store))), 128, switch=32)
+    assert [any(lengths[m] > 32 for m in members) for members in members_of(best)].count(True) == 1
+    for rows_of, how in ((store, size), (best, {"micro_batch_size": 1})):
+        found, their_gradients = step(rows_of, fresh(), switch=32, **how)
+        assert abs(found - loss) < 1e-6 * loss
+        for one, other in zip(gradients, their_gradients, strict=True):
+            assert (one - other).abs().max() <= 1e-6 * one.abs().max().clamp_min(1e-3)
+    off, _ = step(store, fresh(), **size)
+    assert abs(off - loss) > 1e-3 * loss  # it is no small thing
+    with pytest.raises(UserError, match="set micro_batch_size_per_gpu = 1"):
+        step(best, fresh(), switch=32, micro_batch_size=2)
+
+
+def members_of(rows: PackedRows) -> list[list[int]]:
+    return [[int(d.name.removesuffix(".txt")) for d in rows.documents(row)] for row in range(len(rows))]
+
+
+def test_a_step_counts_the_tokens_of_packed_rows_without_their_padding() -> None:
+    store = drawn(24)
+    rows = packed(store, 96)
+    batches = MicroBatches([rows], mix([Selection(rows, np.arange(len(rows)))], seed=0), seed=0)
+    position, tokens = Position(), 0
+    while not position.epoch:
+        (batch,), info = batches.step(position)
+        assert batch.input_ids.shape == (1, 96)
+        assert (batch.input_ids[0, int(batch.lengths) :] == store.eos).all()
+        assert info.tokens == int(batch.lengths)
+        position, tokens = info.next_position, tokens + info.tokens
+    assert tokens == store.lengths.sum()

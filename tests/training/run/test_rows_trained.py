@@ -4,6 +4,7 @@ Oracles: the run that was not interrupted; for the first step's loss the unsplit
 the rows' text.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,57 @@ def test_completions_stopped_and_resumed_are_bit_equal(tmp_path: Path, base: Pat
     assert result["codes"] == [0, 75, 0]
     assert_equal(final_state(result["runs"][2]), final_state(result["runs"][0]))
     assert numbers(result["runs"][2]) == numbers(result["runs"][0])
+
+
+def paragraphs(folder: Path) -> dict[str, Any]:
+    """Texts of 3 to 30 words, a document each."""
+    texts = [{"text": words(30 * n, 3 + 7 * n % 28)} for n in range(60)]
+    return {"name": "texts", "dataset_type": "doclist", "dataset_path": str(write_jsonl(folder / "texts.jsonl", texts))}
+
+
+def loss_of_parts(toml: str, base: Path) -> float:
+    """Of the first step by the unsplit model: what begins anew in a row is a row by itself, its first token untrained."""
+    loaded = loading.load(toml)
+    spec = resolve.data_of(loaded)
+    batches = prepare.micro_batches(spec, prepare.read_data(spec, AutoTokenizer.from_pretrained(base)))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    total, targets, parts = 0.0, 0, 0
+    for index, row in batches.info(Position()).rows:
+        store = batches.stores[index]
+        ids = torch.from_numpy(store.ids(row).astype("int64"))
+        trained = torch.zeros(len(ids), dtype=torch.bool)
+        for begin, end in store.spans(row):
+            trained[begin:end] = True
+        for begin, end in itertools.pairwise([*store.restarts(row), len(ids)]):
+            assert not trained[begin]
+            parts += 1
+            if trained[begin:end].any():
+                with torch.no_grad():
+                    logits = model(ids[None, begin:end]).logits[0, :-1]
+                losses = torch.nn.functional.cross_entropy(logits, ids[begin + 1 : end], reduction="none")
+                total += losses[trained[begin + 1 : end]].sum().item()
+                targets += int(trained[begin:end].sum())
+    assert parts > 2 * len(batches.info(Position()).rows)
+    return total / targets
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("which", ["books", "stream"])
+def test_documents_that_share_a_row_train_as_if_alone(tmp_path: Path, base: Path, which: str) -> None:
+    """On two stages and on one, against the unsplit model on every document's part by itself."""
+    whole = {"max_steps": 1, "eval_steps": None, "lora_dropout": 0.0, "gradient_accumulation_steps": 3}
+    rows = paragraphs(tmp_path) if which == "books" else completion_rows(tmp_path)
+    kept = {"document_mask": True} if which == "books" else {"packing": "stream", "sequence_len": 96}
+    toml = config(tmp_path, base, {"sequence_len": 64, "eval_size": 0, **rows, **kept}, **whole)
+    two = run_plan(tmp_path, 2, [{"config": toml}], name="two")["runs"]
+    one = run_plan(tmp_path, 1, [{"config": toml, "overrides": ["pipeline_stages=1"]}], name="one")["runs"]
+    steps = [numbers(run)[0] for run in (*two, *one)]
+    expected = loss_of_parts(toml, base)
+    for step in steps:
+        # fp32 sums of a few hundred targets' losses in another order.
+        assert step["train/loss"] == pytest.approx(expected, abs=2e-5)
+        assert step["train/grad_norm"] == pytest.approx(steps[0]["train/grad_norm"], rel=1e-5)
 
 
 @pytest.mark.slow
