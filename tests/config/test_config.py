@@ -379,6 +379,7 @@ def test_reference_has_every_key_and_every_key_has_a_meaning() -> None:
                 "groups",
                 "quantization",
                 "bnb",
+                "peft",
                 "samples",
                 "datasets",
                 "eval_datasets",
