@@ -57,7 +57,11 @@ TABLES = (
         "`[[optimizer.groups]]`",
         "None by default. The first group that names a parameter has it; what none names follows `[optimizer]`.",
     ),
-    ("Bnb", "`[quantization.bnb]`", "None by default. Linear layers of the base in 4 or 8 bits, by bitsandbytes."),
+    (
+        "Bnb",
+        "`[quantization.bnb]`",
+        "None by default. Linear layers and experts of the base in 4 or 8 bits, by bitsandbytes.",
+    ),
     (
         "Peft",
         "`[peft]`",

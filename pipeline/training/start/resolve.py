@@ -70,8 +70,11 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     model = meta_model.shared
     check_apart(config, model)
     if base.scheme:
-        quantised = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
-        log(f"base:     {quantised} linear layers in {base.scheme}")
+        linear = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
+        stacked = [f"{name}.{leaf}" for name, part in model.named_modules() for leaf in quantized.marked(part)]
+        log(f"base:     {linear} linear layers{', the experts of each layer' if stacked else ''} in {base.scheme}")
+        if stacked:
+            quantized.check_experts(model_config, stacked)
     trained = trained_of(config, base, model)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_adapter_of(trained, config.init_adapter)
