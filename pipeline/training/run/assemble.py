@@ -4,7 +4,7 @@ Takes the config and what `prepare` made of it, and our place in the pipeline; g
 from. A problem that one process finds is raised on all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def trainer(
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
     metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
     state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
-    write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale)
+    write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
     say_memory(place)
     memory = StepMemory(engine.held_tensors(pipeline_engine, optimizer))
     samples = None
@@ -296,14 +296,19 @@ def schedule(updates: Updates, steps_in_epoch: int) -> Callable[[int, int], floa
 
 
 def artifact_writer(
-    plan: Resolved, stage: Stage, place: engine.Place, save_dtype: str | None, train_logit_scale: float
+    plan: Resolved,
+    stage: Stage,
+    place: engine.Place,
+    save_dtype: str | None,
+    train_logit_scale: float,
+    stops: Sequence[int],
 ) -> Callable[[Path, int], None]:
-    """What writes the adapter, or the model, as it is at a step, into a folder."""
+    """What writes the adapter, or the model, as it is at a step, into a folder. `stops`: ids at which it learns to stop."""
     dtype = DTYPES[save_dtype] if save_dtype else None
     base, tied = plan.base, plan.trained.tied
     if plan.trained.adapter is None:
-        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(base.folder), dtype)
-    write = families.writer(plan.trained.adapter, base, train_logit_scale, tied)
+        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(base.folder), dtype, stops)
+    write = families.writer(plan.trained.adapter, base, train_logit_scale, tied, stops)
 
     def save(folder: Path, step: int) -> None:
         tensors = {name: t for name, t in written(stage).items() if name not in tied}

@@ -168,8 +168,10 @@ def test_documents_that_share_a_row_train_as_if_alone(tmp_path: Path, base: Path
     """On two stages and on one, against the unsplit model on every document's part by itself."""
     whole = {"max_steps": 1, "eval_steps": None, "lora_dropout": 0.0, "gradient_accumulation_steps": 3}
     rows = paragraphs(tmp_path) if which == "books" else completion_rows(tmp_path)
-    kept = {"document_mask": True} if which == "books" else {"packing": "stream", "sequence_len": 96}
-    toml = config(tmp_path, base, {"sequence_len": 64, "eval_size": 0, **rows, **kept}, **whole)
+    kept = (
+        {"document_mask": True, "sequence_len": 256} if which == "books" else {"packing": "stream", "sequence_len": 96}
+    )
+    toml = config(tmp_path, base, {"eval_size": 0, **rows, **kept}, **whole)
     two = run_plan(tmp_path, 2, [{"config": toml}], name="two")["runs"]
     one = run_plan(tmp_path, 1, [{"config": toml, "overrides": ["pipeline_stages=1"]}], name="one")["runs"]
     steps = [numbers(run)[0] for run in (*two, *one)]
