@@ -25,14 +25,14 @@ SHARED = ("field_prompt", "chat_template", "chat_template_kwargs", "max_bad_rows
 class EvaluatedDataset(EvalDataset):
     """[[datasets]] of an evaluation"""
 
-    dataset_type: Literal["textfile", "doclist", "chat", "completion", "pretokenized", "multiple_choice"] = Field(  # type: ignore[assignment]
-        description="as in a run's [[datasets]], scored by the log-probability of what would be trained; or 'multiple_choice': rows with a question, its options and which is right")  # fmt: skip
+    dataset_type: Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "multiple_choice"] = Field(  # type: ignore[assignment]
+        description="as in a run's [[datasets]], scored by the log-probability of what would be trained ('preference': of both answers); or 'multiple_choice': rows with a question, its options and which is right")  # fmt: skip
     role: Literal["in-sample", "test", "ood", "unrelated"] = Field(
         "test", description="what its rows are to the training: 'in-sample' was trained on; 'test' was not, but is like it; 'ood' asks for the same in another place; 'unrelated' should stay as it was")  # fmt: skip
     field_prompt: str = Field(
         "prompt",
         min_length=1,
-        description="completion: the field with what is read; multiple_choice: with the question",
+        description="completion, preference: the field with what is read; multiple_choice: with the question",
     )
     field_choices: str = Field(
         "choices", min_length=1, description="multiple_choice: the field with the options, a list of texts, or ARC's { text, label }"
@@ -43,7 +43,7 @@ class EvaluatedDataset(EvalDataset):
     permutations: int = Field(
         2, ge=2, description="multiple_choice: orders in which each question's options are listed, at most as many as it has options; in each the right one stands elsewhere")  # fmt: skip
     chat_template: str | None = Field(
-        None, min_length=1, description="chat, completion's instructions, multiple_choice: a file, a text of Jinja, 'chatml', 'llama3', 'gemma' or 'alpaca'; default the tokenizer's own. 'none' (not for chat) takes text as it is, as does multiple_choice where the tokenizer has no template")  # fmt: skip
+        None, min_length=1, description="chat, completion's instructions, preference, multiple_choice: a file, a text of Jinja, 'chatml', 'llama3', 'gemma' or 'alpaca'; default the tokenizer's own. 'none' (not for chat) takes text as it is, as does multiple_choice where the tokenizer has no template")  # fmt: skip
 
 
 class Evaluation(Section):

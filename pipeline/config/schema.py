@@ -184,6 +184,10 @@ class Config(Section):
     )
     mix_by: Literal["rows", "tokens", "targets"] | None = Field(
         None, description="what sample_weight weighs when datasets are interleaved: 'rows' by chance; 'tokens' or 'targets' (trained tokens) by turns, each dataset's share kept to within one row all through an epoch (docs/mixing.md); default 'rows', with batch_size_tokens the chance of a token")  # fmt: skip
+    dataset_processes: PositiveInt | None = Field(
+        None,
+        description="processes that prepare the data; default one for each core, and one for less than 16 MiB of text",
+    )
     optimizer: Optimizer
     quantization: Quantization | None = Field(None, description="of the base weights; default none")
     samples: Samples | None = Field(None, description="what the model says while it is trained; default none")

@@ -15,12 +15,13 @@ from pipeline.console import log, warn
 from pipeline.data.chat import encode, load
 from pipeline.data.chat.template import Template
 from pipeline.data.rows.build import PLAIN
+from pipeline.data.units.store import UnitRows
 from pipeline.evaluation import multiple_choice
-from pipeline.evaluation.units import Decode, UnitSet, subsampled, units_of_rows
+from pipeline.evaluation.units import Decode, UnitSet, subsampled, units_of_pairs, units_of_rows
 from pipeline.formats import base_model
 from pipeline.generation import positions
 from pipeline.training.start import data_fits
-from pipeline.training.start.prepare import MOST_BAD, read_streams
+from pipeline.training.start.prepare import MOST_BAD, Places, read_streams
 
 
 def read(
@@ -39,7 +40,7 @@ def read(
             what = f"dataset '{name}': its longest row's number of tokens, {made.longest:,},"
             positions.check(what, made.longest, model, lower=f"datasets.{number}.sequence_len")
         else:
-            made = _rows(number, table, name, tokenizer, (stops, cache), model)
+            made = _rows(number, table, name, tokenizer, Places(stops, cache), model)
         log(
             f"data:     {name} ({table.role}): {len(made.units):,} units, {len({u.prompt for u in made.units}):,} prompts"
         )
@@ -52,12 +53,15 @@ def _rows(
     table: EvaluatedDataset,
     name: str,
     tokenizer: Any,
-    places: tuple[list[int], Path],
+    places: Places,
     model: PreTrainedModel,
 ) -> UnitSet:
-    streams = read_streams(f"datasets.{number}", table, name, tokenizer, places, model)
-    units = units_of_rows(streams.train, _decode(tokenizer))
-    return UnitSet(name, "rows", table.role, subsampled(units, table.subsample))
+    store = read_streams(f"datasets.{number}", table, name, tokenizer, places, model).train
+    if isinstance(store, UnitRows):
+        return UnitSet(
+            name, "preference", table.role, subsampled(units_of_pairs(store, _decode(tokenizer)), table.subsample)
+        )
+    return UnitSet(name, "rows", table.role, subsampled(units_of_rows(store, _decode(tokenizer)), table.subsample))
 
 
 def _questions(table: EvaluatedDataset, name: str, tokenizer: Any, stops: list[int]) -> UnitSet:

@@ -102,14 +102,14 @@ class Scorer:
 
     def _forward(self, rows: Sequence[Row], greedy: bool) -> list[Score]:
         """This process's part of a micro-batch; the scores on the last stage, nothing on others."""
-        ids, labels = padded(rows, self._filler)
+        ids, following = padded(rows, self._filler)
         positions = torch.arange(ids.shape[1], device=self._device).expand_as(ids)
         carried: Any = (ids.to(self._device) if self._stages[0].is_first else self._received(ids.shape), positions)
         for stage in self._stages:
             carried = stage(carried)
         last = self._stages[-1]
         if last.is_last:
-            return scores_of(last, carried, labels.to(self._device), greedy)
+            return scores_of(last, carried, following.to(self._device), greedy)
         assert self._links is not None
         dist.send(carried[0].contiguous(), self._links.ranks[self._links.ranks.index(dist.get_rank()) + 1])
         return []
@@ -124,26 +124,29 @@ class Scorer:
 
 
 def padded(rows: Sequence[Row], filler: int) -> tuple[Tensor, Tensor]:
-    """(ids, labels) int64 [B, T], padded on the right; causal attention keeps padding from what is before it."""
-    width = max(len(row.ids) for row in rows)
+    """(ids, next) int64 [B, T]: what is read, and at each place the target that follows; of a row's last token nothing does.
+
+    Padded on the right: causal attention keeps padding from what is before it.
+    """
+    width = max(len(row.ids) for row in rows) - 1
     ids = torch.full((len(rows), width), filler)
-    labels = torch.full((len(rows), width), IGNORED)
+    following = torch.full((len(rows), width), IGNORED)
     for place, row in enumerate(rows):
-        ids[place, : len(row.ids)] = tokens = torch.tensor(row.ids)
+        tokens = torch.tensor(row.ids)
+        ids[place, : len(row.ids) - 1] = tokens[:-1]
         for start, end in row.spans:
-            labels[place, start:end] = tokens[start:end]
-    return ids, labels
+            following[place, start - 1 : end - 1] = tokens[start:end]
+    return ids, following
 
 
-def scores_of(stage: Stage, normed_BTD: Tensor, labels_BT: Tensor, greedy: bool) -> list[Score]:
+def scores_of(stage: Stage, normed_BTD: Tensor, next_BT: Tensor, greedy: bool) -> list[Score]:
     """The scores of a micro-batch on its last stage. Only where a target follows does a token go through the head."""
-    next_BT = labels_BT[:, 1:]
     row_N, place_N = (next_BT != IGNORED).nonzero(as_tuple=True)
     labels_N, hidden_ND = next_BT[row_N, place_N], normed_BTD[row_N, place_N]
     head, transform = stage.head, logit_transform(stage.model.config)
     nll_N = linear_cross_entropy(hidden_ND, head.weight, head.bias, labels_N, transform)
-    sums = torch.zeros(len(labels_BT), dtype=torch.float64, device=nll_N.device).index_add_(0, row_N, -nll_N.double())
-    likeliest = torch.ones(len(labels_BT), dtype=torch.bool, device=nll_N.device)
+    sums = torch.zeros(len(next_BT), dtype=torch.float64, device=nll_N.device).index_add_(0, row_N, -nll_N.double())
+    likeliest = torch.ones(len(next_BT), dtype=torch.bool, device=nll_N.device)
     if greedy:
         block = tokens_per_block(len(head.weight), head.weight.dtype)
         for start in range(0, len(labels_N), block):

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pipeline.data.row_store import RowStore
+from pipeline.data.units.store import UnitRows
 
 SEED = 42  # of `subsample`, as in training
 
@@ -97,6 +98,18 @@ def units_of_rows(store: RowStore, decode: Decode) -> list[Unit]:
             prompt = digest(row.ids)
         edges = [edge for run in row.spans for edge in run]
         units.append(Unit(prompt, digest(row.ids, edges), store.documents(number)[0].name, (row,)))
+    return units
+
+
+def units_of_pairs(store: UnitRows, decode: Decode) -> list[Unit]:
+    """Each pair is a unit, the chosen answer first. Pairs of one prompt have the prompt of the first."""
+    prompts: dict[int, str] = {}
+    units = []
+    for number in range(len(store)):
+        chosen, rejected = (row_of(slot.ids(number).tolist(), slot.spans(number), decode) for slot in store.members)
+        prompt = prompts.setdefault(int(store.groups[number]), digest(chosen.ids[: chosen.spans[0][0]]))
+        content, place = digest(chosen.ids, [chosen.spans[0][0]], rejected.ids), store.documents(number)[0].name
+        units.append(Unit(prompt, content, place, (chosen, rejected), truncated=bool(store.cut[number].any())))
     return units
 
 

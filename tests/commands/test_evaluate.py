@@ -18,8 +18,10 @@ from tests.helpers.builders import BOOKS, launch, save_model
 from tests.helpers.families import by_peft
 from tests.helpers.paths import ROOT
 
+MAIN = "pref_acc_mean"
 SUMS = 1e-5  # fp32 sums of some twenty log-probabilities of about −6, in another order
 LETTERS = ["yes", "no", "maybe", "never"]
+PAIRS = [(f"Say {n}:", f" the number {n * 7}", f" a river {n % 5}") for n in range(24)]
 
 
 class Place(NamedTuple):
@@ -40,6 +42,18 @@ class Place(NamedTuple):
         return ["base", str(self.root / "loud"), str(self.root / "idle")]
 
 
+def preferred(model: Any, folder: Path) -> list[dict[str, str]]:
+    """PAIRS with the answer as chosen whose tokens `model` finds likelier in the mean, as if it had been taught them."""
+    from transformers import AutoTokenizer
+
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder), []
+    for prompt, *answers in PAIRS:
+        means = [oracle(model, tokenizer, prompt, a, eos=True) / (len(tokenizer(a)["input_ids"]) + 1) for a in answers]
+        chosen, rejected = answers if means[0] > means[1] else answers[::-1]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
 def made(root: Path) -> Place:
     base = save_model(root / "base", "qwen2", layers=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -48,15 +62,21 @@ def made(root: Path) -> Place:
         adapted = by_peft(root / "base", root / "loud", "lora", size=0.3)
     spoken = [{"prompt": f"Say {n}:", "completion": f" the number {n * 7}"} for n in range(12)]
     asked = [{"prompt": f"Is it {n}?", "choices": LETTERS[: 2 + n % 3], "answer": 0} for n in range(8)]
-    for name, rows in (("spoken", spoken), ("asked", asked)):
+    taught = preferred(adapted, root / "base")
+    for name, rows in (("spoken", spoken), ("asked", asked), ("taught", taught)):
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     of_both = {"sequence_len": 96}
     datasets = [
         {"name": "spoken", "role": "in-sample", "dataset_type": "completion", **of_both},
         {"name": "asked", "role": "ood", "dataset_type": "multiple_choice", "permutations": 3, **of_both},
     ]
+    pairs = {"role": "in-sample", "dataset_type": "preference", **of_both}
+    datasets += [
+        {"name": "taught", **pairs},
+        {"name": "turned", **pairs, "field_chosen": "rejected", "field_rejected": "chosen"},
+    ]
     for table in datasets:
-        table["dataset_path"] = str(root / f"{table['name']}.jsonl")
+        table["dataset_path"] = str(root / f"{table['name']}.jsonl".replace("turned", "taught"))
     book = {"name": "book", "dataset_type": "textfile", "dataset_path": str(BOOKS / "the_salt_ledger.md")}
     datasets.append({**book, "role": "unrelated", "sequence_len": 64, "subsample": 0.01})
     config = {
@@ -123,6 +143,35 @@ def test_records_are_transformers_log_probabilities(place: Place, folder: Path) 
     assert len({row["lp_w"] for row in found}) == 24  # loud's are its own
 
 
+def test_pairs_are_transformers_log_probabilities(place: Place, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place.root / "base")
+    pairs = [json.loads(line) for line in (place.root / "taught.jsonl").read_text().splitlines()]
+    found = [row for row in rows_of(folder) if row["dataset"] == "taught" and row["adapter"] == "loud"]
+    assert len(found) == len(pairs) == 24
+    for row, pair in zip(found, pairs, strict=True):
+        for which, key in (("w", "chosen"), ("l", "rejected")):
+            given = (tokenizer, pair["prompt"], pair[key], True)
+            assert row[f"lp_{which}"] == pytest.approx(oracle(place.adapted, *given), rel=SUMS)
+            assert row[f"ref_{which}"] == pytest.approx(oracle(place.base, *given), rel=SUMS)
+            assert row[f"n_{which}"] == len(tokenizer(pair[key])["input_ids"]) + 1
+            assert row[f"bytes_{which}"] == len(pair[key])
+
+
+def test_what_was_taught_is_learnt_and_with_labels_turned_round_is_the_opposite(folder: Path) -> None:
+    cells = {
+        (c["dataset"], c["adapter"]): c for c in csv.DictReader((folder / "table.csv").open()) if c["measure"] == MAIN
+    }
+    assert float(cells["taught", "loud"]["value"]) == 1
+    assert float(cells["turned", "loud"]["value"]) == 0
+    assert float(cells["taught", "loud"]["delta_low"]) > 0
+    lights = json.loads((folder / "evaluation.json").read_text())["lights"]
+    of_loud = {(light["dataset"], light["what"]) for light in lights if light["adapter"] == "loud"}
+    assert ("turned", "learned the opposite") in of_loud
+    assert of_loud.isdisjoint({("taught", "learned the opposite"), ("taught", "did not learn")})
+
+
 def test_options_are_scored_where_they_are_listed(place: Place, folder: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -161,7 +210,7 @@ def test_the_base_is_what_it_was_after_every_adapter(folder: Path) -> None:
 def test_every_form_has_the_same_figures(folder: Path) -> None:
     cells = list(csv.DictReader((folder / "table.csv").open()))
     assert {(c["adapter"], c["dataset"]) for c in cells} == {
-        (a, d) for a in ("base", "idle", "loud") for d in ("spoken", "asked", "book")
+        (a, d) for a in ("base", "idle", "loud") for d in ("spoken", "asked", "book", "taught", "turned")
     }
     page = (folder / "table.md").read_text()
     for cell in cells:

@@ -42,14 +42,14 @@ def test_the_command_leaves_what_the_page_says(folder: Path) -> None:
     for file in folder.iterdir():
         assert f"`{file.name}`" in PAGE
     assert len(list(folder.iterdir())) == 6
-    assert len(pq.read_table(folder / "records.parquet")) == 2 * (3 + 3 * 2)
+    assert len(pq.read_table(folder / "records.parquet")) == 2 * (3 + 2 + 3 * 2)
 
 
 def test_the_launched_command_is_one() -> None:
     assert evaluate_lora.parser().parse_args(shlex.split(LAUNCHED)).adapters == ["base", "ADAPTER", "OTHER"]
 
 
-@pytest.mark.parametrize("kind", ["rows", "multiple_choice"])
+@pytest.mark.parametrize("kind", ["rows", "preference", "multiple_choice"])
 def test_every_measure_is_on_the_page(kind: measures.Kind) -> None:
     for measure in measures.measures(kind, 0.1):
         assert f"| `{measure.name}` |" in PAGE

@@ -15,7 +15,7 @@ MAX_CONFIG_TAKERS = 13  # functions outside pipeline/config/
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
-    "huggingface_hub": ("pipeline/publishing/", "pipeline/formats/hub.py"),
+    "huggingface_hub": ("pipeline/publishing/", "pipeline/formats/hub.py", "pipeline/data/reading/hub.py"),
     "deepspeed": ("pipeline/training/",),
     "bitsandbytes": ("pipeline/model/quantized_bnb.py", "pipeline/training/optim/inner.py"),
 }
