@@ -59,6 +59,12 @@ TABLES = (
     ),
     ("Bnb", "`[quantization.bnb]`", "None by default. Linear layers of the base in 4 or 8 bits, by bitsandbytes."),
     (
+        "Peft",
+        "`[peft]`",
+        "Required with `adapter_type = 'peft'`, and only there. Every other key of it is one of PEFT's own for the type, such as "
+        "`r`, checked by PEFT's class of configuration. What each type is: docs/families.md.",
+    ),
+    (
         "Samples",
         "`[samples]`",
         "None by default. What the model says to prompts while it is trained (docs/samples.md).",

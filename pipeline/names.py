@@ -71,6 +71,12 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def holders(name: str) -> list[str]:
+    """The modules around a parameter: 'a.b.c' → ['a.b', 'a']."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+
+
 def last_part(name: str) -> str:
     """'model.layers.3.mlp.down_proj' → 'down_proj'."""
     return name.rpartition(".")[2]

@@ -17,6 +17,8 @@ from pydantic import (
 )
 
 from pipeline import patterns
+from pipeline.peft.types import LOCAL
+from pipeline.peft.types import known as known_type
 
 
 def regular_expression(pattern: str) -> str:
@@ -117,6 +119,16 @@ class Quantization(Section):
     """[quantization]"""
 
     bnb: Bnb
+
+
+class Peft(Section):
+    """[peft]; every other key of it is PEFT's own, and checked by PEFT when the model is known."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, AfterValidator(known_type)] = Field(
+        json_schema_extra={"enum": list(LOCAL)}, description="PEFT's name of the type: " + ", ".join(LOCAL)
+    )
 
 
 class Samples(Section):
