@@ -23,10 +23,12 @@ from pydantic import (
 
 from pipeline.config import data_tables, rules
 from pipeline.config.data_tables import Dataset, EvalDataset
-from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples, Section, not_built, regular_expression
+from pipeline.config.objective_table import Objective, Rl
+from pipeline.config.tables import Bnb, Optimizer, Peft, Quantization, Samples, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
+from pipeline.peft import types as peft_types
 
 Pattern = Annotated[str, AfterValidator(regular_expression)]
 
@@ -106,7 +108,7 @@ class Config(Section):
         None, description="use this learning rate throughout, whatever schedule or checkpoint say"
     )
     micro_batch_size_per_gpu: PositiveInt = Field(
-        1, description="rows per micro-batch and replica; not used with batch_size_tokens"
+        1, description="rows (units of preference data) per micro-batch and replica; not used with batch_size_tokens"
     )
     batch_size_tokens: PositiveInt | None = Field(
         None, description="tokens, padding included, per micro-batch and replica"
@@ -190,7 +192,12 @@ class Config(Section):
     )
     optimizer: Optimizer
     quantization: Quantization | None = Field(None, description="of the base weights; default none")
+    peft: Peft | None = Field(
+        None, description="of adapter_type = 'peft': the type and PEFT's own keys for it; default none"
+    )
     samples: Samples | None = Field(None, description="what the model says while it is trained; default none")
+    objective: Objective | None = Field(None, description="what is minimised; default the next token")
+    rl: Rl | None = Field(None, description="qlora-pipe's name for [objective]; one of the two")
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
 
@@ -253,8 +260,15 @@ class Config(Section):
                 quantised=self.quantization is not None,
                 loraplus=loraplus,
             )
+            if self.peft is not None and self.adapter_type == peft_types.PEFT:
+                yield from peft_types.conflicts(
+                    self.peft.model_dump(),
+                    quantised=self.quantization is not None,
+                    dropout=self.lora_dropout,
+                    dtypes=(self.lora_weight_dtype, self.model_weight_dtype),
+                )
         else:
-            for key in ("layers_to_transform", "adapter_type", "use_dora"):
+            for key in ("layers_to_transform", "adapter_type", "use_dora", "peft"):
                 if key in self.model_fields_set and getattr(self, key):
                     yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
             yield from rules.full_fine_tune_conflicts(values, loraplus=loraplus)

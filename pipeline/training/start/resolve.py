@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -25,18 +26,20 @@ from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
-from pipeline.model.adapters import experts
+from pipeline.model.adapters import by_peft, experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import id_in_cache, layers_of, within_layer
+from pipeline.peft.types import PATTERNS, Asked, settings_of
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
+from pipeline.training.start.objective import Around, spec_of
 from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, SampleSpec, Updates
 
 
@@ -67,19 +70,35 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     model = meta_model.shared
     check_apart(config, model)
     if base.scheme:
-        quantised = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
-        log(f"base:     {quantised} linear layers in {base.scheme}")
+        linear = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
+        stacked = [f"{name}.{leaf}" for name, part in model.named_modules() for leaf in quantized.marked(part)]
+        log(f"base:     {linear} linear layers{', the experts of each layer' if stacked else ''} in {base.scheme}")
+        if stacked:
+            quantized.check_experts(model_config, stacked)
     trained = trained_of(config, base, model)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), meta_model, trained)
     data = replace(data_of(config), rope_switch=packing_check.switches_at(model_config))
-    tokens, budget = max(d.sequence_len for d in config.datasets), config.batch_size_tokens
+    around = Around(
+        units_at_once=None if config.batch_size_tokens else config.micro_batch_size_per_gpu,
+        in_full=config.full_fine_tune or bool(config.trainable_modules),
+        starts_from=config.init_adapter,
+        train_logit_scale=config.train_logit_scale,
+        dropout=config.lora_dropout,
+        start_from_weight=config.init_lora_weights is not True,
+    )
+    objective = spec_of(config.objective, config.rl, config.datasets, config.eval_datasets, around)
+    tokens, budget, slots = (
+        max(d.sequence_len for d in config.datasets),
+        config.batch_size_tokens,
+        objective.slots if objective else 1,
+    )
     layout = Layout(
         config.pipeline_stages,
         config.layers_per_stage,
-        rows=max(1, budget // tokens) if budget else config.micro_batch_size_per_gpu,
+        rows=max(slots, budget // tokens) if budget else slots * config.micro_batch_size_per_gpu,
         tokens=tokens,
         accumulation=config.gradient_accumulation_steps,
         checkpointing=config.activation_checkpointing,
@@ -109,7 +128,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     )
     ranges = cut_into_stages(layout, model, trained)
     router_weight = router_loss_of(config.load_balancing_loss_coef, model)
-    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight)
+    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
 
 def data_of(config: Config) -> DataSpec:
@@ -274,7 +293,9 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
     biased = biased or any(form.bias for form in experts_of.values())
-    adapter = adapter_of(config, targets, biased, experts_of)
+    table = config.peft.model_dump() if config.peft else None
+    asked = asked_of(table, config.lora_dropout, targets, model)
+    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
@@ -331,6 +352,24 @@ def adapter_of(
         feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
         experts=dict(experts_of),
     )
+
+
+def asked_of(
+    table: Mapping[str, Any] | None, dropout: float, targets: list[str], model: PreTrainedModel
+) -> Asked | None:
+    """The table [peft], checked by PEFT, where there is one. UserError with every key that PEFT does not take."""
+    if table is None:
+        return None
+    from pipeline.peft.layers import check_settings
+
+    peft_type, settings = table["type"], settings_of(table, dropout)
+    check_settings(peft_type, settings, by_peft.WHERE)
+    patterns.check({f"{by_peft.WHERE}{key}": settings[key] for key in PATTERNS if settings.get(key)}, targets)
+    unbiased = next((name for name in targets if getattr(model.get_submodule(name), "bias", None) is None), "")
+    asked = Asked(peft_type, settings, by_peft.widest_of(model, targets), unbiased)
+    if asked.not_folded:
+        warn(f"{asked.not_folded}: the adapter is for PEFT to load, and merge_lora.py will refuse it")
+    return asked
 
 
 def check_groups(
