@@ -73,6 +73,13 @@ TABLES = (
         "`[samples]`",
         "None by default. What the model says to prompts while it is trained (docs/samples.md).",
     ),
+    (
+        "Objective",
+        "`[objective]`",
+        "None by default: the next token is trained. Preference training, and what it takes, is docs/preference.md's.",
+    ),
+    ("Reference", "`[objective.reference]`", "What the losses compare with; the base by default."),
+    ("Rl", "`[rl]`", "None by default. qlora-pipe's name for `[objective]`; one of the two."),
     ("Dataset", "`[[datasets]]`", "Once for each dataset, at least one."),
     ("EvalDataset", "`[[eval_datasets]]`", "Once for each dataset that is held out as a whole; none by default."),
 )
