@@ -57,7 +57,11 @@ TABLES = (
         "`[[optimizer.groups]]`",
         "None by default. The first group that names a parameter has it; what none names follows `[optimizer]`.",
     ),
-    ("Bnb", "`[quantization.bnb]`", "None by default. Linear layers of the base in 4 or 8 bits, by bitsandbytes."),
+    (
+        "Bnb",
+        "`[quantization.bnb]`",
+        "None by default. Linear layers and experts of the base in 4 or 8 bits, by bitsandbytes.",
+    ),
     (
         "Peft",
         "`[peft]`",
@@ -69,6 +73,13 @@ TABLES = (
         "`[samples]`",
         "None by default. What the model says to prompts while it is trained (docs/samples.md).",
     ),
+    (
+        "Objective",
+        "`[objective]`",
+        "None by default: the next token is trained. Preference training, and what it takes, is docs/preference.md's.",
+    ),
+    ("Reference", "`[objective.reference]`", "What the losses compare with; the base by default."),
+    ("Rl", "`[rl]`", "None by default. qlora-pipe's name for `[objective]`; one of the two."),
     ("Dataset", "`[[datasets]]`", "Once for each dataset, at least one."),
     ("EvalDataset", "`[[eval_datasets]]`", "Once for each dataset that is held out as a whole; none by default."),
 )

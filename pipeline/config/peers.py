@@ -16,7 +16,7 @@ ATTENTION = "attn_implementation = 'flash_attention_2', 'sdpa' or 'eager'"
 IN_FULL = "trainable_modules (trained in full beside the adapter)"
 KERNELS = "kernels = 'all'"
 STAGES = "pipeline_stages (and deepspeed --num_gpus N)"
-NO_PREFERENCE = "preference training is not built yet"
+PREFERENCE = "[objective] type = 'preference'"
 TEMPLATE = "datasets.0.chat_template (a file, a text of Jinja, or 'chatml', 'llama3', …)"
 NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard events"
 PACKING = "datasets.0.packing = 'best_fit' or 'stream' (of chat, completion and pretokenized; books are a stream, in which document_mask = true keeps documents apart)"
@@ -197,11 +197,11 @@ INSTEAD: dict[str, str] = {
     "lora_o_kernel": KERNELS,
     "unsloth": KERNELS,
     # other trainings
-    "stage": NO_PREFERENCE,
-    "pref_beta": NO_PREFERENCE,
-    "beta": NO_PREFERENCE,
-    "dpo_beta": NO_PREFERENCE,
-    "loss": NO_PREFERENCE,
+    "stage": f"{PREFERENCE} (or leave it out)",
+    "pref_beta": f"{PREFERENCE} with beta",
+    "beta": f"{PREFERENCE} with beta",
+    "dpo_beta": f"{PREFERENCE} with beta",
+    "loss": f"{PREFERENCE} with loss_type",
     "label_smoothing_factor": "no counterpart: the loss is plain cross-entropy",
 }
 # What axolotl and others write within a dataset.
@@ -238,9 +238,34 @@ IN_OPTIMIZER: dict[str, str] = {
 }
 
 
+IN_OBJECTIVE: dict[str, str] = {
+    "tap": "no counterpart yet: representation losses and circuit breakers are not built",
+    "sync_ref_model": "no counterpart: the reference stays as it was at the start",
+    "ref_model_sync_steps": "no counterpart: the reference stays as it was at the start",
+    "ref_model_mixup_alpha": "no counterpart: the reference stays as it was at the start",
+    "ref_model": "reference = { model = '…' }",
+    "reference_free": "loss_type = 'simpo', 'cpo' or 'orpo', which read no reference",
+    "precompute_ref_log_probs": "reference = { precompute_ref_log_probs = true }, which is the default",
+    "ld_alpha": "no counterpart: LD-DPO weighs tokens, and losses here take rows' sums",
+    "use_weighting": "no counterpart: WPO weighs tokens, and losses here take rows' sums",
+    "padding_free": "no counterpart: rows of a micro-batch are padded; group_by_length puts like lengths together",
+    "rpo_alpha": "loss_type = ['sigmoid', 'sft'] with loss_weights = [1.0, rpo_alpha]",
+    "max_length": "datasets.0.sequence_len",
+    "max_prompt_length": "no counterpart: rows lose their end (datasets.0.truncation_mode)",
+    "truncation_mode": "datasets.0.truncation_mode",
+    "disable_dropout": "no counterpart: lora_dropout is 0 unless it is given",
+    "gamma": "simpo_gamma",
+    "method": "loss_type",
+}
+
+
 def in_table(table: str, key: str) -> str | None:
     """What to write for `key`, which other trainers write in the table `table`; None if it is not known."""
-    own = IN_DATASETS if table.endswith("datasets") else IN_OPTIMIZER if table == "optimizer" else {}
+    own = (
+        IN_DATASETS
+        if table.endswith("datasets")
+        else {"optimizer": IN_OPTIMIZER, "objective": IN_OBJECTIVE}.get(table, {})
+    )
     return _sentence(own, key)
 
 
@@ -253,5 +278,5 @@ def _sentence(table: dict[str, str], key: str) -> str | None:
     answer = table.get(key.lower().replace("-", "_"))
     if answer is None:
         return None
-    explains = answer.startswith(("no ", NO_PREFERENCE))
+    explains = answer.startswith("no ")
     return f"{answer[0].upper()}{answer[1:]}." if explains else f"Use {answer}."

@@ -13,10 +13,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "loss_type": (("cross_entropy_loss",), "only 'cross_entropy_loss' is built"),
     "focal_loss_gamma": ((0, 0.0), "focal losses are not built"),
     "offload_mlp_to_cpu": ((False, 0), "not built; use more stages or activation_checkpointing = 'unsloth'"),
-    "rejected_sampling": ((False,), "preference training is not built yet"),
-    "rejected_sampling_max_new_tokens": ((), "preference training is not built yet"),
-    "rl": ((), "preference training is not built yet"),
-    "sampling": ((), "preference training is not built yet"),
+    "rejected_sampling": ((False,), "answers that are sampled while training is under way are not built yet"),
+    "rejected_sampling_max_new_tokens": ((), "answers that are sampled while training is under way are not built yet"),
+    "sampling": ((), "answers that are sampled while training is under way are not built yet"),
     "optimizer.kahan_sum": (
         (True,),
         "adamw_kahan always sums with compensation; use type = 'AdamW' for an optimizer without",

@@ -23,6 +23,7 @@ from pydantic import (
 
 from pipeline.config import data_tables, rules
 from pipeline.config.data_tables import Dataset, EvalDataset
+from pipeline.config.objective_table import Objective, Rl
 from pipeline.config.tables import Bnb, Optimizer, Peft, Quantization, Samples, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
@@ -107,7 +108,7 @@ class Config(Section):
         None, description="use this learning rate throughout, whatever schedule or checkpoint say"
     )
     micro_batch_size_per_gpu: PositiveInt = Field(
-        1, description="rows per micro-batch and replica; not used with batch_size_tokens"
+        1, description="rows (units of preference data) per micro-batch and replica; not used with batch_size_tokens"
     )
     batch_size_tokens: PositiveInt | None = Field(
         None, description="tokens, padding included, per micro-batch and replica"
@@ -195,6 +196,8 @@ class Config(Section):
         None, description="of adapter_type = 'peft': the type and PEFT's own keys for it; default none"
     )
     samples: Samples | None = Field(None, description="what the model says while it is trained; default none")
+    objective: Objective | None = Field(None, description="what is minimised; default the next token")
+    rl: Rl | None = Field(None, description="qlora-pipe's name for [objective]; one of the two")
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
 

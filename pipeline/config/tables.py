@@ -109,10 +109,11 @@ class Bnb(Section):
         False, description="quantise the scales too: 4.13 bits a weight instead of 4.5"
     )
     llm_int8_threshold: NonNegativeFloat = Field(
-        6.0, description="8 bits: columns of the input with a value above this are multiplied in 16 bits; 0 for none"
+        6.0,
+        description="8 bits: columns of the input with a value above this are multiplied in 16 bits; 0 for none; not of experts, whose inputs are never quantised",
     )
     llm_int8_skip_modules: list[str] = Field(
-        [], description="linear modules to leave in model_weight_dtype, in 4 bits too: the beginning or end of a name, or a regular expression; embedding, head and a mixture's routers always are left")  # fmt: skip
+        [], description="linear modules, or 'experts', to leave in model_weight_dtype, in 4 bits too: the beginning or end of a name, or a regular expression; embedding, head and a mixture's routers always are left")  # fmt: skip
 
 
 class Quantization(Section):

@@ -4,6 +4,7 @@ Takes the hidden state [B, T, D], the head and a micro-batch's labels; gives the
 chunk are never made (kernels/cross_entropy.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,6 +36,10 @@ class LanguageModelling:
     def row_sums(self, hidden_BTD: Tensor, given: Tensors) -> dict[str, Tensor]:
         """'loss', fp32 [B]: the sum of each row's token losses."""
         return {"loss": self._token_losses(hidden_BTD, given, self.transform).sum(dim=1)}
+
+    def means(self, totals: Mapping[str, float], targets: int) -> dict[str, float]:
+        """'loss', in nats a token."""
+        return {"loss": totals["loss"] / targets}
 
     def _token_losses(self, hidden_BTD: Tensor, given: Tensors, transform: LogitTransform) -> Tensor:
         assert self.head is not None, "only the last stage computes a loss"

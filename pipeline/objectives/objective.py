@@ -22,10 +22,13 @@ class Objective(Protocol):
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names of what `row_sums` gives; 'loss' is one of them."""
+        """Names of what `row_sums` gives."""
 
     def loss(self, hidden_BTD: Tensor, given: Tensors) -> Tensor:
         """fp32 scalar: this micro-batch's part of the step's loss. Their mean over micro-batches and replicas is the loss."""
 
     def row_sums(self, hidden_BTD: Tensor, given: Tensors) -> dict[str, Tensor]:
-        """For each of `measures`, fp32 [B]: its sum over a row's targets. The set's is their sum / the set's targets."""
+        """For each of `measures`, fp32 [B]: its sum over a row's targets (or of a unit, [U]); filler adds 0."""
+
+    def means(self, totals: Mapping[str, float], targets: int) -> dict[str, float]:
+        """What is shown of a set, 'loss' among it, from each measure's sum over all its rows, which have so many targets."""

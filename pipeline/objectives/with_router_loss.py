@@ -4,7 +4,7 @@ Takes an objective and where the routers' loss of the micro-batch that has just 
 Evaluation measures the objective's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,3 +35,7 @@ class WithRouterLoss:
     def row_sums(self, hidden_BTD: Tensor, given: Tensors) -> dict[str, Tensor]:
         """The objective's."""
         return self.objective.row_sums(hidden_BTD, given)
+
+    def means(self, totals: Mapping[str, float], targets: int) -> dict[str, float]:
+        """The objective's."""
+        return self.objective.means(totals, targets)

@@ -125,10 +125,11 @@ def losses(facts: Facts) -> str:
         rows.append((str(step), f"{training[step].loss:.4f}" if step in training else "", *cells))
     head = ("step", "training loss", *(f"{name} {what}" for name in names for what in ("loss", "perplexity")))
     left_out = f" {len(rows)} of {len(steps)} steps are shown." if len(rows) < len(steps) else ""
-    return (
-        f"![losses over the steps](loss.svg)\n\n{table(head, rows)}\n"
-        f"Losses are means over target tokens, in nats; perplexity is exp of that.{left_out}"
-    )
+    of_tokens = not facts.evaluation or any(loss.perplexity for found in facts.evaluation.values() for loss in found)
+    meaning = "Losses are means over target tokens, in nats; perplexity is exp of that."
+    if not of_tokens:
+        meaning = "Losses are those of the run's objective, means over units of answers that are compared."
+    return f"![losses over the steps](loss.svg)\n\n{table(head, rows)}\n{meaning}{left_out}"
 
 
 def _loss_cells(loss: Loss | None) -> tuple[str, str]:

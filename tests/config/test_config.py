@@ -383,6 +383,9 @@ def test_reference_has_every_key_and_every_key_has_a_meaning() -> None:
                 "samples",
                 "datasets",
                 "eval_datasets",
+                "objective",
+                "rl",
+                "reference",
             ):
                 assert f"\n| `{key}` | " in reference, key
                 assert field.description, key

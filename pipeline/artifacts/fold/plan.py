@@ -30,7 +30,7 @@ from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
 from pipeline.formats.safetensors import StoredTensor, TensorSpec, read_floats
-from pipeline.names import layer_of
+from pipeline.names import is_router, layer_of
 from pipeline.peft.types import LOCAL
 
 
@@ -88,14 +88,13 @@ class Change:
         return math.prod(self.tensor.shape) // self.columns
 
     def matrices(self) -> "Iterator[Change]":
-        """Of a tensor [E, D, I] with a matrix for each expert that pairs change, each matrix; else the change itself."""
-        if len(self.tensor.shape) != 3 or not any(isinstance(step, PairStep) for step in self.steps):
+        """Of a tensor [E, D, I] with a matrix for each expert that pairs change, or that has been in 4 bits, each matrix;
+        else the change itself."""
+        paired = any(isinstance(step, PairStep) for step in self.steps)
+        if len(self.tensor.shape) != 3 or not (paired or self.base_quant):
             yield self
             return
-        n_bytes = self.tensor.n_bytes // self.tensor.shape[0]
-        for expert in range(self.tensor.shape[0]):
-            start = self.tensor.start + expert * n_bytes
-            one = replace(self.tensor, shape=self.tensor.shape[1:], start=start, n_bytes=n_bytes)
+        for expert, one in enumerate(self.tensor.matrices()):
             yield replace(self, tensor=one, steps=tuple(_of_expert(step, expert) for step in self.steps))
 
     def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
@@ -321,19 +320,20 @@ def _pair_step(part: Part, number: int, module: str, unmerge: bool) -> PairStep:
 
 
 def quantised_weights(base: Base) -> frozenset[str]:
-    """The weights a QLoRA run quantises that skips none: of every linear module of the decoder layers; no head,
-    embedding or norm.
+    """The weights a QLoRA run here quantises that skips none: of every linear module of the decoder layers and of all
+    experts, however these are stored; no head, embedding, norm or router.
 
-    Raises UserError for a mixture of experts (which of its weights are quantised depends on the program that loads it)
-    and for weights that are not 16 or 32 bit.
+    Raises UserError for weights that are not 16 or 32 bit.
     """
     found = [
         tensor
         for name, tensor in base.tensors.items()
-        if layer_of(name) is not None and name.endswith(".weight") and len(tensor.shape) == 2
+        if layer_of(name) is not None
+        and not is_router(name)
+        and (
+            (len(tensor.shape) == 2 and name.endswith(".weight")) or (len(tensor.shape) == 3 and min(tensor.shape) > 1)
+        )
     ]
-    if expert := next((tensor.name for tensor in found if ".experts." in tensor.name), None):
-        raise UserError(f"--base-quant: {base.folder} is a mixture of experts ({expert}). That is not built yet.")
     if strange := next((tensor for tensor in found if tensor.dtype not in FOLDABLE), None):
         raise UserError(
             f"--base-quant: {strange.name} is stored as {strange.dtype}; {', '.join(FOLDABLE)} can be rounded."

@@ -291,5 +291,6 @@ def convert(
 
     Raises as `round_to`.
     """
-    for block in read_rows(tensor, tensor.shape[-1] if base_quant else 1, BLOCK_ITEMS, base_quant, base_dtype):
-        yield round_to(block, dtype, tensor.name)
+    for matrix in tensor.matrices() if base_quant else [tensor]:
+        for block in read_rows(matrix, matrix.shape[-1] if base_quant else 1, BLOCK_ITEMS, base_quant, base_dtype):
+            yield round_to(block, dtype, tensor.name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.kernels.packed_experts import PackedExperts
 from pipeline.model.stage import Stage
 from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.names import layer_of
@@ -122,7 +123,11 @@ def outputs_of(model: PreTrainedModel, module: nn.Module) -> int:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's parameters are."""
-    return next(module.parameters()).device
+    if (parameter := next(module.parameters(), None)) is not None:
+        return parameter.device
+    return next(
+        held.device for part in module.modules() for held in vars(part).values() if isinstance(held, PackedExperts)
+    )
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ class _Facts(_Form):
     config: _Config
     layout: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]  # stages, replicas
     versions: dict[str, str]
+    reference: dict[str, str] = {}  # files of the run that a resumption needs, with the SHA-256 of what they hold
 
 
 class _Shard(_Form):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
 
 from pipeline.console import progress
 from pipeline.data.batches import EvaluationBatches
@@ -20,15 +21,22 @@ from pipeline.training.engine.wires import Inputs
 
 
 def evaluate(engine: PipelineEngine, objective: Objective, batches: EvaluationBatches, name: str) -> dict[str, float]:
-    """The objective's measures by name, each the mean over the set's targets; the same on every process.
+    """What the objective says of the set, 'loss' among it; the same on every process."""
+    outputs = scores(engine, objective, batches, f"evaluating {name}")
+    totals_M = torch.zeros(len(objective.measures), dtype=torch.float64, device=engine.device)
+    for sums_MB in outputs:
+        totals_M += torch.stack([row_sums_B.double().sum() for row_sums_B in sums_MB])
+    dist.all_reduce(totals_M)  # the other stages add nothing
+    return objective.means(dict(zip(objective.measures, totals_M.tolist(), strict=True)), batches.targets)
 
-    'loss' is in nats per token.
-    """
+
+def scores(engine: PipelineEngine, objective: Objective, batches: EvaluationBatches, doing: str) -> list[Tensor]:
+    """The objective's measures of each micro-batch of this replica's, fp32 [M, B], in order; on its last stage, else nothing."""
     in_training = engine.module.loss_fn, engine.dynamic_shape
     engine.module.loss_fn, engine.dynamic_shape = wires.row_sums(objective), batches.fixed_shape is None
     engine.total_loss = None  # it adds up losses, and those of evaluation are per row
     engine.reset_activation_shape()
-    with progress(f"evaluating {name}", len(batches)) as advance:
+    with progress(doing, len(batches)) as advance:
         outputs = engine.eval_batch(
             _fed(batches, objective, advance, engine.device),
             reduce_output=None,
@@ -38,15 +46,7 @@ def evaluate(engine: PipelineEngine, objective: Objective, batches: EvaluationBa
     engine.reset_activation_shape()
     engine.total_loss = None
     engine.module.loss_fn, engine.dynamic_shape = in_training
-
-    totals_M = torch.zeros(len(objective.measures), dtype=torch.float64, device=engine.device)
-    if engine.is_last_stage():
-        for sums_MB in outputs:
-            totals_M += torch.stack([row_sums_B.double().sum() for row_sums_B in sums_MB])
-    dist.all_reduce(totals_M)  # the other stages add nothing
-    return {
-        measure: total / batches.targets for measure, total in zip(objective.measures, totals_M.tolist(), strict=True)
-    }
+    return outputs if engine.is_last_stage() else []
 
 
 def perplexity(loss: float) -> float:

@@ -28,12 +28,13 @@ from pipeline.model.stage import Stage, check_head, tied_head
 from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.objectives.objective import Objective
+from pipeline.objectives.preference import Preference, StepTotals
 from pipeline.objectives.with_router_loss import WithRouterLoss
 from pipeline.processes import launched_by
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState, restore
-from pipeline.training.engine import engine
+from pipeline.training.engine import engine, reference
 from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
@@ -48,6 +49,7 @@ from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
+from pipeline.training.start.objective import ObjectiveSpec
 from pipeline.training.start.resolved import Resolved, Updates
 
 
@@ -73,26 +75,28 @@ def trainer(
     optimizer = build_optimizer(plan.updates, stage, place)
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
-    objective = objective_of(stage, config.train_logit_scale, routers)
+    totals = StepTotals() if plan.objective else None
+    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
     progress = Progress(order=batches.order_hash(0))
     if resumed is not None:
-        progress = put_back(*resumed, about, stage, optimizer, place, batches)
+        progress = put_back(*resumed, about, stage, optimizer, place, batches, plan.objective)
     elif config.init_adapter:
         with engine.agreement(place):
             initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, config.init_adapter))
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
+    if plan.objective and plan.objective.reference:
+        run = reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
+        with watcher.phase(UNHURRIED):
+            data, about["reference"] = reference.attached(data, run, opened.path, resumed and resumed[0].parent)
+        batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
     metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
     state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale)
     say_memory(place)
-    memory = StepMemory(engine.held_tensors(pipeline_engine, optimizer))
-    samples = None
-    if plan.data.samples is not None and data.questions is not None:
-        samples = Samples(plan.data.samples, data.questions, stage, place, plan.base.dtype, metrics, watcher.doing)
     return Trainer(
         engine=pipeline_engine,
         place=place,
@@ -103,6 +107,7 @@ def trainer(
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         routers=routers,
+        step_totals=totals,
         intervals=plan.intervals,
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
@@ -110,14 +115,23 @@ def trainer(
         saver=Saver(opened.path, launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
         state=state,
         metrics=metrics,
-        samples=samples,
-        memory=memory,
+        samples=samples_of(plan, data, stage, place, metrics, watcher),
+        memory=StepMemory(engine.held_tensors(pipeline_engine, optimizer)),
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, opened.path),
         progress=progress,
         first_step_done=partial(planned.say_overflow, run_plan, place, arena),
         outcome=partial(planned.say_outcome, run_plan, place, opened.path, arena),
     )
+
+
+def samples_of(
+    plan: Resolved, data: prepare.Data, stage: Stage, place: engine.Place, metrics: Metrics, watcher: Watcher
+) -> Samples | None:
+    """What the model is asked while it is trained, if anything."""
+    if plan.data.samples is None or data.questions is None:
+        return None
+    return Samples(plan.data.samples, data.questions, stage, place, plan.base.dtype, metrics, watcher.doing)
 
 
 def build_stage(
@@ -197,10 +211,18 @@ def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> Pipe
     return optimizer
 
 
-def objective_of(stage: Stage, train_logit_scale: float, routers: RouterLoss | None = None) -> Objective:
-    """The loss; only the last stage, which has the head, computes it."""
-    head = stage.head if stage.is_last else None
-    objective = LanguageModelling(head, logit_transform(stage.model.config), train_logit_scale)
+def objective_of(
+    stage: Stage,
+    train_logit_scale: float,
+    routers: RouterLoss | None = None,
+    preference: ObjectiveSpec | None = None,
+    totals: StepTotals | None = None,
+) -> Objective:
+    """The loss; only the last stage, which has the head, computes it. `totals`: of preference training."""
+    head, transform = stage.head if stage.is_last else None, logit_transform(stage.model.config)
+    objective: Objective = LanguageModelling(head, transform, train_logit_scale)
+    if preference is not None and totals is not None:
+        objective = Preference(head, transform, preference.mixture, preference.slots, totals)
     return WithRouterLoss(objective, routers.coefficient, routers.take) if routers else objective
 
 
@@ -252,6 +274,7 @@ def put_back(
     optimizer: PipelineOptimizer,
     place: engine.Place,
     batches: MicroBatches,
+    objective: ObjectiveSpec | None,
 ) -> Progress:
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration.
 
@@ -264,6 +287,8 @@ def put_back(
     same_layout = manifest["layout"] == about["layout"]
     with engine.agreement(place):
         run_folder.check_continues(manifest, recorded, set(about["trained"]), aliases)
+        if objective is not None:
+            reference.check_kept(folder.parent, manifest, objective.reference)
         order = batches.order_hash(manifest["epoch"])
         if manifest["rows"] and order != manifest["order"]:
             raise UserError(

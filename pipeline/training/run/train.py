@@ -24,7 +24,6 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     engine.check_version()
     resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
     plan = resolve.resolve(config, resumes=bool(resume))
-    prepare.check_trained_on(plan.data)
     prepare.check_files(config.model, config.output_dir, plan.meta_model)
     after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
     times.ended("checks")

@@ -19,6 +19,7 @@ from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
 from pipeline.model.router_loss import RouterLoss
 from pipeline.objectives.objective import Objective
+from pipeline.objectives.preference import StepTotals
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
 from pipeline.training.engine import evaluate, prefetch, wires
@@ -47,6 +48,7 @@ class Trainer:
     learning_rate: Callable[[int, int], float]
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
     routers: RouterLoss | None  # of this stage, where their loss is trained
+    step_totals: StepTotals | None  # what preference training measures on the last stage
     intervals: Intervals
     epochs: int | None  # the run ends after so many, or after max_steps
     max_steps: int | None
@@ -115,6 +117,8 @@ class Trainer:
         self.state.ahead(ahead)
         if self.routers:
             self.routers.begin_step()
+        if self.step_totals:
+            self.step_totals.taken()
         clock.start()
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
@@ -143,6 +147,7 @@ class Trainer:
             self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {},
             peak_memory(),
             self.routers.measured() if self.routers else {},
+            self.step_totals.taken() if self.step_totals else {},
         )
         gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
         dist.gather_object(own, gathered)
@@ -157,12 +162,22 @@ class Trainer:
                     "train/tokens_per_s": tokens_per_s,
                     "train/epoch": info.epochs_done,
                     **_means([part[2] for part in gathered or []]),
+                    **self._measured([part[3] for part in gathered or []]),
                     **norms,
                 },
             )
         if prints:
             memory = max((part[1] for part in gathered), default=0) if gathered else 0
             clock.line(self.step, loss, lr, self.optimizer.grad_norm, tokens_per_s, memory)
+
+    def _measured(self, parts: list[dict[str, float]]) -> dict[str, float]:
+        """What the objective says of a step, from sums over each replica's micro-batches; 'loss' is known already."""
+        totals: dict[str, float] = {}
+        for part in parts:
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + value
+        means = self.objective.means(totals, 0) if totals else {}
+        return {f"train/{name}": value for name, value in means.items() if name != "loss"}
 
     def _after_step(self, last: bool) -> None:
         """What is due at this step: evaluation, saves of what is trained, samples, checkpoints at the end of an epoch."""
@@ -225,13 +240,16 @@ class Trainer:
         results: dict[str, float] = {}
         for name, batches in self.evaluations.items():
             with self.watcher.phase(f"evaluating {name}", self.step):
-                loss = evaluate.evaluate(self.engine, self.objective, batches, name)["loss"]
+                measured = evaluate.evaluate(self.engine, self.objective, batches, name)
+            loss = measured["loss"]
             if not math.isfinite(loss):
                 raise NonFiniteError(f"step {self.step}: the loss of {name} is {loss}. Nothing of this step was saved.")
-            results |= {f"eval/{name}/loss": loss, f"eval/{name}/perplexity": evaluate.perplexity(loss)}
-            log(f"step {self.step}  evaluation of {name}: loss {loss:.4f}, perplexity {evaluate.perplexity(loss):.2f}")
+            if self.step_totals is None:
+                measured["perplexity"] = evaluate.perplexity(loss)
+            results |= {f"eval/{name}/{measure}": value for measure, value in measured.items()}
+            log(f"step {self.step}  evaluation of {name}: {_shown(measured)}")
         self.metrics.log(self.step, results)
-        mean = sum(loss for tag, loss in results.items() if tag.endswith("/loss")) / len(self.evaluations)
+        mean = sum(results[f"eval/{name}/loss"] for name in self.evaluations) / len(self.evaluations)
         best = self.progress.best_loss
         if best is None or mean < best:
             self.progress = self.progress._replace(best_loss=mean)
@@ -278,3 +296,9 @@ def _means(parts: list[dict[str, float]]) -> dict[str, float]:
     """Of numbers that several replicas have of the same thing, the mean; all in one order."""
     tags = sorted({tag for part in parts for tag in part})
     return {tag: sum(values) / len(values) for tag in tags if (values := [part[tag] for part in parts if tag in part])}
+
+
+def _shown(measured: dict[str, float]) -> str:
+    """Of an evaluation, on one line: what says most."""
+    digits = {"loss": 4, "perplexity": 2, "rewards/accuracies": 3, "rewards/margins": 4, "kl": 4}
+    return ", ".join(f"{name} {measured[name]:.{places}f}" for name, places in digits.items() if name in measured)

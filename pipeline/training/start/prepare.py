@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from pipeline.config.data_tables import UNITS, Dataset, EvalDataset
-from pipeline.console import UserError, log, warn
+from pipeline.console import log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
@@ -78,16 +78,6 @@ def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
             f"{model}: config.json ties the head to the embedding, but {base.taken} holds two different tensors. Both "
             "are kept, as in transformers; tie_word_embeddings = false would say so."
         )
-
-
-def check_trained_on(spec: DataSpec) -> None:
-    """UserError for data that no objective here trains on."""
-    for number, dataset in enumerate(spec.datasets):
-        if dataset.dataset_type in UNITS:
-            raise UserError(
-                f"datasets.{number}.dataset_type = '{dataset.dataset_type}': its rows are read, checked and shown (--check, "
-                f"--prepare, --preview), and no training on them is built yet"
-            )
 
 
 def tokenizer_for(plan: Resolved, folder: str) -> Any:

@@ -39,6 +39,7 @@ from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
+from pipeline.training.start.objective import Around, spec_of
 from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, SampleSpec, Updates
 
 
@@ -69,19 +70,35 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     model = meta_model.shared
     check_apart(config, model)
     if base.scheme:
-        quantised = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
-        log(f"base:     {quantised} linear layers in {base.scheme}")
+        linear = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
+        stacked = [f"{name}.{leaf}" for name, part in model.named_modules() for leaf in quantized.marked(part)]
+        log(f"base:     {linear} linear layers{', the experts of each layer' if stacked else ''} in {base.scheme}")
+        if stacked:
+            quantized.check_experts(model_config, stacked)
     trained = trained_of(config, base, model)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_adapter_of(trained, config.init_adapter)
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), meta_model, trained)
     data = replace(data_of(config), rope_switch=packing_check.switches_at(model_config))
-    tokens, budget = max(d.sequence_len for d in config.datasets), config.batch_size_tokens
+    around = Around(
+        units_at_once=None if config.batch_size_tokens else config.micro_batch_size_per_gpu,
+        in_full=config.full_fine_tune or bool(config.trainable_modules),
+        starts_from=config.init_adapter,
+        train_logit_scale=config.train_logit_scale,
+        dropout=config.lora_dropout,
+        start_from_weight=config.init_lora_weights is not True,
+    )
+    objective = spec_of(config.objective, config.rl, config.datasets, config.eval_datasets, around)
+    tokens, budget, slots = (
+        max(d.sequence_len for d in config.datasets),
+        config.batch_size_tokens,
+        objective.slots if objective else 1,
+    )
     layout = Layout(
         config.pipeline_stages,
         config.layers_per_stage,
-        rows=max(1, budget // tokens) if budget else config.micro_batch_size_per_gpu,
+        rows=max(slots, budget // tokens) if budget else slots * config.micro_batch_size_per_gpu,
         tokens=tokens,
         accumulation=config.gradient_accumulation_steps,
         checkpointing=config.activation_checkpointing,
@@ -111,7 +128,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     )
     ranges = cut_into_stages(layout, model, trained)
     router_weight = router_loss_of(config.load_balancing_loss_coef, model)
-    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight)
+    return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
 
 def data_of(config: Config) -> DataSpec:

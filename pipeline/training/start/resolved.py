@@ -13,6 +13,7 @@ from pipeline.generation.sampling import Sampling
 from pipeline.model.structure.apart import Way
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import BaseModel, Trained
+from pipeline.training.start.objective import ObjectiveSpec
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Intervals:
 class Resolved:
     """A run in plain values. `meta_model`: makes the model without weights; `ranges`: each stage's layers, [first, end).
     `router_loss`: the weight of a mixture's loss of its routers, 0 for none. `kept_apart_by`: what the model needs beside
-    positions to keep documents that share a row apart."""
+    positions to keep documents that share a row apart. `objective`: None for language modelling."""
 
     base: BaseModel
     meta_model: MetaModel
@@ -131,4 +132,5 @@ class Resolved:
     data: DataSpec
     intervals: Intervals
     router_loss: float = 0.0
+    objective: ObjectiveSpec | None = None
     kept_apart_by: Way = "positions"

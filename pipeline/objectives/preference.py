@@ -1,0 +1,127 @@
+"""Preference training on the last stage: the losses of `preference_losses.py` over units of rows, and what is measured of them.
+
+A micro-batch's B rows are U units of S rows, slot after slot (data/microbatch.py); units of filler have no targets and take
+part in nothing. The loss of a step is the mean over its units, and the likelihood's part (`sft`, and within ORPO and CPO) the
+mean over the targets of their first rows, however the units fall into micro-batches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.kernels.cross_entropy import LogitTransform
+from pipeline.objectives.objective import Tensors
+from pipeline.objectives.preference_losses import Batch, Mixture
+from pipeline.objectives.rows import log_probs
+
+PAIRS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+COUNTS = ("units", "losses", "log-likelihood", "targets")
+RATED = ("desirable", "desirable rewards", "undesirable rewards", "desirable logps", "undesirable logps", "kl")
+
+
+@dataclass
+class StepTotals:
+    """What was measured of the micro-batches of a step so far, summed; on the last stage."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, columns: Mapping[str, Tensor]) -> None:
+        """Of one more micro-batch: [U] each."""
+        for name, column in columns.items():
+            self.sums[name] = self.sums.get(name, 0.0) + column.detach().double().sum()
+
+    def taken(self) -> dict[str, float]:
+        """The sums, which begin anew."""
+        sums, self.sums = self.sums, {}
+        return {name: float(value) for name, value in sums.items()}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """An `Objective`. `head`: None on stages that compute no loss. `step`: what training measures on its way."""
+
+    head: nn.Linear | None
+    transform: LogitTransform
+    mixture: Mixture
+    slots: int
+    step: StepTotals
+
+    reads: ClassVar[tuple[str, ...]] = ("labels", "loss_scale", "unit_scale", "reference", "desirable")
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Columns that `means` knows how to read, TRL's names where it has them."""
+        return COUNTS + (RATED if self.mixture.data == "unpaired" else PAIRS)
+
+    def loss(self, hidden_BTD: Tensor, given: Tensors) -> Tensor:
+        """fp32 scalar: unit_scale · Σ units' losses − weight of the likelihood · loss_scale · Σ log p of first rows."""
+        batch, _ = self._batch(hidden_BTD, given)
+        losses = self.mixture.per_unit(batch)
+        self.step.add(self._columns(batch, losses))
+        likelihood = self.mixture.nll * given["loss_scale"] * batch.policy[0].sum()
+        return losses.sum() * given["unit_scale"] - likelihood
+
+    def row_sums(self, hidden_BTD: Tensor, given: Tensors) -> dict[str, Tensor]:
+        """fp32 [U] for each of `measures`; 0 for filler."""
+        batch, real_U = self._batch(hidden_BTD, given)
+        columns = self._columns(batch, self.mixture.per_unit(batch))
+        empty_U = torch.zeros(len(real_U), device=real_U.device)
+        return {name: empty_U.masked_scatter(real_U, columns[name]) for name in self.measures}
+
+    def means(self, totals: Mapping[str, float], targets: int) -> dict[str, float]:
+        """'loss', and TRL's metrics, of columns summed over a step or a set."""
+        units, words = max(1.0, totals["units"]), self.mixture.nll / max(1.0, totals["targets"])
+        loss = totals["losses"] / units - words * totals["log-likelihood"]
+        if self.mixture.data != "unpaired":
+            return {"loss": loss, **{name: totals[name] / units for name in PAIRS}}
+        good, bad = totals["desirable"], units - totals["desirable"]
+        found = {"loss": loss, "kl": totals["kl"] / units}
+        for side, name, count in (("chosen", "desirable", good), ("rejected", "undesirable", bad)):
+            if count:
+                found |= {f"{kind}/{side}": totals[f"{name} {kind}"] / count for kind in ("rewards", "logps")}
+        if good and bad:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+    def _batch(self, hidden_BTD: Tensor, given: Tensors) -> tuple[Batch, Tensor]:
+        """The real units, and which of all they are, bool [U]."""
+        assert self.head is not None, "only the last stage computes a loss"
+        sums_B, counts_B = log_probs(hidden_BTD, given["labels"], self.head, self.transform)
+        sums_SU, counts_SU = sums_B.view(self.slots, -1), counts_B.view(self.slots, -1)
+        real_U = counts_SU[0] > 0
+        batch = Batch(
+            sums_SU[:, real_U],
+            given["reference"][:, real_U],
+            counts_SU[:, real_U],
+            given["desirable"][real_U],
+            self.mixture.settings,
+        )
+        return batch, real_U
+
+    @torch.no_grad()
+    def _columns(self, batch: Batch, losses_U: Tensor) -> dict[str, Tensor]:
+        """fp32 [U] each. Of ranked answers the chosen is the best, the rejected the mean of the others; accurate is a unit whose
+        best has the largest reward."""
+        first_U, rewards = batch.policy[0], batch.rewards
+        found = {"units": torch.ones_like(first_U), "losses": losses_U, "log-likelihood": first_U}
+        found["targets"] = batch.tokens[0].to(first_U)
+        if self.mixture.data == "unpaired":
+            good = batch.desirable.to(first_U)
+            shift = batch.ratios[1].mean().clamp(min=0) if len(first_U) else first_U.sum()
+            rated = (good, good * rewards[0], (1 - good) * rewards[0], good * first_U, (1 - good) * first_U)
+            return found | dict(zip(RATED, (*rated, shift.expand_as(first_U)), strict=True))
+        others, rest_U = rewards[1:], batch.policy[1:].mean(dim=0)
+        right = (rewards[0] > others.max(dim=0).values).to(first_U)
+        margin = rewards[0] - others.mean(dim=0)
+        paired = (rewards[0], others.mean(dim=0), right, margin, first_U, rest_U)
+        return found | dict(zip(PAIRS, paired, strict=True))

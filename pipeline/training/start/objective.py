@@ -1,0 +1,163 @@
+"""What is minimised, from the config's [objective] or [rl] and the data; refuses what does not go together.
+
+Takes the tables and a few of the run's keys; gives an `ObjectiveSpec`, None for language modelling, or one UserError.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config.data_tables import UNITS, Dataset, EvalDataset
+from pipeline.config.objective_table import Objective, Rl
+from pipeline.console import CollectedErrors, UserError, log, warn
+from pipeline.objectives.preference_losses import LOSSES, Mixture, Settings
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """Preference training: the losses, the rows of a unit, and the reference: 'base', 'start' or a folder; None where no loss
+    reads one."""
+
+    mixture: Mixture
+    slots: int
+    reference: str | None
+
+
+@dataclass(frozen=True)
+class Around:
+    """Keys of the run that a loss may not go with. `in_full`: whether weights of the base are trained; `starts_from`:
+    init_adapter."""
+
+    units_at_once: int | None  # None: as many as batch_size_tokens holds
+    in_full: bool
+    starts_from: str | None
+    train_logit_scale: float
+    dropout: float
+    start_from_weight: bool
+
+
+def spec_of(
+    objective: Objective | None,
+    rl: Rl | None,
+    datasets: Sequence[Dataset],
+    held_out: Sequence[EvalDataset],
+    around: Around,
+) -> ObjectiveSpec | None:
+    """The objective; says it in words. UserError with all that does not go together."""
+    if objective is not None and rl is not None:
+        raise UserError("rl: [rl] is qlora-pipe's table for what [objective] says; remove one of them")
+    if rl is not None:
+        objective = Objective.model_validate({"type": "preference", "beta": rl.dpo_beta})
+    if objective is None or objective.type == "language_modelling":
+        _check_data([*datasets, *held_out], None)
+        return None
+    errors = CollectedErrors()
+    with errors.collect():
+        mixture = mixture_of(objective)
+        _check_data([*datasets, *held_out], mixture.data)
+    errors.raise_all()
+    slots = sorted({dataset.ranks if mixture.data == "ranked" else 2 for dataset in [*datasets, *held_out]})
+    if len(slots) > 1:
+        raise UserError(f"datasets.ranks: all datasets of a run need the same number, and they have {slots}")
+    for problem in _problems(objective, mixture, around):
+        with errors.collect():
+            raise UserError(problem)
+    errors.raise_all()
+    reference = objective.reference.model if mixture.reads_reference else None
+    log(f"minimised: {described(mixture)}, of {mixture.data} data" + (f", against {reference}" if reference else ""))
+    if around.dropout:
+        warn(
+            f"lora_dropout = {around.dropout:g}: TRL turns dropout off in preference training, as it is noise in every comparison"
+        )
+    if reference is None and "reference" in objective.model_fields_set:
+        warn("objective.reference: none of these losses reads one")
+    return ObjectiveSpec(mixture, slots[0], reference)
+
+
+def mixture_of(objective: Objective) -> Mixture:
+    """The losses and their weights. UserError where these do not fit each other."""
+    names = objective.loss_type if isinstance(objective.loss_type, list) else [objective.loss_type]
+    weights = objective.loss_weights or [1.0] * len(names)
+    if len(weights) != len(names) or len(set(names)) < len(names):
+        raise UserError(
+            f"objective.loss_weights: {len(weights)} for {len(names)} losses; each of loss_type is named once and has one"
+        )
+    kinds = {LOSSES[name].data for name in names}
+    if len(kinds) > 1:
+        raise UserError(
+            f"objective.loss_type: {_listed(names)} are of {_listed(sorted(kinds))} data; they cannot be added"
+        )
+    settings = Settings(
+        beta=objective.beta,
+        label_smoothing=objective.label_smoothing,
+        divergence=objective.f_divergence_type,
+        alpha=objective.f_alpha_divergence_coef,
+        discopop_tau=objective.discopop_tau,
+        simpo_gamma=objective.simpo_gamma,
+        cpo_alpha=objective.cpo_alpha,
+        desirable_weight=objective.desirable_weight,
+        undesirable_weight=objective.undesirable_weight,
+    )
+    return Mixture(dict(zip(names, weights, strict=True)), settings)
+
+
+def described(mixture: Mixture) -> str:
+    """The losses in words: '1 · sigmoid + 0.1 · sft'."""
+    return " + ".join(f"{weight:g} · {name}" for name, weight in mixture.weights.items())
+
+
+def _check_data(datasets: Sequence[Dataset | EvalDataset], wanted: str | None) -> None:
+    """UserError for a dataset that the objective cannot be trained on or measured with. `wanted`: None for rows by themselves."""
+    for dataset in datasets:
+        kind = dataset.dataset_type
+        if wanted is None and kind in UNITS:
+            raise UserError(
+                f"dataset_type = '{kind}': answers are compared with [objective] type = 'preference'; without it the next token "
+                "is trained, of other types of dataset"
+            )
+        if wanted is not None and kind != wanted:
+            raise UserError(
+                f"dataset_type = '{kind}': this loss_type is of dataset_type = '{wanted}', for all datasets of the run"
+            )
+
+
+def _problems(objective: Objective, mixture: Mixture, around: Around) -> list[str]:
+    """What the losses do not go with, a message each."""
+    names, found = list(mixture.weights), []
+    smoothing = mixture.settings.label_smoothing
+    if "exo_pair" in names and not smoothing:
+        found.append("objective.label_smoothing: 'exo_pair' takes its logarithm, and needs one above 0 (1e-3)")
+    if smoothing and not any(LOSSES[name].smoothed for name in names):
+        smoothed = [name for name, loss in LOSSES.items() if loss.smoothed]
+        found.append(f"objective.label_smoothing: has no effect on {_listed(names)}; it is for {_listed(smoothed)}")
+    if mixture.settings.divergence != "reverse_kl" and not any(LOSSES[name].by_divergence for name in names):
+        found.append(f"objective.f_divergence_type: has no effect on {_listed(names)}; remove it")
+    compares = [name for name in names if LOSSES[name].compares]
+    if compares and around.units_at_once == 1:
+        found.append(
+            f"micro_batch_size_per_gpu: {_listed(compares)} compares the units of a micro-batch; give 2 or more"
+        )
+    if around.train_logit_scale != 1:
+        found.append(
+            "train_logit_scale: the reference's logits are not scaled; remove it with [objective] type = 'preference'"
+        )
+    if mixture.reads_reference and objective.reference.model == "base":
+        if around.in_full:
+            found.append(
+                "objective.reference.model: 'base' is the model with its adapters off, and full_fine_tune or trainable_modules "
+                "change the model itself; write 'start'"
+            )
+        if around.starts_from and "reference" not in objective.model_fields_set:
+            found.append(
+                "objective.reference: init_adapter goes on from an adapter; say with model = 'start' that the losses compare "
+                "with it, or with model = 'base' that they do not"
+            )
+        if around.start_from_weight:
+            found.append(
+                "objective.reference.model: with this init_lora_weights the base without its adapters is another model; write "
+                "'start'"
+            )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

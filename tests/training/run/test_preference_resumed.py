@@ -1,0 +1,102 @@
+"""Preference runs stopped and resumed, begun from an adapter, compared with one; and on one, two and three stages."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.console import UserError
+from pipeline.training.engine import reference
+from tests.helpers import builders, stage_runs
+from tests.helpers.stage_runs import Case
+from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers, run_plan
+from tests.training.run.test_preference_trained import config, write_rows
+
+STEPS = 4
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    builders.save_model(tmp_path / "cohere", "cohere", logit_scale=1.0)
+    write_rows(tmp_path)
+    return tmp_path
+
+
+def of_start(run: str) -> np.ndarray:
+    """What the reference said of all units, NaN for those of no interest."""
+    (file,) = Path(run).glob("reference-*.arrow")
+    return reference._read(file)
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_bit_equal_whatever_the_reference(root: Path) -> None:
+    """With dropout, which the reference must not see; 'start' is read from the run, as it cannot be made again."""
+    toml = str(config(root, "sigmoid"))
+    common = [f"max_steps={STEPS}", "epochs=9", "lora_dropout=0.2", "eval_steps=2"]
+    first = run_plan(root, 2, [{"config": toml, "overrides": common}], name="first")["runs"][0]
+    adapter = f"{first}/step{STEPS}"
+    start = [*common, f"init_adapter={adapter!r}", 'objective.reference.model="start"']
+    folder = [*common, f"objective.reference.model={adapter!r}"]
+    plan = [
+        {"config": toml, "overrides": start},
+        {"config": toml, "overrides": start, "stop_after": 2},
+        {"config": toml, "overrides": start, "resume": 1},
+        {"config": toml, "overrides": common, "stop_after": 3},
+        {"config": toml, "overrides": common, "resume": 3},
+        {"config": toml, "overrides": folder},
+        {"config": toml, "overrides": [*common, f"init_adapter={adapter!r}", 'objective.reference.model="base"']},
+    ]
+    result = run_plan(root, 2, plan, name="again")
+    runs = result["runs"]
+    assert result["codes"] == [0, 75, 0, 75, 0, 0, 0]
+    for resumed, whole in ((runs[2], runs[0]), (runs[4], first)):
+        assert_equal(final_state(resumed), final_state(whole))
+        assert numbers(resumed) == numbers(whole)
+    manifest = json.loads((Path(runs[0]) / f"global_step{STEPS}/manifest.json").read_text())
+    assert len(manifest["reference"]) == 1
+    kept = [reference._read(file) for file in (root / "runs/sigmoid/dataset_cache").glob("reference-*.arrow")]
+    assert any(np.array_equal(one, of_start(runs[0]), equal_nan=True) for one in kept), (
+        "the folder's numbers are the start's"
+    )
+
+    def first_loss(run: str) -> float:
+        return next(line["train/loss"] for line in numbers(run) if "train/loss" in line)
+
+    assert first_loss(runs[0]) == pytest.approx(np.log(2), abs=0.1), "but for dropout"
+    assert first_loss(runs[5]) != pytest.approx(first_loss(runs[0]), abs=1e-6)
+    assert first_loss(runs[6]) < first_loss(runs[0]), "the adapter had learnt to prefer the chosen"
+
+    for file in Path(runs[1]).glob("reference-*.arrow"):
+        file.unlink()
+    with pytest.raises(UserError, match="it cannot be made again"):
+        reference.check_kept(Path(runs[1]), manifest, "start")
+
+
+def test_a_start_that_is_not_the_runs_is_refused(tmp_path: Path) -> None:
+    values = np.array([[-1.5, -2.0], [np.nan, np.nan]], np.float32)
+    reference._write(tmp_path / "reference-a.arrow", values)
+    assert np.array_equal(reference._read(tmp_path / "reference-a.arrow"), values, equal_nan=True)
+    manifest = {"reference": {"reference-a.arrow": reference._digest_of(values)}}
+    reference.check_kept(tmp_path, manifest, "start")
+    reference.check_kept(tmp_path / "nowhere", {}, "base")
+    for other in ({"reference": {"reference-a.arrow": "0"}}, {"reference": {"reference-b.arrow": "0"}}, {}):
+        with pytest.raises(UserError, match=r"objective.reference.model = 'start'.*it cannot be made again"):
+            reference.check_kept(tmp_path, other, "start")
+
+
+@pytest.mark.slow
+def test_one_two_and_three_stages_are_equal(root: Path) -> None:
+    """To the bit: a stage's arithmetic is that of its layers, whoever else there is."""
+    toml, weights, losses = config(root, "mixture"), {}, {}
+    for stages in (1, 2, 3):
+        overrides = [f"pipeline_stages={stages}", f"output_dir={str(root / f'of{stages}')!r}"]
+        case = Case("same", toml, overrides, steps=3, evaluate_at=[3])
+        result = stage_runs.run(stages, [case], root / f"results{stages}")["same"]
+        weights[stages], losses[stages] = result.weights, (result.losses, result.evaluation(3))
+    for stages in (2, 3):
+        assert losses[stages] == losses[1]
+        assert weights[stages].keys() == weights[1].keys()
+        for name, tensor in weights[1].items():
+            assert torch.equal(weights[stages][name], tensor), name

@@ -1,0 +1,225 @@
+"""Preference training over two processes against the unsplit model: loss, gradients, weights, metrics, whatever the division.
+
+The oracle scores whole rows with transformers' own logits; of the losses, which `test_preference_losses.py` compares with TRL,
+it takes the formulas.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config import loading
+from pipeline.data import tokenizer
+from pipeline.data.batches import Position
+from pipeline.objectives.preference_losses import LOSSES, Batch, Mixture, Settings
+from pipeline.training.start import prepare, resolve
+from tests.helpers import builders, stage_runs, unsplit
+from tests.helpers.data import prose
+from tests.helpers.stage_runs import Case, Result
+from tests.helpers.unsplit import GRADIENT_TOLERANCE, UNIT
+
+STEPS, LR, EPS, RANK, ALPHA, BETA = 3, 1e-2, 1e-3, 4, 8, 0.5
+UNITS = 8  # of a step
+WORDS = prose(1500, seed=4).split()
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sigmoid": {"loss_type": "sigmoid"},
+    "mixture": {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.25]},
+    "orpo": {"loss_type": "orpo"},
+    "kto": {"loss_type": "kto"},
+    "ranked": {"loss_type": "plackett_luce"},
+}
+KINDS = {"kto": "unpaired", "ranked": "ranked"}
+
+
+def text(start: int, words: int) -> str:
+    return " " + " ".join(WORDS[start : start + words])
+
+
+def write_rows(root: Path) -> None:
+    """Pairs of answers of many lengths, some prompts with two; the same as ranked answers."""
+    pairs = [
+        {"prompt": WORDS[7 * (n // 2)], "chosen": text(3 * n, n % 9 + 1), "rejected": text(500 + 3 * n, n % 5 + 2)}
+        for n in range(40)
+    ]
+    ranked = [
+        {"prompt": row["prompt"], "answers": [row["chosen"], row["rejected"], text(900 + n, 4)]}
+        for n, row in enumerate(pairs)
+    ]
+    for name, rows in (("preference", pairs), ("unpaired", pairs), ("ranked", ranked)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(root: Path, name: str) -> Path:
+    kind = KINDS.get(name, "preference")
+    ranks = {"ranks": 3} if kind == "ranked" else {}
+    rows = {"dataset_type": kind, "dataset_path": str(root / f"{kind}.jsonl"), "sequence_len": 64, **ranks}
+    builders.write_config(
+        root / f"{name}.toml",
+        model=str(root / "cohere"),
+        output_dir=str(root / "runs" / name),
+        optimizer={"type": "adamw", "lr": LR, "eps": EPS, "weight_decay": 0.1},
+        gradient_accumulation_steps=4,
+        gradient_clipping=0.1,
+        micro_batch_size_per_gpu=2,
+        datasets=[{"name": "pairs", **rows, "eval_size": 6}],
+        objective={"type": "preference", "beta": BETA, **OBJECTIVES[name]},
+    )
+    return root / f"{name}.toml"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("preference")
+    builders.save_model(root / "cohere", "cohere", logit_scale=1.0)
+    write_rows(root)
+    for name in OBJECTIVES:
+        config(root, name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[str, Result]:
+    """All objectives on two stages; DPO also with other divisions of a step, over replicas, recomputed."""
+
+    def case(name: str, of: str, *overrides: str) -> Case:
+        output = f"output_dir={str(root / 'runs' / name)!r}"
+        return Case(name, root / f"{of}.toml", [output, *overrides], steps=STEPS, evaluate_at=[0, STEPS])
+
+    cases = [
+        *(case(name, name) for name in OBJECTIVES),
+        case("one by one", "sigmoid", "micro_batch_size_per_gpu=1", "gradient_accumulation_steps=8"),
+        case("replicas", "sigmoid", "pipeline_stages=1", "gradient_accumulation_steps=2"),
+        case("recomputed", "sigmoid", "activation_checkpointing=true"),
+        case("own start", "sigmoid", 'objective.reference.model="start"'),
+    ]
+    return stage_runs.run(2, cases, root / "results")
+
+
+class Oracle:
+    """The whole model, a plain loop over the same units."""
+
+    def __init__(self, root: Path, name: str, initial: dict[str, Tensor]) -> None:
+        chosen = loading.load(str(root / f"{name}.toml"), None, [])
+        spec = resolve.data_of(chosen)
+        data = prepare.read_data(spec, tokenizer.load(chosen.model))
+        batches = prepare.micro_batches(spec, data)
+        self.mixture = Mixture(dict(zip(*_weights(OBJECTIVES[name]), strict=True)), Settings(beta=BETA))
+        self.model = unsplit.load(root / "cohere")
+        self.steps, position = [], Position()
+        for _ in range(STEPS):
+            micro, info = batches.step(position)
+            self.steps.append([[row[1] for row in batch.rows if row] for batch in micro])
+            position = info.next_position
+        self.store: Any = batches.stores[0]
+        self.held_out = [int(row) for row in data.evaluation["pairs"].rows]
+        needed = sorted({unit for step in self.steps for batch in step for unit in batch} | set(self.held_out))
+        with torch.no_grad():
+            self.reference = {unit: self.sums(unit) for unit in needed}
+        self.leaves = unsplit.with_multiplicative(self.model, initial, ALPHA / RANK)
+
+    def sums(self, unit: int) -> Tensor:
+        """[S]: Σ log p of each row's answer."""
+        found = []
+        for slot in self.store.slots:
+            ids = torch.from_numpy(slot.ids(unit).copy()).long()
+            ((start, end),) = slot.spans(unit)
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            found.append(logits[start - 1 : end - 1].gather(1, ids[start:end, None]).sum())
+        return torch.stack(found)
+
+    def batch(self, units: list[int]) -> Batch:
+        slots = self.store.slots
+        return Batch(
+            torch.stack([self.sums(unit) for unit in units], dim=1),
+            torch.stack([self.reference[unit] for unit in units], dim=1),
+            torch.tensor([[int(slot.targets[unit]) for unit in units] for slot in slots]),
+            torch.tensor([bool(self.store.desirable[unit]) for unit in units]),
+            self.mixture.settings,
+        )
+
+    def loss(self, division: list[list[int]]) -> Tensor:
+        """Of a step whose micro-batches hold these units."""
+        batches = [self.batch(units) for units in division if units]
+        units = sum(len(batch.policy[0]) for batch in batches)
+        words = sum(int(batch.tokens[0].sum()) for batch in batches)
+        per_unit = sum(self.mixture.per_unit(batch).sum() for batch in batches) / units
+        return per_unit - self.mixture.nll * sum(batch.policy[0].sum() for batch in batches) / words  # type: ignore[return-value]
+
+    def run(self) -> tuple[list[float], list[dict[str, Tensor]]]:
+        optimizer = torch.optim.AdamW(self.leaves.values(), lr=LR, eps=EPS, weight_decay=0.1, betas=(0.9, 0.99))
+        losses, gradients = [], []
+        for division in self.steps:
+            loss = self.loss(division)
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append({name: leaf.grad.clone() for name, leaf in self.leaves.items()})  # type: ignore[union-attr]
+            torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, gradients
+
+
+def _weights(objective: dict[str, Any]) -> tuple[list[str], list[float]]:
+    names = objective["loss_type"]
+    names = [names] if isinstance(names, str) else names
+    return names, objective.get("loss_weights", [1.0] * len(names))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_stages_train_what_the_whole_model_would(root: Path, results: dict[str, Result], name: str) -> None:
+    result = results[name]
+    oracle = Oracle(root, name, result.initial)
+    with torch.no_grad():
+        before = float(oracle.loss([oracle.held_out]))
+    losses, gradients = oracle.run()
+    assert result.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
+    assert len(result.losses) == STEPS
+    for step, theirs in enumerate(gradients, start=1):
+        ours = result.gradients(step)
+        assert ours.keys() == theirs.keys()
+        largest = max(unsplit.size(gradient) for gradient in theirs.values())
+        for key, gradient in theirs.items():
+            assert unsplit.size(ours[key] - gradient) <= 20 * step * GRADIENT_TOLERANCE * largest, (step, key)
+    if not LOSSES[next(iter(oracle.mixture.weights))].compares:
+        assert result.evaluation(0)["pairs"] == pytest.approx(before, rel=1e-5, abs=1e-5)
+        with torch.no_grad():
+            after = float(oracle.loss([oracle.held_out]))
+        assert result.evaluation(STEPS)["pairs"] == pytest.approx(after, rel=1e-4, abs=1e-5)
+    for key, leaf in oracle.leaves.items():
+        assert unsplit.size(result.weights[key] - leaf.detach()) <= 1e-3 * unsplit.size(leaf.detach())
+
+
+def test_the_first_loss_of_dpo_is_that_of_no_preference(results: dict[str, Result]) -> None:
+    assert results["sigmoid"].losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert results["sigmoid"].losses[-1] < results["sigmoid"].losses[0]
+
+
+@pytest.mark.parametrize("name", ["one by one", "replicas", "recomputed", "own start"])
+def test_a_step_is_the_mean_over_its_units_however_divided(results: dict[str, Result], name: str) -> None:
+    """Micro-batches of other sizes and other padding: the same to rounding. Recomputation and an own start: to the bit."""
+    ours, other = results["sigmoid"], results[name]
+    exact = name in ("recomputed", "own start")
+    assert other.losses == (ours.losses if exact else pytest.approx(ours.losses, rel=1e-5))
+    for key, weight in ours.weights.items():
+        difference = unsplit.size(other.weights[key] - weight)
+        assert difference <= (0 if exact else 1e-3 * unsplit.size(weight))
+
+
+def test_metrics_have_trls_names(results: dict[str, Result]) -> None:
+    lines = [line for line in builders.metrics(results["sigmoid"].run_dir) if "train/loss" in line]
+    first, last = lines[0], lines[-1]
+    assert abs(first["train/rewards/margins"]) < 1e-4
+    assert last["train/rewards/margins"] == pytest.approx(
+        last["train/rewards/chosen"] - last["train/rewards/rejected"], abs=1e-5
+    )
+    assert last["train/rewards/margins"] > 1e-3
+    assert 0 <= last["train/rewards/accuracies"] <= 1
+    assert first["train/logps/chosen"] < 0 > first["train/logps/rejected"]
+    rated = [line for line in builders.metrics(results["kto"].run_dir) if "train/loss" in line][-1]
+    assert rated["train/kl"] >= 0
+    assert {"train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins"} <= rated.keys()
+    assert UNIT < 1

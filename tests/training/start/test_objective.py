@@ -1,0 +1,122 @@
+"""What [objective] may say, and with which data and keys; what is refused by name."""
+
+import re
+from typing import Any, get_args
+
+import pytest
+
+from pipeline.config.data_tables import Dataset
+from pipeline.config.objective_table import LossType, Objective, Rl
+from pipeline.console import UserError
+from pipeline.objectives.preference_losses import LOSSES
+from pipeline.training.start.objective import Around, ObjectiveSpec, spec_of
+from tests.helpers.configs import problems, small
+from tests.helpers.paths import ROOT
+
+PLAIN = Around(2, in_full=False, starts_from=None, train_logit_scale=1.0, dropout=0.0, start_from_weight=False)
+
+
+def dataset(kind: str, **keys: Any) -> Dataset:
+    return Dataset.model_validate({"dataset_type": kind, "dataset_path": "x", "sequence_len": 64, **keys})
+
+
+def spec(kind: str = "preference", around: Around = PLAIN, **keys: Any) -> ObjectiveSpec | None:
+    return spec_of(Objective.model_validate({"type": "preference", **keys}), None, [dataset(kind)], [], around)
+
+
+def test_every_loss_is_in_the_config_and_on_the_page() -> None:
+    assert set(get_args(LossType)) == set(LOSSES)
+    page = (ROOT / "docs" / "preference.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))) == set(LOSSES) | {
+        "loss_type"
+    }
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_its_data_and_no_other(name: str) -> None:
+    loss, keys = LOSSES[name], {"label_smoothing": 1e-3} if name == "exo_pair" else {}
+    found = spec(loss.data, loss_type=name, **keys)
+    assert found is not None
+    assert found.mixture.weights == {name: 1.0}
+    assert found.reference == ("base" if loss.reference else None)
+    other = "ranked" if loss.data == "preference" else "preference"
+    with pytest.raises(UserError, match=f"dataset_type = '{other}': this loss_type is of dataset_type = '{loss.data}'"):
+        spec(other, loss_type=name, **keys)
+
+
+def test_qlora_pipes_table_is_the_same_run() -> None:
+    rl = spec_of(None, Rl.model_validate({"method": "dpo", "dpo_beta": 0.3}), [dataset("preference")], [], PLAIN)
+    assert rl == spec(loss_type="sigmoid", beta=0.3)
+    with pytest.raises(UserError, match="remove one of them"):
+        spec_of(
+            Objective.model_validate({"type": "preference"}),
+            Rl(method="dpo", dpo_beta=0.1),
+            [dataset("preference")],
+            [],
+            PLAIN,
+        )
+
+
+def test_without_it_the_next_token_is_trained_of_rows_by_themselves() -> None:
+    assert spec_of(None, None, [dataset("chat")], [], PLAIN) is None
+    assert spec_of(Objective.model_validate({"type": "language_modelling"}), None, [dataset("chat")], [], PLAIN) is None
+    with pytest.raises(UserError, match="dataset_type = 'preference': answers are compared with"):
+        spec_of(None, None, [dataset("preference")], [], PLAIN)
+    with pytest.raises(UserError, match="dataset_type = 'chat': this loss_type is of dataset_type = 'preference'"):
+        spec("chat")
+
+
+@pytest.mark.parametrize(
+    ("keys", "around", "said"),
+    [
+        ({"loss_type": "exo_pair"}, {}, "objective.label_smoothing: 'exo_pair' takes its logarithm"),
+        ({"label_smoothing": 0.1}, {}, "objective.label_smoothing: has no effect on 'sigmoid'"),
+        (
+            {"loss_type": "sppo_hard", "f_divergence_type": "forward_kl"},
+            {},
+            "objective.f_divergence_type: has no effect",
+        ),
+        ({"loss_type": "aot"}, {"units_at_once": 1}, "micro_batch_size_per_gpu: 'aot' compares the units"),
+        ({"loss_type": ["sigmoid", "kto"]}, {}, "they cannot be added"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, {}, "1 for 2 losses"),
+        ({"loss_type": ["sigmoid", "sigmoid"]}, {}, "each of loss_type is named once"),
+        ({}, {"in_full": True}, "objective.reference.model: 'base' is the model with its adapters off"),
+        ({}, {"starts_from": "adapter"}, "objective.reference: init_adapter goes on from an adapter"),
+        ({}, {"start_from_weight": True}, "objective.reference.model: with this init_lora_weights"),
+        ({}, {"train_logit_scale": 1.1}, "train_logit_scale: the reference's logits are not scaled"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(keys: dict[str, Any], around: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        spec(around=PLAIN.__class__(**{**PLAIN.__dict__, **around}), **keys)
+
+
+def test_losses_without_a_reference_go_with_all_of_it() -> None:
+    found = spec(loss_type="simpo", around=Around(1, True, "adapter", 1.0, 0.0, True))
+    assert found is not None
+    assert found.reference is None
+    start = spec(reference={"model": "start"}, around=Around(1, True, "adapter", 1.0, 0.0, True))
+    assert start is not None
+    assert start.reference == "start"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"type": "circuit_breaker"}, "not built yet"),
+        ({"type": "representation"}, "not built yet"),
+        ({"type": "preference", "loss_type": "dpo"}, "DPO is loss_type = 'sigmoid'"),
+        ({"type": "preference", "loss_type": ["aot_pair"]}, "it is 'aot_unpaired'"),
+        ({"type": "preference", "loss_type": "drpo"}, "not built"),
+        ({"type": "preference", "tap": [{"name": "a"}]}, "representation losses and circuit breakers are not built"),
+        ({"type": "preference", "ld_alpha": 0.5}, "LD-DPO weighs tokens"),
+        ({"type": "preference", "use_weighting": True}, "WPO weighs tokens"),
+        ({"type": "preference", "sync_ref_model": True}, "the reference stays as it was at the start"),
+        ({"type": "preference", "padding_free": True}, "rows of a micro-batch are padded"),
+        ({"type": "preference", "reference": {"precompute_ref_log_probs": False}}, "is not built yet"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(keys: dict[str, Any], said: str) -> None:
+    (line,) = problems({**small(), "objective": keys})
+    assert said in line
