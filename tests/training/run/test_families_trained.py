@@ -107,27 +107,6 @@ def test_control_adapter_from_training_to_the_fold(llama: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_type_of_pefts_from_training_to_the_fold(llama: Path, tmp_path: Path) -> None:
-    """Two stages to a checkpoint, on with one, are one in one go; the fold that follows is PEFT's merge."""
-    path = config(tmp_path, llama, "peft", max_steps=4, after_training=["merge"])
-    builders.train(2, "--config", str(path), "--set", "max_steps=2", "--set", "after_training=[]")
-    run = builders.only_run(tmp_path / "runs")
-    builders.train(1, "--config", str(path), "--set", "pipeline_stages=1", "--set", f'resume_from_checkpoint="{run}"')
-    whole = config(tmp_path, llama, "peft", max_steps=4, output_dir=str(tmp_path / "whole"))
-    builders.train(2, "--config", str(whole))
-    runs = (run, builders.only_run(tmp_path / "whole"))
-    adapters = [max(one.rglob("adapter_model.safetensors"), key=lambda p: p.stat().st_mtime).parent for one in runs]
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in adapters)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():  # as of one stage and two
-        assert size((tensor - theirs[name]).float()) <= 1e-4 * size(tensor.float()), name
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapters[0])
-    folded = AutoModelForCausalLM.from_pretrained(run / "merged")
-    torch.testing.assert_close(logits(folded), logits(model), rtol=0, atol=1e-4)
-    assert (logits(folded) - logits(AutoModelForCausalLM.from_pretrained(llama))).abs().max() > 1e-3
-
-
-@pytest.mark.slow
 def test_dora_is_saved_as_pefts(llama: Path, tmp_path: Path) -> None:
     """Two stages to the end of a run; stock PEFT loads it as DoRA."""
     path = config(tmp_path, llama, "dora", max_steps=4)
