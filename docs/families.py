@@ -69,6 +69,14 @@ FAMILIES = [
         "4, 8",
     ),
     Family(
+        "`flora`",
+        "the same, M (its core G) zero and A, B random at first",
+        "MosLoRA whose first steps move the core alone.",
+        "LORA, B·G for B",
+        NOT_WRITTEN,
+        "4, 8",
+    ),
+    Family(
         "`lora`, `use_dora`",
         "y' = m/‖W + s·B·A‖ ⊙ (W + s·B·A)·x",
         "Low ranks that should come nearer to full tuning.",

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from pipeline.peft.types import PEFT
 
-AdapterType = Literal["multiplicative_lora", "control_adapter", "lora", "moslora", "ia3", "oft", "boft", "hra", "peft"]
+AdapterType = Literal[
+    "multiplicative_lora", "control_adapter", "lora", "moslora", "flora", "ia3", "oft", "boft", "hra", "peft"
+]
 Kind = Literal["multiplicative_lora", "lora"]  # of adapters that are saved as pairs of A and B
 MULTIPLICATIVE: Kind = "multiplicative_lora"
 LORA: Kind = "lora"
@@ -185,6 +187,16 @@ _ROWS = (
         optional=("lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
         small=("A", "M"),
         fast=("B", "M"),
+        saved_as=LORA,
+    ),
+    Family(
+        "flora",
+        computes="W + s·B·G·A, the core G alone zero at first",
+        card="a FLoRA, W' = W + s·B·G·A, saved as the LoRA with B·G",
+        required=("lora_rank", "lora_alpha"),
+        optional=("lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+        small=("A", "M"),
+        fast=("M",),
         saved_as=LORA,
     ),
     Family(

@@ -21,7 +21,7 @@ from pipeline.data import tokenizer as tokenizers
 from pipeline.formats.dtypes import DTYPES
 from pipeline.generation import adapter as adapters
 from pipeline.generation import cache_check, positions, shown
-from pipeline.generation.decoding import Answer, Asked, InOneProcess, OverProcesses, Stages, answers, speaking
+from pipeline.generation.decoding import Answer, Asked, InOneProcess, Memory, OverProcesses, Stages, answers, speaking
 from pipeline.generation.prompts import Asker, asker, keys_of_noise, read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import unsupported
@@ -146,7 +146,7 @@ def _converse(speaker: Speaker, chat: bool) -> None:
         else "a text to go on from; Ctrl-D ends"
     )
     messages: list[dict[str, Any]] = []
-    turn = 0
+    memory, turn = Memory(), 0
     while (line := _line()) is not None:
         if chat and line.strip() == "/new":
             messages = []
@@ -160,7 +160,7 @@ def _converse(speaker: Speaker, chat: bool) -> None:
             log(str(error))
             messages = messages[:-1]
             continue
-        said = _spoken(speaker, ids, turn)
+        said = _spoken(speaker, ids, turn, memory)
         messages.append({"role": "assistant", "content": speaker.asker.text(said.tokens)})
 
 
@@ -177,8 +177,8 @@ def _line() -> str | None:
     return typed[0]
 
 
-def _spoken(speaker: Speaker, ids: list[int], turn: int) -> Answer:
-    """One answer, shown while it is said."""
+def _spoken(speaker: Speaker, ids: list[int], turn: int, memory: Memory) -> Answer:
+    """One answer, shown while it is said. `memory`: of what was said before."""
     streamer = _Shown(speaker.asker.tokenizer, skip_special_tokens=True)
 
     def show(_: int, token: int) -> None:
@@ -186,7 +186,7 @@ def _spoken(speaker: Speaker, ids: list[int], turn: int) -> Answer:
             streamer.put(torch.tensor([token]))
 
     with speaking([speaker.stage]):
-        asked = [Asked(ids, speaker.sampling.noise(turn, ""))]
+        asked = [Asked(ids, speaker.sampling.noise(turn, ""), memory)]
         (said,) = answers(speaker.stages, asked, speaker.sampling, speaker.asker.stops, speaker.max_new_tokens, show)
     if rank() == 0:
         streamer.end()

@@ -53,10 +53,10 @@ class Config(Section):
         None, description="rank R of the adapter; required unless full_fine_tune, ia3, oft or boft"
     )
     lora_alpha: PositiveFloat | None = Field(
-        None, description="s = lora_alpha / lora_rank; required for multiplicative_lora, lora and moslora"
+        None, description="s = lora_alpha / lora_rank; required for multiplicative_lora, lora, moslora and flora"
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what the adapter reads")
-    use_rslora: bool = Field(False, description="s = lora_alpha / √lora_rank; of 'lora' and 'moslora'")
+    use_rslora: bool = Field(False, description="s = lora_alpha / √lora_rank; of 'lora', 'moslora' and 'flora'")
     use_dora: bool = Field(
         False, description="'lora' with a trained magnitude for each output's row of the merged weight (DoRA); slower"
     )

@@ -18,6 +18,7 @@ from pipeline.data.rows.build import PLAIN
 from pipeline.data.units.store import UnitRows
 from pipeline.evaluation import multiple_choice
 from pipeline.evaluation.units import Decode, UnitSet, subsampled, units_of_pairs, units_of_rows
+from pipeline.formats import base_model
 from pipeline.generation import positions
 from pipeline.training.start import data_fits
 from pipeline.training.start.prepare import MOST_BAD, Places, read_streams
@@ -29,7 +30,7 @@ def read(
     """The units of every table, in order; says what became of the rows. `folder`: the model's."""
     rows = data_fits.embedding_rows(model)
     data_fits.check_tokenizer(tokenizer, folder, rows)
-    stops = load.stop_ids(Path(folder))
+    stops = base_model.stop_ids(Path(folder))
     found = []
     for number, table in enumerate(tables):
         name = table.name or f"dataset{number}"

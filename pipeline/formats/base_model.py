@@ -6,6 +6,7 @@ are both stored while the config ties them. What is taken, and how names are loo
 Also says which of the folder's other files belong to the model and are to be copied along.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.formats.dtypes import FLOATS
 from pipeline.formats.links import check_links
 from pipeline.formats.safetensors import Header, StoredTensor, read_floats, read_header, read_pieces
 from pipeline.names import HEAD, INDEX, SINGLE, WEIGHT_SUFFIXES, is_embedding
+
+WITH_STOPS = ("generation_config.json", "config.json")  # where a model says at which ids it stops, the first there is
 
 ADAPTER_CONFIG = "adapter_config.json"  # would make transformers look for an adapter in the result
 LEFT_OUT_NAMES = (ADAPTER_CONFIG,)
@@ -297,3 +300,25 @@ def files_to_copy(folder: Path) -> list[Path]:
         and not file.name.lower().endswith(WEIGHT_SUFFIXES)
         and file.name not in LEFT_OUT_NAMES
     ]
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """At which a server stops beside the tokenizer's EOS: `eos_token_id` of the model's generation_config.json; of its
+    config.json where there is no such file, as transformers has it."""
+    file = next((file for name in WITH_STOPS if (file := folder / name).is_file()), None)
+    if file is None:
+        return []
+    ids = read_object(file, "where the model stops").get("eos_token_id")
+    return [id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int]
+
+
+def with_stops(folder: Path, more: Sequence[int]) -> dict[str, Any]:
+    """The model's generation_config.json with `more` ids at which it stops; made of its config.json where there is none."""
+    own = folder / WITH_STOPS[0]
+    if own.is_file():
+        there = read_object(own, "how the model generates")
+    else:
+        config = read_object(folder / WITH_STOPS[1], "the model's configuration")
+        there = {key: config[key] for key in ("bos_token_id", "pad_token_id") if type(config.get(key)) is int}
+    ids = list(dict.fromkeys([*stop_ids(folder), *more]))
+    return {**there, "eos_token_id": ids if len(ids) > 1 else ids[0]}

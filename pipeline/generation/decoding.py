@@ -26,11 +26,26 @@ from pipeline.model.stage import Stage
 from pipeline.model.structure.build import logit_transform
 
 
+class Memory:
+    """What the stages of this process keep of a conversation from one answer to the next: caches, and the ids in them."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.caches: list[Cache] | None = None
+
+    def of(self, ids: Sequence[int]) -> "list[Cache] | None":
+        """The caches, if `ids` goes on from what is in them; they have it from then on. Else None."""
+        known = self.caches if len(self.ids) < len(ids) and list(ids[: len(self.ids)]) == self.ids else None
+        self.caches = None
+        return known
+
+
 class Asked(NamedTuple):
-    """A prompt's ids, at least one, and the noise that its answer is drawn with."""
+    """A prompt's ids, at least one, and the noise that its answer is drawn with. `memory`: of the conversation that it is of."""
 
     ids: Sequence[int]
     noise: torch.Generator
+    memory: Memory | None = None
 
 
 class Answer(NamedTuple):
@@ -43,10 +58,14 @@ class Answer(NamedTuple):
 class Turn:
     """A prompt under way: what was said so far, and what the stages of this process keep of it."""
 
-    def __init__(self, number: int, asked: Asked, caches: list[Cache]) -> None:
-        self.number, self.noise, self.caches = number, asked.noise, caches
+    def __init__(self, number: int, asked: Asked, new_caches: Callable[[], list[Cache]]) -> None:
+        self.number, self.noise, self.memory = number, asked.noise, asked.memory
         self.said: list[int] = []
-        self._next, self._at = list(asked.ids), 0
+        known = asked.memory.of(asked.ids) if asked.memory is not None else None
+        self._at = len(asked.memory.ids) if asked.memory is not None and known is not None else 0
+        self.caches = known if known is not None else new_caches()
+        self._next = list(asked.ids[self._at :])
+        self._cached = list(asked.ids[: self._at])
 
     @property
     def length(self) -> int:
@@ -58,6 +77,15 @@ class Turn:
         self._at += len(self._next)
         self._next = [token]
         self.said.append(token)
+
+    def sent(self) -> None:
+        """What is next has gone through the stages: it is in the caches."""
+        self._cached += self._next
+
+    def remember(self) -> None:
+        """Keep the caches for what goes on from here, where the conversation has a memory."""
+        if self.memory is not None:
+            self.memory.ids, self.memory.caches = self._cached, self.caches
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(ids [1, T], positions [1, T]) int64 of what goes through the stages next."""
@@ -112,15 +140,18 @@ def answers(
                 raise UserError("the model's logits are not finite: it cannot say anything; its weights are damaged")
             if token in stops:
                 found[turn.number] = Answer(turn.said, stopped=True)
+                turn.remember()
                 continue
             turn.says(token)
             said(turn.number, token)
             if len(turn.said) == max_new_tokens:
                 found[turn.number] = Answer(turn.said, stopped=False)
+                turn.remember()
                 continue
         else:
-            turn = Turn(*waiting.popleft(), stages.caches())
+            turn = Turn(*waiting.popleft(), stages.caches)
         stages.forward(turn, sampling)
+        turn.sent()
         under_way.append(turn)
     stages.finish()
     return [found[number] for number in range(len(asked))]

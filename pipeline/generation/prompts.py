@@ -16,6 +16,7 @@ from pipeline.data.chat import load
 from pipeline.data.chat.template import Message, NotRendered, Template
 from pipeline.data.tokenizer import encoder
 from pipeline.foreign import printable
+from pipeline.formats import base_model
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -88,7 +89,7 @@ def asker(
 
 def stop_ids(tokenizer: Any, folder: str) -> frozenset[int]:
     """The ids at which the model in `folder` stops, the tokenizer's EOS among them."""
-    return frozenset(load.stop_ids(Path(folder))) | ({tokenizer.eos_token_id} - {None})
+    return frozenset(base_model.stop_ids(Path(folder))) | ({tokenizer.eos_token_id} - {None})
 
 
 def read_prompts(file: Path, where: str) -> list[str]:

@@ -130,6 +130,32 @@ def cache_argument(model: nn.Module) -> str:
     return found[0]
 
 
+class StageCache(DynamicCache):
+    """A cache with a place for every layer of the whole model, of which a stage fills its own.
+
+    transformers sizes its masks by the first layer of a kind; that of another stage is empty, and one of the stage's own stands
+    for it.
+    """
+
+    def __init__(self, config: PretrainedConfig, own: range) -> None:
+        super().__init__(config=config)
+        self._own = own
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(keys that are seen, their offset) of a layer."""
+        return super().get_mask_sizes(query_length, self._stands_for(layer_idx))  # type: ignore[no-any-return]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer keeps or has kept."""
+        return super().get_seq_length(self._stands_for(layer_idx))  # type: ignore[no-any-return]
+
+    def _stands_for(self, index: int) -> int:
+        if index in self._own or index >= len(self.layers):
+            return index
+        kind = type(self.layers[index])
+        return next((i for i in self._own if i < len(self.layers) and type(self.layers[i]) is kind), index)
+
+
 class Stage(nn.Module):
     """Layers [first_layer, end_layer) of the model; with the embedding and what runs before the layers on the first stage,
     with the last norm and the head on the last.
@@ -169,7 +195,7 @@ class Stage(nn.Module):
     def new_cache(self) -> Cache:
         """An empty cache of keys and values. It has a place for every layer of the whole model, so that layers keep their
         index and their kind (full, windowed, recurrent) on any stage; those of other stages stay empty."""
-        return DynamicCache(config=text_config(self.model.config))
+        return StageCache(text_config(self.model.config), self.layer_indices)
 
     @cached_property
     def _cache_argument(self) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PretrainedConfig
 
 from pipeline.config.loading import load
 from pipeline.console import UserError
+from pipeline.formats.base_model import read_base
 from pipeline.generation import positions
-from pipeline.model.stage import empty_model
+from pipeline.model.stage import empty_model, read_model_config
 from pipeline.training.start import check as start
 from pipeline.training.start import data_fits
 from tests.helpers.builders import BOOKS, save_model, save_tokenizer, write_config
@@ -215,3 +217,26 @@ def test_a_damaged_tokenizer_is_one_message(base: Path, file: str, content: str)
         assert str(error).startswith((f"model = '{base}'", f"{base}/{file}"))
     else:
         assert file != "tokenizer.json"
+
+
+# Special tokens that nobody has trained
+
+
+def test_special_tokens_whose_embedding_was_never_trained_are_named(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of the embedding that are next to nothing beside the others, as those of a padded vocabulary are."""
+    weights = load_file(base / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+    weights[name][[5, 6]] *= 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    model = empty_model(read_model_config(str(base)), torch.float32, None)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    token = tokenizer.convert_ids_to_tokens(6)
+    data_fits.check_trained("talks", [2, 4, 6, ROWS + 5], tokenizer, model, read_base(base, "model"))
+    said = capsys.readouterr()
+    assert f"dataset 'talks': '{token}': the base's embedding" in said.out + said.err
+    assert "trainable_modules = ['embed_tokens', 'lm_head']" in said.out + said.err
+    data_fits.check_trained("talks", [2, 4], tokenizer, model, read_base(base, "model"))
+    said = capsys.readouterr()
+    assert not said.out + said.err

@@ -254,6 +254,7 @@ def test_a_file_more_costs_two_looks_and_one_opening(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_hundred_thousand_files_take_seconds(tmp_path: Path) -> None:
     folder = small_files(tmp_path / "many", 100_000)
     began = time.process_time()

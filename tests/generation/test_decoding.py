@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pipeline.console import UserError
 from pipeline.generation import cache_check
-from pipeline.generation.decoding import Answer, Asked, InOneProcess, answers, speaking
+from pipeline.generation.decoding import Answer, Asked, InOneProcess, Memory, answers, speaking
 from pipeline.generation.sampling import Sampling
 from pipeline.model import tiny_copy
 from pipeline.model.cut_check import stages_of
@@ -183,3 +183,32 @@ def test_a_stage_that_forgets_is_refused(monkeypatch: pytest.MonkeyPatch, models
         UserError, match=r"^\[samples\]: leave it out: model_type 'cohere2' reads token after token otherwise"
     ):
         cache_check.check(config, [(0, 2), (2, 4)], "[samples]: leave it out")
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "llama"])
+def test_a_conversation_goes_on_from_its_cache_as_if_it_were_read_again(models: Any, kind: str) -> None:
+    """Turns of 3 to 12 tokens, longer than cohere2's window, some answers stopped; only what is new goes through the stages."""
+    folder, _ = models[kind]
+    stages, memory = chain(folder, [0, 2, 4]), Memory()
+    read: list[int] = []
+    handle = stages[0].register_forward_pre_hook(lambda _, given: read.append(given[0][0].shape[1]))
+    ids, generator = list[int](), torch.Generator().manual_seed(0)
+    for turn, length in enumerate((7, 3, 12)):
+        new = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        fresh = ours(stages, [*ids, *new])
+        stops = {fresh.tokens[4]} if turn == 1 else set[int]()
+        until = fresh.tokens.index(fresh.tokens[4]) if stops else LENGTH
+        read.clear()
+        said = answers(
+            InOneProcess(stages, CPU), [Asked([*ids, *new], GREEDY.noise(0, ""), memory)], GREEDY, stops, LENGTH
+        )[0]
+        assert said == (fresh.tokens[:until], bool(stops))
+        # The last token of an answer that reached the limit has not been through the stages yet.
+        assert read[0] == length + (turn == 1)
+        ids += [*new, *said.tokens]
+        assert memory.ids == (ids if said.stopped else ids[:-1])
+    other = [ids[0] + 1, *ids[1:]]
+    read.clear()
+    answers(InOneProcess(stages, CPU), [Asked(other, GREEDY.noise(0, ""), memory)], GREEDY, (), 1)
+    assert read == [len(other)]  # what was said otherwise is read anew
+    handle.remove()

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.chat.builtin import BUILT_IN
 from pipeline.data.chat.template import Template, specials_of
 from tests.helpers.data import prose
 
@@ -48,6 +49,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
 }
+TEMPLATES |= {f"built_in_{name}": text for name, text in BUILT_IN.items()}
 _MARK = re.compile(r"<[|｜][^<>|｜{}']{1,40}[|｜]>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|<\|?turn\|?>")
 
 

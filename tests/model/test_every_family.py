@@ -42,6 +42,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
 NEVER: dict[str, str] = {
     "gpt-sw3": "no linear module",
     "gpt2": "no linear module",
+    "openai-gpt": "no linear module",
     "bart": "encoder_attn",  # decoders of a model with an encoder: what reads the encoder does not run
     "bigbird_pegasus": "encoder_attn",
     "blenderbot": "encoder_attn",
@@ -54,6 +55,7 @@ NEVER: dict[str, str] = {
     "mllama": "transformers cannot build it",
     "dory": "linear output head",  # a learned scale for each token
     "emu3": "transformers cannot build it",
+    "modernbert-decoder": "changes its logits in a way this program does not know",
     "inkling_text": "changes its logits in a way this program does not know",
 }
 NEVER_CUT: dict[str, str] = {

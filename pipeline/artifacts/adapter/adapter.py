@@ -52,7 +52,8 @@ class Adapter:
     `copied`: those of `full` that nothing announces: the embedding or head that PEFT saves along where the vocabulary was
     resized or one of the two is adapted, mostly the base's own values. `base_fingerprint`: of the base that an adapter of ours
     was trained on (formats/fingerprint.py), where it says. `experts`: those modules that are a layer's experts, with what these
-    write with in the running model; `stacks`: where that lies, once the adapter is in the form of its base (stored_form.py).
+    write with in the running model; `stops`: ids at which the model learned to stop, beside those at which its base does;
+    `stacks`: where that lies, once the adapter is in the form of its base (stored_form.py).
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Adapter:
     base_fingerprint: str | None = None
     experts: dict[str, ExpertWeights] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
+    stops: tuple[int, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -109,6 +109,7 @@ def load_adapter(folder: Path) -> Adapter:
         trained_over=own.get("trained_over"),
         copied=copied,
         base_fingerprint=own.get("base_fingerprint"),
+        stops=tuple(own.get("stops", ())),
         experts={m: ExpertWeights(f["weight"], f["bias"], f["transposed"]) for m, f in _experts(folder, own, pairs)},
     )
 

@@ -124,6 +124,7 @@ class Facts(_Foreign):
     trained_over: TrainedOver | None = None
     base_fingerprint: Name | None = None
     experts: dict[Name, Experts] = {}
+    stops: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = []
 
 
 class PairFacts(Facts):

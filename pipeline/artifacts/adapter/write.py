@@ -19,7 +19,7 @@ this function: such an adapter is written under a type of ours, which PEFT refus
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Required, TypedDict, Unpack
@@ -57,7 +57,8 @@ class Training(TypedDict, total=False):
     the configuration has all of it, so that PEFT finds the base on this machine (an upload writes the name there).
     `full`: weights of the model that were trained in full beside the adapter, by their names in it; `tied`: another name
     of one of them → that one's (full.py). `trained_over`: of a quantised base
-    what `schema.TrainedOver` has; `base_fingerprint`: of its values (formats/fingerprint.py). The fold compares
+    what `schema.TrainedOver` has; `stops`: ids at which the model learned to stop, beside those at which its base does;
+    `base_fingerprint`: of its values (formats/fingerprint.py). The fold compares
     both with what it is given.
     """
 
@@ -67,6 +68,7 @@ class Training(TypedDict, total=False):
     tied: Mapping[str, str]
     trained_over: Mapping[str, Any] | None
     base_fingerprint: str | None
+    stops: Sequence[int]
 
 
 def save_adapter(folder: Path, tensors: Tensors, *, replace: bool = False, **arguments: Any) -> None:
@@ -207,6 +209,7 @@ def _write_files(
         "modules": modules,
         "trained_over": training.get("trained_over"),
         "base_fingerprint": training.get("base_fingerprint"),
+        "stops": list(training.get("stops", ())),
         **full_tensors.for_metadata(full, tied),
     }
     specs = [TensorSpec(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]

@@ -121,6 +121,11 @@ def plan_lines(base: Base, adapter: Adapter, form: AdditiveForm) -> list[str]:
         )
     if form.full:
         lines.append(f"in full  {len(form.full)} tensors, {next(iter(form.full))} first: modules_to_save of PEFT")
+    if adapter.stops:
+        lines.append(
+            f"stops    the training's turns end at {', '.join(map(str, adapter.stops))}, which no adapter can carry: give it to "
+            "the server as a stop token, or add it to eos_token_id in the base's generation_config.json"
+        )
     if adapter.train_logit_scale != 1.0:
         lines.append(
             f"logits   trained with the logits times {adapter.train_logit_scale:g}, which no adapter can carry"

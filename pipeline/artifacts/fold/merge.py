@@ -23,7 +23,7 @@ from pipeline.artifacts.fold_history import REPORT_FILE
 from pipeline.console import UserError, gib, log, progress, warn
 from pipeline.families import Kind
 from pipeline.files import atomic_folder, check_disk_space, check_free, write_json
-from pipeline.formats.base_model import files_to_copy, read_base, warn_of_remarks
+from pipeline.formats.base_model import WITH_STOPS, files_to_copy, read_base, warn_of_remarks, with_stops
 from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.device import usable_device
 from pipeline.formats.safetensors import TensorSpec, read_pieces, tensor_bytes, write_safetensors
@@ -149,6 +149,8 @@ def _write(plan: FoldPlan, copied: list[Path], folder: Path, device: torch.devic
         shutil.copyfile(plan.base.folder / file, folder / file)
     if plan.config is not None:
         write_json(folder / "config.json", plan.config, allow_nan=True)
+    if plan.stops:
+        write_json(folder / WITH_STOPS[0], with_stops(plan.base.folder, plan.stops))
     if plan.base.index is not None:
         metadata = {**(plan.base.index.get("metadata") or {}), "total_size": plan.weight_bytes}
         write_json(folder / INDEX, {**plan.base.index, "metadata": metadata})

@@ -25,7 +25,7 @@ from pipeline.artifacts.fold.match import Part, match
 from pipeline.artifacts.fold.ties import settled, touches
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
-from pipeline.formats.base_model import Base
+from pipeline.formats.base_model import Base, stop_ids
 from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
@@ -118,7 +118,7 @@ class FoldPlan:
 
     `quantised`: the tensors that are read through `base_dtype` and `base_quant`, changed ones included. `conditions`: for
     --unmerge, the condition number κ of what is undone, by adapter and module. `untied`: head and embedding, which the base
-    ties, come out apart.
+    ties, come out apart. `stops`: ids at which the result stops, beside those at which the base does.
     """
 
     base: Base
@@ -132,6 +132,7 @@ class FoldPlan:
     files: dict[str, tuple[TensorSpec, ...]]
     config: dict[str, Any] | None
     untied: bool
+    stops: tuple[int, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -179,7 +180,11 @@ def plan_fold(
         for name, header in base.headers.items()
     }
     config = new_config(base.config, dtype, logit_factor(parts, unmerge) if keep_logit_scale else 1.0, apart)
-    return FoldPlan(base, parts, unmerge, changes, base_quant, base_dtype, quantised, conditions, files, config, apart)
+    learned = () if unmerge else (id for part in parts for id in part.adapter.stops)
+    stops = tuple(id for id in dict.fromkeys(learned) if id not in stop_ids(base.folder))
+    return FoldPlan(
+        base, parts, unmerge, changes, base_quant, base_dtype, quantised, conditions, files, config, apart, stops
+    )
 
 
 def plan_steps(

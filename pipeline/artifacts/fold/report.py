@@ -18,6 +18,7 @@ from pipeline.artifacts.fold.rows import Survival
 from pipeline.artifacts.fold_history import adapter_digest, earlier_folds
 from pipeline.console import gib
 from pipeline.families import FAMILIES, MULTIPLICATIVE
+from pipeline.formats.base_model import WITH_STOPS
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.names import public_name
 
@@ -62,6 +63,9 @@ def plan_lines(plan: FoldPlan, *, keep_logit_scale: bool) -> list[str]:
         lines.append(
             "head     head and embedding were one tensor and come out as two: tie_word_embeddings = false in the result"
         )
+    if plan.stops:
+        ids = ", ".join(map(str, plan.stops))
+        lines.append(f"stops    eos_token_id in {WITH_STOPS[0]} gets {ids} too: the training's turns end there")
     if plan.base_quant:
         lines.append(
             f"4 bits   {len(plan.quantised)} weights of the base are rounded to "

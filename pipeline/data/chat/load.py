@@ -1,4 +1,4 @@
-"""Takes a tokenizer, a model's folder and what a config says of the template; gives the `Template`, and where the model stops."""
+"""Takes a tokenizer and what a config says of the template; gives the `Template`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,20 +7,9 @@ from typing import Any
 from pipeline.console import UserError
 from pipeline.data.chat.builtin import BUILT_IN
 from pipeline.data.chat.template import Template, specials_of
-from pipeline.foreign import printable, read_bytes, read_object
+from pipeline.foreign import printable, read_bytes
 
-WITH_STOPS = ("generation_config.json", "config.json")
 LARGEST = 1_000_000  # bytes of a template; the longest published have some ten thousand
-
-
-def stop_ids(folder: Path) -> list[int]:
-    """At which a server stops beside the tokenizer's EOS: `eos_token_id` of the model's generation_config.json; of its
-    config.json where there is no such file, as transformers has it."""
-    file = next((file for name in WITH_STOPS if (file := folder / name).is_file()), None)
-    if file is None:
-        return []
-    ids = read_object(file, "where the model stops").get("eos_token_id")
-    return [id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int]
 
 
 def template(

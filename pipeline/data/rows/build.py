@@ -28,7 +28,7 @@ from pipeline.data.rows.store import RowWriter, UnequalRows
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
 
-FORMAT = 1  # goes into the key: raise it when the same input would give other rows
+FORMAT = 2  # goes into the key: raise it when the same input would give other rows
 PLAIN = "none"  # a chat_template: text as it is
 
 Row = TypeVar("Row")
@@ -162,7 +162,8 @@ def _write(
         notes = met.lines(spec.deduplicate)
         if template and template.prints_the_date:
             notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
-        warnings = list(_will_not_stop(spec.name, writer, template))
+        ends = _ends_beyond_stops(template) if writer.rows and spec.rules.train_on_eos != "none" else None
+        warnings = list(_will_not_stop(spec.name, writer, ends))
         writer.close(
             name=spec.name,
             kind=spec.kind,
@@ -172,6 +173,10 @@ def _write(
             bad=met.bad,
             duplicates=met.duplicates,
             notes=notes,
+            ends=None if ends is None else int(tokenizer.convert_tokens_to_ids(ends)),
+            specials=[
+                id for id in sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}) if writer.holds(id)
+            ],
             warnings=warnings,
         )
 
@@ -199,16 +204,22 @@ def _add(writer: RowWriter, met: Tally, one: Prepared) -> None:
     met.note(one.where, one.notes)
 
 
-def _will_not_stop(name: str, writer: RowWriter, template: Template | None) -> Iterator[str]:
-    """Why a model that is trained on these rows would go on for ever."""
-    if template is not None and template.end_of_turn and writer.rows:
-        last = [token[0] for token in template.specials.pattern.finditer(template.end_of_turn)][-1]
-        if last not in template.specials.stops:
-            yield (
-                f"dataset '{name}': the chat template ends a turn with '{last}', at which the model does not stop: add its id to "
-                f"eos_token_id in the model's generation_config.json, so that what is served stops there"
-            )
-            return
+def _ends_beyond_stops(template: Template | None) -> str | None:
+    """The token with which the template ends a turn, where the model does not stop at it."""
+    if template is None or not template.end_of_turn:
+        return None
+    last = [token[0] for token in template.specials.pattern.finditer(template.end_of_turn)][-1]
+    return None if last in template.specials.stops else last
+
+
+def _will_not_stop(name: str, writer: RowWriter, ends: str | None) -> Iterator[str]:
+    """Why a model that is trained on these rows would go on for ever. `ends`: of turns, at which it does not stop."""
+    if ends is not None:
+        yield (
+            f"dataset '{name}': the chat template ends a turn with '{ends}', at which the model does not stop: the fold adds its "
+            f"id to eos_token_id in generation_config.json; whoever serves base and adapter apart has to give it as a stop token"
+        )
+        return
     if writer.rows and not writer.stops:
         yield (
             f"dataset '{name}': no token at which the model stops is trained: it will not learn to stop. Train the ends of turns "

@@ -81,8 +81,8 @@ class Completion:
             results[place] = self._result(made)
         if instructions and self.chat is None:
             raise UserError(
-                "a row has an instruction, which goes through a chat template, and the model's tokenizer has none: give one as "
-                "chat_template, or 'none' for plain text"
+                "a row has an instruction or messages, which go through a chat template, and the model's tokenizer has none: "
+                "give one as chat_template, or 'none' for plain text"
             )
         if self.chat is not None:
             for (place, _), result in zip(instructions, self.chat([v for _, v in instructions]), strict=True):
@@ -103,6 +103,8 @@ class Completion:
             system = [{"role": "system", "content": value["system"]}] if value.get("system") else []
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             return {"messages": [*system, *turns]}
+        if isinstance(value.get(self.prompt), list) or isinstance(value.get(self.completion), list):
+            return self._turns(value)
         prompt, completion = _text(value, self.prompt), self._answer(value, self.completion)
         prompt, completion = prompt.removeprefix(self.marks[0]), completion.removesuffix(self.eos)
         for mark in self.marks if not self.rules.allow_special_text else ():
@@ -111,6 +113,20 @@ class Completion:
                     f"its text holds {mark}, which marks a row's end", "allow_special_text = true lets it pass"
                 )
         return {"prompt": prompt, "completion": completion}
+
+    def _turns(self, value: dict[str, Any]) -> dict[str, Any]:
+        """A prompt and a completion that are messages, as TRL has them: of the prompt's nothing is trained."""
+        if self.plain:
+            raise Refused("its prompt or completion is a list of messages", "leave out chat_template = 'none'")
+        parts = []
+        for field, role in ((self.prompt, "user"), (self.completion, "assistant")):
+            is_list = isinstance(value.get(field), list)
+            parts.append(value[field] if is_list else [{"role": role, "content": _text(value, field)}])
+        prompt, completion = parts
+        untrained = [{**message, "weight": 0} if isinstance(message, dict) else message for message in prompt]
+        if not untrained or not completion:
+            raise Refused("its prompt or completion is an empty list")
+        return {"messages": [*untrained, *completion], "tools": value.get("tools")}
 
     def _answer(self, value: dict[str, Any], field: str) -> str:
         text = _text(value, field)

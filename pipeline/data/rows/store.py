@@ -36,6 +36,8 @@ class Report:
     """What became of a dataset's rows. `read` are rows of its files; `bad` are left out, by reason, the first places named.
 
     `notes`: what else was met, in words with its number, in the order of the report. `stops`: targets at which a server stops.
+    `ends`: the id that ends trained turns, where the model does not stop at it yet. `specials`: ids of special tokens in
+    the rows.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Report:
     largest_id: int
     duplicates: int
     sha256: str
+    ends: int | None = None
+    specials: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -73,6 +77,7 @@ class RowWriter:
         folder.mkdir(parents=True)
         self.folder, self.stop_ids = folder, np.array(sorted(stop_ids), dtype=np.int32)
         self.rows = self.tokens = self.targets = self.stops = self.longest = self.largest_id = 0
+        self._seen = np.zeros(0, np.bool_)  # which ids are in the rows
         self._content = hashlib.sha256()
         self._pending: list[tuple[NDArray[np.int32], Runs, int, str]] = []
         self._rows, self._index = ArrowFile(folder / "rows.arrow", _ROWS), ArrowFile(folder / "index.arrow", _INDEX)
@@ -87,8 +92,15 @@ class RowWriter:
         self.targets += sum(end - start for start, end in runs)
         self.stops += sum(int(np.isin(row[start:end], self.stop_ids).sum()) for start, end in runs)
         self.longest, self.largest_id = max(self.longest, len(row)), max(self.largest_id, int(row.max()))
+        if self.largest_id >= len(self._seen):
+            self._seen = np.append(self._seen, np.zeros(self.largest_id + 1 - len(self._seen), np.bool_))
+        self._seen[row] = True
         if len(self._pending) == BATCH_ROWS:
             self._write()
+
+    def holds(self, id: int) -> bool:
+        """Whether a row has this token."""
+        return id < len(self._seen) and bool(self._seen[id])
 
     def close(self, **facts: Any) -> Report:
         """Write what is left, make the files durable. `facts`: the rest of the report."""

@@ -133,11 +133,21 @@ def device_of(module: nn.Module) -> torch.device:
 @torch.no_grad()
 def draw(parameter: Tensor, name: str, seed: int) -> None:
     """Kaiming-uniform with a = √5 (U(±1/√fan_in)), from a generator of the parameter's own."""
-    # One 32-bit number: torch's CPU generator ignores the upper half of a seed.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     values = torch.empty(parameter.shape, dtype=torch.float32)
-    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=_generator(name, seed))
     parameter.copy_(values)
+
+
+@torch.no_grad()
+def draw_normal(parameter: Tensor, name: str, seed: int, deviation: float) -> None:
+    """Normal around 0 with this standard deviation, from a generator of the parameter's own."""
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    parameter.copy_(nn.init.normal_(values, std=deviation, generator=_generator(name, seed)))
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    # One 32-bit number: torch's CPU generator ignores the upper half of a seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def _plain(name: str) -> str:

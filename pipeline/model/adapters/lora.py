@@ -1,4 +1,4 @@
-"""Variants of LoRA: MosLoRA, LoRA that starts from the weight itself (PiSSA, OLoRA), and DoRA.
+"""Variants of LoRA: MosLoRA and FLoRA, LoRA that starts from the weight itself (PiSSA, OLoRA), and DoRA.
 
 Takes a stage and names of modules; gives wrapped modules. x is a module's input, W its weight [D_out, D_in],
 A [R, D_in], B [D_out, R]. Each needs the module's output alone while training, so the module may be quantised where
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.console import UserError
 from pipeline.families import LORA
-from pipeline.model.adapters.base import Injector, Settings, device_of, draw, inject_peft, wrap
+from pipeline.model.adapters.base import Injector, Settings, device_of, draw, draw_normal, inject_peft, wrap
 from pipeline.model.stage import Stage
 
 OVERSAMPLED = 10  # probes beyond the rank (Halko, Martinsson & Tropp 2011, §4.2)
@@ -22,7 +22,8 @@ ROWS = 1024  # of a weight at a time, where fp32 copies are made
 class MosLoRA(nn.Module):
     """y' = y + s·B·M·A·x, the mixer M [R, R] (Wu et al. 2024, arXiv 2406.11909, eq. 6). B is zero at first.
 
-    Once trained it is a LoRA with B·M for B.
+    Once trained it is a LoRA with B·M for B. FLoRA (Si et al. 2024, arXiv 2405.14739, eq. 4) is, of a matrix, the same map from
+    another start: its core M is zero, A and B are random.
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, scaling: float, dropout: float, dtype: torch.dtype) -> None:
@@ -160,6 +161,21 @@ def inject_moslora(
     wrap(stage, targets, make)
 
 
+def inject_flora(
+    stage: Stage, targets: list[str], rank: int, scaling: float, dropout: float, dtype: torch.dtype, seed: int
+) -> None:
+    """`MosLoRA` from FLoRA's start, as its authors' code has it: M zero, A and B normal with the variance 1/(2R)."""
+
+    def make(name: str, base_layer: nn.Module) -> nn.Module:
+        adapter = MosLoRA(base_layer, rank, scaling, dropout, dtype)
+        draw_normal(adapter.A, f"{name}.A", seed, (2 * rank) ** -0.5)
+        draw_normal(adapter.B, f"{name}.B", seed, (2 * rank) ** -0.5)
+        nn.init.zeros_(adapter.M)
+        return adapter
+
+    wrap(stage, targets, make)
+
+
 def inject_dora(
     stage: Stage, targets: list[str], rank: int, scaling: float, dropout: float, dtype: torch.dtype, seed: int
 ) -> None:
@@ -274,5 +290,6 @@ def _inject_plain(stage: Stage, targets: list[str], to: Settings) -> None:
 INJECTORS: dict[str, Injector] = {
     LORA: _inject_plain,
     "moslora": lambda stage, targets, to: inject_moslora(stage, targets, to.rank, to.s, to.dropout, to.dtype, to.seed),
+    "flora": lambda stage, targets, to: inject_flora(stage, targets, to.rank, to.s, to.dropout, to.dtype, to.seed),
     "dora": lambda stage, targets, to: inject_dora(stage, targets, to.rank, to.s, to.dropout, to.dtype, to.seed),
 }

@@ -6,7 +6,7 @@ puts the folder in place.
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.artifacts import saved_at
 from pipeline.console import UserError, gib
 from pipeline.files import atomic_folder, size_of, write_json
 from pipeline.foreign import read_object
-from pipeline.formats.base_model import config_ties, files_to_copy, untie
+from pipeline.formats.base_model import WITH_STOPS, config_ties, files_to_copy, untie, with_stops
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.safetensors import read_header, write_tensors
 from pipeline.model.stage import Stage, tied_head
@@ -62,8 +62,19 @@ def save_adapter(
     _together(folder, step, place, write_part, finish)
 
 
-def save_model(folder: Path, step: int, place: Place, stage: Stage, base: Path, dtype: torch.dtype | None) -> None:
-    """Each stage writes its weights, as of `step`, as one shard; configuration and tokenizer are copied from `base`."""
+def save_model(
+    folder: Path,
+    step: int,
+    place: Place,
+    stage: Stage,
+    base: Path,
+    dtype: torch.dtype | None,
+    stops: Sequence[int] = (),
+) -> None:
+    """Each stage writes its weights, as of `step`, as one shard; configuration and tokenizer are copied from `base`.
+
+    `stops`: ids at which the model has learned to stop, beside those at which it did.
+    """
     shard_name = f"model-{place.stage + 1:05d}-of-{place.stages:05d}.safetensors"
 
     def write_shard(temporary: Path) -> None:
@@ -91,6 +102,8 @@ def save_model(folder: Path, step: int, place: Place, stage: Stage, base: Path, 
             untie(config)  # two tensors are stored, and programs that go by the config alone would drop one
         config["dtype"] = dtype_name(dtype or stage.model.dtype)
         write_json(temporary / "config.json", config, allow_nan=True)
+        if stops:
+            write_json(temporary / WITH_STOPS[0], with_stops(base, stops))
 
     _together(folder, step, place, write_shard, finish)
 

@@ -4,7 +4,7 @@ Takes the config and what `prepare` made of it, and our place in the pipeline; g
 from. A problem that one process finds is raised on all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,10 @@ def trainer(
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
-    progress = Progress(order=batches.order_hash(0))
     if resumed is not None:
         progress = put_back(*resumed, about, stage, optimizer, place, batches, plan.objective)
-    elif config.init_adapter:
-        with engine.agreement(place):
-            initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, config.init_adapter))
+    else:
+        progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
     if plan.objective and plan.objective.reference:
         run = reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
@@ -96,7 +94,7 @@ def trainer(
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
     metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
     state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
-    write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale)
+    write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
     say_memory(place)
     return Trainer(
         engine=pipeline_engine,
@@ -125,6 +123,16 @@ def trainer(
         first_step_done=partial(planned.say_overflow, run_plan, place, arena),
         outcome=partial(planned.say_outcome, run_plan, place, opened.path, arena),
     )
+
+
+def begin(
+    plan: Resolved, init_adapter: str | None, stage: Stage, place: engine.Place, batches: MicroBatches
+) -> Progress:
+    """A new run: the adapter it goes on from into the stage, if there is one."""
+    if init_adapter:
+        with engine.agreement(place):
+            initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, init_adapter))
+    return Progress(order=batches.order_hash(0))
 
 
 def samples_of(
@@ -323,14 +331,19 @@ def schedule(updates: Updates, steps_in_epoch: int) -> Callable[[int, int], floa
 
 
 def artifact_writer(
-    plan: Resolved, stage: Stage, place: engine.Place, save_dtype: str | None, train_logit_scale: float
+    plan: Resolved,
+    stage: Stage,
+    place: engine.Place,
+    save_dtype: str | None,
+    train_logit_scale: float,
+    stops: Sequence[int],
 ) -> Callable[[Path, int], None]:
-    """What writes the adapter, or the model, as it is at a step, into a folder."""
+    """What writes the adapter, or the model, as it is at a step, into a folder. `stops`: ids at which it learns to stop."""
     dtype = DTYPES[save_dtype] if save_dtype else None
     base, tied = plan.base, plan.trained.tied
     if plan.trained.adapter is None:
-        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(base.folder), dtype)
-    write = families.writer(plan.trained.adapter, base, train_logit_scale, tied)
+        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(base.folder), dtype, stops)
+    write = families.writer(plan.trained.adapter, base, train_logit_scale, tied, stops)
 
     def save(folder: Path, step: int) -> None:
         tensors = {name: t for name, t in written(stage).items() if name not in tied}

@@ -3,7 +3,7 @@
 Takes an `AdapterSpec`; gives plain values to pipeline/model and pipeline/artifacts, which know nothing of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,12 +175,17 @@ def norms(stage: Stage, adapter: AdapterSpec) -> dict[str, float]:
 
 
 def writer(
-    adapter: AdapterSpec, base: BaseModel, train_logit_scale: float = 1.0, tied: Mapping[str, str] = NOTHING
+    adapter: AdapterSpec,
+    base: BaseModel,
+    train_logit_scale: float = 1.0,
+    tied: Mapping[str, str] = NOTHING,
+    stops: Sequence[int] = (),
 ) -> Callable[[Path, dict[str, Tensor]], None]:
     """What writes the saved tensors of all stages (`written`) into a folder: the adapter in the form of its family, and what
     is trained in full beside it. `tied`: names under which a stage has another one's weight, from `stage.tied_head`.
+    `stops`: ids at which it learns to stop.
     """
-    write, adapted = _writer(adapter, base, train_logit_scale), set(adapter.targets)
+    write, adapted = _writer(adapter, base, train_logit_scale, stops), set(adapter.targets)
 
     def write_all(folder: Path, tensors: dict[str, Tensor]) -> None:
         full = {n: t for n, t in tensors.items() if adapted.isdisjoint(holders(n))}
@@ -190,12 +195,15 @@ def writer(
     return write_all
 
 
-def _writer(adapter: AdapterSpec, base: BaseModel, train_logit_scale: float) -> Callable[..., None]:
+def _writer(
+    adapter: AdapterSpec, base: BaseModel, train_logit_scale: float, stops: Sequence[int]
+) -> Callable[..., None]:
     common: dict[str, Any] = {
         "base_model": base.name,
         "train_logit_scale": train_logit_scale,
         "trained_over": trained_over(base.scheme, base.dtype),
         "base_fingerprint": _fingerprint(Path(base.folder)),
+        "stops": list(stops),
     }
     form = saved_as(adapter.row)
     if adapter.by_peft is not None:

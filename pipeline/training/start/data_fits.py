@@ -4,14 +4,22 @@ Takes the model without weights, the tokenizer and what the stores report; gives
 occur decide, not how many tokens the tokenizer lists.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError, warn
 from pipeline.foreign import printable, read_object
-from pipeline.model.structure.parts import embedding_of_model, head_of_model
+from pipeline.formats.base_model import Base
+from pipeline.formats.safetensors import pick_rows
+from pipeline.model import weights
+from pipeline.model.structure.parts import embedding_of_model, head_of_model, parts_of
+
+ROWS_COMPARED = 256  # of the embedding, evenly over all
+NEVER_TRAINED = 0.1  # of the median length of these: what training leaves is of one order of magnitude
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -52,6 +60,25 @@ def check_ids(name: str, largest_id: int, tokenizer: Any, rows: int) -> None:
             f"dataset '{name}': its text holds the token '{printable(token)}' with the id {largest_id:,}, but "
             f"the model's embedding has {rows:,} rows (ids 0 to {rows - 1:,}): take such tokens out of the text, or use "
             f"the tokenizer that belongs to the model"
+        )
+
+
+def check_trained(name: str, ids: Sequence[int], tokenizer: Any, model: PreTrainedModel, base: Base) -> None:
+    """Warn of special tokens of the dataset `name`, by their ids, whose rows of the base's embedding nobody has trained."""
+    stored = weights.source_of(f"{parts_of(model).embedding}.weight", model, base)
+    if stored is None or not ids:
+        return
+    count, width = stored.shape
+    ids = [id for id in ids if id < count]
+    some = sorted({place * (count - 1) // (ROWS_COMPARED - 1) for place in range(ROWS_COMPARED)})
+    sizes = {id: float(row.float().norm()) for id, row in zip(ids, pick_rows(stored, width, ids), strict=True)}
+    usual = float(torch.stack([row.float().norm() for row in pick_rows(stored, width, some)]).median())
+    if untrained := [id for id, size in sizes.items() if size < NEVER_TRAINED * usual]:
+        tokens = ", ".join(f"'{printable(tokenizer.convert_ids_to_tokens(id))}'" for id in untrained)
+        warn(
+            f"dataset '{name}': {tokens}: the base's embedding of these is far shorter than of other tokens (by the median, 1/"
+            f"{1 / NEVER_TRAINED:.0f} or less), so nobody has trained it, and an adapter on the layers does not: set "
+            "trainable_modules = ['embed_tokens', 'lm_head'] (as the model calls them)"
         )
 
 

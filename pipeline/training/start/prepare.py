@@ -24,7 +24,7 @@ from pipeline.data.mixing import mix
 from pipeline.data.rows import build
 from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows
-from pipeline.data.rows.store import UnequalRows
+from pipeline.data.rows.store import Report, UnequalRows
 from pipeline.data.selection import Selection, Streams, repeated, split, whole
 from pipeline.data.store import ChunkStore
 from pipeline.data.units import build as unit_build
@@ -35,6 +35,7 @@ from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.generation import positions
 from pipeline.model import unsupported, weights
 from pipeline.model.stage import tied_head
+from pipeline.model.structure.parts import parts_of
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage.meta_model import MetaModel
@@ -49,13 +50,14 @@ MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
 class Data:
     """Rows for training, by dataset, and for evaluation, by name; what the model is asked while it is trained.
 
-    `warnings`: said at the start and again at the end.
+    `warnings`: said at the start and again at the end. `stops`: ids at which it learns to stop, beside those at which it does.
     """
 
     train: list[Selection]
     evaluation: dict[str, Selection]
     warnings: list[str] = field(default_factory=list)
     questions: Questions | None = None
+    stops: tuple[int, ...] = ()
 
 
 class Places(NamedTuple):
@@ -93,6 +95,7 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
+    stops: set[Any] = set()
     places, shared = Places(spec.stops, spec.cache, spec.processes), plan and plan.meta_model.shared
     pack = partial(packed, switch=spec.rope_switch)
     for number, dataset in enumerate(spec.datasets):
@@ -104,7 +107,11 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
         train.append(
             repeated(pack(rows.train, dataset), dataset.num_repeats) if dataset.packing != "none" else rows.train
         )
-        warnings += streams.train.report.warnings if isinstance(streams.train, UnequalRows | UnitRows) else []
+        if isinstance(streams.train, UnequalRows | UnitRows):
+            warnings += streams.train.report.warnings
+            stops |= {streams.train.report.ends} - {None}
+            if plan is not None:
+                check_specials(streams.train.report, tokenizer, plan)
         if rows.eval is not None:
             evaluation[name] = pack(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
@@ -114,7 +121,14 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     for line in warnings:
         warn(line)
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
-    return Data(train, evaluation, warnings, questions)
+    return Data(train, evaluation, warnings, questions, tuple(sorted(stops)))
+
+
+def check_specials(report: Report, tokenizer: Any, plan: Resolved) -> None:
+    """Warn of special tokens in the rows that the base has not learnt, where this run does not train its embedding."""
+    model, base = plan.meta_model.shared, read_base(Path(plan.base.folder), "model")
+    if f"{parts_of(model).embedding}.weight" not in plan.trained.in_full and plan.trained.adapter is not None:
+        data_fits.check_trained(report.name, report.specials, tokenizer, model, base)
 
 
 def packed(chosen: Selection, dataset: Dataset | EvalDataset, switch: int | None) -> Selection:

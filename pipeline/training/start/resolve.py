@@ -17,9 +17,9 @@ from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
 from pipeline.config.tables import Samples
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
-from pipeline.data.chat.load import stop_ids
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
+from pipeline.formats.base_model import stop_ids
 from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.generation import cache_check

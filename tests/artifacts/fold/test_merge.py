@@ -1,6 +1,7 @@
 """The fold's numbers: PEFT's merge_and_unload for additive adapters, fp64 by hand and hooks for multiplicative ones."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeanutConfig, get_peft_model
+from transformers import GenerationConfig
 
 from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.artifacts.fold.merge import merge
@@ -263,3 +265,27 @@ def test_a_peft_user_can_go_on_from_the_result(llama: Path, tmp_path: Path) -> N
     ):
         expected = logits(model)
     assert (logits(load_model(tmp_path / "again")) - expected).abs().max() < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_where_turns_end_is_where_the_merged_model_stops(
+    llama: Path, tmp_path: Path, has_file: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ChatML on a base model: the end of a turn that was learnt comes beside the base's own stops."""
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    (base / "generation_config.json").unlink(missing_ok=True)
+    edit_json(base / "config.json", eos_token_id=2, bos_token_id=1, pad_token_id=None)
+    if has_file:
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.6}))
+    multiplicative(tmp_path / "adapter", stops=[7, 2])
+    merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    assert "stops    eos_token_id in generation_config.json gets 7 too" in capsys.readouterr().out
+    found = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    wanted = (
+        {"eos_token_id": [2, 3, 7], "temperature": 0.6} if has_file else {"bos_token_id": 1, "eos_token_id": [2, 7]}
+    )
+    assert found == wanted
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == wanted["eos_token_id"]
+    merge(tmp_path / "merged", [tmp_path / "adapter"], tmp_path / "again", unmerge=True)
+    assert json.loads((tmp_path / "again/generation_config.json").read_text()) == wanted  # it is no weight

@@ -67,6 +67,10 @@ FORMATS = {
     "inst": Format("[/INST]", chat.EOS, system=False),
     "dated": Format("<|assistant|>", "<|end|>"),
     "opens_the_next": Format("<|assistant|>", "<|end|>"),
+    "built_in_chatml": CHATML,
+    "built_in_llama3": LLAMA,
+    "built_in_gemma": GEMMA._replace(system=False),
+    "built_in_alpaca": Format("### Response:\n", chat.EOS),
 }
 WORDS = ["yes", "no\n", "  ", "\n", "Thé", "🙂", "a", ".", "[[", "\n\n", "the end", "1+1=2"]
 text = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map("".join).filter(lambda t: t.strip() != "")
@@ -292,3 +296,12 @@ def test_which_ends_of_turns_are_trained(value: str, count: int) -> None:
     decoded = "".join(tokenizer.decode(found.rows[0].ids[start:end]) for start, end in found.rows[0].spans)
     assert decoded.count("<|end|>") == count
     assert decoded.count("Because.") == 2
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("chatml", "qwen2_5"), ("llama3", "llama3"), ("gemma", "gemma")])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_templates_by_name_are_the_published_ones(ours: str, theirs: str, prompt: bool) -> None:
+    """TRL's copies, with a system text where the template has a place for one (qwen2_5 puts its own where there is none)."""
+    talk = [*([] if ours == "gemma" else [SYSTEM]), USER, ANSWER, {"role": "user", "content": " And then? "}]
+    rendered = [chat.template(name)[0].render(talk, prompt=prompt) for name in (f"built_in_{ours}", theirs)]
+    assert rendered[0] == rendered[1]

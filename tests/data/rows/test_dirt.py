@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.console import UserError
+from tests.helpers import chat
 from tests.helpers.chat import EOS
 from tests.helpers.rows import decoded, stored, talk, write_jsonl
 
@@ -205,7 +206,13 @@ def test_a_template_whose_end_the_model_does_not_know_is_warned_of(tmp_path: Pat
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD])
     (warning,) = stored(path, stop=EOS).report.warnings
     assert "ends a turn with '<|im_end|>', at which the model does not stop" in warning
+    report = stored(path, stop=EOS).report
+    tokenizer = chat.tokenizer("qwen2_5", EOS)
+    assert report.specials == sorted(tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    assert report.ends == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert not stored(path).report.warnings
+    assert stored(path).report.ends is None
+    assert stored(path, stop=EOS, train_on_eos="none").report.ends is None  # nothing to stop at was learnt
 
 
 def test_ends_that_are_not_trained_are_warned_of(tmp_path: Path) -> None:

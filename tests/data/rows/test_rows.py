@@ -77,6 +77,32 @@ def test_instructions_go_through_the_template_or_stay_text(tmp_path: Path) -> No
         completions(tmp_path, rows)
 
 
+def test_prompts_and_completions_may_be_messages(tmp_path: Path) -> None:
+    turns = talk("Hi.", "Hello.", "More?", "No.")["messages"]
+    rows = [
+        {"prompt": turns[:3], "completion": turns[3:]},
+        {"prompt": "Hi.", "completion": turns[1:2]},
+        {"prompt": turns[:1], "completion": turns[1:]},  # all that follows the prompt
+        {"prompt": turns[:3], "completion": "Never."},
+    ]
+    hi, more = "<|user|>\nHi.<|end|>\n<|assistant|>\nHello.<|end|>", "\n<|user|>\nMore?<|end|>\n<|assistant|>\n"
+    assert completions(tmp_path, rows, chat_template=chat.source("phi3")) == [
+        (f"{hi}{more}No.<|end|>", ["No.<|end|>"]),
+        (hi, ["Hello.<|end|>"]),
+        (f"{hi}{more}No.<|end|>", ["Hello.<|end|>", "No.<|end|>"]),
+        (f"{hi}{more}Never.<|end|>", ["Never.<|end|>"]),
+    ]
+    for row, reason in (
+        ({"prompt": [], "completion": turns[1:2]}, "its prompt or completion is an empty list"),
+        ({"prompt": turns[:1], "completion": [1]}, "a message is no object"),
+        ({"prompt": turns[:1], "completion": 5}, "'completion' is no text"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            completions(tmp_path, [row], chat_template=chat.source("phi3"))
+    with pytest.raises(UserError, match=r"is a list of messages .*leave out chat_template = 'none'"):
+        completions(tmp_path, rows[:1], chat_template="none")
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

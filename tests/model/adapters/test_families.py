@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rslora": {**LORA, "use_rslora": True},
     "moslora": {**LORA, "adapter_type": "moslora"},
     "moslora, rslora": {**LORA, "adapter_type": "moslora", "use_rslora": True},
+    "flora": {**LORA, "adapter_type": "flora"},
     "dora": {**LORA, "use_dora": True},
     "dora, rslora": {**LORA, "use_dora": True, "use_rslora": True},
     "pissa": {**LORA, "init_lora_weights": "pissa"},
@@ -60,7 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "boft": {**ROTATIONS, "adapter_type": "boft", "boft_block_size": 8},
     "hra": {**ROTATIONS, "adapter_type": "hra", "lora_rank": 4},
 }
-QUICK = ("multiplicative", "control", "lora", "moslora", "dora, rslora", "pissa", "boft", "hra")
+QUICK = ("multiplicative", "control", "lora", "moslora", "flora", "dora, rslora", "pissa", "boft", "hra")
 ALL = pytest.mark.parametrize("family", only(QUICK, FAMILIES))
 
 
@@ -190,7 +191,7 @@ def chain_rule(family: str, name: str, own: dict[str, nn.Parameter], theirs: dic
     if family == "control":  # A = Qᵀ, B = Q·diag(e^S − 1)
         Q, S, dA, dB = own[f"{module}.Q"], own[f"{module}.S"], theirs[f"{module}.A"], theirs[f"{module}.B"]
         return dA.T + dB * torch.expm1(S) if letter == "Q" else (dB * Q).sum(0) * torch.exp(S)
-    if family.startswith("moslora") and letter != "A":  # B' = B·M
+    if family.startswith(("moslora", "flora")) and letter != "A":  # B' = B·M
         B, M, dB = own[f"{module}.B"], own[f"{module}.M"], theirs[f"{module}.B"]
         return dB @ M.T if letter == "B" else B.T @ dB
     if family.startswith(("pissa", "olora")):  # [A; A₀] and [B, −B₀]

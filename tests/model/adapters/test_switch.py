@@ -23,6 +23,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "boft": {"lora_rank": None, "lora_alpha": None, "boft_block_size": 8},
     "hra": {"lora_alpha": None},
     "control_adapter": {"lora_alpha": None},
+    "peft": {"lora_rank": None, "lora_alpha": None, "peft": {"type": "LOHA", "r": 4}},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"adapter_type": "lora", "use_dora": True},

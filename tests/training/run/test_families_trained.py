@@ -28,6 +28,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "moslora": {"adapter_type": "moslora", "use_rslora": True},
     "pissa": {"adapter_type": "lora", "init_lora_weights": "pissa"},
     "hra": {"adapter_type": "hra", "lora_alpha": None},
+    "peft": {
+        "adapter_type": "peft",
+        "peft": {"type": "SHIRA", "r": 2, "random_seed": 3},  # its places are in no checkpoint
+        "lora_rank": None,
+        "lora_alpha": None,
+        "lora_weight_dtype": "float32",
+    },
 }
 # What recomputation and our kernels must leave as it is.
 OVERRIDES = {"plain": [], "recompute": ["activation_checkpointing=true", 'kernels="all"']}

@@ -20,7 +20,7 @@ from pipeline.training.start import prepare, resolve
 from tests.helpers import builders, stage_runs, unsplit
 from tests.helpers.data import prose
 from tests.helpers.stage_runs import Case, Result
-from tests.helpers.unsplit import GRADIENT_TOLERANCE, UNIT
+from tests.helpers.unsplit import GRADIENT_TOLERANCE
 
 STEPS, LR, EPS, RANK, ALPHA, BETA = 3, 1e-2, 1e-3, 4, 8, 0.5
 UNITS = 8  # of a step
@@ -32,6 +32,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "kto": {"loss_type": "kto"},
     "ranked": {"loss_type": "plackett_luce"},
 }
+QUICK = ("sigmoid", "kto")
 KINDS = {"kto": "unpaired", "ranked": "ranked"}
 
 
@@ -71,6 +72,20 @@ def config(root: Path, name: str) -> Path:
     return root / f"{name}.toml"
 
 
+class Launched:
+    """Results by name: those of `make test` in one launch, all others in a second, when one of them is asked for."""
+
+    def __init__(self, folder: Path, cases: list[Case]) -> None:
+        self._folder, self._cases, self._found = folder, cases, dict[str, Result]()
+
+    def __getitem__(self, name: str) -> Result:
+        if name not in self._found:
+            quick = name in QUICK
+            cases = [case for case in self._cases if (case.name in QUICK) == quick]
+            self._found |= stage_runs.run(2, cases, self._folder / ("quick" if quick else "slow"))
+        return self._found[name]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("preference")
@@ -82,7 +97,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root: Path) -> dict[str, Result]:
+def results(root: Path) -> Launched:
     """All objectives on two stages; DPO also with other divisions of a step, over replicas, recomputed."""
 
     def case(name: str, of: str, *overrides: str) -> Case:
@@ -96,7 +111,7 @@ def results(root: Path) -> dict[str, Result]:
         case("recomputed", "sigmoid", "activation_checkpointing=true"),
         case("own start", "sigmoid", 'objective.reference.model="start"'),
     ]
-    return stage_runs.run(2, cases, root / "results")
+    return Launched(root / "results", cases)
 
 
 class Oracle:
@@ -169,8 +184,8 @@ def _weights(objective: dict[str, Any]) -> tuple[list[str], list[float]]:
     return names, objective.get("loss_weights", [1.0] * len(names))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_stages_train_what_the_whole_model_would(root: Path, results: dict[str, Result], name: str) -> None:
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES])
+def test_stages_train_what_the_whole_model_would(root: Path, results: Launched, name: str) -> None:
     result = results[name]
     oracle = Oracle(root, name, result.initial)
     with torch.no_grad():
@@ -193,13 +208,14 @@ def test_stages_train_what_the_whole_model_would(root: Path, results: dict[str, 
         assert unsplit.size(result.weights[key] - leaf.detach()) <= 1e-3 * unsplit.size(leaf.detach())
 
 
-def test_the_first_loss_of_dpo_is_that_of_no_preference(results: dict[str, Result]) -> None:
+def test_the_first_loss_of_dpo_is_that_of_no_preference(results: Launched) -> None:
     assert results["sigmoid"].losses[0] == pytest.approx(0.693147, abs=1e-5)
     assert results["sigmoid"].losses[-1] < results["sigmoid"].losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one by one", "replicas", "recomputed", "own start"])
-def test_a_step_is_the_mean_over_its_units_however_divided(results: dict[str, Result], name: str) -> None:
+def test_a_step_is_the_mean_over_its_units_however_divided(results: Launched, name: str) -> None:
     """Micro-batches of other sizes and other padding: the same to rounding. Recomputation and an own start: to the bit."""
     ours, other = results["sigmoid"], results[name]
     exact = name in ("recomputed", "own start")
@@ -209,7 +225,7 @@ def test_a_step_is_the_mean_over_its_units_however_divided(results: dict[str, Re
         assert difference <= (0 if exact else 1e-3 * unsplit.size(weight))
 
 
-def test_metrics_have_trls_names(results: dict[str, Result]) -> None:
+def test_metrics_have_trls_names(results: Launched) -> None:
     lines = [line for line in builders.metrics(results["sigmoid"].run_dir) if "train/loss" in line]
     first, last = lines[0], lines[-1]
     assert abs(first["train/rewards/margins"]) < 1e-4
@@ -222,4 +238,3 @@ def test_metrics_have_trls_names(results: dict[str, Result]) -> None:
     rated = [line for line in builders.metrics(results["kto"].run_dir) if "train/loss" in line][-1]
     assert rated["train/kl"] >= 0
     assert {"train/rewards/chosen", "train/rewards/rejected", "train/rewards/margins"} <= rated.keys()
-    assert UNIT < 1

@@ -168,8 +168,10 @@ def test_documents_that_share_a_row_train_as_if_alone(tmp_path: Path, base: Path
     """On two stages and on one, against the unsplit model on every document's part by itself."""
     whole = {"max_steps": 1, "eval_steps": None, "lora_dropout": 0.0, "gradient_accumulation_steps": 3}
     rows = paragraphs(tmp_path) if which == "books" else completion_rows(tmp_path)
-    kept = {"document_mask": True} if which == "books" else {"packing": "stream", "sequence_len": 96}
-    toml = config(tmp_path, base, {"sequence_len": 64, "eval_size": 0, **rows, **kept}, **whole)
+    kept = (
+        {"document_mask": True, "sequence_len": 256} if which == "books" else {"packing": "stream", "sequence_len": 96}
+    )
+    toml = config(tmp_path, base, {"eval_size": 0, **rows, **kept}, **whole)
     two = run_plan(tmp_path, 2, [{"config": toml}], name="two")["runs"]
     one = run_plan(tmp_path, 1, [{"config": toml, "overrides": ["pipeline_stages=1"]}], name="one")["runs"]
     steps = [numbers(run)[0] for run in (*two, *one)]
@@ -196,3 +198,40 @@ def test_packed_conversations_train_as_unpacked_ones_do(tmp_path: Path, base: Pa
         assert step["train/loss"] == pytest.approx(steps[0]["train/loss"], rel=1e-6)
         assert step["train/grad_norm"] == pytest.approx(steps[0]["train/grad_norm"], rel=1e-5)
         assert step["train/epoch"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_mixed_run_killed_in_a_save_and_resumed_is_bit_equal(tmp_path: Path, base: Path) -> None:
+    """Conversations, completions and texts by turns of targets, with parts of passes, over two stages."""
+    weights = {"talks": 3.0, "pairs": 1.0, "texts": 2.0}
+    tables = [
+        {"sequence_len": 256, "sample_weight": weights[table["name"]], **table}
+        for table in (chat_rows(tmp_path), completion_rows(tmp_path), {**paragraphs(tmp_path), "sequence_len": 48})
+    ]
+    tables[0] |= {"num_repeats": 1.5, "eval_size": 3}
+    tables[1] |= {"max_tokens": 150}
+    mixed: dict[str, Any] = {
+        "datasets": tables,
+        "dataset_combination_mode": "interleave",
+        "dataset_interleave_stopping_strategy": "all_exhausted",
+        "mix_by": "targets",
+        "dataset_processes": 2,
+    }
+    toml = config(tmp_path, base, {"name": "mixed"}, save_steps=2, checkpoint_on_save=True, **mixed)
+    run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")
+    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
+    both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")
+    assert_equal(final_state(both["runs"][0]), final_state(both["runs"][1]))
+    assert numbers(both["runs"][0]) == numbers(both["runs"][1])
+    # What the run was given: in the order of the second epoch, whose first micro-batch is not moved, every share holds.
+    spec = resolve.data_of(loading.load(toml))
+    data = prepare.read_data(spec, AutoTokenizer.from_pretrained(base))
+    epoch = prepare.micro_batches(spec, data).epoch_rows(1).tolist()
+    targets = [rows.store.targets for rows in data.train]
+    largest, given = max(int(of_set.max()) for of_set in targets), torch.zeros(3, dtype=torch.float64)
+    for index, row in epoch:
+        given[index] += int(targets[index][row])
+        assert ((given - torch.tensor([3.0, 1.0, 2.0]) / 6 * given.sum()).abs() <= largest).all()
+    assert int(data.train[1].store.lengths[data.train[1].rows].sum()) <= 150
+    assert abs(len(data.train[0]) - 1.5 * len(data.train[0].rows)) <= 0.5

@@ -24,6 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rslora": {"adapter_type": "lora", "use_rslora": True},
     "dora": {"adapter_type": "lora", "use_dora": True},
     "moslora": {"adapter_type": "moslora"},
+    "flora": {"adapter_type": "flora"},
     "control_adapter": {"adapter_type": "control_adapter", "lora_alpha": None},
     "ia3": {"adapter_type": "ia3", "lora_rank": None, "lora_alpha": None},
     "oft": {"adapter_type": "oft", "lora_rank": None, "lora_alpha": None, "oft_block_size": 8},
@@ -33,7 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olora": {"adapter_type": "lora", "init_lora_weights": "olora"},
 }
 # What is saved is the same function in another form; PiSSA and OLoRA go on as the plain LoRA of twice the rank that it is.
-REWRITTEN = ("moslora", "control_adapter", "pissa", "olora")
+REWRITTEN = ("moslora", "flora", "control_adapter", "pissa", "olora")
 OF_TWICE_THE_RANK: dict[str, Any] = {"adapter_type": "lora", "lora_rank": 8, "lora_alpha": 16}
 GOES_ON_AS = {**FAMILIES, "pissa": OF_TWICE_THE_RANK, "olora": OF_TWICE_THE_RANK}
 
