@@ -31,6 +31,8 @@ class Family(NamedTuple):
 
 # Products of a frozen layer of Command-R a token, forward and backward to its input: 4 of D × D, 3 of D × F.
 COMMAND_R_LAYER = 2 * 2 * (4 * 8192**2 + 3 * 8192 * 22528)
+# Rows without a measurement: what FLoRA computes costs what MosLoRA's does, and the types of PEFT's own were not measured.
+UNMEASURED = ("`flora`", "`peft`, table `[peft]`")
 NOT_WRITTEN = "–: it is one already"
 FAMILIES = [
     Family(
@@ -221,7 +223,7 @@ what the frozen layer keeps, before any recomputation and without our kernels (w
 keeps z = A·h alone, 2·R bytes). *FLOPs*: of matrix products, forward and backward, beyond the frozen model's. Both are exact
 counts, a token and module, and once a micro-batch and module where there is such a part. *Step*: forward, loss, backward and
 update, against the frozen model's forward and backward, and against `multiplicative_lora`. *Start*: putting the adapter on
-one module.
+one module. `flora` costs what `moslora` does; PEFT's own types were not measured.
 
 Over a quantised base, each against the frozen model over the same base:
 

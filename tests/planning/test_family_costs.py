@@ -93,8 +93,9 @@ def test_counts_are_the_formulas(made: Mapping[str, Any], family: str) -> None:
 
 def test_every_family_is_on_the_page_with_the_bases_it_trains_over(tmp_path: Path) -> None:
     families = benchmark.families(SIZE)
-    assert len(families) == len(docs.FAMILIES)
-    for (name, keys), row in zip(families.items(), docs.FAMILIES, strict=True):
+    measured = [row for row in docs.FAMILIES if row.keys not in docs.UNMEASURED]
+    assert len(measured) == len(docs.FAMILIES) - len(docs.UNMEASURED)
+    for (name, keys), row in zip(families.items(), measured, strict=True):
         for key, value in keys.items():
             special = key in ("use_rslora", "use_dora", "init_lora_weights")
             assert not special or (str(value) if isinstance(value, str) else key) in row.keys, name
