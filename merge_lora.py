@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_base_quant(
         command,
-        why="fold into the base as a QLoRA run saw it: the linear weights of its layers rounded to 4 bits and back "
+        why="fold into the base as a QLoRA run saw it: the linear weights and experts of its layers rounded to 4 bits and back "
         "(nf4-double: with bnb_4bit_use_double_quant), all of them: for a run without llm_int8_skip_modules. Default: into "
         "the original weights",
         dtype="with --base-quant, the run's model_weight_dtype, to which it rounded the weights before it rounded them to 4 "

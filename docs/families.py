@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.peft.types import LOCAL, REFUSED
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "families.json", ROOT / "docs" / "families.md"
 
@@ -131,6 +133,15 @@ FAMILIES = [
         "no",
         "no",
     ),
+    Family(
+        "`peft`, table `[peft]`",
+        "a type of PEFT's own, below",
+        "What PEFT has beyond these: products of Hadamard and Kronecker, spectra, few entries, frozen random bases.",
+        "PEFT's own",
+        "no",
+        "some",
+        undone="no",
+    ),
 ]
 
 PAGE_TEXT = """\
@@ -146,6 +157,32 @@ and equations are named in the modules of `pipeline/model/adapters/`.
 LoRA of it. *Quantised base*: the bits over which it trains; the rest is refused by name. *Fold*: `merge_lora.py`. *`--unmerge`*:
 whether there is an exact inverse; an adapter that erases a direction, or nearly so, is refused there.
 
+## PEFT's own types
+
+`adapter_type = 'peft'` trains a type of PEFT's that is local to a module, by PEFT's own layer, with PEFT's own keys:
+
+    adapter_type = 'peft'
+    target_modules = ['q_proj', 'v_proj']
+
+    [peft]
+    type = 'LOHA'
+    r = 16
+    alpha = 16
+
+`target_modules`, `layers_to_transform`, `lora_weight_dtype` and `lora_dropout` stay what they are above the tables, and patterns
+(`rank_pattern`, …) have PEFT's meaning. PEFT's class of configuration says which keys there are and what they take. Each module
+is wrapped by itself and drawn from a seed of its name, so that one, two and three stages begin alike and equal PEFT on the uncut
+model (difference 0; gradients to rounding); the folder is one that stock PEFT loads. `merge_lora.py` merges one weight at a time
+by the same layer, once in fp32 and, for its check, once in fp64; `--scale` and `--unmerge` do not know what it does, and refuse.
+
+{types}
+*Quantised base*: the bits over which it equals itself over the dequantised weights. *dtype*: what `lora_weight_dtype` has to be;
+'base' is that of `model_weight_dtype`. VERA, PVERA and RANDLORA have frozen projections as wide as the widest module, made from
+`projection_prng_key` on each stage and wherever the adapter is loaded; they are not in the file. PSOFT keeps nothing of the
+singular vectors it turns: whoever loads it finds them again in the base, and another library of linear algebra may find them with
+other signs. Random numbers drawn in training (dropout, PVERA's vector) are those of each process, as dropout's always are.
+
+{refused}
 ## Mixtures of experts
 
 `target_modules = ['experts']` puts one pair a layer on what the routed experts write together, y = Σ g·(W·a + b) over the
@@ -228,6 +265,8 @@ def page(result: dict[str, Any]) -> str:
     frozen = rows["frozen"]["seconds"]
     return PAGE_TEXT.format(
         families=families,
+        types=types(),
+        refused=refused_types(),
         settings=settings,
         costs=costs(plain),
         quantised=quantised(over),
@@ -237,6 +276,40 @@ def page(result: dict[str, Any]) -> str:
         layer=COMMAND_R_LAYER / 1e9,
         narrow=size["hidden"],
     )
+
+
+def types() -> str:
+    """A row per type of PEFT's that trains."""
+    header = (
+        "`[peft]` `type`",
+        "a module's weight W, or output h",
+        "starts as",
+        "dropout",
+        "quantised base",
+        "dtype",
+        "fold",
+    )
+    folds = {"weight": "yes", "both": "yes, its bias too", "bias": "of modules with a bias"}
+    return table(
+        header,
+        [
+            (
+                f"`{row.name}`",
+                row.computes,
+                row.start or "W",
+                "yes" if row.dropout else "no",
+                "4, 8" if row.quantised else "no",
+                row.dtype,
+                folds[row.changes],
+            )
+            for row in LOCAL.values()
+        ],
+    )
+
+
+def refused_types() -> str:
+    """A row per type of PEFT's that does not."""
+    return table(("not trained", "because, or instead"), [(f"`{name}`", why) for name, why in REFUSED.items()])
 
 
 def costs(rows: list[dict[str, Any]]) -> str:

@@ -57,7 +57,17 @@ TABLES = (
         "`[[optimizer.groups]]`",
         "None by default. The first group that names a parameter has it; what none names follows `[optimizer]`.",
     ),
-    ("Bnb", "`[quantization.bnb]`", "None by default. Linear layers of the base in 4 or 8 bits, by bitsandbytes."),
+    (
+        "Bnb",
+        "`[quantization.bnb]`",
+        "None by default. Linear layers and experts of the base in 4 or 8 bits, by bitsandbytes.",
+    ),
+    (
+        "Peft",
+        "`[peft]`",
+        "Required with `adapter_type = 'peft'`, and only there. Every other key of it is one of PEFT's own for the type, such as "
+        "`r`, checked by PEFT's class of configuration. What each type is: docs/families.md.",
+    ),
     (
         "Samples",
         "`[samples]`",

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-AdapterType = Literal["multiplicative_lora", "control_adapter", "lora", "moslora", "ia3", "oft", "boft", "hra"]
+from pipeline.peft.types import PEFT
+
+AdapterType = Literal["multiplicative_lora", "control_adapter", "lora", "moslora", "ia3", "oft", "boft", "hra", "peft"]
 Kind = Literal["multiplicative_lora", "lora"]  # of adapters that are saved as pairs of A and B
 MULTIPLICATIVE: Kind = "multiplicative_lora"
 LORA: Kind = "lora"
@@ -290,6 +292,16 @@ _ROWS = (
         harmless=frozenset({"apply_GS", "init_weights", "r"}),
         rule="W·Π(I - 2·u#·u#ᵀ)",
         undoing="W·Π(I - 2·u#·u#ᵀ) backwards",
+    ),
+    Family(
+        PEFT,  # one of many; what each is, pipeline/peft/types.py says
+        computes="a type of PEFT's own, with PEFT's keys, in the table [peft]",
+        card="an adapter of one of PEFT's own types",
+        required=("peft",),
+        optional=("lora_dropout",),
+        by_peft=True,
+        rule="W as PEFT's own layer merges it",
+        not_undone="is merged by PEFT's own layer, of which no inverse is known here",
     ),
 )
 FAMILIES: Mapping[str, Family] = {row.name: row for row in _ROWS}

@@ -284,6 +284,16 @@ def _sync_tree(folder: Path) -> None:
         sync(Path(parent))
 
 
+def machine_cache() -> Path:
+    """The folder of what is kept for all runs of a user on this machine: $XDG_CACHE_HOME or ~/.cache; made if it is not there.
+
+    OSError or RuntimeError where there can be none.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mulora-pipe"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def sync(path: Path) -> None:
     """fsync a file, or a folder's own entries."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -15,6 +15,8 @@ HEAD, EMBEDDING = f"{HEAD_MODULE}.weight", f"{EMBEDDING_MODULE}.weight"
 # What other models, and adapters of them, call the two.
 EMBEDDINGS = (EMBEDDING_MODULE, "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 HEADS = (HEAD_MODULE, "embed_out")
+# What chooses a token's experts: small, and a rounding there sends tokens elsewhere. qlora-pipe leaves out `gate` too.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 # The files of a model's folder that transformers reads weights from.
 SINGLE = "model.safetensors"
@@ -71,6 +73,12 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def holders(name: str) -> list[str]:
+    """The modules around a parameter: 'a.b.c' → ['a.b', 'a']."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+
+
 def last_part(name: str) -> str:
     """'model.layers.3.mlp.down_proj' → 'down_proj'."""
     return name.rpartition(".")[2]
@@ -79,6 +87,11 @@ def last_part(name: str) -> str:
 def is_embedding(module: str) -> bool:
     """Whether a module is the embedding of the tokens, by its name."""
     return last_part(module) in EMBEDDINGS
+
+
+def is_router(name: str) -> bool:
+    """Whether a module or tensor is, or is part of, what chooses a token's experts, by its name."""
+    return not ROUTERS.isdisjoint(name.split("."))
 
 
 def is_head(module: str) -> bool:

@@ -1,11 +1,16 @@
 """Fixtures of several test files."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from pipeline.artifacts.fold import check as fold_check
 from pipeline.artifacts.fold import rows as fold_rows
+
+# What is remembered for a machine is of these tests alone; the processes that they start inherit it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mulora-pipe-tests-")
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ class _Data(Section):
     dataset_type: Annotated[DatasetType, BeforeValidator(_other_types)] = Field(
         description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours); 'preference' pairs of answers, 'unpaired' answers that are good or bad, 'ranked' several answers in order (docs/data-preference.md)")  # fmt: skip
     dataset_path: str = Field(
-        description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk")  # fmt: skip
+        description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk; hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] on the Hub, or an address (s3://, gs://, hf://, https://): docs/data-text.md")  # fmt: skip
     sequence_len: int = Field(
         ge=2, description="tokens per chunk of 'textfile' and 'doclist', exactly; of the other types' rows at most"
     )

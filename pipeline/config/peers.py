@@ -160,6 +160,8 @@ INSTEAD: dict[str, str] = {
     "dataset_exact_deduplication": "datasets.0.deduplicate",
     "mix_strategy": "dataset_combination_mode = 'interleave', mix_by and datasets.0.sample_weight",
     "interleave_probs": "datasets.0.sample_weight",
+    "dataset_num_proc": "dataset_processes",
+    "preprocessing_num_workers": "dataset_processes",
     "dataloader_num_workers": "no counterpart: chunks are read as they are needed",
     "streaming": "no counterpart: text is tokenised into a cache on disk",
     "max_samples": "datasets.0.subsample (a fraction)",

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pipeline.families import CONFIGURED
+from pipeline.peft import types as peft_types
 
 # Every key that has a meaning for some families only.
 FAMILY_KEYS = tuple(dict.fromkeys(key for row in CONFIGURED.values() for key in (*row.required, *row.optional)))
@@ -22,13 +23,7 @@ LACKING = dict.fromkeys(OF_PRODUCTS, "product s·B·A") | dict.fromkeys(
 )
 
 REFUSED_TYPES = {
-    "adalora": "AdaLoRA moves rank between all layers by scores that no single stage has",
-    "xlora": "X-LoRA chooses experts by a forward pass of the whole model, which no stage has",
-    "vera": "VeRA shares one pair of random matrices among all layers, whichever stage they are on",
-    "loha": "LoHa's products need the weight itself, and over quantised weights PEFT's compute garbage; use 'lora'",
-    "lokr": "LoKr's products need the weight itself, and over quantised weights PEFT's compute garbage; use 'lora'",
-    "fourierft": "FourierFT is not built; use 'lora'",
-    "peanut": "PEANuT of depth 0 is 'multiplicative_lora'; with hidden layers it is not linear and could not be folded",
+    "peanut": "PEANuT of depth 0 is 'multiplicative_lora'; with hidden layers it is 'peft' with [peft] type = 'PEANUT'",
 }
 STARTS = r"pissa|pissa_niter_\d{1,3}|olora"
 STARTS_SCHEMA: Any = {"anyOf": [{"const": True}, {"type": "string", "pattern": f"^({STARTS})$"}]}
@@ -42,8 +37,16 @@ LONGEST_HUB_ID = 96
 
 def known_family(value: Any) -> Any:
     """`value`, or ValueError with the reason where it is a family that is refused."""
-    if isinstance(value, str) and (reason := REFUSED_TYPES.get(value.lower().replace("-", "").replace("_", ""))):
+    if not isinstance(value, str):
+        return value
+    name = value.lower().replace("-", "").replace("_", "")
+    if reason := REFUSED_TYPES.get(name):
         raise ValueError(reason)
+    if name not in CONFIGURED:
+        types = {one.replace("_", "").lower(): one for one in (*peft_types.LOCAL, *peft_types.REFUSED)}
+        if one := types.get(name):
+            peft_types.known(one)  # raises for a type that does not train
+            raise ValueError(f"a type of PEFT's own: set adapter_type = '{peft_types.PEFT}' and [peft] type = '{one}'")
     return value
 
 

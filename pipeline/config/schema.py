@@ -23,10 +23,11 @@ from pydantic import (
 
 from pipeline.config import data_tables, rules
 from pipeline.config.data_tables import Dataset, EvalDataset
-from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples, Section, not_built, regular_expression
+from pipeline.config.tables import Bnb, Optimizer, Peft, Quantization, Samples, Section, not_built, regular_expression
 from pipeline.families import CONFIGURED, MULTIPLICATIVE, AdapterType
 from pipeline.formats.choices import Dtype
 from pipeline.names import as_ranges, layer_ranges
+from pipeline.peft import types as peft_types
 
 Pattern = Annotated[str, AfterValidator(regular_expression)]
 
@@ -184,8 +185,15 @@ class Config(Section):
     )
     mix_by: Literal["rows", "tokens", "targets"] | None = Field(
         None, description="what sample_weight weighs when datasets are interleaved: 'rows' by chance; 'tokens' or 'targets' (trained tokens) by turns, each dataset's share kept to within one row all through an epoch (docs/mixing.md); default 'rows', with batch_size_tokens the chance of a token")  # fmt: skip
+    dataset_processes: PositiveInt | None = Field(
+        None,
+        description="processes that prepare the data; default one for each core, and one for less than 16 MiB of text",
+    )
     optimizer: Optimizer
     quantization: Quantization | None = Field(None, description="of the base weights; default none")
+    peft: Peft | None = Field(
+        None, description="of adapter_type = 'peft': the type and PEFT's own keys for it; default none"
+    )
     samples: Samples | None = Field(None, description="what the model says while it is trained; default none")
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
@@ -249,8 +257,15 @@ class Config(Section):
                 quantised=self.quantization is not None,
                 loraplus=loraplus,
             )
+            if self.peft is not None and self.adapter_type == peft_types.PEFT:
+                yield from peft_types.conflicts(
+                    self.peft.model_dump(),
+                    quantised=self.quantization is not None,
+                    dropout=self.lora_dropout,
+                    dtypes=(self.lora_weight_dtype, self.model_weight_dtype),
+                )
         else:
-            for key in ("layers_to_transform", "adapter_type", "use_dora"):
+            for key in ("layers_to_transform", "adapter_type", "use_dora", "peft"):
                 if key in self.model_fields_set and getattr(self, key):
                     yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
             yield from rules.full_fine_tune_conflicts(values, loraplus=loraplus)

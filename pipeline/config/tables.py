@@ -17,6 +17,8 @@ from pydantic import (
 )
 
 from pipeline import patterns
+from pipeline.peft.types import LOCAL
+from pipeline.peft.types import known as known_type
 
 
 def regular_expression(pattern: str) -> str:
@@ -107,16 +109,27 @@ class Bnb(Section):
         False, description="quantise the scales too: 4.13 bits a weight instead of 4.5"
     )
     llm_int8_threshold: NonNegativeFloat = Field(
-        6.0, description="8 bits: columns of the input with a value above this are multiplied in 16 bits; 0 for none"
+        6.0,
+        description="8 bits: columns of the input with a value above this are multiplied in 16 bits; 0 for none; not of experts, whose inputs are never quantised",
     )
     llm_int8_skip_modules: list[str] = Field(
-        [], description="linear modules to leave in model_weight_dtype, in 4 bits too: the beginning or end of a name, or a regular expression; embedding, head and a mixture's routers always are left")  # fmt: skip
+        [], description="linear modules, or 'experts', to leave in model_weight_dtype, in 4 bits too: the beginning or end of a name, or a regular expression; embedding, head and a mixture's routers always are left")  # fmt: skip
 
 
 class Quantization(Section):
     """[quantization]"""
 
     bnb: Bnb
+
+
+class Peft(Section):
+    """[peft]; every other key of it is PEFT's own, and checked by PEFT when the model is known."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, AfterValidator(known_type)] = Field(
+        json_schema_extra={"enum": list(LOCAL)}, description="PEFT's name of the type: " + ", ".join(LOCAL)
+    )
 
 
 class Samples(Section):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from pipeline.console import UserError, log_if_slow
+from pipeline.data.preparing.workers import in_order
 from pipeline.data.reading.documents import Document
 from pipeline.foreign import read_by_library
 
@@ -47,12 +49,20 @@ def load(folder: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def tokens(tokenizer: Any, documents: Iterable[Document]) -> Iterator[tuple[str, NDArray[np.int32], bool]]:
+def tokens(
+    tokenizer: Any, documents: Iterable[Document], processes: int = 1
+) -> Iterator[tuple[str, NDArray[np.int32], bool]]:
     """(document's name, ids of its next segment int32, whether it is its last) for all documents, in order.
 
-    An empty document gives one empty segment. Segments of many documents are encoded together.
+    An empty document gives one empty segment. Segments of many documents are encoded together, in several `processes`.
     """
     encode = encoder(tokenizer)
+    for encoded in in_order(partial(_encoded, encode), _batches(encode, documents), processes):
+        yield from encoded
+
+
+def _batches(encode: Encode, documents: Iterable[Document]) -> Iterator[list[tuple[str, str, bool]]]:
+    """(document's name, a segment, whether it is its last), as many as are encoded together."""
     batch: list[tuple[str, str, bool]] = []
     size = 0
     for document in documents:
@@ -60,9 +70,10 @@ def tokens(tokenizer: Any, documents: Iterable[Document]) -> Iterator[tuple[str,
             batch.append((document.name, text, last))
             size += len(text)
             if size >= BATCH_CHARS or len(batch) >= BATCH_SEGMENTS:
-                yield from _encoded(encode, batch)
+                yield batch
                 batch, size = [], 0
-    yield from _encoded(encode, batch)
+    if batch:
+        yield batch
 
 
 def encoder(tokenizer: Any) -> Encode:
@@ -140,7 +151,6 @@ def _with_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
     yield held, True
 
 
-def _encoded(encode: Encode, batch: list[tuple[str, str, bool]]) -> Iterator[tuple[str, NDArray[np.int32], bool]]:
-    ids = encode([text for _, text, _ in batch]) if batch else []
-    for (name, _, last), row in zip(batch, ids, strict=True):
-        yield name, np.asarray(row, dtype=np.int32), last
+def _encoded(encode: Encode, batch: list[tuple[str, str, bool]]) -> list[tuple[str, NDArray[np.int32], bool]]:
+    ids = encode([text for _, text, _ in batch])
+    return [(name, np.asarray(row, dtype=np.int32), last) for (name, _, last), row in zip(batch, ids, strict=True)]

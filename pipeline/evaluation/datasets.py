@@ -20,7 +20,7 @@ from pipeline.evaluation import multiple_choice
 from pipeline.evaluation.units import Decode, UnitSet, subsampled, units_of_pairs, units_of_rows
 from pipeline.generation import positions
 from pipeline.training.start import data_fits
-from pipeline.training.start.prepare import MOST_BAD, read_streams
+from pipeline.training.start.prepare import MOST_BAD, Places, read_streams
 
 
 def read(
@@ -39,7 +39,7 @@ def read(
             what = f"dataset '{name}': its longest row's number of tokens, {made.longest:,},"
             positions.check(what, made.longest, model, lower=f"datasets.{number}.sequence_len")
         else:
-            made = _rows(number, table, name, tokenizer, (stops, cache), model)
+            made = _rows(number, table, name, tokenizer, Places(stops, cache), model)
         log(
             f"data:     {name} ({table.role}): {len(made.units):,} units, {len({u.prompt for u in made.units}):,} prompts"
         )
@@ -52,7 +52,7 @@ def _rows(
     table: EvaluatedDataset,
     name: str,
     tokenizer: Any,
-    places: tuple[list[int], Path],
+    places: Places,
     model: PreTrainedModel,
 ) -> UnitSet:
     store = read_streams(f"datasets.{number}", table, name, tokenizer, places, model).train

@@ -39,7 +39,7 @@ def model_folder(given: str | Path, asked: str, *, weights: bool = True) -> str:
     owner, name = named[0].split("/")
     locks = Path(constants.HF_HUB_CACHE) / ".locks" / f"models--{owner}--{name}"
     answer = locks / f"{OURS}{launched_by()}-{'all' if weights else 'light'}"
-    with _first_of_launch(locks, answer):
+    with first_of_launch(locks, answer):
         if "WORLD_SIZE" in os.environ and answer.is_file():
             found = parse_json(answer.read_text(encoding="utf-8"), str(answer))
             if found["given"] == str(given):
@@ -51,7 +51,7 @@ def model_folder(given: str | Path, asked: str, *, weights: bool = True) -> str:
 
 
 @contextmanager
-def _first_of_launch(locks: Path, answer: Path) -> Iterator[None]:
+def first_of_launch(locks: Path, answer: Path) -> Iterator[None]:
     """One process at a time, of this launch and of others. A cache that cannot be written needs none."""
     try:
         locks.mkdir(parents=True, exist_ok=True)
@@ -85,9 +85,9 @@ def _download(name: str, revision: str | None, asked: str, weights: bool) -> Pat
         elif missing := [file for file in kept if not (folder / file).exists()]:
             size = gib(sum(sizes[file] for file in missing))
             log(f"model:    its weights, {size}, are not here yet; a run downloads them")
-        _note_commit(folder, revision or "main")
+        note_commit(folder, revision or "main")
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled) as error:
-        why = _reason(error, name, revision)
+        why = reason(error, name, revision)
         if not (cached := _cached(name, revision, weights)):
             lacking = f"it is not {'whole ' if weights else ''}in {cache}"
             raise UserError(f"{asked}: there is no such folder here, {lacking}, and {why}") from error
@@ -115,11 +115,11 @@ def _fetch(name: str, commit: str, files: list[str], sizes: dict[str, int], aske
         check_disk_space(cache, needed + ROOM_BESIDE)
     except UserError as error:
         raise UserError(f"{asked}: {error} (HF_HUB_CACHE names the folder.)", error.exit_code) from None
-    patterns = [_literally(file) for file in missing]
+    patterns = [literally(file) for file in missing]
     snapshot_download(name, revision=commit, allow_patterns=patterns, cache_dir=cache)
 
 
-def _literally(file: str) -> str:
+def literally(file: str) -> str:
     """A pattern that only this name matches."""
     return "".join(f"[{c}]" if c in "[*?" else c for c in file)
 
@@ -136,7 +136,7 @@ def _weight_files(folder: Path, sizes: dict[str, int], asked: str) -> list[str]:
     raise UserError(f"{asked}: the repository on the Hub has neither {SINGLE} nor {INDEX}{what}.")
 
 
-def _note_commit(folder: Path, revision: str) -> None:
+def note_commit(folder: Path, revision: str) -> None:
     """Write which commit a branch or tag is, where huggingface_hub looks when it cannot ask."""
     ref = folder.parents[1] / "refs" / revision
     if revision == folder.name or (ref.is_file() and ref.read_text() == folder.name):
@@ -171,7 +171,7 @@ def _holds_weights(folder: Path) -> bool:
     return all((folder / str(file)).is_file() for file in index.get("weight_map", {}).values())
 
 
-def _reason(error: Exception, name: str, revision: str | None) -> str:
+def reason(error: Exception, name: str, revision: str | None, kind: str = "model") -> str:
     """Why the repository could not be asked for, and what mends it. Holds no token."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -186,16 +186,16 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return (
             "the Hub is not asked, as HF_HUB_OFFLINE is set: unset it, or put there what `hf download "
-            f"{name}` gets where there is a network"
+            f"{'--repo-type dataset ' * (kind == 'dataset')}{name}` gets where there is a network"
         )
     if isinstance(error, GatedRepoError):
         return (
-            f"{name} is gated: accept its terms at {constants.ENDPOINT}/{name}, and log in with `hf auth login` (or set "
-            "HF_TOKEN) as who did"
+            f"{name} is gated: accept its terms at {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}, and log in "
+            "with `hf auth login` (or set HF_TOKEN) as who did"
         )
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{hub} shows no model of that name: check the spelling; a private one needs `hf auth login` or HF_TOKEN "
+            f"{hub} shows no {kind} of that name: check the spelling; a private one needs `hf auth login` or HF_TOKEN "
             "of an account that may read it"
         )
     if isinstance(error, RevisionNotFoundError):

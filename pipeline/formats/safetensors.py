@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
 
@@ -55,6 +55,15 @@ class StoredTensor:
     file: Path
     start: int
     n_bytes: int
+
+    def matrices(self) -> "Iterator[StoredTensor]":
+        """Of a tensor [E, rows, columns], the place of each expert's matrix; any other itself."""
+        if len(self.shape) != 3:
+            yield self
+            return
+        n_bytes = self.n_bytes // self.shape[0]
+        for expert in range(self.shape[0]):
+            yield replace(self, shape=self.shape[1:], start=self.start + expert * n_bytes, n_bytes=n_bytes)
 
 
 @dataclass(frozen=True)

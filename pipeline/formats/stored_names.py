@@ -48,7 +48,7 @@ def stacked_names(base: Base) -> dict[str, tuple[str, ...]]:
         return {}
     found: dict[str, list[str]] = {}
     counts: dict[str, tuple[int, int]] = {}
-    for name, running, converter, shapes in _renamed(model, base):
+    for name, running, converter, _, shapes in _renamed(model, base):
         kinds = [type(one).__name__ for one in converter.operations] if converter else []
         stacking = set(kinds) <= {"MergeModulelist", "Transpose"} and (not kinds or len(converter.source_patterns) == 1)
         if stacking and running in shapes:
@@ -58,6 +58,27 @@ def stacked_names(base: Base) -> dict[str, tuple[str, ...]]:
         running: tuple(sorted(names, key=natural_order))
         for running, names in found.items()
         if len(names) in counts[running]
+    }
+
+
+def expert_pieces(base: Base) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """{parameter of the running model that holds all experts: of each expert the stored matrices, in order, that lie one
+    below the other in its own}: of experts that are stored one by one, gate and up apart or not. No weight is read."""
+    model = _empty_model(base)
+    if model is None:
+        return {}
+    found: dict[str, dict[int, list[str]]] = {}
+    right: dict[str, tuple[int, int]] = {}
+    for name, running, converter, pattern, shapes in _renamed(model, base):
+        kinds = [(type(one).__name__, getattr(one, "dim", 0)) for one in converter.operations] if converter else []
+        if kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]) and running in shapes:
+            patterns = converter.source_patterns
+            found.setdefault(running, {}).setdefault(patterns.index(pattern), []).append(name)
+            right[running] = (len(patterns), shapes[running][0])
+    return {
+        running: tuple(zip(*(sorted(by[place], key=natural_order) for place in range(len(by))), strict=True))
+        for running, by in found.items()
+        if (len(by), *{len(names) for names in by.values()}) == right[running]
     }
 
 
@@ -86,9 +107,9 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if only_mixed else AutoModelForCausalLM
 
 
-def _renamed(model: Any, base: Base) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-    """Of each stored tensor: its name, that of the running model's parameter, the converter if one is in between, and all
-    parameters' shapes."""
+def _renamed(model: Any, base: Base) -> Iterator[tuple[str, str, Any, str | None, dict[str, Any]]]:
+    """Of each stored tensor: its name, that of the running model's parameter, the converter if one is in between with which
+    of its patterns, and all parameters' shapes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -102,12 +123,12 @@ def _renamed(model: Any, base: Base) -> Iterator[tuple[str, str, Any, dict[str, 
         running, pattern = rename_source_key(
             name, renamings, list(converters.values()), model.base_model_prefix, parameters
         )
-        yield name, running, None if pattern is None else by_pattern[pattern], shapes
+        yield name, running, None if pattern is None else by_pattern[pattern], pattern, shapes
 
 
 def _places(model: Any, base: Base) -> dict[str, Place]:
     found: dict[str, Place] = {}
-    for name, running, converter, shapes in _renamed(model, base):
+    for name, running, converter, _, shapes in _renamed(model, base):
         shape = base.tensors[name].shape
         if converter is not None:
             found |= _rows(converter, running, shapes, name, shape)

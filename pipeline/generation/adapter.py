@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
-from pipeline.artifacts.adapter.maps import RowFactors
+from pipeline.artifacts.adapter.maps import RowFactors, WholeWeight
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.fold.match import match
 from pipeline.artifacts.fold.ties import settled
@@ -48,10 +48,13 @@ class Folded(nn.Module):
 
 
 class Saved(NamedTuple):
-    """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say."""
+    """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say.
+
+    `widest`: of PEFT's own types, the most outputs and inputs of its modules."""
 
     adapter: Adapter
     kind: str
+    widest: tuple[int, int]
 
 
 def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
@@ -60,7 +63,7 @@ def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
     UserError where it does not fit, or has a pair for what is no part of a layer, where a fold alone can put it.
     """
     settled_base, (adapter,), apart = settled(base, [load_adapter(folder)])
-    known = match(settled_base, adapter, kind=kind, kind_is_meant=kind is not None, scale=1.0, layers=None).kind
+    part = match(settled_base, adapter, kind=kind, kind_is_meant=kind is not None, scale=1.0, layers=None)
     if outside := [name for name in adapter.modules if layer_of(name) is None]:
         raise UserError(
             f"{folder}: it adapts {outside[0]}, which is no part of a layer; fold it (merge_lora.py) and give the merged folder"
@@ -68,7 +71,8 @@ def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
     table = next((name for name in adapter.full if is_embedding(name.removesuffix(".weight"))), None)
     if table and not apart and HEAD not in base.tensors:  # the head is the embedding, also where it is on another stage
         adapter = replace(adapter, full={**adapter.full, HEAD: adapter.full[table]})
-    return Saved(adapter, known)
+    widest = [one.widest for maps in part.adapter.maps.values() for one in maps if isinstance(one, WholeWeight)]
+    return Saved(adapter, part.kind, widest[0] if widest else (0, 0))
 
 
 @torch.no_grad()
@@ -143,6 +147,9 @@ def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]
     device = layer.weight.device
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     for one in saved.adapter.maps.get(name, ()):
+        if isinstance(one, WholeWeight):
+            weight, bias = replace(one, widest=saved.widest, biased=bias is not None).merged(weight, bias)
+            continue
         weight = one.on(device)(weight, 0)
         if bias is not None and isinstance(one, RowFactors) and FAMILIES[saved.kind].bias_rule:
             bias = one.on(device)(bias[:, None], 0)[:, 0]

@@ -1,25 +1,30 @@
 """Which base weights are quantised, and what that takes: known before a weight is read.
 
 Takes a model on `meta` and a `Scheme`; puts a `QuantizedPlaceholder` in the place of every linear layer whose weight is to
-be quantised. It computes as a linear layer does, so that the planner can count it, and knows the bytes it will take.
-`quantized_bnb.put_in` replaces it by bitsandbytes' layer; bitsandbytes itself is not needed here.
+be quantised, and marks parameters that hold a matrix for each expert. Both compute as before, so that the planner can count
+them, and the bytes that they will take are known. `quantized_bnb.put_in` puts bitsandbytes' layers and packers in their
+places; bitsandbytes itself is not needed here.
 """
 
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from pipeline import patterns
 from pipeline.console import UserError
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
+from pipeline.kernels.packed_experts import PackedExperts
 from pipeline.model.structure.parts import layers_of_model, parts_of, reads_weight
+from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
+from pipeline.names import ROUTERS
 
-# Of a mixture of experts: small, and a rounding there sends tokens elsewhere. qlora-pipe leaves out `gate` too.
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+MARK = "quantised_parameters"  # attribute of a module: {name of a parameter of all experts: QuantizedExperts}
 
 
 class Scheme(NamedTuple):
@@ -59,6 +64,26 @@ class PackedLinear(Protocol):
         ...
 
 
+class QuantizedExperts(NamedTuple):
+    """Marks a parameter of all experts [E, rows, columns] as one that is, or will be, quantised, each matrix by itself.
+
+    `pack` takes one expert's matrix in the pieces that lie one below the other in it and gives what unpacks it; None on `meta`.
+    """
+
+    scheme: Scheme
+    pack: Callable[[Sequence[Tensor]], Callable[[], Tensor]] | None = None
+
+
+class Quantised(NamedTuple):
+    """A weight that will be quantised: bytes as it is on `meta` and packed, numbers in it and in its largest matrix."""
+
+    plain: int
+    packed: int
+    numbers: int
+    largest: int
+    scheme: Scheme
+
+
 class QuantizedPlaceholder(nn.Linear):
     """A linear layer whose weight will be quantised: on `meta`, with the shapes of before."""
 
@@ -67,43 +92,61 @@ class QuantizedPlaceholder(nn.Linear):
         super().__init__(plain.in_features, plain.out_features, has_bias, device="meta", dtype=plain.weight.dtype)
         self.scheme = scheme
 
-    @property
-    def saved_bytes(self) -> int:
-        """By which the packed weight is smaller."""
-        plain = self.weight.numel() * self.weight.element_size()
-        return plain - self.scheme.packed_bytes(self.out_features, self.in_features)
+
+def _foreseen(module: nn.Module) -> Iterator[Quantised]:
+    """The weights of `module` that will be quantised; the experts in one parameter are one of them."""
+    for part in module.modules():
+        if isinstance(part, QuantizedPlaceholder):
+            packed, n = part.scheme.packed_bytes(part.out_features, part.in_features), part.weight.numel()
+            yield Quantised(n * part.weight.element_size(), packed, n, n, part.scheme)
+        for name, mark in marked(part).items():
+            if (weight := part._parameters.get(name)) is not None:
+                experts, rows, columns = weight.shape
+                packed, n = experts * mark.scheme.packed_bytes(rows, columns), weight.numel()
+                yield Quantised(n * weight.element_size(), packed, n, rows * columns, mark.scheme)
+
+
+def marked(module: nn.Module) -> dict[str, QuantizedExperts]:
+    """The marked parameters of this module itself, by name."""
+    return getattr(module, MARK, {})
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether weights in `module` are, or will be, quantised."""
+    return any(isinstance(part, PackedLinear | QuantizedPlaceholder) or marked(part) for part in module.modules())
 
 
 def saved_bytes(module: nn.Module) -> int:
     """By which the weights of `module` will be smaller than its parameters on `meta` say."""
-    return sum(part.saved_bytes for part in module.modules() if isinstance(part, QuantizedPlaceholder))
+    return sum(weight.plain - weight.packed for weight in _foreseen(module))
 
 
 def dequantised_bytes(module: nn.Module) -> int:
-    """Of the largest weight in `module` that will be quantised, in the form in which it is multiplied: alive in a product."""
-    foreseen = [part for part in module.modules() if isinstance(part, QuantizedPlaceholder)]
-    return max((part.weight.numel() * part.scheme.compute_dtype.itemsize for part in foreseen), default=0)
+    """Of the largest weight in `module` that will be quantised, in the form in which it is multiplied: alive in a product.
+    Of experts it is one expert's."""
+    return max((weight.largest * weight.scheme.compute_dtype.itemsize for weight in _foreseen(module)), default=0)
 
 
 def dequantising_traffic(module: nn.Module) -> tuple[int, int]:
     """Bytes read and written to unpack the weights of `module` for their products: of one forward, of one backward.
 
-    4 bits are unpacked for both, 8 bits for backward only: their forward multiplies the codes.
+    4 bits are unpacked for both, 8 bits for backward only: their forward multiplies the codes. Experts are unpacked for both;
+    each is counted, as with many tokens each has some.
     """
     forward = backward = 0
-    for part in (part for part in module.modules() if isinstance(part, QuantizedPlaceholder)):
-        codes = part.scheme.packed_bytes(part.out_features, part.in_features)
-        unpacked = part.weight.numel() * part.scheme.compute_dtype.itemsize
-        backward += codes + unpacked
-        forward += codes + unpacked if part.scheme.bits == 4 else 0
+    for weight in _foreseen(module):
+        both = weight.packed + weight.numbers * weight.scheme.compute_dtype.itemsize
+        backward += both
+        forward += both if weight.scheme.bits == 4 or weight.largest < weight.numbers else 0
     return forward, backward
 
 
 def put_placeholders(model: PreTrainedModel, scheme: Scheme) -> list[str]:
-    """Put a `QuantizedPlaceholder` for every linear layer of the decoder layers that `scheme` quantises; returns their names.
+    """Put a `QuantizedPlaceholder` for every linear layer of the decoder layers that `scheme` quantises, and mark parameters
+    of all experts; returns the names of both.
 
     The embedding, the head and a mixture's routers stay as they are. UserError for a name in `skip` that no module has,
-    and for a model most of whose weights are in no linear layer (experts stacked in one tensor).
+    and for a model most of whose weights are in neither.
     """
     prefix = f"{parts_of(model).layers}."
     linear = [
@@ -111,16 +154,81 @@ def put_placeholders(model: PreTrainedModel, scheme: Scheme) -> list[str]:
         for name, module in model.named_modules()
         if name.startswith(prefix) and type(module) is nn.Linear and _is_called(model, name)
     ]
-    _check_model(model, linear)
+    stacked = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefix) and parameter.dim() == 3 and min(parameter.shape) > 1
+    ]
+    _check_model(model, [*(f"{name}.weight" for name in linear), *stacked])
     skip = [*scheme.skip, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     _check_skip(model, scheme.skip)
     chosen = [name for name in linear if should_convert_module(name, skip)]
-    if not chosen:
+    experts = [n for n in stacked if all(should_convert_module(one, skip) for one in (n, n.rpartition(".")[0]))]
+    if not chosen and not experts:
         raise UserError(f"llm_int8_skip_modules = {list(scheme.skip)} leaves nothing to quantise")
     for name in chosen:
         plain: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         model.set_submodule(name, QuantizedPlaceholder(plain, scheme))
-    return chosen
+    for name in experts:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, MARK, {**marked(owner), leaf: QuantizedExperts(scheme)})
+    return chosen + experts
+
+
+def pack_in_place(
+    owner: nn.Module, name: str, unpacks: Sequence[Callable[[], Tensor]], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put packed experts in the place of the parameter `name` of `owner`, and have its code take one expert after the other."""
+    shape = owner._parameters.pop(name).shape  # type: ignore[union-attr]
+    setattr(owner, name, PackedExperts(unpacks, shape, dtype, device))
+    if (config := getattr(owner, "config", None)) is not None and hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+
+
+@torch.no_grad()
+def check_experts(config: PretrainedConfig, names: Collection[str]) -> None:
+    """UserError where the model's own code does not compute the same with packed experts in the place of the parameters
+    `names`: tried on a tiny copy, whose experts are packed as they are."""
+    try:
+        model, _ = tiny_copy(config)
+    except NoCopyError as error:
+        raise UserError(
+            f"quantization: no tiny copy of model_type '{config.model_type}' can be run to try out packed experts ({error}); "
+            "leave them out with llm_int8_skip_modules = ['experts']"
+        ) from error
+    stacked = {name: p for name, p in model.named_parameters() if name in names}
+    if len(stacked) < len(names):
+        raise UserError(
+            f"quantization: a tiny copy of model_type '{config.model_type}' has no {min(set(names) - set(stacked))} to try out"
+        )
+    for config_ in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        if hasattr(config_, "_experts_implementation"):
+            config_._experts_implementation = "eager"
+    expected = model(input_ids=token_ids(), use_cache=False).logits
+    for name, parameter in stacked.items():
+        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        pack_in_place(
+            owner,
+            leaf,
+            [partial(torch.Tensor.detach, matrix) for matrix in parameter],
+            parameter.dtype,
+            parameter.device,
+        )
+    try:
+        found = model(input_ids=token_ids(), use_cache=False).logits
+        why = (
+            None
+            if torch.allclose(found, expected, rtol=0, atol=float(2**-18 * expected.abs().max()))
+            else "other logits"
+        )
+    except Exception as error:  # whatever the model's code does with a parameter
+        why = str(error)
+    if why:
+        raise UserError(
+            f"quantization: experts of model_type '{config.model_type}' cannot be quantised ({why}); leave them out with "
+            "llm_int8_skip_modules = ['experts']"
+        )
 
 
 def _is_called(model: nn.Module, name: str) -> bool:
@@ -129,14 +237,14 @@ def _is_called(model: nn.Module, name: str) -> bool:
     return leaf not in ROUTERS and not reads_weight(model.get_submodule(parent), leaf)
 
 
-def _check_model(model: PreTrainedModel, linear: list[str]) -> None:
+def _check_model(model: PreTrainedModel, quantisable: list[str]) -> None:
     layers = layers_of_model(model)
-    within = sum(model.get_submodule(name).weight.numel() for name in linear)  # type: ignore[operator,union-attr]
+    within = sum(model.get_parameter(name).numel() for name in quantisable)
     if within < sum(p.numel() for p in layers.parameters()) / 2:
         name, largest = max(layers.named_parameters(), key=lambda named: named[1].numel())
         raise UserError(
-            f"quantization: most weights of model_type '{model.config.model_type}' are not in linear layers but in tensors "
-            f"such as {name} {list(largest.shape)}, which bitsandbytes cannot quantise; remove [quantization]"
+            f"quantization: most weights of model_type '{model.config.model_type}' are neither in linear layers nor in experts "
+            f"but in tensors such as {name} {list(largest.shape)}, which are not quantised; remove [quantization]"
         )
 
 

@@ -8,13 +8,15 @@ Importing this imports bitsandbytes, so it is imported where a base is quantised
 """
 
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.quantized import QuantizedPlaceholder
+from pipeline.model.quantized import MARK, QuantizedPlaceholder, Scheme, marked
 from pipeline.model.stage import Stage
 
 # It says at every product in 8 bits that the input is rounded to float16.
@@ -96,10 +98,36 @@ class _Product8bit(torch.autograd.Function):
         return gradient.to(ctx.dtype) @ W, None
 
 
+def pack_expert(scheme: Scheme, pieces: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """Pack one expert's matrix as bitsandbytes packs a linear layer's weight, its `pieces` [rows, columns] each by itself.
+
+    What is given back unpacks it in the scheme's compute dtype. 8 bits are a form of storage here: inputs are not quantised,
+    and none is an outlier.
+    """
+    pack = _pack_four if scheme.bits == 4 else _pack_eight
+    unpacks = [pack(scheme, piece.contiguous()) for piece in pieces]
+    return unpacks[0] if len(unpacks) == 1 else lambda: torch.cat([unpack() for unpack in unpacks])
+
+
+def _pack_four(scheme: Scheme, W: Tensor) -> Callable[[], Tensor]:
+    codes, state = bnb.functional.quantize_4bit(
+        W, compress_statistics=scheme.double_quant, quant_type=scheme.quant_type
+    )
+    return lambda: bnb.functional.dequantize_4bit(codes, state).to(scheme.compute_dtype)
+
+
+def _pack_eight(scheme: Scheme, W: Tensor) -> Callable[[], Tensor]:
+    codes, scales, _ = bnb.functional.int8_vectorwise_quant(W.to(torch.float16))
+    return lambda: codes.to(scheme.compute_dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+
 def put_in(stage: Stage) -> None:
-    """bitsandbytes' layers, on `meta`, in place of the stage's `QuantizedPlaceholder` ones."""
+    """bitsandbytes' layers, on `meta`, in place of the stage's `QuantizedPlaceholder` ones; and what packs experts."""
     model: Any = stage.model
     for name, module in list(model.named_modules()):
+        if marks := marked(module):
+            packed = {leaf: mark._replace(pack=partial(pack_expert, mark.scheme)) for leaf, mark in marks.items()}
+            setattr(module, MARK, packed)
         if isinstance(module, QuantizedPlaceholder):
             four = module.scheme.bits == 4
             model.set_submodule(name, (Linear4bit if four else Linear8bit)(module).requires_grad_(False))

@@ -7,7 +7,7 @@ its stage does not own.
 
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from pipeline.console import UserError, log_if_slow, progress
 from pipeline.foreign import printable
 from pipeline.formats.base_model import Base, head_of, read_base
 from pipeline.formats.safetensors import StoredTensor, read_tensor
-from pipeline.model.quantized import PackedLinear, QuantizedPlaceholder
+from pipeline.formats.stored_names import expert_pieces, stored_names
+from pipeline.model.quantized import PackedLinear, QuantizedExperts, is_packed, marked, pack_in_place
 from pipeline.model.stage import Stage, tied_head
 from pipeline.model.structure.parts import embedding_of_model, parts_of, text_config
 from pipeline.names import layer_of
@@ -37,7 +38,11 @@ def load(stage: Stage, folder: str, dtype: torch.dtype, device: torch.device) ->
     if shared:
         del wanted[f"{parts_of(stage.model).head}.weight"]
     sources = {name: source for name in wanted if (source := source_of(name, stage.model, base))}
-    if len(sources) == len(wanted):
+    if is_packed(stage.model):
+        sources, pieces = _packed_sources(stage.model, base, sources, wanted)
+        _load_by_name(stage.model, wanted, sources, dtype, device)
+        _load_experts(stage.model, wanted, pieces, dtype, device)
+    elif len(sources) == len(wanted):
         _load_by_name(stage.model, wanted, sources, dtype, device)
     else:
         _load_converted(stage, base, device, missing=sorted(set(wanted) - set(sources)))
@@ -86,7 +91,7 @@ def stored_in_another_form(model: PreTrainedModel, names: Collection[str]) -> li
 
 def check_complete(model: PreTrainedModel, base: Base) -> None:
     """Raise UserError if the folder lacks a tensor of the whole `model`, as `empty_model` makes it, or holds one in a form
-    that cannot be quantised while it is `QuantizedPlaceholder`. Nothing is read."""
+    that cannot be quantised, where it is to be. Nothing is read."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -105,17 +110,79 @@ def check_complete(model: PreTrainedModel, base: Base) -> None:
         missing = [name for name in missing if name not in made]
     if missing:
         raise UserError(_lacks(base.folder, missing, f"{parts_of(model).head}.weight"))
-    if converted:
-        _check_packs_none(model, converted)
+    if converted and is_packed(model):
+        _packed_sources(model, base, {n: s for n in parameters if (s := source_of(n, model, base))}, parameters)
 
 
-def _check_packs_none(model: PreTrainedModel, converted: list[str]) -> None:
-    """Raise UserError if weights are to be quantised while `converted` are stored in another form than they run."""
-    if any(isinstance(module, PackedLinear | QuantizedPlaceholder) for module in model.modules()):
+Pieces = tuple[
+    tuple[StoredTensor, ...], ...
+]  # of each expert, the stored matrices that lie one below the other in its own
+
+
+def _packed_sources(
+    model: PreTrainedModel, base: Base, sources: Mapping[str, StoredTensor], wanted: Mapping[str, Any]
+) -> tuple[dict[str, StoredTensor], dict[str, Pieces]]:
+    """Where the folder has each of `wanted`, of a model that is quantised as it is read, beside what `sources` says: the
+    tensors, and what parameters of all experts are packed from, expert by expert.
+
+    Raises UserError for a weight that the folder holds in a form that cannot be read so.
+    """
+    packed = {name for name in wanted if _mark(model, name)}
+    whole = dict(sources)
+    if missing := [name for name in wanted if name not in whole]:
+        renamed, apart = stored_names(base), expert_pieces(base)
+        whole |= {n: base.tensors[renamed[n].tensor] for n in missing if n in renamed and renamed[n].n_rows is None}
+        pieces = {n: tuple(tuple(base.tensors[s] for s in one) for one in apart[n]) for n in missing if n in apart}
+    else:
+        pieces = {}
+    pieces |= {name: tuple((one,) for one in whole[name].matrices()) for name in packed & whole.keys()}
+    if lost := [name for name in wanted if name not in whole and name not in pieces]:
         raise UserError(
             f"quantization: the model folder stores model_type '{model.config.model_type}' in another form than it runs "
-            f"(it has no tensor for {converted[0]}), and quantising such weights is not built; remove [quantization]"
+            f"(it has no tensor for {lost[0]}), and quantising such weights is not built; remove [quantization]"
         )
+    return {name: stored for name, stored in whole.items() if name not in packed}, pieces
+
+
+def _mark(model: nn.Module, name: str) -> QuantizedExperts | None:
+    """What says how to pack `name`, where it is a parameter of all experts that is quantised."""
+    parent, _, leaf = name.rpartition(".")
+    return marked(model.get_submodule(parent)).get(leaf)
+
+
+def _load_experts(
+    model: PreTrainedModel,
+    wanted: Mapping[str, Any],
+    pieces: Mapping[str, Pieces],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Read expert by expert, and pack each at once, or put it into its place in the whole where the parameter is not to be
+    quantised: beside that, one expert's matrix is in memory at a time."""
+    total = sum(stored.n_bytes for experts in pieces.values() for one in experts for stored in one)
+    with progress("reading experts", total) if total > SMALL else nullcontext(lambda n: None) as advance:
+        for name, experts in sorted(pieces.items(), key=lambda item: (item[1][0][0].file, item[1][0][0].start)):
+            rows, columns = wanted[name].shape[1:]
+            mark, packed = _mark(model, name), []
+            whole = None if mark else torch.empty(wanted[name].shape, dtype=dtype, device=device)
+            for number, one in enumerate(experts):
+                found = [sum(stored.shape[0] for stored in one), *{stored.shape[1] for stored in one}]
+                if found != [rows, columns] or len(experts) != wanted[name].shape[0]:
+                    raise UserError(
+                        f"{one[0].file.name}: {one[0].name} is part of {len(experts)} experts' {found}, but config.json "
+                        f"makes {name} {list(wanted[name].shape)}"
+                    )
+                read = [_read(stored, dtype, device) for stored in one]
+                if whole is not None:
+                    torch.cat(read, out=whole[number])
+                elif mark and mark.pack:
+                    packed.append(mark.pack(read))
+                advance(sum(stored.n_bytes for stored in one))
+            parent, _, leaf = name.rpartition(".")
+            if whole is not None:
+                _assign(model, name, whole)
+            else:
+                pack_in_place(model.get_submodule(parent), leaf, packed, dtype, device)
 
 
 def _lacks(folder: Path, missing: list[str], head: str) -> str:
@@ -220,7 +287,6 @@ def _load_converted(stage: Stage, base: Base, device: torch.device, missing: lis
     mapping = get_model_conversion_mapping(stage.model)
     if not mapping:
         raise UserError(_lacks(base.folder, missing, f"{parts_of(stage.model).head}.weight"))
-    _check_packs_none(stage.model, missing)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # one tensor at a time instead of a pool of threads
     slices = {name: _Slice(base.tensors[name]) for name in _names_of(stage, base.tensors)}
     head = head_of(base, stage.model.config.tie_word_embeddings)

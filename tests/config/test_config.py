@@ -374,7 +374,16 @@ def test_reference_has_every_key_and_every_key_has_a_meaning() -> None:
     reference = generate.config_reference()
     for section in SECTIONS.values():
         for key, field in section.model_fields.items():
-            if key not in ("optimizer", "groups", "quantization", "bnb", "samples", "datasets", "eval_datasets"):
+            if key not in (
+                "optimizer",
+                "groups",
+                "quantization",
+                "bnb",
+                "peft",
+                "samples",
+                "datasets",
+                "eval_datasets",
+            ):
                 assert f"\n| `{key}` | " in reference, key
                 assert field.description, key
     for key in REFUSED:

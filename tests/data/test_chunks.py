@@ -182,7 +182,8 @@ def test_a_store_that_is_not_whole_is_refused(shelf: Path) -> None:
         chunks.load(path)
 
 
-def _interrupt(*_: Any) -> Any:
+def _interrupt(_: Any, read: Any, *__: Any) -> Any:
+    next(read)
     yield "0.txt", np.arange(100, dtype=np.int32), True
     raise KeyboardInterrupt
 

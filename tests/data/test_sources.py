@@ -250,7 +250,5 @@ def test_files_of_other_kinds_are_refused_with_what_to_do(tmp_path: Path, name: 
 
 
 def test_names_of_the_hub_and_addresses_are_told_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"hf download --repo-type dataset owner/books --local-dir"):
+    with pytest.raises(UserError, match=r"is on the Hub, write dataset_path = 'hub:owner/books'"):
         found("owner/books")
-    with pytest.raises(UserError, match="It is an address: download the files"):
-        found("https://example.org/a.txt")

@@ -234,16 +234,6 @@ def test_the_result_computes_what_was_trained(tmp_path: Path) -> None:
     assert (logits(load_model(tmp_path / "plain")) - expected).abs().max() > 1e-3
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", **SIZES)
-    tensors = tensors_of(base)
-    tensors["model.layers.0.mlp.experts.0.w1.weight"] = torch.randn(64, 64)
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    multiplicative(tmp_path / "adapter", down_proj(3, 64, 128))
-    with pytest.raises(UserError, match=r"mixture of experts .*experts.0.w1.* not built yet"):
-        merge(base, tmp_path / "adapter", tmp_path / "out", base_quant="nf4")
-
-
 @pytest.mark.parametrize(
     ("over", "asked", "said"),
     [

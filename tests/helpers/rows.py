@@ -29,7 +29,12 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def stored(
-    path: Path, kind: Any = "chat", template: str = "qwen2_5", stop: str = "<|im_end|>", **changes: Any
+    path: Path,
+    kind: Any = "chat",
+    template: str = "qwen2_5",
+    stop: str = "<|im_end|>",
+    processes: int | None = None,
+    **changes: Any,
 ) -> UnequalRows:
     """The store of the rows at `path`; `changes` are a `RowSpec`'s, a `Rules`' or a `Fields`'."""
     tokenizer = chat.tokenizer(template, stop)
@@ -42,7 +47,7 @@ def stored(
     if kind == "chat":
         parts["spec"] = {"chat_template": chat.source(template)} | parts["spec"]
     spec = RowSpec("talks", kind, str(path), Rules(**parts["rules"]), Fields(**parts["fields"]), **parts["spec"])
-    return build.build(spec, tokenizer, [], path.parent / "cache")
+    return build.build(spec, tokenizer, [], path.parent / "cache", processes)
 
 
 def decoded(store: UnequalRows, template: str = "qwen2_5", stop: str = "<|im_end|>") -> list[tuple[str, list[str]]]:

@@ -13,6 +13,7 @@ from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS
 from pipeline.config.schema import Config
 from pipeline.families import CONFIGURED, FAMILIES, KINDS, Family, saved
 from pipeline.model import adapters
+from pipeline.peft.types import LOCAL, PEFT
 from pipeline.training.stage.families import INJECTORS
 from tests.helpers.paths import ROOT
 from tests.house.test_one_home import path, texts
@@ -20,10 +21,16 @@ from tests.house.test_one_home import path, texts
 MODULES = [import_module(f"{adapters.__name__}.{file.name}") for file in pkgutil.iter_modules(adapters.__path__)]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
 # 'lora' and 'multiplicative_lora' are also kinds of saved pairs: not searched.
-NAMES = {name for name in FAMILIES if name not in KINDS}
+# 'peft' is the package's name too.
+NAMES = {name for name in FAMILIES if name not in (*KINDS, PEFT)}
 NAMES |= {row.peft_type for row in FAMILIES.values()} - {""}
 NAMES |= {stored for row in FAMILIES.values() for stored in row.tensors.values()}
-NAMED_IN = ("pipeline/families.py", "pipeline/model/adapters/", "pipeline/artifacts/adapter/family_maps.py")
+NAMED_IN = (
+    "pipeline/families.py",
+    "pipeline/peft/types.py",
+    "pipeline/model/adapters/",
+    "pipeline/artifacts/adapter/family_maps.py",
+)
 
 
 def lacking(rows: Mapping[str, Family]) -> list[str]:
@@ -35,7 +42,7 @@ def lacking(rows: Mapping[str, Family]) -> list[str]:
             found.append(f"{name}: no one module of pipeline/model/adapters/ puts it into a stage")
         if row.saved_as not in ("", *rows) or (row.saved_as and rows[row.saved_as].saved_as):
             found.append(f"{name}: saved as {row.saved_as}, which is not a row with a form of its own")
-        elif not row.saved_as and name not in (*KINDS, *MAPS, *MAPS_OF_PAIRS):
+        elif not row.saved_as and name not in (*KINDS, *MAPS, *MAPS_OF_PAIRS, PEFT):
             found.append(f"{name}: no maps of a weight")
     return found
 
@@ -62,14 +69,20 @@ def test_a_row_that_lacks_one_of_them_is_reported(changes: dict[str, str], missi
 
 def test_nothing_is_served_that_has_no_row() -> None:
     assert set(INJECTORS) == set(FAMILIES)
-    assert {*KINDS, *MAPS, *MAPS_OF_PAIRS} == {saved(row).name for row in FAMILIES.values()}
+    assert {*KINDS, *MAPS, *MAPS_OF_PAIRS, PEFT} == {saved(row).name for row in FAMILIES.values()}
 
 
 def test_every_saved_form_can_be_read() -> None:
     """Its type in PEFT has types of keys and words for its tensors."""
-    types = {saved(row).peft_type for row in FAMILIES.values()}
+    types = {saved(row).peft_type for row in FAMILIES.values()} - {""}
     assert types == set(read.EXPECTED)
     assert types <= set(read.SCHEMAS)
+
+
+def test_what_has_a_family_of_its_own_is_no_type_of_pefts_beside_it() -> None:
+    """But PEANUT, which is a multiplicative adapter where it is linear."""
+    types = {saved(row).peft_type for row in FAMILIES.values()} - {""}
+    assert types & LOCAL.keys() == {saved(FAMILIES["multiplicative_lora"]).peft_type}
 
 
 def test_every_configured_family_is_a_value_of_the_schema() -> None:

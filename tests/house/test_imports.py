@@ -15,7 +15,7 @@ MAX_CONFIG_TAKERS = 13  # functions outside pipeline/config/
 
 # The one package in which each may be imported, as path prefixes.
 CONFINED = {
-    "huggingface_hub": ("pipeline/publishing/", "pipeline/formats/hub.py"),
+    "huggingface_hub": ("pipeline/publishing/", "pipeline/formats/hub.py", "pipeline/data/reading/hub.py"),
     "deepspeed": ("pipeline/training/",),
     "bitsandbytes": ("pipeline/model/quantized_bnb.py", "pipeline/training/optim/inner.py"),
 }
@@ -33,6 +33,7 @@ FORBIDDEN = {
     "pipeline/config/": ("transformers", "torch"),
     "pipeline/console.py": ("transformers", "torch", "pipeline"),
     "pipeline/families.py": ("transformers", "torch"),
+    "pipeline/peft/types.py": ("transformers", "torch", "peft"),
     "pipeline/data/": ("pipeline.model", "pipeline.training", "pipeline.objectives", "pipeline.artifacts"),
     "pipeline/model/": ("pipeline.training", "pipeline.objectives", "pipeline.data", "pipeline.artifacts"),
     "pipeline/objectives/": ("pipeline.training", "pipeline.data", "pipeline.artifacts"),
@@ -64,14 +65,19 @@ GROUND = (
     "pipeline.foreign",
     "pipeline.names",
     "pipeline.patterns",
+    "pipeline.peft.types",
     "pipeline.processes",
     "pipeline.version",
 )
+# Beside it, inside functions only: it imports PEFT, and with it transformers.
+LATE = "pipeline.peft.layers"
 # What a part may import of this project, where that is all.
 ONLY_OURS = {
-    "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.formats", *GROUND),
+    "pipeline/artifacts/": ("pipeline.artifacts", "pipeline.formats", *GROUND, LATE),
     "pipeline/formats/": ("pipeline.formats", *GROUND),
-    "pipeline/families.py": ("pipeline.console",),
+    "pipeline/families.py": ("pipeline.console", "pipeline.peft.types"),
+    "pipeline/peft/types.py": (),
+    "pipeline/peft/layers.py": ("pipeline.peft", *GROUND),
     "pipeline/files.py": GROUND,
     "pipeline/foreign.py": GROUND,
     "pipeline/patterns.py": GROUND,
@@ -133,6 +139,16 @@ def test_transformers_is_imported_late_where_it_is_asked() -> None:
     tree = ast.parse((ROOT / ASKS_TRANSFORMERS).read_text(encoding="utf-8"))
     top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not [line for line in top if "transformers" in line or "accelerate" in line]
+
+
+def test_pefts_layers_are_imported_late() -> None:
+    """By all but what is imported late itself: a fold of our own families needs no PEFT."""
+    for source in SOURCES:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not [line for line in top if LATE in line or ("pipeline.peft import" in line and "layers" in line)], (
+            path(source)
+        )
 
 
 @pytest.mark.parametrize("source", [s for s in SOURCES if path(s).startswith("kernels/")], ids=path)

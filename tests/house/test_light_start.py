@@ -30,6 +30,7 @@ LIGHT_MODULES = (
     "pipeline.families",
     "pipeline.formats.choices",
     "pipeline.names",
+    "pipeline.peft.types",
     "pipeline.training.run.start_times",
     "pipeline.training.run.stop",
     "pipeline.training.start.arguments",

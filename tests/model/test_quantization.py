@@ -228,12 +228,6 @@ def test_what_the_planner_counts_takes_the_same_kernels(folders: dict[str, Path]
 # What cannot be quantised
 
 
-def test_a_mixture_whose_experts_are_one_tensor_is_refused(tmp_path: Path) -> None:
-    meta_model = empty_model(builders.model_config("mixtral", **SIZES), torch.float32, None)
-    with pytest.raises(UserError, match=r"'mixtral'.*experts\..*\[8, .*bitsandbytes cannot quantise"):
-        quantized.put_placeholders(meta_model, NF4)
-
-
 @pytest.mark.parametrize(
     ("skip", "said"),
     [

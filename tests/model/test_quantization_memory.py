@@ -93,11 +93,45 @@ def save(folder: Path, layers: int, shards: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+EXPERTS, EXPERT_SIZE = 8, 2048
+ONE_EXPERT = SIZE["hidden_size"] * EXPERT_SIZE
+
+
+def save_mixture(folder: Path, layers: int) -> None:
+    """A Mixtral of normal numbers in bf16, its experts stored one by one, a file a layer."""
+    size = {**SIZE, "intermediate_size": EXPERT_SIZE}
+    config = builders.model_config("mixtral", layers=layers, num_local_experts=EXPERTS, **size)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        own = files.setdefault(
+            f"layer{name.split('.')[2]}.safetensors" if ".layers." in name else "rest.safetensors", {}
+        )
+        stored, experts, leaf = name.replace(".mlp.", ".block_sparse_moe.").partition(".experts.")
+        if not experts:
+            own[stored] = shape
+        for expert in range(EXPERTS if experts else 0):
+            for matrix in ("w1", "w3") if leaf == "gate_up_proj" else ("w2",):
+                rows = shape[1] // 2 if leaf == "gate_up_proj" else shape[1]
+                own[f"{stored}.experts.{expert}.{matrix}.weight"] = (rows, shape[2])
+    weight_map: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    for file, tensors in files.items():
+        made = {n: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for n, shape in tensors.items()}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("gibibyte")
     save(folder / "small", 1, 1)
     save(folder / "large", LAYERS, SHARDS)
+    save_mixture(folder / "small_mixture", 1)
+    save_mixture(folder / "mixture", 10)
     yield folder
     shutil.rmtree(folder)
 
@@ -116,9 +150,14 @@ def test_the_file_is_let_go(tmp_path: Path, scheme: Scheme) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_gibibyte_is_quantised_as_it_is_read(bases: Path, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("small", "large", "largest"),
+    [("small", "large", LARGEST), ("small_mixture", "mixture", 2 * ONE_EXPERT)],
+    ids=["dense", "experts one by one"],
+)
+def test_a_gibibyte_is_quantised_as_it_is_read(bases: Path, small: str, large: str, largest: int, bits: int) -> None:
     """Each block of memory is mapped by itself, so that what is resident is what is alive, without the gaps of glibc's heap."""
-    command = [sys.executable, "-c", MEASURE, str(bases / "small"), str(bases / "large"), str(bits)]
+    command = [sys.executable, "-c", MEASURE, str(bases / small), str(bases / large), str(bits)]
     environment = builders.environment(PYTHONPATH=str(builders.ROOT), MALLOC_MMAP_THRESHOLD_=str(64 * 1024))
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
@@ -138,7 +177,7 @@ def test_a_gibibyte_is_quantised_as_it_is_read(bases: Path, bits: int) -> None:
     assert plain > 10**9
     assert own < plain * (0.28 if bits == 4 else 0.52)
     assert own * 0.95 <= after <= own + INTERPRETER
-    assert peak <= own + ON_ITS_WAY[bits] * LARGEST + INTERPRETER
+    assert peak <= own + ON_ITS_WAY[bits] * largest + INTERPRETER
     # Only one file is mapped at a time.
-    shard = max(path.stat().st_size for path in (bases / "large").glob("*.safetensors"))
-    assert highest <= own + ON_ITS_WAY[bits] * LARGEST + INTERPRETER + shard
+    shard = max(path.stat().st_size for path in (bases / large).glob("*.safetensors"))
+    assert highest <= own + ON_ITS_WAY[bits] * largest + INTERPRETER + shard

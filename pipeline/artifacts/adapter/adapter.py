@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.adapter.maps import RowMap
+from pipeline.artifacts.adapter.maps import WeightMap
 from pipeline.families import Kind
 from pipeline.formats.experts import ExpertWeights, Stack
 from pipeline.names import natural_order
@@ -62,7 +62,7 @@ class Adapter:
     train_logit_scale: float
     base_model: str | None
     family: str | None = None
-    maps: dict[str, tuple[RowMap, ...]] = field(default_factory=dict)
+    maps: dict[str, tuple[WeightMap, ...]] = field(default_factory=dict)
     full: dict[str, torch.Tensor] = field(default_factory=dict)
     keeps_tie: bool = False
     trained_over: dict[str, Any] | None = None

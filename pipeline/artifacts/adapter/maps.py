@@ -12,12 +12,14 @@ a weight, and gives what undoes it with its condition number κ.
     Multiplied     W·(I + s·B·A)ᵀ
     Replaced       another tensor in the place of W
 
-(A change on the output, W + s·B·(A·W), mixes rows and is not among them: see `fold_rows.compose`.)
+(A change on the output, W + s·B·(A·W), mixes rows and is not among them: see `fold_rows.compose`. Nor is `WholeWeight`, what
+PEFT's own layer makes of all rows at once.)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -236,7 +238,51 @@ class Replaced:
         return math.inf
 
 
+@dataclass(frozen=True)
+class WholeWeight:
+    """W as PEFT's own layer of a type merges it (pipeline/peft/layers.py): of all rows at once, in fp32 or fp64.
+
+    `settings`: PEFT's keys of this module; `tensors`: the module's, by their names in a file; `projections`: frozen ones that
+    all modules share, where the file has them; `widest`: the most outputs and inputs of any of the adapter's modules; `biased`:
+    whether the module has a bias, of which some types have trained numbers too.
+    """
+
+    peft_type: str
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    projections: Mapping[str, torch.Tensor]
+    widest: tuple[int, int] = (0, 0)
+    biased: bool = False
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        from pipeline.peft.layers import misfit
+
+        return misfit((rows, columns), self.biased, self.peft_type, self.settings, self.tensors)
+
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W' [D_out, D_in] and b' in the dtype of W, fp32 or fp64."""
+        from pipeline.peft.layers import merged
+
+        beside = weight.new_zeros(len(weight)) if bias is None and self.biased else bias
+        W, b = merged(
+            weight,
+            beside,
+            self.peft_type,
+            self.settings,
+            self.tensors,
+            widest=self.widest,
+            projections=self.projections,
+        )
+        return W, None if bias is None else b
+
+    def condition(self) -> float:
+        return math.inf
+
+
 RowMap = Added | RowNorms | RowFactors | ColumnFactors | Turned | Reflected | Multiplied | Replaced
+WeightMap = RowMap | WholeWeight
 
 
 def skew_symmetric(upper: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Reading an adapter from disk.
 
-Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA) or by the founding method's hacked PEFT; gives
-an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors that were trained in full; or refuses
-with the name of what it holds that a fold would leave out. `adapter_model.bin`, in which the founding method's adapters
-were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
+Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA, and what pipeline/peft/types.py lists) or by the
+founding method's hacked PEFT; gives an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors
+that were trained in full; or refuses with the name of what it holds that a fold would leave out. `adapter_model.bin`, in
+which the founding method's adapters were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
 """
 
 import math
@@ -19,7 +19,7 @@ from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE, PEFT_PREFI
 from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS, maps_of
 from pipeline.artifacts.adapter.full import read_full
 from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
-from pipeline.artifacts.adapter.maps import Added, RowMap
+from pipeline.artifacts.adapter.maps import Added, RowMap, WeightMap, WholeWeight
 from pipeline.artifacts.adapter.schema import OF_PAIRS, own_facts, read_config
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Family, Kind, chosen
@@ -29,6 +29,7 @@ from pipeline.formats.experts import ExpertWeights
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
 from pipeline.names import natural_order
 from pipeline.patterns import matches
+from pipeline.peft.types import LOCAL, OURS, PEFT, REFUSED
 
 Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
@@ -68,10 +69,12 @@ def load_adapter(folder: Path) -> Adapter:
     own, tensors = _read_tensors(folder)
     peft_type, lora = config.get("peft_type"), chosen(LORA, config)
     pairs: dict[str, Pair] = {}
-    maps: dict[str, tuple[RowMap, ...]] = {}
+    maps: dict[str, tuple[WeightMap, ...]] = {}
     if peft_type == LORA_TYPE:
         check_config(folder, config)
         grouped, rest, pairs = _lora(folder, tensors, lora, config, own)
+    elif is_by_peft(config):
+        grouped, rest, maps = _by_peft(folder, tensors, config)
     elif peft_type in (PEANUT_TYPE, OWN_TYPE):
         check_peanut_config(folder, config)
         grouped, rest = _grouped(folder, tensors, tuple(FAMILIES[MULTIPLICATIVE].tensors.values()))
@@ -81,14 +84,15 @@ def load_adapter(folder: Path) -> Adapter:
         grouped, rest = _grouped(folder, tensors, tuple(OF_MAPS[peft_type].tensors.values()))
         maps = {m: _maps(folder, m, OF_MAPS[peft_type].name, group, config) for m, group in grouped.items()}
     else:
-        types = ", ".join([LORA_TYPE, PEANUT_TYPE, *OF_MAPS])
-        raise UserError(f"{folder} is an adapter of type {peft_type!r}. {types} are what can be folded.")
+        types = ", ".join(dict.fromkeys([LORA_TYPE, PEANUT_TYPE, *OF_MAPS, *LOCAL]))
+        reason = f": {REFUSED[str(peft_type)]}" if peft_type in REFUSED else ""
+        raise UserError(f"{folder} is an adapter of type {peft_type!r}{reason}. {types} are what can be folded.")
     if not grouped:
         raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
     full, copied = read_full(folder, rest, config, own, EXPECTED.get(str(peft_type), EXPECTED[PEANUT_TYPE]))
-    family = OF_MAPS[str(peft_type)].name if maps else None
+    family = (OF_MAPS[str(peft_type)].name if peft_type in OF_MAPS else PEFT) if maps else None
     if peft_type == lora.peft_type and lora.variant_of:
-        family, maps, pairs = lora.name, _maps_of_pairs(folder, lora.name, grouped, pairs), {}
+        family, maps, pairs = lora.name, {**_maps_of_pairs(folder, lora.name, grouped, pairs)}, {}
     _check_agreement(folder, own, pairs)
     return Adapter(
         folder,
@@ -194,6 +198,44 @@ def _maps(folder: Path, module: str, family: str, group: dict[str, torch.Tensor]
         return maps_of(family, group, config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder}: {module}: {error}.") from None
+
+
+def is_by_peft(config: Facts) -> bool:
+    """Whether PEFT's own layer alone knows what an adapter does to a weight: one that is no pair and has no map of ours."""
+    row = FAMILIES[MULTIPLICATIVE]
+    linear = config.get("depth", 0) == 0 and config.get("act_fn", "relu") == row.settings["act_fn"]
+    return config.get("peft_type") in LOCAL and not (config["peft_type"] == row.peft_type and linear)
+
+
+def _by_peft(
+    folder: Path, tensors: dict[str, torch.Tensor], config: Facts
+) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, tuple[WeightMap, ...]]]:
+    """Of a type of PEFT's own: the tensors by module, the rest, and the maps. UserError where PEFT refuses its configuration."""
+    from pipeline.peft.layers import check_settings, of_module
+
+    where, row = f"{folder}/{CONFIG_FILE}: ", LOCAL[config["peft_type"]]
+    settings = {key: value for key, value in config.items() if key not in OURS and value is not None} | dict(row.own)
+    check_settings(row.name, settings, where)
+    pattern = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.+?)\.({row.prefix}.+)")
+    grouped: Grouped = {}
+    projections, rest = {}, {}
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(name)
+        shared = next((one for one in row.projections if one in name.split(".")), None)
+        if shared is not None:
+            projections[shared] = tensor
+        elif match is None:
+            rest[name] = tensor
+        else:
+            grouped.setdefault(match.group(1), {})[match.group(2)] = tensor
+            if tensor.is_floating_point():
+                _check_numbers(folder, match.group(1), match.group(2), tensor)
+    grouped = {module: grouped[module] for module in sorted(grouped, key=natural_order)}
+    maps = {
+        module: (WholeWeight(row.name, of_module(settings, module, where), group, projections),)
+        for module, group in grouped.items()
+    }
+    return grouped, rest, maps  # type: ignore[return-value]
 
 
 def _lora(

@@ -9,6 +9,7 @@ Takes tensors under global names (`model.layers.3.mlp.down_proj.A` and `.B`) and
     oft    W·R, R of orthogonal blocks             .oft_R [blocks, k·(k − 1)/2]
     boft   s ⊙ W·R, by rows                        .boft_R [1, blocks, k, k], .boft_s [D_out, 1]
     hra    W·H₁·…·H_R, reflections                 .hra_u [D_in, R]
+    peft   one of pipeline/peft/types.py           as PEFT's layer names them
 
 A multiplicative adapter is written as PEFT's `PEANUT` type (depth 0, linear): stock PEFT then loads, runs and merges it
 correctly, and tools that know LoRA alone refuse it. As `LORA` they would take it, and be wrong on square layers.
@@ -42,7 +43,8 @@ from pipeline.files import atomic_folder, write_json
 from pipeline.formats.dtypes import CODES
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
-from pipeline.names import layers_of, loadable_name, natural_order, public_name
+from pipeline.names import holders, layers_of, loadable_name, natural_order, public_name
+from pipeline.peft.types import PEFT, Asked
 
 Tensors = Mapping[str, torch.Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -142,6 +144,29 @@ def write_family(
     _write(folder, tensors, modules, family, config, {"settings": dict(settings)}, **training)
 
 
+def write_by_peft(
+    folder: Path,
+    tensors: Tensors,
+    *,
+    modules: list[str],
+    asked: Asked,
+    config: Mapping[str, Any],
+    **training: Unpack[Training],
+) -> None:
+    """The same of a type of PEFT's own. `tensors`: of each of `modules`, as PEFT names them in a file; `config`: PEFT's.
+
+    Raises ValueError where a tensor is not finite, or of none of the modules.
+    """
+    for name, tensor in tensors.items():
+        if set(modules).isdisjoint(holders(name)):
+            raise ValueError(f"{name} is of none of the adapter's modules")
+        if tensor.is_floating_point() and not math.isfinite(float(tensor.float().abs().sum())):
+            raise ValueError(f"{name}: the adapter holds NaN or infinite values")
+    own = {"settings": {"type": asked.type, **asked.settings}}
+    stored = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    _write_files(folder, stored, modules, PEFT, {**config, "peft_type": asked.type}, own, **training)
+
+
 def _write(
     folder: Path,
     tensors: Tensors,
@@ -151,13 +176,27 @@ def _write(
     own: Mapping[str, Any],
     **training: Unpack[Training],
 ) -> None:
-    """Both files. `config` and `own`: what only this family's configuration and metadata have."""
-    full, tied = training.get("full", NOTHING), training.get("tied", NOTHING)
+    """Both files, of a family whose tensors its row names."""
     stored = {
         f"{PEFT_PREFIX}{module}.{in_file}": tensors[f"{module}.{key}"].contiguous()
         for module in modules
         for key, in_file in FAMILIES[family].tensors.items()
     }
+    _write_files(folder, stored, modules, family, config, own, **training)
+
+
+def _write_files(
+    folder: Path,
+    stored: dict[str, torch.Tensor],
+    modules: list[str],
+    family: str,
+    config: Mapping[str, Any],
+    own: Mapping[str, Any],
+    **training: Unpack[Training],
+) -> None:
+    """Both files. `stored`: the adapter's tensors by their names there; `config` and `own`: what only this family's configuration
+    and metadata have."""
+    full, tied = training.get("full", NOTHING), training.get("tied", NOTHING)
     stored |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in full_tensors.named(full, tied).items()}
     facts = {
         "format_version": FORMAT_VERSION,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
-from pipeline.artifacts.adapter.maps import Added, shape_of
+from pipeline.artifacts.adapter.maps import Added, WholeWeight, shape_of
 from pipeline.artifacts.adapter.stored_form import as_matrix, in_stored_form, is_transposed, places, stacks
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
@@ -61,8 +61,9 @@ def match(
     linear = [f"{module}.weight" for module in adapter.modules if module not in stacked]
     found = places(base, linear + list(adapter.full))
     weights = _weights(base, adapter, found, stacked)
-    if adapter.family:
-        known: str = adapter.family
+    known: str | None = adapter.family
+    if known:
+        adapter = _sized(base, adapter, weights)
         if kind is not None and kind_is_meant:
             raise UserError(f"--kind {kind}: {adapter.folder} is a {known} by its files.")
         _check_maps(adapter, weights)
@@ -129,6 +130,23 @@ def _only(adapter: Adapter, names: Collection[str]) -> Adapter:
         maps={module: maps for module, maps in adapter.maps.items() if module in names},
         full={name: tensor for name, tensor in adapter.full.items() if name in names},
     )
+
+
+def _sized(base: Base, adapter: Adapter, weights: Mapping[str, StoredTensor]) -> Adapter:
+    """With what PEFT's layers, where it has such, need to know of its modules: the widest of all, and which have a bias."""
+    if not any(isinstance(one, WholeWeight) for maps in adapter.maps.values() for one in maps):
+        return adapter
+    shapes = [weights[module].shape for module in adapter.maps]
+    widest = max(rows for rows, _ in shapes), max(columns for _, columns in shapes)
+    biased = places(base, [f"{module}.bias" for module in adapter.maps])
+    maps = {
+        module: tuple(
+            replace(one, widest=widest, biased=f"{module}.bias" in biased) if isinstance(one, WholeWeight) else one
+            for one in maps
+        )
+        for module, maps in adapter.maps.items()
+    }
+    return replace(adapter, maps=maps)
 
 
 def _check_maps(adapter: Adapter, weights: dict[str, StoredTensor]) -> None:

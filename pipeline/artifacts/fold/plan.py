@@ -5,9 +5,9 @@ which tensors are read through 4 bits, which dtype each tensor has afterwards, a
 
 Composition, in the order given: each adapter changes the weight as the one before left it. A multiplicative one multiplies
 it from the left, rotations, reflections and factors of inputs from the right, an additive one adds, DoRA takes the norms
-of its rows, and a tensor that was trained in full takes its place. Of three multiplicative ones:
-W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Within one adapter full tensors come first. Undoing (`unmerge`)
-takes the inverses in the opposite order. Everything is rounded once, at the end.
+of its rows, PEFT's own layer merges what it is of, and a tensor that was trained in full takes its place. Of three
+multiplicative ones: W' = (I + s₃·B₃·A₃)·(I + s₂·B₂·A₂)·(I + s₁·B₁·A₁)·W. Within one adapter full tensors come first.
+Undoing (`unmerge`) takes the inverses in the opposite order. Everything is rounded once, at the end.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
-from pipeline.artifacts.adapter.maps import Added, Multiplied, Replaced, RowFactors, RowMap
+from pipeline.artifacts.adapter.maps import Added, Multiplied, Replaced, RowFactors, RowMap, WholeWeight
 from pipeline.artifacts.fold.config import logit_factor, new_config
 from pipeline.artifacts.fold.inverse import check_invertible, inverse
 from pipeline.artifacts.fold.match import Part, match
@@ -30,7 +30,8 @@ from pipeline.formats.choices import BaseQuant, Dtype, OutputDtype
 from pipeline.formats.dtypes import DTYPES, FLOATS, FOLDABLE, code_of
 from pipeline.formats.nf4 import read_nf4
 from pipeline.formats.safetensors import StoredTensor, TensorSpec, read_floats
-from pipeline.names import layer_of
+from pipeline.names import is_router, layer_of
+from pipeline.peft.types import LOCAL
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,17 @@ class RowStep:
     scaling: float | None = None
 
 
-Step = PairStep | RowStep
+@dataclass(frozen=True)
+class WholeStep:
+    """One change of a weight, or of the bias beside it, by PEFT's own layer. `weight`: of a bias, the weight before this step."""
+
+    part: int
+    map: WholeWeight
+    weight: "Change | None" = None
+    scaling: float | None = None
+
+
+Step = PairStep | RowStep | WholeStep
 
 
 @dataclass(frozen=True)
@@ -77,14 +88,13 @@ class Change:
         return math.prod(self.tensor.shape) // self.columns
 
     def matrices(self) -> "Iterator[Change]":
-        """Of a tensor [E, D, I] with a matrix for each expert that pairs change, each matrix; else the change itself."""
-        if len(self.tensor.shape) != 3 or not any(isinstance(step, PairStep) for step in self.steps):
+        """Of a tensor [E, D, I] with a matrix for each expert that pairs change, or that has been in 4 bits, each matrix;
+        else the change itself."""
+        paired = any(isinstance(step, PairStep) for step in self.steps)
+        if len(self.tensor.shape) != 3 or not (paired or self.base_quant):
             yield self
             return
-        n_bytes = self.tensor.n_bytes // self.tensor.shape[0]
-        for expert in range(self.tensor.shape[0]):
-            start = self.tensor.start + expert * n_bytes
-            one = replace(self.tensor, shape=self.tensor.shape[1:], start=start, n_bytes=n_bytes)
+        for expert, one in enumerate(self.tensor.matrices()):
             yield replace(self, tensor=one, steps=tuple(_of_expert(step, expert) for step in self.steps))
 
     def rows(self, piece_items: int) -> Iterator[torch.Tensor]:
@@ -96,7 +106,7 @@ class Change:
 
 def _of_expert(step: Step, expert: int) -> Step:
     """The step on one expert's matrix."""
-    if isinstance(step, PairStep):
+    if not isinstance(step, RowStep):
         return step
     maps = tuple(Replaced(one.values[expert]) if isinstance(one, Replaced) else one for one in step.maps)
     return replace(step, maps=maps)
@@ -161,7 +171,7 @@ def plan_fold(
     quantised = quantised_weights(base) if base_quant else frozenset()
     steps, conditions = plan_steps(base, parts, unmerge)
     changes = {
-        name: Change(base.tensors[name], tuple(found), base_quant if name in quantised else None, base_dtype)
+        name: _read_through(Change(base.tensors[name], tuple(found), None), quantised, base_quant, base_dtype)
         for name, found in steps.items()
     }
     files = {
@@ -192,9 +202,47 @@ def plan_steps(
             _check_replaced_once(name, part, replaced)
             steps.setdefault(name, []).append(RowStep(number, (Replaced(tensor),)))
         for module in part.modules:
-            for name, step in _module_steps(base, part, number, module, unmerge):
+            if whole := next((one for one in part.adapter.maps.get(module, ()) if isinstance(one, WholeWeight)), None):
+                found_steps = _whole_steps(base, part, number, module, whole, tuple(steps.get(f"{module}.weight", ())))
+            else:
+                found_steps = list(_module_steps(base, part, number, module, unmerge))
+            for name, step in found_steps:
                 steps.setdefault(name, []).append(step)
     return steps, conditions
+
+
+def _read_through(
+    change: Change, quantised: frozenset[str], base_quant: BaseQuant | None, base_dtype: Dtype | None
+) -> Change:
+    """The change with its tensor, and the weight beside a bias, read through 4 bits where they are to be."""
+    steps = tuple(
+        replace(step, weight=_read_through(step.weight, quantised, base_quant, base_dtype))
+        if isinstance(step, WholeStep) and step.weight is not None
+        else step
+        for step in change.steps
+    )
+    quant = base_quant if change.tensor.name in quantised else None
+    return replace(change, steps=steps, base_quant=quant, base_dtype=base_dtype)
+
+
+def _whole_steps(
+    base: Base, part: Part, number: int, module: str, whole: WholeWeight, before: tuple[Step, ...]
+) -> list[tuple[str, Step]]:
+    """What PEFT's layer does to a module's weight and bias. `before`: the weight's steps until here."""
+    weight, bias = base.tensors[f"{module}.weight"], base.tensors.get(f"{module}.bias")
+    changes = LOCAL[whole.peft_type].changes
+    found: list[tuple[str, Step]] = [] if changes == "bias" else [(weight.name, WholeStep(number, whole))]
+    if changes == "weight":
+        return found
+    if bias is not None:
+        _check_bias(bias, weight.shape[0])
+        found.append((bias.name, WholeStep(number, whole, Change(weight, before, None))))
+    elif changes == "bias":
+        raise UserError(
+            f"{part.adapter.folder}: a {whole.peft_type} adapter is a change of biases, and {base.folder} has no {module}.bias "
+            "to take it, so PEFT cannot merge it either. Load it with PEFT."
+        )
+    return found
 
 
 def _check_replaced_once(name: str, part: Part, replaced: dict[str, str]) -> None:
@@ -214,7 +262,7 @@ def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
         return
     bias = base.tensors.get(f"{module}.bias")
     if part.adapter.family:
-        maps = scaled_maps(part, module)
+        maps = scaled_maps([one for one in part.adapter.maps[module] if not isinstance(one, WholeWeight)], part.scale)
         if unmerge:
             maps = tuple(undone for one in reversed(maps) if (undone := one.undone()) is not None)
         s = next((one.scaling for one in maps if isinstance(one, Added)), None)
@@ -255,10 +303,9 @@ def _expert_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
         yield name, by_rows if len(base.tensors[name].shape) == 2 else step
 
 
-def scaled_maps(part: Part, module: str) -> tuple[RowMap, ...]:
+def scaled_maps(maps: Sequence[RowMap], scale: float) -> tuple[RowMap, ...]:
     """A module's maps, with the part's scale on the one that has a strength."""
-    maps = part.adapter.maps[module]
-    return tuple(replace(one, scaling=one.scaling * part.scale) if isinstance(one, Added) else one for one in maps)
+    return tuple(replace(one, scaling=one.scaling * scale) if isinstance(one, Added) else one for one in maps)
 
 
 def _pair_step(part: Part, number: int, module: str, unmerge: bool) -> PairStep:
@@ -273,19 +320,20 @@ def _pair_step(part: Part, number: int, module: str, unmerge: bool) -> PairStep:
 
 
 def quantised_weights(base: Base) -> frozenset[str]:
-    """The weights a QLoRA run quantises that skips none: of every linear module of the decoder layers; no head,
-    embedding or norm.
+    """The weights a QLoRA run here quantises that skips none: of every linear module of the decoder layers and of all
+    experts, however these are stored; no head, embedding, norm or router.
 
-    Raises UserError for a mixture of experts (which of its weights are quantised depends on the program that loads it)
-    and for weights that are not 16 or 32 bit.
+    Raises UserError for weights that are not 16 or 32 bit.
     """
     found = [
         tensor
         for name, tensor in base.tensors.items()
-        if layer_of(name) is not None and name.endswith(".weight") and len(tensor.shape) == 2
+        if layer_of(name) is not None
+        and not is_router(name)
+        and (
+            (len(tensor.shape) == 2 and name.endswith(".weight")) or (len(tensor.shape) == 3 and min(tensor.shape) > 1)
+        )
     ]
-    if expert := next((tensor.name for tensor in found if ".experts." in tensor.name), None):
-        raise UserError(f"--base-quant: {base.folder} is a mixture of experts ({expert}). That is not built yet.")
     if strange := next((tensor for tensor in found if tensor.dtype not in FOLDABLE), None):
         raise UserError(
             f"--base-quant: {strange.name} is stored as {strange.dtype}; {', '.join(FOLDABLE)} can be rounded."

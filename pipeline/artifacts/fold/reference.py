@@ -28,7 +28,7 @@ from pipeline.artifacts.adapter.maps import (
     Turned,
     skew_symmetric,
 )
-from pipeline.artifacts.fold.plan import Change, PairStep, RowStep
+from pipeline.artifacts.fold.plan import Change, PairStep, RowStep, WholeStep
 from pipeline.families import MULTIPLICATIVE
 
 UNIT_FP32 = 2.0**-24
@@ -40,17 +40,52 @@ RowPath = Callable[[Rows, Numbers], Rows]
 
 def recomputed(change: Change, before: torch.Tensor, numbers: Numbers, piece_items: int) -> Rows:
     """Rows `numbers` of W' in fp64 and their bounds, `before` being those of W. Passes go by `piece_items` values."""
+    rows: Rows = before, torch.zeros_like(before)
+    for path in _paths(change, piece_items):
+        rows = path(rows, numbers)
+    return rows
+
+
+def _paths(change: Change, piece_items: int) -> list[RowPath]:
+    """Its steps, each on any rows of the weight before it."""
     done: list[RowPath] = []
     for in_pairs, group in groupby(change.steps, key=lambda step: isinstance(step, PairStep)):
         steps = list(group)
         if in_pairs:
             done.append(_sequence(change, [s for s in steps if isinstance(s, PairStep)], list(done), piece_items))
         else:
-            done += [_mapped(one) for s in steps if isinstance(s, RowStep) for one in s.maps]
-    rows: Rows = before, torch.zeros_like(before)
-    for path in done:
-        rows = path(rows, numbers)
-    return rows
+            for step in steps:
+                if isinstance(step, RowStep):
+                    done += [_mapped(one) for one in step.maps]
+                elif isinstance(step, WholeStep):
+                    done.append(_whole(change, step, list(done), piece_items))
+    return done
+
+
+def _whole(change: Change, step: WholeStep, before: Sequence[RowPath], piece_items: int) -> RowPath:
+    """PEFT's own layer once more, in fp64: it shows what fp32 has rounded, and not what the layer gets wrong.
+
+    The bound is of sums of D_in + D_out terms as large as the largest of W and of its change, and of what the largest error
+    before it may have become.
+    """
+
+    def all_of(one: Change, paths: Sequence[RowPath]) -> Rows:
+        pieces = [rows for _, rows in _streamed(one, paths, piece_items)]
+        return torch.cat([values for values, _ in pieces]), torch.cat([errors.expand_as(v) for v, errors in pieces])
+
+    W, errors = all_of(change, before)
+    if step.weight is None:
+        after = step.map.merged(W)[0]
+    else:
+        weight, beside = all_of(step.weight, _paths(step.weight, piece_items))
+        bias = step.map.merged(weight, W.flatten())[1]
+        assert bias is not None, "a bias that was given comes back"
+        after, errors = bias[:, None], errors + beside.max()
+    largest = float(W.abs().max() + (after - W).abs().max())
+    bound = LAMBDA * math.sqrt(sum(after.shape)) * UNIT_FP32 * largest
+    if (most := float(errors.max())) > 0:
+        bound += 2 * most * max(1.0, float(torch.linalg.norm(after) / torch.linalg.norm(W)))
+    return lambda _, numbers: (after[numbers], torch.full_like(after[numbers], bound))
 
 
 @dataclass(frozen=True)

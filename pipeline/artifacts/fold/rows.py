@@ -19,7 +19,7 @@ from itertools import groupby
 import torch
 
 from pipeline.artifacts.adapter.maps import RowChange
-from pipeline.artifacts.fold.plan import Change, PairStep, RowStep, read_rows
+from pipeline.artifacts.fold.plan import Change, PairStep, RowStep, WholeStep, read_rows
 from pipeline.console import UserError
 from pipeline.families import MULTIPLICATIVE
 from pipeline.formats.choices import BaseQuant, Dtype
@@ -70,7 +70,18 @@ class ByRows:
         return W
 
 
-Operation = LowRank | ByRows
+@dataclass(frozen=True)
+class Held:
+    """A step that takes the whole weight at once: what it is after it [D_out, D_in], fp32. `part`: the adapter's place."""
+
+    part: int
+    values: torch.Tensor
+
+    def apply(self, W: torch.Tensor, first: int) -> torch.Tensor:
+        return self.values[first : first + len(W)]
+
+
+Operation = LowRank | ByRows | Held
 
 
 def prepare(change: Change, device: torch.device) -> tuple[Operation, ...]:
@@ -82,9 +93,23 @@ def prepare(change: Change, device: torch.device) -> tuple[Operation, ...]:
             done += (
                 compose([s for s in steps if isinstance(s, PairStep)], partial(_after, change, done, device), device),
             )
-        else:
-            done += tuple(ByRows(s.part, tuple(m.on(device) for m in s.maps)) for s in steps if isinstance(s, RowStep))
+        for step in steps:
+            if isinstance(step, RowStep):
+                done += (ByRows(step.part, tuple(one.on(device) for one in step.maps)),)
+            elif isinstance(step, WholeStep):
+                done += (Held(step.part, _whole(change, done, step, device)),)
     return done
+
+
+def _whole(change: Change, done: Sequence[Operation], step: WholeStep, device: torch.device) -> torch.Tensor:
+    """The weight, or the bias as a column, after the step, fp32."""
+    before = torch.cat(list(_after(change, done, device)))
+    if step.weight is None:
+        return step.map.merged(before)[0]
+    weight = torch.cat(list(_after(step.weight, prepare(step.weight, device), device)))
+    bias = step.map.merged(weight, before.flatten())[1]
+    assert bias is not None, "a bias that was given comes back"
+    return bias[:, None]
 
 
 def _after(change: Change, operations: Sequence[Operation], device: torch.device) -> Iterator[torch.Tensor]:
@@ -195,7 +220,10 @@ class Survival:
 def held(change: Change) -> Change:
     """The change with its weight in memory, where it takes several passes over one of at most HELD_BYTES (a multiplicative
     pair takes A·W first, in the fold and in its check): each byte is read once."""
-    several = any(isinstance(step, PairStep) and step.kind == MULTIPLICATIVE for step in change.steps)
+    several = any(
+        isinstance(step, WholeStep) or (isinstance(step, PairStep) and step.kind == MULTIPLICATIVE)
+        for step in change.steps
+    )
     if not several or change.tensor.n_bytes > HELD_BYTES:
         return change
     return replace(change, blocks=tuple(change.rows(BLOCK_ITEMS)))
@@ -263,5 +291,6 @@ def convert(
 
     Raises as `round_to`.
     """
-    for block in read_rows(tensor, tensor.shape[-1] if base_quant else 1, BLOCK_ITEMS, base_quant, base_dtype):
-        yield round_to(block, dtype, tensor.name)
+    for matrix in tensor.matrices() if base_quant else [tensor]:
+        for block in read_rows(matrix, matrix.shape[-1] if base_quant else 1, BLOCK_ITEMS, base_quant, base_dtype):
+            yield round_to(block, dtype, tensor.name)

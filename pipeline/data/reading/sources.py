@@ -1,5 +1,7 @@
 """Takes a dataset's type and path (a file, a glob or a folder); gives its files, sorted, or one error that says what is there.
 
+What is on the Hub (hub.py) or at an address (remote.py) is downloaded first.
+
 No file that the path names is left out without a word: dangling links, files and folders that cannot be opened, pipes
 and devices are errors; folders, files of other endings, and names that differ in capital letters only, are warned of.
 A glob is the shell's, with ** for any depth. A [ in it is also taken as it stands, since folders are called so.
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import UserError, warn
+from pipeline.data.reading import remote
 from pipeline.data.reading.packed import ending
 from pipeline.foreign import printable, read_object
 
@@ -63,6 +66,11 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
     if dataset_type not in SUFFIXES:
         raise UserError(f"dataset_type = '{printable(dataset_type)}' is not known; use one of: {', '.join(SUFFIXES)}")
     where = f"dataset_path = '{printable(dataset_path)}'"
+    if dataset_path.startswith("hub:"):
+        return _on_the_hub(dataset_type, dataset_path, where)
+    if remote.is_address(dataset_path):
+        found = remote.files(dataset_path, lambda path: _is_read(path, dataset_type))
+        return [Source(path, _name(name)) for path, name in found]
     pattern = str(Path(dataset_path).expanduser())
     root = _fixed_root(pattern)
     if dataset_type != "textfile" and Path(pattern).is_dir():
@@ -76,10 +84,10 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
         matched, nearly = [pattern], []
     paths = [Path(path) for path in matched]
     wanted = [path for path in paths if _is_read(path, dataset_type)]
-    _check_readable(wanted, where)
-    files = [path for path in wanted if path.is_file()]
-    read = set(files)
-    others = [path for path in paths if path not in read and not ("**" in pattern and path.is_dir())]
+    statuses = _readable(wanted, where)
+    files = [path for path in wanted if stat.S_ISREG(statuses[path].st_mode)]
+    others = [path for path in paths if path not in statuses or not stat.S_ISREG(statuses[path].st_mode)]
+    others = [path for path in others if not ("**" in pattern and path.is_dir())]
     if not files:
         raise UserError(_nothing_found(dataset_type, where, pattern, root, others))
     if others:
@@ -89,8 +97,23 @@ def find(dataset_type: str, dataset_path: str) -> list[Source]:
         )
     if unread := [path for path in nearly if _is_read(Path(path), dataset_type)]:
         warn(f"{where}: left out {some(unread)}, which differ from the glob in capital letters only")
-    _warn_of_doubles(files, where)
+    _warn_of_doubles(files, statuses, where)
     return [Source(path, _name(path.relative_to(root).as_posix())) for path in files]
+
+
+def _on_the_hub(dataset_type: str, dataset_path: str, where: str) -> list[Source]:
+    from pipeline.data.reading import hub  # its client takes a while to import
+
+    folder, names = hub.files(dataset_path)
+    found = [Source(folder / name, _name(name)) for name in names if _is_read(Path(name), dataset_type)]
+    if others := [name for name in names if not _is_read(Path(name), dataset_type)]:
+        left_out = (
+            f"{where}: '{dataset_type}' reads files in {' and '.join(SUFFIXES[dataset_type])}, not {some(others)}"
+        )
+        if not found:
+            raise UserError(f"{left_out}; a conversion to Parquet may be at its revision @refs/convert/parquet")
+        warn(left_out)
+    return found
 
 
 def _is_read(path: Path, dataset_type: str) -> bool:
@@ -110,7 +133,7 @@ def _saved_to_disk(folder: Path, where: str) -> list[Path]:
     paths = [folder / name for name in names if isinstance(name, str)]
     if not paths or any(path.parent != folder for path in paths):
         raise UserError(f"{where}: state.json names no files of this folder: save the dataset anew with save_to_disk")
-    _check_readable(paths, where)
+    _readable(paths, where)
     return paths
 
 
@@ -181,32 +204,33 @@ def _listing(folder: Path, where: str) -> list[str]:
         raise UserError(f"{where}: the folder '{printable(folder)}' cannot be read: {error.strerror}") from None
 
 
-def _check_readable(paths: list[Path], where: str) -> None:
-    """UserError that names all of these that should be read and cannot be."""
-    if wrong := [f"'{printable(path)}' {why}" for path in paths if (why := _unreadable(path))]:
+def _readable(paths: list[Path], where: str) -> dict[Path, os.stat_result]:
+    """What each of these is; each is looked at and opened once. UserError that names all that should be read and cannot be."""
+    found, wrong = dict[Path, os.stat_result](), list[str]()
+    for path in paths:
+        try:
+            found[path] = path.stat()
+            if stat.S_ISREG(found[path].st_mode):
+                with open(path, "rb"):
+                    pass
+            elif not stat.S_ISDIR(found[path].st_mode):
+                wrong.append(f"'{printable(path)}' is a pipe, a socket or a device, not a file")
+        except OSError as error:
+            why = f"cannot be read ({error.strerror})"
+            if path.is_symlink() and isinstance(error, FileNotFoundError):
+                why = f"is a link to '{printable(os.readlink(path))}', which is not there"
+            wrong.append(f"'{printable(path)}' {why}")
+    if wrong:
         raise UserError(f"{where}: {some(wrong)}: mend or remove what cannot be read, or narrow the path")
+    return found
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a path that ends like text cannot be read; None for files that can, and for folders."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            return None if stat.S_ISDIR(mode) else "is a pipe, a socket or a device, not a file"
-        with open(path, "rb"):
-            return None
-    except OSError as error:
-        if path.is_symlink() and isinstance(error, FileNotFoundError):
-            return f"is a link to '{printable(os.readlink(path))}', which is not there"
-        return f"cannot be read ({error.strerror})"
-
-
-def _warn_of_doubles(files: list[Path], where: str) -> None:
+def _warn_of_doubles(files: list[Path], statuses: dict[Path, os.stat_result], where: str) -> None:
     """Say which files are one and the same under several names: they are read as often."""
     first: dict[tuple[int, int], Path] = {}
     doubles = []
     for path in files:
-        status = path.stat()
+        status = statuses[path]
         same = first.setdefault((status.st_dev, status.st_ino), path)
         if same != path:
             doubles.append(f"{printable(path)} (also {printable(same)})")
@@ -233,8 +257,6 @@ def _nothing_found(dataset_type: str, where: str, pattern: str, root: Path, othe
             return message + f"It matches {some(_names(others))}: for these set dataset_type = '{other}'"
     if others:
         return message + f"It matches {some(_names(others))}{_remedy(others)}"
-    if "://" in pattern or pattern.startswith(("http:", "https:", "hub:")):
-        return message + "It is an address: download the files and give their path"
     if not root.is_dir():
         above = next(folder for folder in root.absolute().parents if folder.is_dir())
         return message + (
@@ -245,10 +267,10 @@ def _nothing_found(dataset_type: str, where: str, pattern: str, root: Path, othe
 
 
 def _hub_remedy(path: str) -> str:
-    """How to get a dataset whose name on the Hub `path` can be."""
+    """How to name a dataset whose name on the Hub `path` can be."""
     if path.count("/") != 1 or glob.has_magic(path) or path.startswith(("/", ".", "~")):
         return ""
-    return f"; if '{path}' is on the Hub, get it with `hf download --repo-type dataset {path} --local-dir FOLDER`"
+    return f"; if '{path}' is on the Hub, write dataset_path = 'hub:{path}'"
 
 
 def _remedy(others: list[Path]) -> str:

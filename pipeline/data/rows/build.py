@@ -5,39 +5,33 @@ prints the date has that of the day on which the cache was built, so that a run 
 """
 
 import datetime
-import hashlib
-import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.console import UserError, gib, progress
-from pipeline.data import cache
 from pipeline.data.chat import encode, load
-from pipeline.data.chat.derive import Result, Rules
+from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
 from pipeline.data.chat.template import Template
-from pipeline.data.chat.turns import Refused
 from pipeline.data.chunks import special_ids
-from pipeline.data.reading import records
-from pipeline.data.reading.encodings import Findings
-from pipeline.data.reading.json_rows import Broken
+from pipeline.data.preparing import cache, workers
+from pipeline.data.preparing.journal import Journal
 from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
-from pipeline.data.reading.records import Record
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
 from pipeline.data.rows.makers import Chat, Completion, Maker, Pretokenized
+from pipeline.data.rows.prepared import Prepared, prepared
 from pipeline.data.rows.store import RowWriter, UnequalRows
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
 
 FORMAT = 1  # goes into the key: raise it when the same input would give other rows
-AT_ONCE = 64  # rows of the files that are encoded together
 PLAIN = "none"  # a chat_template: text as it is
 
+Row = TypeVar("Row")
 Kind = Literal["chat", "completion", "pretokenized"]
 
 
@@ -62,9 +56,12 @@ class RowSpec:
     most_bad: float = 0.01
 
 
-def build(spec: RowSpec, tokenizer: Any, stops: list[int], cache_dir: Path) -> UnequalRows:
+def build(
+    spec: RowSpec, tokenizer: Any, stops: list[int], cache_dir: Path, processes: int | None = None
+) -> UnequalRows:
     """The rows of a dataset, made now or found in `cache_dir`. One process at a time builds, the others wait.
 
+    A preparation that was killed goes on where it was. `processes`: how many make rows; None is one a core for large files.
     `stops`: ids at which the model stops beside the tokenizer's EOS. UserError: no files, a file that cannot be read, a
     template that is none, too many bad rows, no row left.
     """
@@ -89,8 +86,9 @@ def build(spec: RowSpec, tokenizer: Any, stops: list[int], cache_dir: Path) -> U
     with cache.alone(path):
         if not path.exists():
             total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
-            with cache.whole(path, f"about {gib(2 * total)}") as staging:
-                _write(staging, spec, sources, tokenizer, template, stops, total)
+            with cache.whole(path, f"about {gib(4 * total)}") as staging:
+                _write(path, staging, spec, sources, tokenizer, template, stops, total, processes)
+            Journal(path).clear()
     store = UnequalRows(path)
     report = store.report
     tally.check(
@@ -139,6 +137,7 @@ def maker(spec: RowSpec, tokenizer: Any, template: Template | None) -> Maker:
 
 
 def _write(
+    path: Path,
     staging: Path,
     spec: RowSpec,
     sources: list[Source],
@@ -146,20 +145,20 @@ def _write(
     template: Template | None,
     stops: list[int],
     total: int,
+    processes: int | None,
 ) -> None:
-    """Make all rows and write them into `staging`."""
-    made, met, findings = maker(spec, tokenizer, template), Tally(), Findings()
-    all_stops = frozenset({tokenizer.eos_token_id, *stops})
+    """Make all rows, or take them from the journal of `path`, and write them into `staging`."""
+    met, journal = Tally(), Journal(path)
     with ExitStack() as clearing:
-        writer = RowWriter(staging, all_stops)
+        writer = RowWriter(staging, frozenset({tokenizer.eos_token_id, *stops}))
         clearing.callback(writer.let_go)
-        seen: set[bytes] = set()
+        clearing.callback(journal.let_go)
+        seen: set[str] = set()
         advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
-        found = counted(records.read(sources, findings), total, advance)
-        while batch := list(itertools.islice(found, AT_ONCE)):
-            sound = [record for record in batch if is_new(record, met, seen, spec.deduplicate)]
-            for record, result in zip(sound, _made(made, sound), strict=True):
-                _add(writer, met, record, result)
+        made = prepared(maker(spec, tokenizer, template), sources, journal, workers.processes_for(total, processes))
+        for one in counted(made, total, advance, lambda one: one.size):
+            if is_new(one.digest, met, seen, spec.deduplicate):
+                _add(writer, met, one)
         notes = met.lines(spec.deduplicate)
         if template and template.prints_the_date:
             notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
@@ -177,49 +176,27 @@ def _write(
         )
 
 
-def is_new(record: Record, met: Tally, seen: set[bytes], deduplicate: bool) -> bool:
-    """Whether a row is to be made of the record: it is readable text, and none that was there before is to be left out."""
+def is_new(digest: str | None, met: Tally, seen: set[str], deduplicate: bool) -> bool:
+    """Whether a row of the files with this digest (None: it cannot be read) is taken, unless it was there before."""
     met.read += 1
-    if isinstance(record.value, Broken):
-        met.refuse(record.where, record.value.reason)
-        return False
-    try:
-        content = json.dumps(record.value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8")
-    except UnicodeEncodeError:
-        met.refuse(record.where, "half a surrogate pair in its text, which is not a character")
-        return False
-    digest = hashlib.blake2b(content, digest_size=8).digest()
-    if digest in seen:
-        met.duplicates += 1
-        return not deduplicate
-    seen.add(digest)
-    return True
+    if digest is None or digest not in seen:
+        seen.update([digest] if digest else [])
+        return True
+    met.duplicates += 1
+    return not deduplicate
 
 
-def _made(made: Maker, sound: list[Record]) -> list[Result | Refused]:
-    """Results for all records; an error that ends it all is said with the place of the row that it is about."""
-    try:
-        return made([record.value for record in sound])
-    except UserError:
-        for record in sound:
-            try:
-                made([record.value])
-            except UserError as error:
-                raise UserError(f"{record.where}: {error}") from None
-        raise
-
-
-def _add(writer: RowWriter, met: Tally, record: Record, result: Result | Refused) -> None:
-    if isinstance(result, Refused):
-        met.refuse(record.where, result.reason, result.detail)
+def _add(writer: RowWriter, met: Tally, one: Prepared) -> None:
+    if one.refused is not None:
+        met.refuse(one.where, *one.refused)
         return
-    for row in result.rows:
-        if row.spans:
-            writer.add(row.ids, row.spans, met.kept, record.where)
+    for ids, runs in one.rows:
+        if runs:
+            writer.add(ids, runs, met.kept, one.where)
         else:
             met.without_targets += 1
     met.kept += 1
-    met.note(record.where, result.notes)
+    met.note(one.where, one.notes)
 
 
 def _will_not_stop(name: str, writer: RowWriter, template: Template | None) -> Iterator[str]:
@@ -239,12 +216,12 @@ def _will_not_stop(name: str, writer: RowWriter, template: Template | None) -> I
         )
 
 
-def counted(found: Iterator[Record], total: int, advance: Any) -> Iterator[Record]:
-    """The same records; moves the bar by what they hold as text, up to `total`, and to its end after the last."""
+def counted(found: Iterator[Row], total: int, advance: Any, size: Callable[[Row], int]) -> Iterator[Row]:
+    """The same rows; moves the bar by the `size` of each in characters, up to `total`, and to its end after the last."""
     done = 0
-    for record in found:
-        step = min(len(str(record.value)), total - done)
+    for one in found:
+        step = min(size(one), total - done)
         done += step
         advance(step)
-        yield record
+        yield one
     advance(total - done)

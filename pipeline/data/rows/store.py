@@ -7,6 +7,7 @@ numbers a row.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,9 @@ class RowWriter:
         self._pending: list[tuple[NDArray[np.int32], Runs, int, str]] = []
         self._rows, self._index = ArrowFile(folder / "rows.arrow", _ROWS), ArrowFile(folder / "index.arrow", _INDEX)
 
-    def add(self, ids: list[int], runs: Runs, conversation: int, place: str) -> None:
+    def add(self, ids: Sequence[int] | NDArray[np.int32], runs: Runs, conversation: int, place: str) -> None:
         """A row with targets in `runs` (start, end), of conversation number `conversation` at `place` of the files."""
-        row = np.array(ids, dtype=np.int32)
+        row = np.asarray(ids, dtype=np.int32)
         self._pending.append((row, runs, conversation, place))
         self._content.update(np.array([len(row), *(edge for run in runs for edge in run)], dtype="<i4").tobytes())
         self._content.update(row.astype("<i4").tobytes())

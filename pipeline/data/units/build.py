@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import UserError, gib, progress
-from pipeline.data import cache
 from pipeline.data.chat import encode as chat_encode
 from pipeline.data.chat import load
 from pipeline.data.chat.template import Template
 from pipeline.data.chat.turns import Refused
 from pipeline.data.chunks import special_ids
+from pipeline.data.preparing import cache
 from pipeline.data.reading import records
 from pipeline.data.reading.encodings import Findings
 from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
 from pipeline.data.reading.records import Record
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
-from pipeline.data.rows.build import AT_ONCE, PLAIN, counted, is_new
+from pipeline.data.rows.build import PLAIN, counted, is_new
+from pipeline.data.rows.prepared import AT_ONCE, content, digest_of
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
 from pipeline.data.units.encode import NOTES, Rows, UnitEncoder
@@ -135,7 +136,8 @@ def _write(
         writer = UnitWriter(staging, frozenset({tokenizer.eos_token_id, *stops}))
         clearing.callback(writer.let_go)
         advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
-        found: Iterable[Record] = counted(records.read(sources, findings), total, advance)
+        read = records.read(sources, findings)
+        found: Iterable[Record] = counted(read, total, advance, lambda record: len(str(record.value)))
         if spec.score_weights:
             found = by_prompt(found, spec.kind, spec.names, spec.score_weights, spec.ranks, grouped)
         rows = _rows(spec, unit_encoder(spec, tokenizer, template), found, met)
@@ -171,14 +173,18 @@ def _warnings(name: str, units: int, met: Tally, straddling: list[str]) -> list[
     ]
 
 
-def _rows(spec: UnitSpec, encoder: UnitEncoder, found: Iterable[Record], met: Tally) -> Iterator[tuple[str, Rows]]:
+def _rows(spec: UnitSpec, encoder: UnitEncoder, read: Iterable[Record], met: Tally) -> Iterator[tuple[str, Rows]]:
     """(place in the files, unit) of all records; counts what is wrong with the others."""
-    seen: set[bytes] = set()
-    source = iter(found)
+    seen: set[str] = set()
+    source = iter(read)
     while batch := list(itertools.islice(source, AT_ONCE)):
         made: list[tuple[str, Unit]] = []
         for record in batch:
-            if not is_new(record, met, seen, spec.deduplicate):
+            found = content(record)
+            if not is_new(digest_of(found) if isinstance(found, bytes) else None, met, seen, spec.deduplicate):
+                continue
+            if isinstance(found, str):
+                met.refuse(record.where, found)
                 continue
             try:
                 made += [(record.where, unit) for unit in units(record.value, spec.kind, spec.names, spec.ranks)]

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.kernels.packed_experts import PackedExperts
 from pipeline.model.stage import Stage
 from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.names import layer_of
+from pipeline.peft.types import Asked
 
 
 class Settings(NamedTuple):
     """With what a family is put on modules of one size; each reads of it what it needs.
 
     `s`: alpha / rank, or with `use_rslora` alpha / √rank. `start`: True, or the name of a start from the weight. `feedforward`:
-    full names of the modules with a factor for each input.
+    full names of the modules with a factor for each input. `by_peft`: of a type of PEFT's own, all that is said of it.
     """
 
     rank: int
@@ -37,6 +39,7 @@ class Settings(NamedTuple):
     start: bool | str
     block_size: int
     feedforward: list[str]
+    by_peft: Asked | None = None
 
 
 # Puts a family on those of the named modules that the stage owns.
@@ -97,6 +100,16 @@ def written(stage: Stage) -> dict[str, Tensor]:
     return tensors
 
 
+def frozen(stage: Stage) -> dict[str, Tensor]:
+    """What PEFT's layers need beside what is trained, such as which entries of a weight they change: by its name in a save."""
+    own = trainable(stage)
+    layers = {
+        name: vars(module)["written"] for name, module in stage.model.named_modules() if "written" in vars(module)
+    }
+    found = {f"{name}.{key}": tensor for name, by_name in layers.items() for key, tensor in by_name().items()}
+    return {name: tensor for name, tensor in found.items() if name not in own}
+
+
 def owned(stage: Stage, targets: list[str]) -> list[str]:
     """Those of `targets` whose layer the stage has."""
     return [name for name in targets if layer_of(name) in stage.layer_indices]
@@ -110,7 +123,11 @@ def outputs_of(model: PreTrainedModel, module: nn.Module) -> int:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's parameters are."""
-    return next(module.parameters()).device
+    if (parameter := next(module.parameters(), None)) is not None:
+        return parameter.device
+    return next(
+        held.device for part in module.modules() for held in vars(part).values() if isinstance(held, PackedExperts)
+    )
 
 
 @torch.no_grad()
@@ -124,6 +141,6 @@ def draw(parameter: Tensor, name: str, seed: int) -> None:
 
 
 def _plain(name: str) -> str:
-    """PEFT's 'x.lora_A.default.weight' → 'x.A', 'x.ia3_l.default' → 'x.ia3_l'."""
-    match = re.fullmatch(r"(.+)\.(?:lora_(?=[AB]\.))?(\w+)\.default(?:\.weight)?", name)
-    return f"{match[1]}.{match[2]}" if match else name
+    """PEFT's 'x.lora_A.default.weight' → 'x.A', 'x.oft_R.default.weight' → 'x.oft_R', 'x.hada_w1_a.default' → 'x.hada_w1_a'."""
+    match = re.fullmatch(r"(.+)\.(?:lora_(?=[AB]\.)|(?=(?:oft_R|lora_magnitude_vector)\.))(\w+)\.default\.weight", name)
+    return f"{match[1]}.{match[2]}" if match else re.sub(r"\.default(?=\.|$)", "", name)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.console import UserError
-from pipeline.model.quantized import QuantizedPlaceholder
+from pipeline.model.quantized import QuantizedPlaceholder, marked
 from pipeline.model.stage import Stage, tied_head
 from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.model.weights import stored_in_another_form
@@ -108,7 +108,7 @@ def _check(model: PreTrainedModel, name: str, full: str, targets: Collection[str
         )
     for own, part in module.named_modules():
         where = f"{full}.{own}".rstrip(".")
-        if isinstance(part, QuantizedPlaceholder):
+        if isinstance(part, QuantizedPlaceholder) or marked(part):
             raise UserError(
                 f"trainable_modules: '{name}' names {where}, whose weight is quantised; to train it, keep it in 16 bits "
                 "with llm_int8_skip_modules"

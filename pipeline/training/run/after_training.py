@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.config.rules import Part
+from pipeline.console import UserError
 from pipeline.formats.experts import NO_EXPERTS
 from pipeline.publishing import after_training
 from pipeline.training.run.stop import Watcher
@@ -14,6 +15,8 @@ def check(asked: list[Part], model: str, output_dir: str, plan: Resolved, module
     """UserError where a part of after_training could not be done at the end of this run. `modules`: trainable_modules."""
     trained = plan.trained
     adapter = trained.adapter
+    if "merge" in asked and adapter and adapter.by_peft and (reason := adapter.by_peft.not_folded):
+        raise UserError(f"after_training: 'merge' cannot be done: {reason}. Remove it; PEFT loads the adapter.")
     after_training.check(
         asked,
         base=Path(model),

@@ -69,7 +69,7 @@ def check_continues(
     `trained`: the trained parameters' names over all stages. `aliases`: another name for some of them.
     """
     saved = manifest["config"]
-    for key in ("adapter_type", "full_fine_tune", "use_dora", "init_lora_weights"):
+    for key in ("adapter_type", "full_fine_tune", "use_dora", "init_lora_weights", "peft"):
         if key in saved and saved[key] != config.get(key):
             raise UserError(
                 f"the checkpoint was made with {key} = {saved[key]}, this run has {config.get(key)}; nothing of it fits"

@@ -15,17 +15,19 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts.adapter.adapter import adapter_norms
 from pipeline.artifacts.adapter.schema import TrainedOver
-from pipeline.artifacts.adapter.write import NOTHING, write_adapter, write_family
+from pipeline.artifacts.adapter.write import NOTHING, write_adapter, write_by_peft, write_family
 from pipeline.console import UserError, warn
 from pipeline.families import CONFIGURED, FAMILIES, LORA, MULTIPLICATIVE, settings
 from pipeline.families import saved as saved_as
 from pipeline.formats.base_model import read_base
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
-from pipeline.model.adapters import control, lora, multiplicative, rotations
+from pipeline.model.adapters import by_peft, control, lora, multiplicative, rotations
 from pipeline.model.adapters.base import Injector, Settings, outputs_of, written
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
+from pipeline.names import holders
+from pipeline.peft.types import Asked
 from pipeline.training.optim.inner import add, value
 from pipeline.training.stage import initial_adapter, patterns
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Size
@@ -36,6 +38,7 @@ INJECTORS: dict[str, Injector] = {
     **control.INJECTORS,
     **lora.INJECTORS,
     **rotations.INJECTORS,
+    **by_peft.INJECTORS,
 }
 
 
@@ -47,6 +50,8 @@ def default_targets(family: str) -> list[str] | str:
 
 def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
     """UserError, before any weight is read, where the adapter does not fit a module's shape."""
+    if adapter.by_peft is not None:
+        by_peft.check_fits(model, adapter.targets, adapter.by_peft)
     row, block, too_wide = adapter.row, adapter.block_size, []
     for name, size in adapter.sizes.items():
         module: Any = model.get_submodule(name)
@@ -71,6 +76,9 @@ def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
 def describe(adapter: AdapterSpec) -> str:
     """Rank, scaling and what is special, in words."""
     (rank, alpha, s), dtype = adapter.common, dtype_name(adapter.dtype)
+    if adapter.by_peft is not None:
+        given = ", ".join(f"{key} = {value}" for key, value in adapter.by_peft.settings.items())
+        return f"PEFT's {adapter.by_peft.type}" + (f" with {given}" if given else "") + f", {dtype}"
     required = CONFIGURED[adapter.family].required
     if "lora_alpha" in required:
         root = "√" if adapter.use_rslora else ""
@@ -100,6 +108,7 @@ def _inject(stage: Stage, adapter: AdapterSpec, size: Size, targets: list[str]) 
         adapter.start,
         adapter.block_size or 1,
         list(adapter.feedforward),
+        adapter.by_peft,
     )
     INJECTORS[adapter.row.name](stage, targets, made_with)
 
@@ -117,6 +126,8 @@ def inject_for_trial(stage: Stage, adapter: AdapterSpec) -> None:
 def saved(adapter: AdapterSpec, folder: str) -> dict[str, Tensor]:
     """The tensors of the adapter in `folder`, by global name. UserError where it is not what this run trains."""
     form = saved_as(adapter.row)
+    if adapter.by_peft is not None:
+        return initial_adapter.read_by_peft(folder, adapter.targets, adapter.by_peft)
     if not form.is_pairs:
         tensors = initial_adapter.read_family(folder, adapter.targets, form.name, _peft_settings(adapter))
         if not {"A", "B"} <= set(form.tensors):
@@ -172,7 +183,7 @@ def writer(
     write, adapted = _writer(adapter, base, train_logit_scale), set(adapter.targets)
 
     def write_all(folder: Path, tensors: dict[str, Tensor]) -> None:
-        full = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in adapted}
+        full = {n: t for n, t in tensors.items() if adapted.isdisjoint(holders(n))}
         own = {name: tensor for name, tensor in tensors.items() if name not in full}
         write(folder, _of_one_size(adapter, own), full={n: t for n, t in full.items() if n not in tied}, tied=tied)
 
@@ -187,6 +198,9 @@ def _writer(adapter: AdapterSpec, base: BaseModel, train_logit_scale: float) -> 
         "base_fingerprint": _fingerprint(Path(base.folder)),
     }
     form = saved_as(adapter.row)
+    if adapter.by_peft is not None:
+        asked = adapter.by_peft
+        return partial(write_by_peft, modules=adapter.targets, asked=asked, config=_peft_config(asked), **common)
     if not form.is_pairs:
         return partial(write_family, family=form.name, settings=_peft_settings(adapter), **common)
     rank, alpha, s = adapter.saved_size
@@ -236,6 +250,13 @@ def trained_over(scheme: Scheme | None, dtype: torch.dtype) -> dict[str, Any] | 
         dtype=dtype_name(dtype),
     )
     return said.model_dump()
+
+
+def _peft_config(asked: Asked) -> dict[str, Any]:
+    """All keys of PEFT's configuration: the defaults of another version may be others."""
+    from pipeline.peft.layers import as_json
+
+    return as_json(asked.type, asked.settings)
 
 
 def _peft_settings(adapter: AdapterSpec) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
 from pipeline.foreign import printable
 from pipeline.formats.safetensors import Header, load_tensors, read_header
-from pipeline.model.adapters.base import trainable
+from pipeline.model.adapters.base import frozen, trainable
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.model.adapters.lora import MosLoRA
 from pipeline.model.stage import Stage
+from pipeline.names import holders
+from pipeline.peft.types import PEFT, Asked
 from pipeline.training.stage import patterns
 
 Size = tuple[int, float]  # rank R, s
@@ -85,6 +87,31 @@ def read_family(folder: str, targets: Collection[str], family: Any, settings: di
     return {name: tensors[source] for name, source in stored.items()}
 
 
+def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[str, Tensor]:
+    """The tensors of an adapter that write_by_peft wrote, by the names of training. UserError naming what differs."""
+    where, path = f"init_adapter = '{folder}'", _existing(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it")
+    header = read_header(path)
+    own = own_facts(header)
+    if own.get("kind") != PEFT:
+        raise UserError(
+            f"{where}: it is {own.get('kind') or 'not of this program'}, and this run trains PEFT's {asked.type}"
+        )
+    _check_modules(where, own.get("modules", []), targets)
+    ours, theirs = {"type": asked.type, **asked.settings}, own.get("settings", {})
+    for key in sorted(ours.keys() | theirs.keys()):
+        if theirs.get(key) != ours.get(key) and not key.endswith("dropout"):
+            raise UserError(
+                f"{where}: it was trained with {key} = {printable(theirs.get(key), 60)}, this run has {ours.get(key)}; set it in "
+                "[peft] as it was"
+            )
+    modules = set(targets)
+    stored = {t.name.removeprefix(PEFT_PREFIX): t.name for t in header.tensors}
+    tensors = load_tensors(header, [t for name, t in stored.items() if not modules.isdisjoint(holders(name))])
+    return {name: tensors[source] for name, source in stored.items() if source in tensors}
+
+
 def read_in_full(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensor of each of `names`, by its name in the model.
 
@@ -120,13 +147,13 @@ def read_in_full(folder: str, names: Collection[str], tied: Mapping[str, str]) -
 @torch.no_grad()
 def put(stage: Stage, tensors: dict[str, Tensor]) -> None:
     """Into those adapters that the stage has. UserError for a tensor of another shape, before any of them is changed."""
-    parameters = trainable(stage)
+    parameters: dict[str, Tensor] = {**frozen(stage), **trainable(stage)}
     modules = {name.rpartition(".")[0] for name in parameters}
     mine = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
-    given: dict[nn.Parameter, Tensor] = {}
+    given, there = dict[str, Tensor](), dict(stage.model.named_modules())
     for name in modules:
         own = {key.rpartition(".")[2]: tensor for key, tensor in mine.items() if key.rpartition(".")[0] == name}
-        module = stage.model.get_submodule(name)
+        module = there.get(name)
         for key, tensor in _as_trained(name, module, own).items():
             parameter = parameters[f"{name}.{key}"]
             if parameter.shape != tensor.shape:
@@ -134,14 +161,14 @@ def put(stage: Stage, tensors: dict[str, Tensor]) -> None:
                     f"init_adapter: {name}.{key} is {list(tensor.shape)}, and the model's module asks for "
                     f"{list(parameter.shape)}; was it trained on another model?"
                 )
-            given[parameter] = tensor
-    if lacking := [name for name, parameter in parameters.items() if parameter not in given]:
+            given[f"{name}.{key}"] = tensor
+    if lacking := [name for name in parameters if name not in given]:
         raise UserError(f"init_adapter: it has nothing for {lacking[0]} and {len(lacking) - 1} more")
-    for parameter, tensor in given.items():
-        parameter.copy_(tensor)
+    for name, tensor in given.items():
+        parameters[name].copy_(tensor)
 
 
-def _as_trained(name: str, module: nn.Module, written: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_trained(name: str, module: nn.Module | None, written: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of a module's `written`: its own parameters, which are what was saved where it has no such method."""
     if isinstance(module, MosLoRA):  # B·M was written
         return {**written, "M": torch.eye(module.M.shape[0])}

@@ -12,6 +12,7 @@ import torch
 from pipeline.families import Family, chosen
 from pipeline.formats.experts import ExpertWeights
 from pipeline.model.quantized import Scheme
+from pipeline.peft.types import Asked
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AdapterSpec:
     `common`: of lora_rank and lora_alpha, which rank_pattern and alpha_pattern change for some modules. `start`: how A and B
     begin, True (A random, B zero) or init_lora_weights' name of another. `block_size`: of families with blocks.
     `feedforward`: the modules with a factor for each input. `biased_targets`: whether any of the modules has a bias.
-    `experts`: those of the modules that are a layer's experts, with what these write with.
+    `experts`: those of the modules that are a layer's experts, with what these write with. `by_peft`: of a type of PEFT's own.
     """
 
     family: str
@@ -66,6 +67,7 @@ class AdapterSpec:
     block_size: int | None = None
     feedforward: tuple[str, ...] = ()
     experts: dict[str, ExpertWeights] = field(default_factory=dict)
+    by_peft: Asked | None = None
 
     @property
     def row(self) -> Family:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -58,6 +58,14 @@ class Data:
     questions: Questions | None = None
 
 
+class Places(NamedTuple):
+    """What reading a dataset needs beside it: ids at which the model stops, the cache's folder, how many processes prepare."""
+
+    stops: list[int]
+    cache: Path
+    processes: int | None = None
+
+
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
     """UserError if a weight of the model is not there, or nothing can be written to output_dir. No weight is read."""
     check_writable(Path(output_dir), "output_dir")
@@ -95,8 +103,8 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     With the model's plan, UserError for ids beyond its embedding and for rows and answers longer than it can read.
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
+    places, shared = Places(spec.stops, spec.cache, spec.processes), plan and plan.meta_model.shared
     pack = partial(packed, switch=spec.rope_switch)
-    places, shared = (spec.stops, spec.cache), plan and plan.meta_model.shared
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
@@ -133,16 +141,16 @@ def read_streams(
     dataset: Dataset | EvalDataset,
     name: str,
     tokenizer: Any,
-    places: tuple[list[int], Path],
+    places: Places,
     model: PreTrainedModel | None,
     **held_out: Any,
 ) -> Streams[Any]:
     """A dataset's rows, whose ids the `model` has, if one is given; says what became of the text.
 
-    `places`: ids at which the model stops, and where the cache is. `held_out`: as for `chunks.build`.
+    `held_out`: as for `chunks.build`.
     """
     streams: Streams[Any]
-    key, (stops, cache) = f"{table}.sequence_len", places
+    key = f"{table}.sequence_len"
     if dataset.dataset_type in ("textfile", "doclist"):
         if model is not None:
             positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
@@ -152,14 +160,15 @@ def read_streams(
             dataset_path=dataset.dataset_path,
             sequence_len=dataset.sequence_len,
             tokenizer=tokenizer,
-            cache_dir=cache,
+            cache_dir=places.cache,
             join_lines=dataset.join_lines,
             field_text=dataset.field_text,
+            processes=places.processes,
             kind=ApartChunks if dataset.keeps_apart else ChunkStore,
             **held_out,
         )
     else:
-        made = _rows_of(dataset, name, tokenizer, stops, cache)
+        made = _rows_of(dataset, name, tokenizer, places)
         if model is not None:
             what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
             positions.check(what, made.report.longest, model, lower=key)
@@ -171,13 +180,11 @@ def read_streams(
     return streams
 
 
-def _rows_of(
-    dataset: Dataset | EvalDataset, name: str, tokenizer: Any, stops: list[int], cache: Path
-) -> UnequalRows | UnitRows:
+def _rows_of(dataset: Dataset | EvalDataset, name: str, tokenizer: Any, places: Places) -> UnequalRows | UnitRows:
     """A dataset of rows, or of units."""
     if dataset.dataset_type in UNITS:
-        return unit_build.build(unit_spec(dataset, name), tokenizer, stops, cache)
-    return build.build(row_spec(dataset, name), tokenizer, stops, cache)
+        return unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache)
+    return build.build(row_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
 
 
 def unit_spec(dataset: Dataset | EvalDataset, name: str) -> unit_build.UnitSpec:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -25,13 +26,14 @@ from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
-from pipeline.model.adapters import experts
+from pipeline.model.adapters import by_peft, experts
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import id_in_cache, layers_of, within_layer
+from pipeline.peft.types import PATTERNS, Asked, settings_of
 from pipeline.planning import cut, formula
 from pipeline.training.optim import parameter_groups
 from pipeline.training.stage import families, initial_adapter, parts, patterns
@@ -67,8 +69,11 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     model = meta_model.shared
     check_apart(config, model)
     if base.scheme:
-        quantised = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
-        log(f"base:     {quantised} linear layers in {base.scheme}")
+        linear = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
+        stacked = [f"{name}.{leaf}" for name, part in model.named_modules() for leaf in quantized.marked(part)]
+        log(f"base:     {linear} linear layers{', the experts of each layer' if stacked else ''} in {base.scheme}")
+        if stacked:
+            quantized.check_experts(model_config, stacked)
     trained = trained_of(config, base, model)
     if config.init_adapter and not (resumes or config.resume_from_checkpoint):
         initial_adapter_of(trained, config.init_adapter)
@@ -119,6 +124,7 @@ def data_of(config: Config) -> DataSpec:
         config.datasets,
         config.eval_datasets,
         cache=Path(config.output_dir) / "dataset_cache",
+        processes=config.dataset_processes,
         stops=stop_ids(Path(config.model)),
         combination=config.dataset_combination_mode,
         stopping=config.dataset_interleave_stopping_strategy,
@@ -273,7 +279,9 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
     biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
     biased = biased or any(form.bias for form in experts_of.values())
-    adapter = adapter_of(config, targets, biased, experts_of)
+    table = config.peft.model_dump() if config.peft else None
+    asked = asked_of(table, config.lora_dropout, targets, model)
+    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
     modules = "all linear modules" if names == "all-linear" else ", ".join(names)
@@ -330,6 +338,24 @@ def adapter_of(
         feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
         experts=dict(experts_of),
     )
+
+
+def asked_of(
+    table: Mapping[str, Any] | None, dropout: float, targets: list[str], model: PreTrainedModel
+) -> Asked | None:
+    """The table [peft], checked by PEFT, where there is one. UserError with every key that PEFT does not take."""
+    if table is None:
+        return None
+    from pipeline.peft.layers import check_settings
+
+    peft_type, settings = table["type"], settings_of(table, dropout)
+    check_settings(peft_type, settings, by_peft.WHERE)
+    patterns.check({f"{by_peft.WHERE}{key}": settings[key] for key in PATTERNS if settings.get(key)}, targets)
+    unbiased = next((name for name in targets if getattr(model.get_submodule(name), "bias", None) is None), "")
+    asked = Asked(peft_type, settings, by_peft.widest_of(model, targets), unbiased)
+    if asked.not_folded:
+        warn(f"{asked.not_folded}: the adapter is for PEFT to load, and merge_lora.py will refuse it")
+    return asked
 
 
 def check_groups(

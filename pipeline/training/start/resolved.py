@@ -59,14 +59,15 @@ class SampleSpec:
 class DataSpec:
     """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long.
 
-    `cache`: a folder. `mix_by`: None is by rows, and by tokens in the mean with `batch_size_tokens`. `stops`: ids at which the
-    model stops beside the tokenizer's EOS. `rope_switch`: tokens beyond which the model's rotary embedding is another, if it is
-    of such a kind.
+    `cache`: a folder. `processes`: how many prepare the data, None is one a core. `mix_by`: None is by rows, and by tokens in
+    the mean with `batch_size_tokens`. `stops`: ids at which the model stops beside the tokenizer's EOS. `rope_switch`: tokens
+    beyond which the model's rotary embedding is another, if it is of such a kind.
     """
 
     datasets: list[Dataset]
     eval_datasets: list[EvalDataset]
     cache: Path
+    processes: int | None
     stops: list[int]
     combination: Literal["concatenate", "interleave"]
     stopping: Literal["first_exhausted", "all_exhausted"]

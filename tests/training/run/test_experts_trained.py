@@ -3,6 +3,7 @@
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,8 +17,12 @@ from tests.helpers.artifacts import hooked, load_model, logits, tensors_of
 pytestmark = pytest.mark.slow  # two launches
 
 
-def test_killed_resumed_and_folded(tmp_path: Path) -> None:
-    """Two processes; SIGKILL to both; from the checkpoint before the last on again, with the same numbers; then the fold."""
+@pytest.mark.parametrize("over", [{}, {"quantization": {"bnb": {"load_in_4bit": True}}}], ids=["16 bits", "4 bits"])
+def test_killed_resumed_and_folded(tmp_path: Path, over: dict[str, Any]) -> None:
+    """Two processes; SIGKILL to both; from the checkpoint before the last on again, with the same numbers; then the fold.
+
+    That a fold with --base-quant is the live model over 4 bits is shown in tests/model/test_quantized_experts.py.
+    """
     base, toml = tmp_path / "base", tmp_path / "c.toml"
     builders.save_model(base, "mixtral", num_local_experts=4)
 
@@ -30,6 +35,7 @@ def test_killed_resumed_and_folded(tmp_path: Path) -> None:
             layers_to_transform="0:3",
             save_steps=2,
             checkpoint_on_save=True,
+            **over,
             **changes,
         )
         return ["--config", str(toml)]
@@ -55,6 +61,10 @@ def test_killed_resumed_and_folded(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, second_time[name]) for name, tensor in first_time.items())
     adapter = load_adapter(run / f"step{last}")
     assert list(adapter.experts) == [f"model.layers.{i}.mlp.experts" for i in range(4)]
+    assert tensors_of(run / "merged").keys() == tensors_of(base).keys()
+    if over:
+        assert "experts" in (run / "log.txt").read_text().split("base:")[1].split("\n")[0]
+        return
     model = load_model(base)
     pairs = {f"{m}.{k}": getattr(p, k) for m, p in adapter.pairs.items() for k in "AB"}
     without = logits(model)
@@ -62,4 +72,3 @@ def test_killed_resumed_and_folded(tmp_path: Path) -> None:
         live = logits(model)
     assert (live - without).abs().max() > 1e-4
     assert (logits(load_model(run / "merged")) - live).abs().max() < 1e-5 * live.abs().max()
-    assert tensors_of(run / "merged").keys() == tensors_of(base).keys()

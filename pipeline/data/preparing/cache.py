@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import UserError, progress
+from pipeline.data.preparing.hashes import sha256_of
 from pipeline.data.reading.sources import Source
 from pipeline.files import explain_out_of_space, rename
 from pipeline.foreign import printable
@@ -22,16 +23,14 @@ from pipeline.processes import one_at_a_time
 
 def folder(cache_dir: Path, name: str, sources: list[Source], content: list[Any]) -> Path:
     """Where the rows of dataset `name` belong: 20 hex digits of the SHA-256 of the files, their names and `content` (JSON)."""
-    total = sum(path.stat().st_size for path, _ in sources)
-    files = []
+    try:
+        statuses = [path.stat() for path, _ in sources]
+    except OSError as error:
+        raise UserError(f"{printable(error.filename)}: cannot be read: {error.strerror}") from error
+    total = sum(status.st_size for status in statuses)
     with progress(f"checking {name}", total) if total > 2**30 else nullcontext(lambda n: None) as advance:
-        for path, file_name in sources:
-            try:
-                with open(path, "rb") as file:
-                    files.append((file_name, hashlib.file_digest(file, "sha256").hexdigest()))
-                    advance(file.tell())
-            except OSError as error:
-                raise UserError(f"{printable(path)}: cannot be read: {error.strerror}") from error
+        hashed = sha256_of([path for path, _ in sources], statuses, advance)
+    files = [(file_name, digest) for (_, file_name), digest in zip(sources, hashed, strict=True)]
     digest = hashlib.sha256(json.dumps([name, files, content]).encode()).hexdigest()[:20]
     return cache_dir / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:64] or 'dataset'}-{digest}"
 

@@ -1,0 +1,223 @@
+"""PEFT's own layers: around single modules, or as what they make of a weight.
+
+Takes a type of pipeline/peft/types.py, PEFT's keys for it and modules; gives PEFT's layers, one module at a time, so that nothing
+depends on which others there are: PEFT sees a model of these modules alone. The one file that knows how PEFT keeps a layer's
+tensors; it imports PEFT, and so is itself imported late by what has to start without.
+"""
+
+import difflib
+import typing
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from pipeline import patterns
+from pipeline.console import UserError
+from pipeline.peft.types import LOCAL, OURS, PATTERNS
+
+ADAPTER = "default"  # PEFT's name of an adapter where there is one
+WIDEST = "widest"  # a module that stands for the widest of all
+Shape = tuple[int, int]  # D_out, D_in
+
+
+def check_settings(peft_type: str, settings: Mapping[str, Any], where: str) -> None:
+    """UserError with every key that PEFT's configuration of the type lacks, or that has no such value. `where`: before a key."""
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index]
+    hints = typing.get_type_hints(kind)
+    known = [one.name for one in fields(kind) if one.name not in OURS and one.init]
+    lines = []
+    for key, value in settings.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            meant = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}"
+            lines.append(f"{where}{key}: PEFT's {peft_type} has no such key; {meant}")
+            continue
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+        except ValidationError as error:
+            said = dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors())
+            lines.append(f"{where}{key} = {value!r}: {', or '.join(said)}")
+    if not lines:
+        try:
+            _config(peft_type, settings, [WIDEST])
+        except Exception as error:  # whatever PEFT says to values that do not go together
+            lines.append(f"{where}type = '{peft_type}': PEFT refuses these keys: {error}")
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def of_module(settings: Mapping[str, Any], module: str, where: str) -> dict[str, Any]:
+    """`settings` with the values that their patterns give to `module` (its full name), and without patterns."""
+    own = {key: value for key, value in settings.items() if key not in PATTERNS}
+    for key, target in PATTERNS.items():
+        for pattern, value in (settings.get(key) or {}).items():
+            if patterns.matches(pattern, module, f"{where}{key}"):
+                own[target] = value
+                break
+    return own
+
+
+def put_around(
+    modules: Mapping[str, nn.Module],
+    peft_type: str,
+    settings: Mapping[str, Any],
+    *,
+    widest: Shape | None = None,
+    quantised: Collection[str] = (),
+) -> dict[str, Any]:
+    """{name: PEFT's layer around the module}, all of one set of `settings` without patterns.
+
+    `widest`: the shape that the projections have which the modules share, of types that have such. `quantised`: PEFT's flags of
+    a model that is ('is_loaded_in_4bit'). UserError, naming the module, where PEFT does not make one.
+    """
+    inner = {f"m{number}": module for number, module in enumerate(modules.values())}
+    if LOCAL[peft_type].projections:
+        if widest is None:
+            raise ValueError(f"{peft_type} shares projections, whose shape is that of the widest module")
+        inner[WIDEST] = _of_no_memory(widest, next(iter(modules.values())))
+    model = nn.ModuleDict(inner)
+    for flag in quantised:
+        setattr(model, flag, True)
+    config = _config(peft_type, settings, list(inner))
+    on_meta = all(p.is_meta for module in modules.values() for p in module.parameters())
+    if on_meta and hasattr(config, "mask_fn"):
+        config.mask_fn = None  # PEFT looks for its mask's entries, and on meta there is none
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PEFT_TYPE_TO_TUNER_MAPPING[peft_type](model, config, adapter_name=ADAPTER)  # type: ignore[index]
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+        raise UserError(f"PEFT makes no {peft_type} of {next(iter(modules))}: {error}") from error
+    layers = {name: model[short] for name, short in zip(modules, inner, strict=False)}
+    for name, layer in layers.items():
+        if not isinstance(layer, BaseTunerLayer) or layer.get_base_layer() is not modules[name]:
+            raise UserError(f"target_modules: PEFT puts no adapter into {name}; name other modules")
+        if on_meta and hasattr(config, "mask_fn"):
+            count = layer.shira_weight[ADAPTER].numel()  # type: ignore[union-attr, index]
+            layer.shira_indices[ADAPTER] = torch.empty(2, count, dtype=torch.int, device="meta")  # type: ignore[union-attr, index]
+        layer.written = partial(written, layer, config)  # type: ignore[assignment]
+    return layers
+
+
+@torch.no_grad()
+def written(layer: nn.Module, config: PeftConfig) -> dict[str, Tensor]:
+    """The layer's tensors by their names in a file, without the module's: what is trained, and what is frozen and not made anew.
+
+    They share memory with the layer's.
+    """
+    alone = nn.ModuleDict({"m": layer})
+    alone.peft_config = {ADAPTER: config}  # type: ignore[assignment]
+    found = get_peft_model_state_dict(alone, save_embedding_layers=False)
+    row = LOCAL[config.peft_type]  # type: ignore[index]
+    names = {name.removeprefix("m."): tensor for name, tensor in found.items()}
+    return {name: tensor for name, tensor in names.items() if not name.startswith((*row.projections, "base_model."))}
+
+
+@torch.no_grad()
+def fill(layer: Any, tensors: Mapping[str, Tensor], projections: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give the layer the tensors of a file: by their names in `written`, all of them; floating point ones in `dtype`.
+
+    `projections`: frozen ones that the file has of all modules, by their names, where it has them. ValueError where the
+    tensors are not the layer's.
+    """
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in layer.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    there = layer.written()
+    if there.keys() != tensors.keys():
+        differing = sorted(there.keys() ^ tensors.keys())
+        raise ValueError(f"its tensors are {', '.join(tensors)}, and PEFT asks for {', '.join(there)} ({differing[0]})")
+    for name, tensor in tensors.items():
+        if there[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, and PEFT asks for {list(there[name].shape)}")
+        there[name].copy_(tensor)
+    for name, tensor in projections.items():
+        held = getattr(layer, name)
+        if held[ADAPTER].shape != tensor.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, and PEFT asks for {list(held[ADAPTER].shape)}")
+        held[ADAPTER] = tensor.to(dtype)
+
+
+def merged(
+    weight: Tensor,
+    bias: Tensor | None,
+    peft_type: str,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    widest: Shape | None = None,
+    projections: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """W' [D_out, D_in] and b' as PEFT's layer merges them, in the dtype of `weight`: fp32, or fp64 where the type can.
+
+    `tensors`: the module's, as `written` names them. Raises ValueError where they do not fit.
+    """
+    dtype = torch.float32 if LOCAL[peft_type].only_fp32 else weight.dtype
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
+    with drawn(0, weight.device):
+        layer = put_around({"module": plain}, peft_type, settings, widest=widest)["module"]
+    fill(layer, tensors, projections or {}, dtype)
+    layer.merge()
+    done = layer.get_base_layer()
+    return done.weight.detach().to(weight.dtype), None if bias is None else done.bias.detach().to(weight.dtype)
+
+
+def misfit(
+    shape: Shape, biased: bool, peft_type: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> str | None:
+    """In words, what of the tensors of a module with a weight of `shape` is not as PEFT makes it."""
+    plain = nn.Linear(shape[1], shape[0], bias=biased, device="meta")
+    try:
+        layer = put_around({"the module": plain}, peft_type, settings, widest=shape)["the module"]
+    except UserError as error:
+        return str(error)
+    there = layer.written()
+    for name in sorted(there.keys() | tensors.keys()):
+        asked, found = (list(t[name].shape) if name in t else None for t in (there, tensors))
+        if asked != found:
+            return f"{name} {found or 'missing'}, where PEFT's {peft_type} has {asked or 'none'},"
+    return None
+
+
+@contextmanager
+def drawn(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, what is drawn at random begins at `seed`; outside, nothing has been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def as_json(peft_type: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys of PEFT's configuration of the type, defaults included, but those that name modules, files and purposes."""
+    given = _config(peft_type, settings, [WIDEST]).to_dict()
+    kept = {key: value for key, value in given.items() if key not in OURS or key in settings}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
+
+
+def _config(peft_type: str, settings: Mapping[str, Any], targets: list[str]) -> PeftConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](target_modules=targets, **settings)  # type: ignore[index]
+
+
+def _of_no_memory(shape: Shape, like: nn.Module) -> nn.Linear:
+    """A linear module with a weight of `shape`, all of whose numbers are one number in memory."""
+    at = next(like.parameters()).device
+    plain = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(torch.zeros((), device=at).expand(shape), requires_grad=False)
+    return plain
