@@ -27,6 +27,12 @@ def parser() -> argparse.ArgumentParser:
         help="folders of adapters; 'base' is the model without any, which is measured in any case (default: the config's)",
     )
     command.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="of lm-evaluation-harness, which has to be installed (default: the config's)",
+    )
+    command.add_argument(
         "--set",
         action="append",
         default=[],

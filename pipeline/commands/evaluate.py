@@ -23,7 +23,8 @@ from pipeline.config import evaluation as schema
 from pipeline.config.evaluation import BASE, Evaluation
 from pipeline.console import UserError, duration, log, progress, rank
 from pipeline.data import tokenizer as tokenizers
-from pipeline.evaluation import cells, datasets, plot, records, report
+from pipeline.evaluation import cells, datasets, harness, plot, records, report
+from pipeline.evaluation.harness import TaskResult
 from pipeline.evaluation.records import Scored
 from pipeline.evaluation.scoring import Links, Scorer
 from pipeline.evaluation.units import UnitSet
@@ -32,7 +33,6 @@ from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import DTYPES
 from pipeline.generation import adapter as adapters
 from pipeline.generation.adapter import Saved
-from pipeline.model.stage import Stage
 from pipeline.version import full as version
 
 
@@ -48,7 +48,7 @@ def evaluate(asked: argparse.Namespace) -> None:
     """Check all there is, load, score, show and write."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     began = datetime.now(UTC)
-    given = {"adapters": asked.adapters} if asked.adapters else {}
+    given = {key: value for key in ("adapters", "tasks") if (value := getattr(asked, key))}
     config = schema.load(asked.config, asked.set, **given)
     device = loading.meet(asked.device)
     n_stages = _stages(config)
@@ -68,6 +68,7 @@ def evaluate(asked: argparse.Namespace) -> None:
     )
     _check_batches(config, data)
     with loading.said_here():
+        tasks = _tasks(config) if rank() == 0 else {}
         stage = loading.read_stage(found, rank() % n_stages, device)
     scorer = Scorer(
         [stage],
@@ -78,10 +79,21 @@ def evaluate(asked: argparse.Namespace) -> None:
         batch_size_tokens=config.batch_size_tokens,
         links=_links(n_stages),
     )
-    scored = _scored(scorer, stage, named, data)
+    scored, results = list[Scored](), list[TaskResult]()
+    for one in named:
+        with adapters.worn(stage, one.saved):
+            scored += _scored(scorer, one, data)
+            if config.tasks:
+                log(f"tasks:    {one.name}")
+                results += harness.run(one.name, scorer, tokenizer, found.whole, tasks, config.num_fewshot)
     if rank() == 0:
-        _written(config, scored, began)
+        _written(config, scored, results, began)
     loading.part()
+
+
+def _tasks(config: Evaluation) -> dict[str, Any]:
+    folder = Path(config.tasks_folder).expanduser() if config.tasks_folder else None
+    return harness.load(config.tasks, folder) if config.tasks else {}
 
 
 def _stages(config: Evaluation) -> int:
@@ -132,7 +144,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def _check_batches(config: Evaluation, data: list[UnitSet]) -> None:
-    longest = max(one.longest for one in data)
+    longest = max((one.longest for one in data), default=0)
     if config.batch_size_tokens is not None and longest > config.batch_size_tokens:
         raise UserError(
             f"batch_size_tokens = {config.batch_size_tokens:,} does not hold the longest row, which has {longest:,} tokens: "
@@ -140,30 +152,28 @@ def _check_batches(config: Evaluation, data: list[UnitSet]) -> None:
         )
 
 
-def _scored(scorer: Scorer, stage: Stage, named: list[Named], data: list[UnitSet]) -> list[Scored]:
-    """Every adapter on every dataset. UserError, on every process, where a log-probability is no number."""
-    found = []
-    for one in named:
-        began = time.monotonic()
-        digest = adapter_digest(one.folder) if one.folder else None
-        with adapters.worn(stage, one.saved), progress(f"{one.name}", sum(len(d.rows) for d in data)) as advance:
-            for units in data:
-                scores = scorer.score(units.rows, advance=advance)
-                if (bad := next((p for p, s in enumerate(scores) if not math.isfinite(s.logprob)), None)) is not None:
-                    raise UserError(
-                        f"adapter '{one.name}': the log-probability of row {bad} of dataset '{units.name}' is not finite; the "
-                        f"weights of the adapter or of the model are damaged"
-                    )
-                found.append(Scored(one.name, digest, units, records.records(units, scores)))
-        log(f"scored:   {one.name}, {duration(time.monotonic() - began)}")
+def _scored(scorer: Scorer, one: Named, data: list[UnitSet]) -> list[Scored]:
+    """The adapter that the stage has, on every dataset. UserError, on every process, where a log-probability is no number."""
+    began, found = time.monotonic(), []
+    digest = adapter_digest(one.folder) if one.folder else None
+    with progress(one.name, sum(len(units.rows) for units in data)) as advance:
+        for units in data:
+            scores = scorer.score(units.rows, advance=advance)
+            if (bad := next((p for p, s in enumerate(scores) if not math.isfinite(s.logprob)), None)) is not None:
+                raise UserError(
+                    f"adapter '{one.name}': the log-probability of row {bad} of dataset '{units.name}' is not finite; the "
+                    f"weights of the adapter or of the model are damaged"
+                )
+            found.append(Scored(one.name, digest, units, records.records(units, scores)))
+    log(f"scored:   {one.name}, {duration(time.monotonic() - began)}")
     return found
 
 
-def _written(config: Evaluation, scored: list[Scored], began: datetime) -> None:
+def _written(config: Evaluation, scored: list[Scored], results: list[TaskResult], began: datetime) -> None:
     """Figures and lights, shown and written into a new folder."""
     rules = cells.Rules(config.bootstrap_resamples, config.confidence_level, config.seed, config.beta)
-    found = cells.cells(scored, rules)
-    lights = cells.lights(scored, found)
+    found = [*cells.cells(scored, rules), *cells.task_cells(results, config.tasks_role, rules)]
+    lights = cells.lights(scored, found, results)
     width = shutil.get_terminal_size((report.WIDEST, 24)).columns
     log("\n" + report.terminal(found, lights, config.confidence_level, width))
     folder = Path(config.output_dir) / began.strftime("%Y%m%d_%H-%M-%S")
@@ -172,6 +182,8 @@ def _written(config: Evaluation, scored: list[Scored], began: datetime) -> None:
     folders = {one.adapter: one.sha256 for one in scored}
     with atomic_folder(folder) as temporary:
         records.write(temporary / "records.parquet", scored)
+        if results:
+            records.write_tasks(temporary / "tasks.parquet", results)
         write_text(temporary / "table.csv", report.comma_separated(found))
         title = f"Evaluation of {began:%Y-%m-%d %H:%M:%S} UTC"
         write_text(temporary / "table.md", report.markdown(found, lights, config.confidence_level, title))
@@ -182,6 +194,7 @@ def _written(config: Evaluation, scored: list[Scored], began: datetime) -> None:
             "torch": torch.__version__,
             "adapters": folders,
             "lights": [light._asdict() for light in lights],
+            "tasks": [{"adapter": one.adapter, "task": one.task, **one.summary} for one in results],
         }
         write_json(temporary / "evaluation.json", facts)
     log(f"\nwritten:  {folder}: table.md, table.csv, plot.png, records.parquet, evaluation.json")

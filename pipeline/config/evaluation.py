@@ -15,6 +15,7 @@ from pipeline.config.loading import Vocabulary, find, overridden, validate_as
 from pipeline.config.tables import Section
 from pipeline.formats.choices import Dtype
 
+Role = Literal["in-sample", "test", "ood", "unrelated"]
 BASE = "base"
 MULTIPLE_CHOICE = "multiple_choice"
 OF_CHOICES = ("field_choices", "field_answer", "permutations")
@@ -27,7 +28,7 @@ class EvaluatedDataset(EvalDataset):
 
     dataset_type: Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "multiple_choice"] = Field(  # type: ignore[assignment]
         description="as in a run's [[datasets]], scored by the log-probability of what would be trained ('preference': of both answers); or 'multiple_choice': rows with a question, its options and which is right")  # fmt: skip
-    role: Literal["in-sample", "test", "ood", "unrelated"] = Field(
+    role: Role = Field(
         "test", description="what its rows are to the training: 'in-sample' was trained on; 'test' was not, but is like it; 'ood' asks for the same in another place; 'unrelated' should stay as it was")  # fmt: skip
     field_prompt: str = Field(
         "prompt",
@@ -73,7 +74,15 @@ class Evaluation(Section):
     confidence_level: float = Field(0.95, gt=0, lt=1, description="of the intervals")
     bootstrap_resamples: int = Field(2000, ge=100, description="draws of prompts behind each interval")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="of these draws")
-    datasets: list[EvaluatedDataset] = Field(min_length=1)
+    tasks: list[str] = Field(
+        [], description="names of lm-evaluation-harness's tasks, which has to be installed; --tasks goes before"
+    )
+    tasks_folder: str | None = Field(None, min_length=1, description="a folder with YAML files of tasks of your own")  # fmt: skip
+    tasks_role: Role = Field("unrelated", description="of all tasks, as a dataset's role")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="examples before each question of a task; default: the task's"
+    )
+    datasets: list[EvaluatedDataset] = Field([])
 
     @field_validator("model", "output_dir")
     @classmethod
@@ -102,6 +111,13 @@ class Evaluation(Section):
         names = [one.name or f"dataset{number}" for number, one in enumerate(self.datasets)]
         for name in sorted({n for n in names if names.count(n) > 1}):
             problems.append(f"datasets.name: '{name}' is used more than once; the table needs one name per dataset")
+        if not self.datasets and not self.tasks:
+            problems.append("datasets: there is nothing to measure; give [[datasets]] or tasks")
+        for key in ("tasks_folder", "num_fewshot", "tasks_role") if not self.tasks else ():
+            if key in self.model_fields_set:
+                problems.append(f"{key}: has a meaning with tasks only; name some, or remove it")
+        if both := sorted(set(self.tasks) & {one.name for one in self.datasets}):
+            problems.append(f"datasets.name: '{both[0]}' is a task's name as well; the table needs one name for each")
         stages = self.pipeline_stages
         if self.layers_per_stage is not None and stages is not None and len(self.layers_per_stage) != stages:
             problems.append(

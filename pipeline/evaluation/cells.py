@@ -1,6 +1,6 @@
 """The figures of every adapter on every dataset, beside the base's, and the lights that say where one is not to be believed.
 
-Takes the scored datasets; gives cells, one for each adapter, dataset and measure, and stop-lights.
+Takes the scored datasets and tasks; gives cells, one for each adapter, dataset and measure, and stop-lights.
 """
 
 import math
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.evaluation import statistics
-from pipeline.evaluation.measures import COVERAGE, NLL, Measure, measures
+from pipeline.evaluation.harness import TaskResult
+from pipeline.evaluation.measures import COVERAGE, NLL, Values, measures
 from pipeline.evaluation.records import Scored
 from pipeline.evaluation.statistics import Estimate
 
@@ -32,6 +33,17 @@ class Rules(NamedTuple):
     confidence: float
     seed: int
     beta: float
+
+
+class About(NamedTuple):
+    """What a figure is of; the first fields of a `Cell`."""
+
+    adapter: str
+    dataset: str
+    role: str
+    measure: str
+    main: bool
+    better: int
 
 
 class Cell(NamedTuple):
@@ -75,47 +87,73 @@ def cells(scored: Sequence[Scored], rules: Rules) -> list[Cell]:
     found = []
     for one in scored:
         beside = base.setdefault(one.data.name, one)
+        prompts = [record.unit.prompt for record in one.records]
         for number, measure in enumerate(measures(one.data.kind, rules.beta)):
-            if not (measure.beside and one is beside):
-                found.append(_cell(one, beside, measure, number == 0, rules))
+            if measure.beside and one is beside:
+                continue
+            values, ref = measure.of(one.records, beside.records), None
+            if one is not beside and not measure.beside:
+                ref = measure.of(beside.records, beside.records)
+            about = About(one.adapter, one.data.name, one.data.role, measure.name, number == 0, measure.better)
+            found.append(_cell(about, prompts, values, ref, measure.counts, rules))
     return found
 
 
-def _cell(mine: Scored, base: Scored, measure: Measure, main: bool, rules: Rules) -> Cell:
-    prompts = np.array([record.unit.prompt for record in mine.records])
-    values = measure.of(mine.records, base.records)
+def task_cells(results: Sequence[TaskResult], role: str, rules: Rules) -> list[Cell]:
+    """The same of the harness's tasks: for each a cell a figure that a document has by itself, 'acc' first."""
+    base: dict[str, TaskResult] = {}
+    found = []
+    for one in results:
+        beside = base.setdefault(one.task, one)
+        documents = [document.hash for document in one.documents]
+        names = sorted({name for document in one.documents for name in document.figures}, key=lambda n: (n != "acc", n))
+        for number, name in enumerate(names):
+            values, ref = _of_documents(one, name), None if one is beside else _of_documents(beside, name)
+            about = About(one.adapter, one.task, role, name, number == 0, one.better[name])
+            found.append(_cell(about, documents, values, ref, bool(np.isin(values.numbers, (0, 1)).all()), rules))
+    return found
+
+
+def _of_documents(result: TaskResult, name: str) -> Values:
+    numbers, weights = np.array([document.figures[name] for document in result.documents], dtype=np.float64).T
+    return Values(numbers, weights)
+
+
+def _cell(
+    about: About, prompts: Sequence[str], values: Values, base: Values | None, counts: bool, rules: Rules
+) -> Cell:
+    """`base`: the base's values where it is compared with. `counts`: the values say what is right."""
     weights = statistics.by_prompt(values.weights, prompts)
     figure = _estimate(statistics.by_prompt(values.numbers, prompts), weights, rules)
     delta = p = None
-    if mine is not base and not measure.beside:
-        moved = statistics.by_prompt(values.numbers - measure.of(base.records, base.records).numbers, prompts)
+    if base is not None:
+        moved = statistics.by_prompt(values.numbers - base.numbers, prompts)
         delta = _estimate(moved, weights, rules)
-        p = statistics.sign_test(moved) if measure.counts else None
+        p = statistics.sign_test(moved) if counts else None
     seen = statistics.detectable(delta.error if delta else None, rules.confidence)
-    rows, different = len(mine.records), len(weights)
-    data = mine.data
-    return Cell(
-        mine.adapter, data.name, data.role, measure.name, main, measure.better, figure, delta, p, seen, rows, different
-    )
+    return Cell(*about, figure, delta, p, seen, len(prompts), len(weights))
 
 
 def _estimate(sums: statistics.Numbers, counts: statistics.Numbers, rules: Rules) -> Estimate:
     return statistics.estimate(sums, counts, resamples=rules.resamples, confidence=rules.confidence, seed=rules.seed)
 
 
-def lights(scored: Sequence[Scored], found: Sequence[Cell]) -> list[Light]:
-    """The stop-lights of all adapters, in the order of `scored`."""
-    shown = []
-    base = {one.data.name: one for one in reversed(scored) if one.adapter == BASE}
-    for adapter in dict.fromkeys(one.adapter for one in scored if one.adapter != BASE):
-        mine = [one for one in scored if one.adapter == adapter]
-        if all([r.logprobs for r in one.records] == [r.logprobs for r in base[one.data.name].records] for one in mine):
-            shown.append(Light(adapter, INACTIVE, None, "every log-probability is the base's"))
+def lights(scored: Sequence[Scored], found: Sequence[Cell], tasks: Sequence[TaskResult] = ()) -> list[Light]:
+    """The stop-lights of all adapters, in their order."""
+    said: dict[str, list[tuple[float, ...]]] = {}
+    for one in scored:
+        said.setdefault(one.adapter, []).extend(record.logprobs for record in one.records)
+    for result in tasks:
+        said.setdefault(result.adapter, []).extend(document.logprobs for document in result.documents)
+    lit = []
+    for adapter in (name for name in said if name != BASE):
+        if said[adapter] == said[BASE]:
+            lit.append(Light(adapter, INACTIVE, None, "every log-probability is the base's"))
             continue
         for cell in found:
             if cell.adapter == adapter and cell.delta is not None:
-                shown += _lights(cell, cell.delta, next(c for c in found if _is_base_of(c, cell)))
-    return shown
+                lit += _lights(cell, cell.delta, next(c for c in found if _is_base_of(c, cell)))
+    return lit
 
 
 def _is_base_of(one: Cell, cell: Cell) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.evaluation.harness import TaskResult
 from pipeline.evaluation.scoring import Score
 from pipeline.evaluation.units import Unit, UnitSet
 
@@ -107,3 +108,32 @@ def _row(scored: Scored, mine: Record, base: Record) -> dict[str, object]:
         "right": unit.right if unit.order else None,
         "lp_options": list(mine.logprobs) if unit.order else None,
     }
+
+
+TASKS = pa.schema(
+    [
+        ("adapter", pa.string()),
+        ("task", pa.string()),
+        ("document_hash", pa.string()),
+        ("logprobs", pa.list_(pa.float64())),  # of its requests
+        ("figures", pa.map_(pa.string(), pa.float64())),
+        ("weights", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+
+
+def write_tasks(path: Path, results: Sequence[TaskResult]) -> None:
+    """A row for each adapter and document of a task."""
+    rows = [
+        {
+            "adapter": one.adapter,
+            "task": one.task,
+            "document_hash": document.hash,
+            "logprobs": list(document.logprobs),
+            "figures": [(name, number) for name, (number, _) in document.figures.items()],
+            "weights": [(name, weight) for name, (_, weight) in document.figures.items()],
+        }
+        for one in results
+        for document in one.documents
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, TASKS), path)

@@ -89,7 +89,7 @@ class Scorer:
         starts = cut(lengths[order], self._size, self._tokens)
         found: dict[int, Score] = {}
         for number, (start, end) in enumerate(pairwise(starts.tolist())):
-            if self._links is None or number % self._links.replicas == self._links.replica:
+            if end > start and (self._links is None or number % self._links.replicas == self._links.replica):
                 places = order[start:end].tolist()
                 scores = self._forward([rows[place] for place in places], greedy)
                 found |= dict(zip(places, scores, strict=False))

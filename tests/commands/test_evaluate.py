@@ -238,6 +238,9 @@ def test_every_form_has_the_same_figures(folder: Path) -> None:
         ),
         ({}, ["--set", "datasets.1.train_on=last"], r"datasets.1.train_on: has a meaning for rows that are trained on"),
         ({"batch_size_tokens": 8}, [], r"batch_size_tokens = 8 does not hold the longest row"),
+        ({"datasets": []}, [], r"datasets: there is nothing to measure; give \[\[datasets\]\] or tasks"),
+        ({"num_fewshot": 2}, [], r"num_fewshot: has a meaning with tasks only"),
+        ({}, ["--tasks", "spoken"], r"datasets.name: 'spoken' is a task's name as well"),
         ({"pipeline_stages": 2}, [], r"pipeline_stages = 2 does not divide the number of processes, 1"),
         ({"model": "nowhere"}, [], r"model = 'nowhere': no such folder"),
         ({}, ["--set", "datasets.0.dataset_path=none.jsonl"], r"none.jsonl"),
@@ -249,6 +252,14 @@ def test_what_is_wrong_is_said(
     with pytest.raises(UserError, match=said) as raised:
         run(place, monkeypatch, *arguments, **changes)
     assert raised.value.exit_code == 2
+
+
+def test_without_the_harness_it_is_said_how_to_get_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.evaluation.harness.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"^tasks: lm-evaluation-harness is not installed: pip install --no-deps 'lm_eval"
+    ):
+        run(place, monkeypatch, "--tasks", "hellaswag")
 
 
 def test_weights_that_overflow_are_named(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"(?m)^`(\S+)`(?: has .*)?:\n\n```\w+\n((?:.*\n)*?)```", PAGE))
-(COMMAND,) = re.findall(r"(?m)^    python (evaluate_lora\.py .*)$", PAGE)
+COMMAND, TASKS = re.findall(r"(?m)^    python (evaluate_lora\.py .*)$", PAGE)
 (LAUNCHED,) = re.findall(r"(?m)^    deepspeed --num_gpus 2 evaluate_lora\.py (.*)$", PAGE)
 
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_leaves_what_the_page_says(folder: Path) -> None:
-    for file in folder.iterdir():
+    for file in folder.iterdir():  # without tasks there is no tasks.parquet
         assert f"`{file.name}`" in PAGE
     assert len(list(folder.iterdir())) == 6
     assert len(pq.read_table(folder / "records.parquet")) == 2 * (3 + 2 + 3 * 2)
@@ -47,6 +47,7 @@ def test_the_command_leaves_what_the_page_says(folder: Path) -> None:
 
 def test_the_launched_command_is_one() -> None:
     assert evaluate_lora.parser().parse_args(shlex.split(LAUNCHED)).adapters == ["base", "ADAPTER", "OTHER"]
+    assert evaluate_lora.parser().parse_args(shlex.split(TASKS)[1:]).tasks == ["arc_easy", "hellaswag"]
 
 
 @pytest.mark.parametrize("kind", ["rows", "preference", "multiple_choice"])

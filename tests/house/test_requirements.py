@@ -20,7 +20,11 @@ SHIPPED = [
 TESTS = list((ROOT / "tests").rglob("*.py"))
 OURS = {"pipeline", "kernels", "docs", "benchmarks", "tests", *(p.stem for p in [*ROOT.glob("*.py"), *TESTS])}
 # Imported where they are there.
-OPTIONAL = {"triton": "comes with a CUDA build of torch", "liger_kernel": "a benchmark compares with it"}
+OPTIONAL = {
+    "triton": "comes with a CUDA build of torch",
+    "liger_kernel": "a benchmark compares with it",
+    "lm_eval": "evaluate_lora.py --tasks",
+}
 # Required without an import of ours.
 USED_BY_OTHERS = {"tensorboard": "torch.utils.tensorboard", "datasets": "for data, in what comes next"}
 TOOLS = {"ruff", "mypy", "pytest-timeout", "pytest-xdist", "triton", "trl"}
