@@ -78,7 +78,7 @@ THEIRS = {
     "eval_strategy": "eval_steps",
     "Learning-Rate": "optimizer.lr",
     "torch_dtype": "model_weight_dtype",
-    "dpo_beta": "not built",
+    "dpo_beta": "preference",
 }
 
 

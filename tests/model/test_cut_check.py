@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
@@ -286,10 +287,12 @@ def test_a_config_that_transformers_cannot_build_is_named(tmp_path: Path) -> Non
         plan(tmp_path, config_of("nemotron"))  # whose keys and values have no number of heads
 
 
-def test_a_mixture_that_cannot_be_quantised_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
-    """Its experts are stored one by one; the attention alone is most of this one's weights."""
+def test_a_mixture_whose_experts_are_not_there_is_refused_before_it_is_quantised(tmp_path: Path) -> None:
+    """Its experts are stored one by one, and one of them is missing; the attention alone is most of this one's weights."""
     model, _ = tiny_copy.tiny_copy(config_of("glm4_moe", moe_intermediate_size=4))
     model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if ".experts.1.down_proj" not in n}, tmp_path / "model.safetensors")
     config = loading.validate(
         small(model=str(tmp_path), quantization={"bnb": {"load_in_4bit": True}}, output_dir=str(tmp_path / "out")),
         "x.toml",

@@ -73,7 +73,7 @@ def load_adapter(folder: Path) -> Adapter:
     if peft_type == LORA_TYPE:
         check_config(folder, config)
         grouped, rest, pairs = _lora(folder, tensors, lora, config, own)
-    elif is_by_peft(config):
+    elif is_by_peft(config) and own.get("kind") != MULTIPLICATIVE:
         grouped, rest, maps = _by_peft(folder, tensors, config)
     elif peft_type in (PEANUT_TYPE, OWN_TYPE):
         check_peanut_config(folder, config)

@@ -62,7 +62,15 @@ def test_the_example_of_the_page_is_a_dataset(
     assert f"`{path}`" in PAGES[kind].read_text(encoding="utf-8")
     path.parent.mkdir()
     path.write_text(rows)
-    raw = small(model=str(model), output_dir="runs", pipeline_stages=1, datasets=datasets, target_modules=["down_proj"])
+    objective = {"objective": {"type": "preference"}} if kind == "preference" else {}
+    raw = small(
+        model=str(model),
+        output_dir="runs",
+        pipeline_stages=1,
+        datasets=datasets,
+        target_modules=["down_proj"],
+        **objective,
+    )
     assert check.check(loading.validate(raw, "x.toml"), 9) == 0
     said = capsys.readouterr()
     for text in SHOWN[kind]:

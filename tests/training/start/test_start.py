@@ -107,4 +107,6 @@ def test_two_stages_train_from_a_plain_shell(tmp_path: Path) -> None:
     assert "done: 1 steps" in output
     assert "Traceback" not in output
     assert not [path.name for path in SHARED_MEMORY.glob("*") if port in path.name]
-    assert not list(home.iterdir())
+    left = {path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()}
+    kept = {f".cache/mulora-pipe/file_hashes.{ending}" for ending in ("lock", "sqlite")}
+    assert left == kept, "hashes of data are remembered, and nothing else is left"
