@@ -7,6 +7,7 @@ and asks the merged model. Everything is left under runs/demo/, with what was me
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -129,7 +130,7 @@ def summarise(merged: int, seconds: dict[str, float]) -> dict:
 def report(summary: dict) -> None:
     print(f"\n{'held out':58} {'before':>8} {'after':>8}")
     for name, key in (("perplexity of the book's last chapters", "book_loss"), ("of conversations", "chat_loss")):
-        print(f"{name:58} {' '.join(f'{2.718281828**loss:8.2f}' for loss in summary[key])}")
+        print(f"{name:58} {' '.join(f'{math.exp(loss):8.2f}' for loss in summary[key])}")
     manner = summary["answered_in_the_manner"]
     print(
         f"\nof {summary['questions']} new questions answered so, and stopped: "

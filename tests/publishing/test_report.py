@@ -148,8 +148,9 @@ def test_runs_beside_each_other(run: Path, other: Path, tmp_path: Path) -> None:
     for words in ("optimizer.lr", "0.02", run.name, other.name):
         assert words in found.text, words
     assert html.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    html.unlink()  # the picture is still there: neither is written
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (again.returncode, "exists" in again.stderr) == (2, True)
+    assert (again.returncode, "exists" in again.stderr, html.exists()) == (2, True, False)
 
 
 def test_what_cannot_be_compared(run: Path) -> None:

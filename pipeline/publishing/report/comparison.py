@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.console import UserError, log
-from pipeline.files import atomic_file
+from pipeline.files import atomic_file, check_file_free
 from pipeline.publishing.report import pictures
 from pipeline.publishing.report.page import environment
 from pipeline.publishing.report.read import Run, Series, read
@@ -24,12 +24,14 @@ class Row(NamedTuple):
 
 
 def compare(folders: Sequence[Path], output: Path | None, *, force: bool) -> None:
-    """Show the table; with `output`, also write the page, and its picture as .svg and .png beside it.
+    """Show the table; with `output`, also write the page, and its picture as .png beside it.
 
-    UserError where a folder is no run, or there is only one, or `output` is there and `force` is not given.
+    UserError, with nothing written, where a folder is no run, or there is only one, or a file is there and `force` is not given.
     """
     if len(folders) < 2:
         raise UserError("one run alone has nothing to be compared with: name two or more")
+    for file in (output, output.with_suffix(".png")) if output is not None else ():
+        check_file_free(file, replace=force)
     runs = [read(folder) for folder in folders]
     names = names_of(runs)
     rows = [*results(runs), *differences([run.facts.config for run in runs])]
