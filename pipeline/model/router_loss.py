@@ -47,6 +47,12 @@ def asked_for(model: PreTrainedModel) -> float:
     return next((float(c) for name in COEFFICIENTS if (c := getattr(text, name, None))), 0.0)
 
 
+def bytes_behind(model: PreTrainedModel, rows: int) -> int:
+    """Of a micro-batch of `rows` rows, what travels behind the hidden state of `model`."""
+    width = model.config.get_text_config().hidden_size
+    return rows * _rows(2 * int(model.num_experts) + 1 + rows, rows, width) * width * model.dtype.itemsize
+
+
 class RouterLoss:
     """What the routers of one stage do. `coefficient`: the loss's weight beside that of the tokens."""
 
@@ -139,9 +145,14 @@ def pack(hidden_BTD: Tensor, values: Tensor) -> Tensor:
     """The hidden state [B, T + r, D] with fp32 `values` [n] in r rows behind it."""
     B, _, D = hidden_BTD.shape
     pieces = _Split.apply(values * SCALE, hidden_BTD.dtype).flatten()
-    rows = -(-len(pieces) // (B * D))
+    rows = _rows(len(values), B, D)
     filled = nn.functional.pad(pieces, (0, B * rows * D - len(pieces)))
     return torch.cat([hidden_BTD, filled.view(B, rows, D)], dim=1)
+
+
+def _rows(count: int, B: int, D: int) -> int:
+    """Of hidden states [B, D], for `count` values in pieces."""
+    return -(-PIECES * count // (B * D))
 
 
 def unpack(packed: Tensor, tokens: int, count: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, log, rank, warn
 from pipeline.log_file import LogFile
+from pipeline.model.trial import attention_check
 from pipeline.publishing import next_steps
 from pipeline.training.engine import engine, selftest
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
@@ -38,6 +39,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
         prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
+        attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             times.ended("self-test")
