@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 from pipeline.known_models import COLUMNS, RECORD, TEXT_HALF, UNTRIED, Cell, Found, read, trains, word
@@ -60,8 +59,6 @@ transformers builds no small model of these from their own defaults. A checkpoin
 {untried}"""
 
 
-
-
 def found_in(files: Iterable[Path]) -> tuple[Found, list[str]]:
     """(what the tests of pytest's XML files noted, names of those that failed)."""
     found: Found = {}
@@ -91,7 +88,9 @@ def record(files: Iterable[Path]) -> list[str]:
     }
     versions = {name: version(name) for name in LIBRARIES}
     rows = ",\n".join(
-        f"  {json.dumps(family)}: {{\n" + ",\n".join(f"   {json.dumps(c)}: {json.dumps(cell, ensure_ascii=False)}" for c, cell in cells.items()) + "\n  }"
+        f"  {json.dumps(family)}: {{\n"
+        + ",\n".join(f"   {json.dumps(c)}: {json.dumps(cell, ensure_ascii=False)}" for c, cell in cells.items())
+        + "\n  }"
         for family, cells in families.items()
     )
     RECORD.write_text(f'{{\n "versions": {json.dumps(versions)},\n "families": {{\n{rows}\n }}\n}}\n', encoding="utf-8")
@@ -153,7 +152,9 @@ def _lines(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
-    parser.add_argument("--record", type=Path, nargs="+", metavar="XML", help="what pytest wrote of the families' tests")
+    parser.add_argument(
+        "--record", type=Path, nargs="+", metavar="XML", help="what pytest wrote of the families' tests"
+    )
     asked = parser.parse_args()
     failed = record(asked.record) if asked.record else []
     text = page()

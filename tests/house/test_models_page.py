@@ -16,7 +16,9 @@ def test_the_page_is_what_the_record_says() -> None:
     assert docs.PAGE.read_text(encoding="utf-8") == docs.page(), "run python -m docs.models"
 
 
-def test_the_list_has_every_family_that_trains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_has_every_family_that_trains(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", "--list-models"])
     with pytest.raises(SystemExit) as ended:
         arguments.parse()
@@ -45,15 +47,21 @@ def test_every_family_of_the_tests_is_there() -> None:
     assert refused <= families.NEVER.keys()
     one = {family for family, cells in found.items() if known_models.word(cells, "stages") == "one"}
     assert one <= families.NEVER_CUT.keys()
-    assert not {*families.NEVER, *families.NEVER_CUT} & {f for f, c in found.items() if c.get("stages", Cell(None)).works}
+    assert not {*families.NEVER, *families.NEVER_CUT} & {
+        f for f, c in found.items() if c.get("stages", Cell(None)).works
+    }
 
 
 def test_what_tests_note_comes_into_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[str] = []
     note(lambda _, value: noted.append(value), "llama", "stages", True, "0")
-    note(lambda _, value: noted.append(value), "llama", "lora", False, "2 problems:\n  why it\n  not\n  dataset_path = x")
+    note(
+        lambda _, value: noted.append(value), "llama", "lora", False, "2 problems:\n  why it\n  not\n  dataset_path = x"
+    )
     properties = "".join(f"<property name='{docs.PROPERTY}' value='{value}'/>" for value in noted)
-    cases = f"<testcase name='a'><properties>{properties}</properties></testcase><testcase name='b'><failure/></testcase>"
+    cases = (
+        f"<testcase name='a'><properties>{properties}</properties></testcase><testcase name='b'><failure/></testcase>"
+    )
     (tmp_path / "found.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     monkeypatch.setattr(docs, "RECORD", tmp_path / "models.json")
     monkeypatch.setattr(known_models, "RECORD", tmp_path / "models.json")

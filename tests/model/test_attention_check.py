@@ -15,20 +15,24 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model.trial import attention_check
 from pipeline.training.start import resolve
-from tests.helpers.builders import model_config, save_model
 from tests.helpers import mixtures
+from tests.helpers.builders import model_config, save_model
 from tests.helpers.configs import small
 
 FP32 = torch.float32
 
 
-@pytest.mark.parametrize(("kind", "asked"), [("llama", "sdpa"), ("gemma2", "sdpa"), ("llama", "eager"), ("llama", None)])
+@pytest.mark.parametrize(
+    ("kind", "asked"), [("llama", "sdpa"), ("gemma2", "sdpa"), ("llama", "eager"), ("llama", None)]
+)
 def test_what_computes_the_same_passes(kind: str, asked: str | None) -> None:
     attention_check.check(model_config(kind, layers=2), asked, FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_attention_that_computes_something_else_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_that_computes_something_else_is_refused(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A scale that is half as large again, as a kernel for other heads might have; and one that is right passes."""
 
     def off(module: nn.Module, query: Tensor, *given: Any, scaling: float = 1.0, **named: Any) -> Any:
@@ -40,7 +44,9 @@ def test_an_attention_that_computes_something_else_is_refused(dtype: torch.dtype
     factor = 1.0
     attention_check.check(model_config("llama", layers=2), "by_another", dtype)
     factor = 1.5
-    with pytest.raises(UserError, match=r"attn_implementation = 'by_another': on a tiny copy of model_type 'llama' its logits"):
+    with pytest.raises(
+        UserError, match=r"attn_implementation = 'by_another': on a tiny copy of model_type 'llama' its logits"
+    ):
         attention_check.check(model_config("llama", layers=2), "by_another", dtype)
 
 
@@ -58,7 +64,9 @@ def test_what_is_missing_is_one_error(kind: str, asked: str, why: str, tmp_path:
     """From `--check`, with the key first and exit code 2."""
     (mixtures.save_mixture if kind in mixtures.MIXTURES else save_model)(tmp_path / "base", kind)
     raw = small(model=str(tmp_path / "base"), attn_implementation=asked, pipeline_stages=1)
-    with pytest.raises(UserError, match=rf"attn_implementation = '{asked}': model_type '{kind}' cannot have it.*{why}") as caught:
+    with pytest.raises(
+        UserError, match=rf"attn_implementation = '{asked}': model_type '{kind}' cannot have it.*{why}"
+    ) as caught:
         resolve.resolve(loading.validate(raw, "x.toml"))
     assert caught.value.exit_code == 2
 
@@ -73,7 +81,11 @@ def test_what_needs_a_gpu_is_not_tried_without_one_and_not_run(capsys: pytest.Ca
 
 
 def test_flash_attention_in_fp32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(_attn_implementation="flash_attention_2")))
+    built = SimpleNamespace(
+        config=SimpleNamespace(
+            get_text_config=lambda decoder: SimpleNamespace(_attn_implementation="flash_attention_2")
+        )
+    )
     monkeypatch.setattr(attention_check, "build", lambda *_: built)
     with pytest.raises(UserError, match="computes in bfloat16 or float16, and model_weight_dtype is 'float32'"):
         attention_check.check(model_config("llama", layers=2), "flash_attention_2", FP32)

@@ -148,7 +148,9 @@ def test_packed_documents_choose_as_each_does_alone(folders: dict[str, Path]) ->
 
 def test_what_travels_behind_the_hidden_state_is_counted() -> None:
     model = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)), num_experts=4, dtype=torch.bfloat16
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)),
+        num_experts=4,
+        dtype=torch.bfloat16,
     )
     packed = pack(torch.zeros(2, 5, 8, dtype=torch.bfloat16), torch.zeros(2 * 4 + 1 + 2))
     assert router_loss.bytes_behind(model, 2) == packed.nbytes - 2 * 5 * 8 * 2

@@ -83,9 +83,7 @@ def logits_of(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
-def test_trained_folded_and_the_rest_as_it_was(
-    kind: str, tmp_path: Path, record_property: Callable[..., None]
-) -> None:
+def test_trained_folded_and_the_rest_as_it_was(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
     base, adapter, folded = tmp_path / "base", tmp_path / "adapter", tmp_path / "folded"
     saved(kind, base)
     right, off = logits_of(base), 0.0

@@ -190,7 +190,6 @@ def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
     return ""
 
 
-
 def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
