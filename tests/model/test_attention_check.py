@@ -15,7 +15,6 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model.trial import attention_check
 from pipeline.training.start import resolve
-from tests.helpers import mixtures
 from tests.helpers.builders import model_config, save_model
 from tests.helpers.configs import small
 
@@ -23,7 +22,7 @@ FP32 = torch.float32
 
 
 @pytest.mark.parametrize(
-    ("kind", "asked"), [("llama", "sdpa"), ("gemma2", "sdpa"), ("llama", "eager"), ("llama", None)]
+    ("kind", "asked"), [("llama", "sdpa"), ("granite", "sdpa"), ("llama", "eager"), ("llama", None)]
 )
 def test_what_computes_the_same_passes(kind: str, asked: str | None) -> None:
     attention_check.check(model_config(kind, layers=2), asked, FP32)
@@ -53,16 +52,16 @@ def test_an_attention_that_computes_something_else_is_refused(
 @pytest.mark.parametrize(
     ("kind", "asked", "why"),
     [
-        ("llama", "flash_attention_2", "flash_attn"),  # is not installed
+        ("llama", "flash_attention_2", "the package for FlashAttention2"),
         ("llama", "flash_attention_3", "[Ff]lash.?[Aa]ttention.?3"),
         ("llama", "kernels-community/flash-attn2", "kernels"),
         ("llama", "flash", "'?flash'?.* is not supported"),
-        ("gpt_oss", "sdpa", "scaled_dot_product_attention"),  # its class has none
+        ("gemma2", "sdpa", "scaled_dot_product_attention yet; install"),  # its class has none
     ],
 )
 def test_what_is_missing_is_one_error(kind: str, asked: str, why: str, tmp_path: Path) -> None:
     """From `--check`, with the key first and exit code 2."""
-    (mixtures.save_mixture if kind in mixtures.MIXTURES else save_model)(tmp_path / "base", kind)
+    save_model(tmp_path / "base", kind)
     raw = small(model=str(tmp_path / "base"), attn_implementation=asked, pipeline_stages=1)
     with pytest.raises(
         UserError, match=rf"attn_implementation = '{asked}': model_type '{kind}' cannot have it.*{why}"

@@ -56,7 +56,8 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
         if attn_implementation is not None and _builds(config, dtype):
             raise UserError(
                 f"attn_implementation = '{attn_implementation}': model_type '{config.model_type}' cannot have it here: "
-                f"{printable(error, 400)}; install what is missing, or set 'sdpa' or 'eager', or leave the key out"
+                f"{printable(str(error).split(' Please ')[0].rstrip('.'))}; install what is missing, take another "
+                "(every model has 'eager'), or leave the key out"
             ) from error
         raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {reason(error)}") from error
     parts = find(model)
