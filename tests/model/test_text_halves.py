@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.artifacts.fold.merge import merge
+from pipeline.commands.known_models import TEXT_HALF
 from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
 from pipeline.formats.safetensors import read_tensor
 from pipeline.formats.stored_names import auto_class
-from pipeline.known_models import TEXT_HALF
 from pipeline.model import tiny_copy
 from pipeline.model.adapters.base import trainable, written
 from pipeline.model.stage import empty_model, read_model_config

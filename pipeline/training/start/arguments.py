@@ -5,8 +5,8 @@ Gives the parsed arguments, or one UserError for those that contradict each othe
 
 import argparse
 
+from pipeline.commands.known_models import ShowModels
 from pipeline.console import LEVELS, UserError
-from pipeline.known_models import ShowModels
 from pipeline.version import ShowVersion
 
 MOST_PROFILED = 100  # steps

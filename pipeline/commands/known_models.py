@@ -4,11 +4,12 @@ Gives the record and the lines that `train.py --list-models` prints; docs/models
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RECORD = Path(__file__).resolve().parents[1] / "docs" / "models.json"
+RECORD = Path(__file__).resolve().parents[2] / "docs" / "models.json"
 TEXT_HALF = " (text half)"  # behind the name of a family of models for text and images
 UNTRIED = "untried"  # the column of a family of which nothing could be tried out
 ADAPTERS = ("multiplicative_lora", "lora", "experts")
@@ -83,5 +84,6 @@ class ShowModels(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Read the record only now."""
-        print("\n".join(lines()))
+        with contextlib.suppress(BrokenPipeError):  # of a pager that was left
+            print("\n".join(lines()), flush=True)
         parser.exit()
