@@ -74,15 +74,23 @@ class Tap(Section):
         "completion", description="which tokens count: those that are trained (answers), or all of the row; of two rows' tokens, those that count in both")  # fmt: skip
     align: Literal["token", "mean"] = Field(
         "token", description="tokens are compared with each other by their place, or the rows' mean states; of 'projection' and 'orthogonal' always means")  # fmt: skip
-    weight: NonNegativeFloat = Field(1.0, description="of the loss, beside the other taps and loss_type; 0 is measured only")
+    weight: NonNegativeFloat = Field(
+        1.0, description="of the loss, beside the other taps and loss_type; 0 is measured only"
+    )
     schedule: Literal["constant", "1 - p/2", "p/2", "p", "1 - p"] = Field(
         "constant", description="by which weight is multiplied; p grows from 0 at the run's first step to 1 at its end"
     )
     relative: bool = Field(
         False, description="of 'l2': divided by the mean norm of the reference's states, so that a weight carries over between layers and models")  # fmt: skip
-    alpha: float = Field(0.5, ge=0, le=1, description="of 'combined': the weight of the direction; of the norms 1 − alpha")
-    threshold: float = Field(0.9, ge=-1, le=1, description="of 'adaptive': the cosine above which it is 'squared', else 'cosine'")
-    k: PositiveInt = Field(16, description="of 'top_k': how many of a state's numbers count, those that are furthest apart")
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="of 'combined': the weight of the direction; of the norms 1 − alpha"
+    )
+    threshold: float = Field(
+        0.9, ge=-1, le=1, description="of 'adaptive': the cosine above which it is 'squared', else 'cosine'"
+    )
+    k: PositiveInt = Field(
+        16, description="of 'top_k': how many of a state's numbers count, those that are furthest apart"
+    )
 
 
 def _precomputed(value: Any) -> Any:

@@ -45,7 +45,8 @@ class Products(NamedTuple):
 
 def products(x_BTD: Tensor, y_BTD: Tensor) -> Products:
     """With a gradient by x."""
-    return Products(*_Products.apply(x_BTD, y_BTD).unbind(0), width=x_BTD.shape[-1])
+    apart, both, x, y, sum_x, sum_y = _Products.apply(x_BTD, y_BTD).unbind(0)
+    return Products(apart, both, x, y, sum_x, sum_y, x_BTD.shape[-1])
 
 
 class _Products(torch.autograd.Function):

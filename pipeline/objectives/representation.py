@@ -32,6 +32,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "p": lambda p: p,
     "1 - p": lambda p: 1 - p,
 }
+PLAIN = Numbers()
 EVALUATED_AT = 0.5  # p in evaluation: a schedule's mean, so that a run's evaluations can be compared
 
 
@@ -53,7 +54,7 @@ class Tap:
     weight: float = 1.0
     schedule: str = "constant"
     relative: bool = False
-    numbers: Numbers = Numbers()
+    numbers: Numbers = PLAIN
 
     @property
     def reference_slots(self) -> set[int]:

@@ -35,9 +35,7 @@ OF_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "normalised": lambda x, y: ((_unit(x) - _unit(y)) ** 2).mean(),
     "cosine": lambda x, y: (1 - _cos(x, y)).mean(),
     "relu_cosine": lambda x, y: _cos(x, y).clamp(min=0).mean(),
-    "combined": lambda x, y: (
-        0.25 * (1 - _cos(x, y)) + 0.75 * (x.norm(dim=-1) - y.norm(dim=-1)).abs()
-    ).mean(),
+    "combined": lambda x, y: (0.25 * (1 - _cos(x, y)) + 0.75 * (x.norm(dim=-1) - y.norm(dim=-1)).abs()).mean(),
     "adaptive": lambda x, y: adaptive(x, y, 0.5),
     "top_k": lambda x, y: ((x - y) ** 2).topk(5, dim=-1).values.mean(),
     "symlog": lambda x, y: ((_symlog(x) - _symlog(y)) ** 2).mean(),

@@ -25,7 +25,9 @@ def drawn(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """States that are alike, as a policy's and its reference's are, and which tokens count: of the last row none."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(ROWS, TOKENS, WIDTH, generator=generator, dtype=torch.float64) + 0.3
-    x = y + torch.randn(y.shape, generator=generator, dtype=torch.float64) * torch.rand(ROWS, TOKENS, 1, generator=generator)
+    x = y + torch.randn(y.shape, generator=generator, dtype=torch.float64) * torch.rand(
+        ROWS, TOKENS, 1, generator=generator
+    )
     mask = torch.rand(ROWS, TOKENS, generator=generator) < 0.7
     mask[-1] = False
     return x.to(dtype).requires_grad_(), y.to(dtype), mask
@@ -109,7 +111,9 @@ def test_masked_mean() -> None:
     found = distances.masked_mean(x, mask)
     expected = torch.stack([a[m].sum(0) / max(1, int(m.sum())) for a, m in zip(x, mask, strict=True)])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(with_gradient(found.sum(1), x), with_gradient(expected.sum(1), x), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        with_gradient(found.sum(1), x), with_gradient(expected.sum(1), x), rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("name", OF_ROWS)

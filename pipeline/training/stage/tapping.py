@@ -1,7 +1,7 @@
 """Taps on the hidden states of a stage's layers: the reference's states first, then the policy's, and distances between them.
 
-Takes a stage and the run's taps; gives the stage a forward that, handed `marks` with a micro-batch, runs twice. Once for those rows
-whose states are compared with, as the reference, without gradients, dropout or noise; hooks keep the tapped layers' outputs.
+Takes a stage and the run's taps; gives the stage a forward that, handed `marks` with a micro-batch, runs twice. Once for those
+rows whose states are compared with, as the reference, without gradients, dropout or noise; hooks keep the tapped layers' outputs.
 Then for all rows, and hooks add what the taps measure to a number for each tap and unit. These travel behind the hidden state
 (model/structure/carried.py), so that whatever is tapped a micro-batch runs backward once through each layer. The reference's
 hidden state goes with the integers, as int32: no gradient of it comes back.
@@ -100,6 +100,7 @@ class Taps:
         with self._passing(units, marks_SUT, carried):
             output = forward(mine)
             assert self._pass is not None
+            assert self._pass.carried is not None
             carried = self._pass.carried
         self._states = {}
         if stage.is_last:

@@ -72,9 +72,8 @@ def spec_of(
         mixture = mixture_of(objective) if objective.type not in OF_STATES or objective.loss_type else None
         if objective.type != BREAKERS:
             _check_data(every, mixture.data if mixture else "preference")
-    with errors.collect():
-        taps = _taps(objective, mixture, around)
     errors.raise_all()
+    taps = _taps(objective, mixture, around)
     ranked = mixture is not None and mixture.data == "ranked"
     slots = sorted({dataset.ranks if ranked else 2 for dataset in every})
     if len(slots) > 1:
@@ -178,8 +177,8 @@ def _reference_problems(objective: Objective, around: Around) -> list[str]:
     found = []
     if objective.tap and objective.reference.model != "base":
         found.append(
-            f"objective.reference.model = '{objective.reference.model}': taps compare with the base, in the same step; a reference "
-            "that is an adapter is for losses of log-probabilities"
+            f"objective.reference.model = '{objective.reference.model}': taps compare with the base, in the same step; a "
+            "reference that is an adapter is for losses of log-probabilities"
         )
     elif objective.reference.model == "base":
         if around.in_full:
@@ -205,7 +204,8 @@ def _taps(objective: Objective, mixture: Mixture | None, around: Around) -> tupl
     if objective.type not in OF_STATES:
         if objective.tap:
             raise UserError(
-                "objective.tap: taps on hidden states are of type = 'representation', which also takes loss_type, or 'circuit_breaker'"
+                "objective.tap: taps on hidden states are of type = 'representation', which also takes loss_type, or of "
+                "'circuit_breaker'"
             )
         return ()
     if not objective.tap:
@@ -238,9 +238,7 @@ def _say_unreached(taps: Sequence[Tap], mixture: Mixture | None, around: Around)
         )
 
 
-def _check_streams(
-    datasets: Sequence[Dataset], held_out: Sequence[EvalDataset], objective: Objective | None
-) -> None:
+def _check_streams(datasets: Sequence[Dataset], held_out: Sequence[EvalDataset], objective: Objective | None) -> None:
     """UserError for rows of two streams without an objective for them, and for one without its streams."""
     kind = objective.type if objective else "language_modelling"
     if kind != BREAKERS:

@@ -54,7 +54,9 @@ def test_the_shorter_stream_begins_again_and_of_each_only_chosen_rows_come() -> 
 
 def test_a_micro_batch_holds_both_streams_and_all_units_come_once() -> None:
     units = paired({"breaker": [chosen(100, 7, "bad")], "retain": [chosen(200, 3, "chats")]})
-    batches = MicroBatches([units.store], mix([units], seed=1), seed=1, micro_batch_size=2, gradient_accumulation_steps=2)
+    batches = MicroBatches(
+        [units.store], mix([units], seed=1), seed=1, micro_batch_size=2, gradient_accumulation_steps=2
+    )
     seen, position = list[int](), Position()
     while position.epoch == 0:
         micro, info = batches.step(position)

@@ -5,6 +5,7 @@ it takes the formulas.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "type": "representation",
         "loss_type": "sigmoid",
         "tap": [
-            {"name": "reroute", "of": "rejected", "to": "chosen", "layers": [1, 2], "distance": "l2", "schedule": "1 - p/2"},
+            {
+                "name": "reroute",
+                "of": "rejected",
+                "to": "chosen",
+                "layers": [1, 2],
+                "distance": "l2",
+                "schedule": "1 - p/2",
+            },
             {"name": "retain", "of": "chosen", "layers": [1, 3], "distance": "l2", "weight": 2.0, "schedule": "p/2"},
             {"name": "axis", "of": "chosen", "to": "rejected", "layers": [2], "distance": "projection", "weight": 0.3},
         ],
@@ -164,9 +172,9 @@ class Oracle:
         for slot in self.store.slots:
             own: dict[int, Tensor] = {}
             hooks = [
-                layer.register_forward_hook(lambda m, a, output, i=i, own=own: own.update({i: output[0] if isinstance(output, tuple) else output}))
+                layer.register_forward_hook(partial(unsplit.keep_output, own, i))
                 for i, layer in enumerate(self.model.model.layers)
-            ]  # fmt: skip
+            ]
             self.model(input_ids=torch.from_numpy(slot.ids(unit).copy()).long()[None], use_cache=False)
             for hook in hooks:
                 hook.remove()

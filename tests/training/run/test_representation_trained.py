@@ -87,7 +87,9 @@ def test_one_two_and_three_stages_are_bit_equal(root: Path) -> None:
     assert first["train/tap/retain"] == 0
     assert first["train/tap_cosine/retain/3"] == 1
     assert first["train/loss"] == pytest.approx(
-        sum(first[f"train/tap/{name}/weighted"] for name in ("reroute", "retain", "axis")) + torch.log(torch.tensor(2.0)), rel=1e-5
+        sum(first[f"train/tap/{name}/weighted"] for name in ("reroute", "retain", "axis"))
+        + torch.log(torch.tensor(2.0)),
+        rel=1e-5,
     )
     assert BETA > 0
 

@@ -1,4 +1,4 @@
-"""Taps over stages: loss and gradients equal to the bit however the model is cut, and those of the unsplit model with plain formulas.
+"""Taps over stages: loss and gradients equal to the bit however the model is cut, and the unsplit model's with plain formulas.
 
 Stages run here as a pipeline runs them, forward with detached tensors between them, and backward from the last to the first, of
 one floating-point tensor at each boundary.
@@ -50,7 +50,11 @@ REFERENCE = torch.tensor([[-20.0, -31.0], [-28.0, -25.0]])
 @pytest.fixture(scope="module")
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = builders.write_config(
-        tmp_path_factory.mktemp("config") / "c.toml", model=str(llama), output_dir="o", layers_to_transform="1:3", lora_dropout=0.3
+        tmp_path_factory.mktemp("config") / "c.toml",
+        model=str(llama),
+        output_dir="o",
+        layers_to_transform="1:3",
+        lora_dropout=0.3,
     )
     return resolve.resolve(loading.load(str(path), None, [])).trained.adapter
 
@@ -79,7 +83,9 @@ def stages_of(folder: Path, adapter: Any, cuts: list[int], size: float = 0.3) ->
 class Run:
     """One micro-batch through stages; loss, gradients, and how often each layer has run backward."""
 
-    def __init__(self, stages: list[Any], taps: tuple[Tap, ...] = TAPS, head: bool = True, dropout: bool = False) -> None:
+    def __init__(
+        self, stages: list[Any], taps: tuple[Tap, ...] = TAPS, head: bool = True, dropout: bool = False
+    ) -> None:
         if not dropout:
             for stage in stages:
                 for name, module in stage.named_modules():
@@ -139,9 +145,9 @@ class Oracle:
         for row, (length, start) in enumerate(zip(LENGTHS, STARTS, strict=True)):
             own: dict[int, Tensor] = {}
             hooks = [
-                layer.register_forward_hook(lambda m, a, output, i=i, own=own: own.update({i: output[0] if isinstance(output, tuple) else output}))
+                layer.register_forward_hook(partial(unsplit.keep_output, own, i))
                 for i, layer in enumerate(model.model.layers)
-            ]  # fmt: skip
+            ]
             ids = self.ids[row, :length]
             logits = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
             sums.append(logits[start - 1 : length - 1].gather(1, ids[start:length, None]).sum())
@@ -252,7 +258,9 @@ def test_recomputed_it_is_bit_equal(runs: list[Run], llama: Path, adapter: Any, 
 def test_at_its_start_an_adapter_changes_nothing(llama: Path, adapter: Any) -> None:
     """Retain taps are exactly 0, cosines of a row to itself exactly 1: policy and reference are computed alike."""
     of_itself = tuple(
-        Tap(f"{name}{slot}", slot, slot, (1, 2, 3), name) for name in ("l2", "relu_cosine") for slot in (CHOSEN, REJECTED)
+        Tap(f"{name}{slot}", slot, slot, (1, 2, 3), name)
+        for name in ("l2", "relu_cosine")
+        for slot in (CHOSEN, REJECTED)
     )
     run = Run(stages_of(llama, adapter, [0, 2, 4], size=0.0), of_itself, dropout=True)
     for slot in (CHOSEN, REJECTED):

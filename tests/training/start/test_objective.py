@@ -39,7 +39,10 @@ def test_every_loss_is_in_the_config_and_on_the_page() -> None:
     assert set(get_args(LossType)) == set(LOSSES)
     page = (ROOT / "docs" / "preference.md").read_text(encoding="utf-8")
     table = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
-    assert set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))) == {*LOSSES, *DISTANCES} | {
+    assert set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))) == {
+        *LOSSES,
+        *DISTANCES,
+    } | {
         "loss_type",
         "distance",
     }
@@ -146,12 +149,12 @@ def test_taps_have_their_rows_and_layers_by_number(capsys: pytest.CaptureFixture
         ({}, {"starts_from": "adapter"}, "objective.reference: init_adapter goes on from an adapter"),
     ],
 )
-def test_taps_that_do_not_go_with_the_rest_are_refused(
-    keys: dict[str, Any], around: dict[str, Any], said: str
-) -> None:
+def test_taps_that_do_not_go_with_the_rest_are_refused(keys: dict[str, Any], around: dict[str, Any], said: str) -> None:
     kind = "unpaired" if keys.get("loss_type") == "kto" else "preference"
     with pytest.raises(UserError, match=re.escape(said)):
-        spec(kind, PLAIN.__class__(**{**PLAIN.__dict__, **around}), **{"type": "representation", "tap": [RETAIN], **keys})
+        spec(
+            kind, PLAIN.__class__(**{**PLAIN.__dict__, **around}), **{"type": "representation", "tap": [RETAIN], **keys}
+        )
 
 
 def breaking(*datasets: Dataset, **keys: Any) -> ObjectiveSpec | None:
@@ -193,8 +196,14 @@ def test_losses_without_a_reference_go_with_all_of_it() -> None:
         ({"type": "preference", "loss_type": ["aot_pair"]}, "it is 'aot_unpaired'"),
         ({"type": "preference", "loss_type": "drpo"}, "not built"),
         ({"type": "preference", "loss_type": "reprpo"}, "type = 'representation', with [[objective.tap]]"),
-        ({"type": "representation", "tap": [{**RETAIN, "distance": "cka"}]}, "it is not built: of one row against another"),
-        ({"type": "representation", "tap": [{**RETAIN, "distance": "mse"}]}, "of the mean over the hidden size it is 'squared'"),
+        (
+            {"type": "representation", "tap": [{**RETAIN, "distance": "cka"}]},
+            "it is not built: of one row against another",
+        ),
+        (
+            {"type": "representation", "tap": [{**RETAIN, "distance": "mse"}]},
+            "of the mean over the hidden size it is 'squared'",
+        ),
         ({"type": "preference", "ld_alpha": 0.5}, "LD-DPO weighs tokens"),
         ({"type": "preference", "use_weighting": True}, "WPO weighs tokens"),
         ({"type": "preference", "sync_ref_model": True}, "the reference stays as it was at the start"),
