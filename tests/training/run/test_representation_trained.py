@@ -85,7 +85,7 @@ def test_one_two_and_three_stages_are_bit_equal(root: Path) -> None:
             assert unsplit.size(found[2][name].weights[key] - weight) <= 1e-3 * unsplit.size(weight)
     first = next(line for line in builders.metrics(pairs_on_two.run_dir) if "train/loss" in line)
     assert first["train/tap/retain"] == 0
-    assert first["train/tap_cosine/retain/3"] == 1
+    assert first["tap_cosine/retain/3"] == 1
     assert first["train/loss"] == pytest.approx(
         sum(first[f"train/tap/{name}/weighted"] for name in ("reroute", "retain", "axis"))
         + torch.log(torch.tensor(2.0)),
@@ -115,4 +115,4 @@ def test_circuit_breakers_break_one_stream_and_are_resumed_bit_equal(root: Path)
     assert before["eval/streams/tap/keep"] == pytest.approx(0.0, abs=1e-4)
     assert after["eval/streams/tap/break"] < 1.5
     trained = [line for line in lines if "train/loss" in line]
-    assert trained[-1]["train/tap_cosine/keep/2"] > trained[-1]["train/tap_cosine/break/2"]
+    assert trained[-1]["tap_cosine/keep/2"] > trained[-1]["tap_cosine/break/2"]
