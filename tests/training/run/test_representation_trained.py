@@ -25,15 +25,15 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def breakers(root: Path, **changes: Any) -> Path:
-    """Completions of two streams, of unequal number and length, held out of both."""
+def breakers(root: Path, keep: float = 0.3) -> Path:
+    """Completions of two streams, of unequal number and length, held out of both. `keep`: the weight of what is retained."""
     for stream, count, first in (("breaker", 11, 0), ("retain", 20, 600)):
         rows = [{"prompt": WORDS[first + n], "completion": text(first + 3 * n, n % 7 + 3)} for n in range(count)]
         (root / f"{stream}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows_of = {"dataset_type": "completion", "sequence_len": 64, "chat_template": "none"}
     taps = [
         {"name": "break", "of": "breaker", "layers": [1, 2], "distance": "relu_cosine"},
-        {"name": "keep", "of": "retain", "layers": "all", "distance": "l2", "mask": "all", "weight": 0.3},
+        {"name": "keep", "of": "retain", "layers": "all", "distance": "l2", "mask": "all", "weight": keep},
     ]
     settings = {
         "model": str(root / "cohere"),
@@ -45,7 +45,6 @@ def breakers(root: Path, **changes: Any) -> Path:
             for stream in ("breaker", "retain")
         ],
         "objective": {"type": "circuit_breaker", "tap": taps},
-        **changes,
     }
     return builders.write_config(root / "breakers.toml", **settings)
 
@@ -95,8 +94,9 @@ def test_one_two_and_three_stages_are_bit_equal(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_circuit_breakers_break_one_stream_and_are_resumed_bit_equal(root: Path) -> None:
-    toml = str(breakers(root))
+def test_circuit_breakers_turn_states_away_and_are_resumed_bit_equal(root: Path) -> None:
+    """What is retained is only measured: of random text in a random model, both streams are alike, and would be held fast."""
+    toml = str(breakers(root, keep=0.0))
     common = ["max_steps=30", "epochs=99", "eval_steps=30", "eval_before_first_step=true"]
     plan = [
         {"config": toml, "overrides": common},
@@ -115,4 +115,5 @@ def test_circuit_breakers_break_one_stream_and_are_resumed_bit_equal(root: Path)
     assert before["eval/streams/tap/keep"] == pytest.approx(0.0, abs=1e-4)
     assert after["eval/streams/tap/break"] < 1.5
     trained = [line for line in lines if "train/loss" in line]
-    assert trained[-1]["tap_cosine/keep/2"] > trained[-1]["tap_cosine/break/2"]
+    assert trained[-1]["tap_cosine/break/2"] < 0.8 < trained[0]["tap_cosine/break/2"]
+    assert trained[-1]["train/tap/keep"] > 0 == trained[-1]["train/tap/keep/weighted"]
