@@ -233,9 +233,18 @@ def fold_against_the_live_model(plan: Any, stages: list[Any], folder: Path) -> f
     off, once = ((found - other).abs().amax(dim=-1).median() for other in (live, rounded))
     did = (live - before).abs().amax(dim=-1).median()
     print(f"fold: off {float(off):.2g}, one rounding {float(once):.2g}, the adapter {float(did):.2g}")
+    if off > ROUNDINGS * once and not reads_as_saved(folder, before):
+        off = (run([build(folder.parent / "folded", 0, LAYERS)]) - live).abs().amax(dim=-1).median()
     assert off <= ROUNDINGS * once
     assert once < 0.01 * did
     return float(off / live.abs().max())
+
+
+def reads_as_saved(folder: Path, logits: Tensor) -> bool:
+    """Whether transformers computes with what it saved in `folder` what it did before (zaya, in 5.24, does not)."""
+    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+    found = model(input_ids=tiny_copy.token_ids(), use_cache=False).logits
+    return bool((found - logits).abs().amax(dim=-1).median() <= 1e-3 * logits.abs().max())
 
 
 @pytest.mark.parametrize("kind", cases(("llama",)))
