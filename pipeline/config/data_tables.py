@@ -42,7 +42,7 @@ _OTHER_TYPES = {
 
 
 DatasetType = Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "unpaired", "ranked"]
-_BOOKS = ("textfile", "doclist")
+BOOKS = ("textfile", "doclist")
 
 
 def _other_types(value: Any) -> Any:
@@ -131,7 +131,7 @@ class _Data(Section):
     @property
     def keeps_apart(self) -> bool:
         """Whether documents that share a row must not see each other."""
-        if self.dataset_type in _BOOKS:
+        if self.dataset_type in BOOKS:
             return bool(self.document_mask)
         return self.packing != "none" and self.document_mask is not False
 
@@ -153,6 +153,11 @@ class Dataset(_Data):
         1.0, description="how many times an epoch goes through this dataset; of 0.5 two epochs together have every row, of 2.5 five times")  # fmt: skip
     max_tokens: PositiveInt | None = Field(
         None, description="most tokens of this dataset's rows to train on (one pass); which rows, a seeded shuffle decides")  # fmt: skip
+    streaming: bool = Field(
+        False, description="rows are read as they are trained on, in windows of which a few are on disk, and are shuffled within a window; for a dataset that shall not be stored. The run's only dataset; needs max_steps (docs/data-streaming.md)")  # fmt: skip
+    window_rows: PositiveInt = Field(
+        10_000, description="with streaming: rows, or documents of 'textfile' and 'doclist', of a window"
+    )
 
 
 class EvalDataset(_Data):
@@ -164,8 +169,9 @@ _TEXTS, _ROWS = ("chat", "completion"), ("chat", "completion", "pretokenized")
 UNITS = ("preference", "unpaired", "ranked")
 # Key → the types for which it has a meaning.
 MEANT_FOR = {
-    "join_lines": _BOOKS,
-    "eval_split": _BOOKS,
+    "streaming": (*BOOKS, *_ROWS),
+    "join_lines": BOOKS,
+    "eval_split": BOOKS,
     "field_text": ("doclist",),
     **dict.fromkeys(("message_property_mappings", "roles", "field_system", "merge_system"), _CHAT + UNITS),
     **dict.fromkeys(("field_messages", "field_tools", "train_on", "history"), _CHAT),
@@ -197,7 +203,22 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
         yield f"{table}.field_label: with score_weights the score says which answer is better; remove one of them"
     if kind == "pretokenized" and dataset.too_long == "truncate_left":
         yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"
-    if kind not in _BOOKS and dataset.document_mask is not None and dataset.packing == "none":
+    if kind not in BOOKS and dataset.document_mask is not None and dataset.packing == "none":
         yield f"{table}.document_mask: has a meaning with packing only: without it every row is alone; remove it, or pack"
+    if isinstance(dataset, Dataset):
+        yield from _streaming_conflicts(table, dataset)
     if isinstance(dataset, EvalDataset) and dataset.packing == "stream":
         yield f"{table}.packing: 'stream' would score what it cuts without its beginning; use 'best_fit'"
+
+
+def _streaming_conflicts(table: str, dataset: Dataset) -> Iterator[str]:
+    """What does not go with a dataset of which nobody knows how many rows it has."""
+    if not dataset.streaming:
+        if dataset.window_rows != Dataset.model_fields["window_rows"].default:
+            yield f"{table}.window_rows: has a meaning with streaming = true only; remove it"
+        return
+    if dataset.eval_size:
+        yield f"{table}.eval_size: nothing is held out of a stream; give what to evaluate on as [[eval_datasets]]"
+    for key in ("subsample", "num_repeats", "max_tokens"):
+        if getattr(dataset, key) != Dataset.model_fields[key].default:
+            yield f"{table}.{key}: is of a dataset's rows together, which a stream does not know; remove it"

@@ -157,7 +157,7 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path, lead: str) -> None:
         ("a.json", '[{"text": "x"}, {"text": "y", "n": ' + DEEP + "}]", "a.json: element 2 nests lists"),
         ("a.json", '{"text": "x"}\n{"text": "y", "n": ' + DEEP + "}", "a.json: line 2 nests lists"),
         ("a.jsonl", '{"text": "x"}\n\n{"text"}', "line 3 is not valid JSON, column 8"),
-        ("a.jsonl", '{"text": "ab\\ud800"}', r"the text of row 1 has half a surrogate pair \(\\ud800\) at character 2"),
+        ("a.jsonl", '{"text": "ab\\ud800"}', r"row 1: its text has half a surrogate pair \(\\ud800\) at character 2"),
         ("a.parquet", "no such thing", "cannot be read as Parquet"),
     ],
 )

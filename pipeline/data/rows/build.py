@@ -56,6 +56,40 @@ class RowSpec:
     most_bad: float = 0.01
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How rows of a dataset are made of what stands in its files. `stops`: ids at which the model stops beside the
+    tokenizer's EOS. `template`: where there is one."""
+
+    spec: RowSpec
+    tokenizer: Any
+    stops: list[int]
+    template: Template | None
+
+    @property
+    def content(self) -> list[Any]:
+        """All that decides the rows beside the files (JSON): the tokenizer, the template and all settings but the day."""
+        beside = ("name", "path", "most_bad", "chat_template")
+        settings = {key: value for key, value in asdict(self.spec).items() if key not in beside}
+        source = self.template.source if self.template else self.spec.chat_template
+        return [FORMAT, fingerprint(self.tokenizer), settings, source, sorted(self.stops)]
+
+    @property
+    def maker(self) -> Maker:
+        """What makes the rows."""
+        return maker(self.spec, self.tokenizer, self.template)
+
+
+def recipe(spec: RowSpec, tokenizer: Any, stops: list[int]) -> Recipe:
+    """What makes the dataset's rows from today on. UserError: a tokenizer without EOS, a template that is none."""
+    special_ids(tokenizer, spec.name)
+    try:
+        template = _template(spec, tokenizer, stops, datetime.date.today().isoformat())
+    except UserError as error:
+        raise UserError(f"dataset '{spec.name}': {error}") from None
+    return Recipe(spec, tokenizer, stops, template)
+
+
 def build(
     spec: RowSpec, tokenizer: Any, stops: list[int], cache_dir: Path, processes: int | None = None
 ) -> UnequalRows:
@@ -65,35 +99,18 @@ def build(
     `stops`: ids at which the model stops beside the tokenizer's EOS. UserError: no files, a file that cannot be read, a
     template that is none, too many bad rows, no row left.
     """
-    special_ids(tokenizer, spec.name)
+    how = recipe(spec, tokenizer, stops)
     sources = find(spec.kind, spec.path)
-    today = datetime.date.today().isoformat()
-    try:
-        template = _template(spec, tokenizer, stops, today)
-    except UserError as error:
-        raise UserError(f"dataset '{spec.name}': {error}") from None
-    settings = {
-        key: value for key, value in asdict(spec).items() if key not in ("name", "path", "most_bad", "chat_template")
-    }
-    content = [
-        FORMAT,
-        fingerprint(tokenizer),
-        settings,
-        template.source if template else spec.chat_template,
-        sorted(stops),
-    ]
-    path = cache.folder(cache_dir, spec.name, sources, content)
+    path = cache.folder(cache_dir, spec.name, sources, how.content)
     with cache.alone(path):
         if not path.exists():
             total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
             with cache.whole(path, f"about {gib(4 * total)}") as staging:
-                _write(path, staging, spec, sources, tokenizer, template, stops, total, processes)
+                _prepare(path, staging, how, sources, total, processes)
             Journal(path).clear()
     store = UnequalRows(path)
     report = store.report
-    tally.check(
-        spec.name, report.read, report.bad, [line for line in report.notes if line.startswith("bad")], spec.most_bad
-    )
+    tally.check(spec.name, report.read, report.bad, report.bad_lines, spec.most_bad)
     if not len(store):
         raise UserError(
             f"dataset '{spec.name}': none of its {report.read:,} rows is left to train on:\n  "
@@ -136,27 +153,26 @@ def maker(spec: RowSpec, tokenizer: Any, template: Template | None) -> Maker:
     )
 
 
-def _write(
-    path: Path,
-    staging: Path,
-    spec: RowSpec,
-    sources: list[Source],
-    tokenizer: Any,
-    template: Template | None,
-    stops: list[int],
-    total: int,
-    processes: int | None,
+def _prepare(
+    path: Path, staging: Path, how: Recipe, sources: list[Source], total: int, processes: int | None
 ) -> None:
     """Make all rows, or take them from the journal of `path`, and write them into `staging`."""
-    met, journal = Tally(), Journal(path)
+    journal = Journal(path)
     with ExitStack() as clearing:
-        writer = RowWriter(staging, frozenset({tokenizer.eos_token_id, *stops}))
-        clearing.callback(writer.let_go)
         clearing.callback(journal.let_go)
+        advance = clearing.enter_context(progress(f"preparing {how.spec.name}", total))
+        made = prepared(how.maker, sources, journal, workers.processes_for(total, processes))
+        write(staging, how, counted(made, total, advance, lambda one: one.size))
+
+
+def write(staging: Path, how: Recipe, made: Iterator[Prepared]) -> None:
+    """Write the store of these rows into `staging`, with the report of what was met in them."""
+    met, spec, tokenizer, template = Tally(), how.spec, how.tokenizer, how.template
+    with ExitStack() as clearing:
+        writer = RowWriter(staging, frozenset({tokenizer.eos_token_id, *how.stops}))
+        clearing.callback(writer.let_go)
         seen: set[str] = set()
-        advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
-        made = prepared(maker(spec, tokenizer, template), sources, journal, workers.processes_for(total, processes))
-        for one in counted(made, total, advance, lambda one: one.size):
+        for one in made:
             if is_new(one.digest, met, seen, spec.deduplicate):
                 _add(writer, met, one)
         notes = met.lines(spec.deduplicate)

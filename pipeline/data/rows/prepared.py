@@ -87,6 +87,13 @@ def prepared(make: Maker, sources: list[Source], journal: Journal, processes: in
         journal.reached(places[number])
 
 
+def of_records(make: Maker, found: Iterator[Record]) -> Iterator[Prepared]:
+    """What becomes of records that were read already, in order."""
+    work = _Work(make)
+    while batch := list(itertools.islice(found, AT_ONCE)):
+        yield from work(batch)
+
+
 def _batches(sources: list[Source], file: int, done: int) -> Iterator[tuple[list[Record], Place]]:
     """The rows of the files from row `done` of number `file` on, a few at a time, each with the place after them."""
     batch: list[Record] = []

@@ -16,7 +16,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from pipeline.config.loading import to_toml
 from pipeline.config.schema import Config
 from pipeline.console import UserError, gib, log, log_if_slow
-from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters.base import trainable, written
@@ -103,7 +102,7 @@ def trainer(
         batches=batches,
         evaluations=prepare.evaluation_batches(plan.data, data, place.replica, place.replicas),
         objective=objective,
-        learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
+        learning_rate=schedule(plan.updates, batches.steps_per_epoch(batches.at_hand.epoch)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         routers=routers,
         step_totals=totals,
@@ -126,7 +125,7 @@ def trainer(
 
 
 def begin(
-    plan: Resolved, init_adapter: str | None, stage: Stage, place: engine.Place, batches: MicroBatches
+    plan: Resolved, init_adapter: str | None, stage: Stage, place: engine.Place, batches: prepare.TrainBatches
 ) -> Progress:
     """A new run: the adapter it goes on from into the stage, if there is one."""
     if init_adapter:
@@ -242,7 +241,7 @@ def build_engine(
     stage: Stage,
     optimizer: PipelineOptimizer,
     objective: Objective,
-    batches: MicroBatches,
+    batches: prepare.TrainBatches,
     watcher: Watcher,
 ) -> PipelineEngine:
     """DeepSpeed's engine over our stage; it tells the watcher what it is about to do."""
@@ -283,7 +282,7 @@ def put_back(
     stage: Stage,
     optimizer: PipelineOptimizer,
     place: engine.Place,
-    batches: MicroBatches,
+    batches: prepare.TrainBatches,
     objective: ObjectiveSpec | None,
 ) -> Progress:
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration.

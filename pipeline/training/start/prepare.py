@@ -5,28 +5,32 @@ same outcome; the first to come builds the data cache, the others find it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from pipeline.config.data_tables import UNITS, Dataset, EvalDataset
+from pipeline.config.data_tables import BOOKS, UNITS, Dataset, EvalDataset
 from pipeline.console import log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
-from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
+from pipeline.data.batches import EvaluationBatches, MicroBatches
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
-from pipeline.data.mixing import mix
+from pipeline.data.mixing import Mixture, mix, pairs
 from pipeline.data.rows import build
 from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import Report, UnequalRows
 from pipeline.data.selection import Selection, Streams, repeated, split, whole
 from pipeline.data.store import ChunkStore
+from pipeline.data.streaming import kinds
+from pipeline.data.streaming.batches import StreamedBatches
+from pipeline.data.streaming.windows import Windows
 from pipeline.data.units import build as unit_build
 from pipeline.data.units.formats import Names
 from pipeline.data.units.store import UnitRows
@@ -46,11 +50,25 @@ from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
 
 
+TrainBatches = MicroBatches | StreamedBatches
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The dataset of a run that is read as it is trained on. `rows(number)`: those of a window that are trained on, packed where
+    that is asked for, which may be none. `one_length`: whether all of all windows have one."""
+
+    windows: Windows[Any]
+    rows: Callable[[int], Selection]
+    one_length: bool
+
+
 @dataclass(frozen=True)
 class Data:
     """Rows for training, by dataset, and for evaluation, by name; what the model is asked while it is trained.
 
     `warnings`: said at the start and again at the end. `stops`: ids at which it learns to stop, beside those at which it does.
+    `stream`: instead of `train`.
     """
 
     train: list[Selection]
@@ -58,6 +76,7 @@ class Data:
     warnings: list[str] = field(default_factory=list)
     questions: Questions | None = None
     stops: tuple[int, ...] = ()
+    stream: Stream | None = None
 
 
 class Places(NamedTuple):
@@ -98,8 +117,13 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     stops: set[Any] = set()
     places, shared = Places(spec.stops, spec.cache, spec.processes), plan and plan.meta_model.shared
     pack = partial(packed, switch=spec.rope_switch)
+    stream = None
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
+        if dataset.streaming:
+            stream, of_window = read_stream(f"datasets.{number}", dataset, name, tokenizer, spec, plan)
+            warnings, stops = of_window.warnings, stops | set(of_window.stops)
+            continue
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
@@ -108,10 +132,8 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
             repeated(pack(rows.train, dataset), dataset.num_repeats) if dataset.packing != "none" else rows.train
         )
         if isinstance(streams.train, UnequalRows | UnitRows):
-            warnings += streams.train.report.warnings
-            stops |= {streams.train.report.ends} - {None}
-            if plan is not None:
-                check_specials(streams.train.report, tokenizer, plan)
+            learnt = learnt_from(streams.train.report, tokenizer, plan)
+            warnings, stops = warnings + learnt.warnings, stops | set(learnt.stops)
         if rows.eval is not None:
             evaluation[name] = pack(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
@@ -121,7 +143,68 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     for line in warnings:
         warn(line)
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
-    return Data(train, evaluation, warnings, questions, tuple(sorted(stops)))
+    return Data(train, evaluation, warnings, questions, tuple(sorted(stops)), stream)
+
+
+class Learnt(NamedTuple):
+    """What a dataset's report says of stopping: lines to warn with, and ids at which the model learns to stop."""
+
+    warnings: list[str]
+    stops: list[int]
+
+
+def learnt_from(report: Report, tokenizer: Any, plan: Resolved | None) -> Learnt:
+    """Of rows. With the model's plan, warns of special tokens that the base has not learnt."""
+    if plan is not None:
+        check_specials(report, tokenizer, plan)
+    return Learnt(report.warnings, [] if report.ends is None else [report.ends])
+
+
+def read_stream(
+    table: str, dataset: Dataset, name: str, tokenizer: Any, spec: DataSpec, plan: Resolved | None
+) -> tuple[Stream, Learnt]:
+    """A dataset that is read as it is trained on; a window of it is made now, and what became of it is said.
+
+    UserError, with the model's plan as for `read_data`: what holds for rows of a window holds for `sequence_len`, or in each window.
+    """
+    model, key = plan and plan.meta_model.shared, f"{table}.sequence_len"
+    if model is not None:
+        positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
+    in_chunks = dataset.dataset_type in BOOKS
+    if in_chunks:
+        kind = ApartChunks if dataset.keeps_apart else ChunkStore
+        text = kinds.TextSpec(
+            name,
+            dataset.dataset_type,
+            dataset.dataset_path,
+            dataset.sequence_len,
+            dataset.join_lines,
+            dataset.field_text,
+            kind,
+        )
+        windows: Windows[Any] = kinds.of_text(text, tokenizer, spec.cache, dataset.window_rows)
+    else:
+        rows = row_spec(dataset, name)
+        windows = kinds.of_rows(rows, tokenizer, spec.stops, spec.cache, dataset.window_rows)
+
+    @lru_cache(maxsize=2)
+    def rows_of(number: int) -> Selection:
+        store: Any = windows.store(number)
+        if model is not None:
+            data_fits.check_ids(name, store.report.largest_id, tokenizer, data_fits.embedding_rows(model))
+        trained = Selection(store, np.flatnonzero(store.targets))
+        return packed(trained, dataset, spec.rope_switch) if len(trained) else trained
+
+    number = windows.at_hand()
+    log(f"data:     {name}: streamed, {dataset.window_rows:,} rows or documents at a time; window {number:,} is at hand")
+    first: Any = windows.store(number)
+    if not len(rows_of(number)):
+        raise UserError(
+            f"dataset '{name}': nothing of window {number:,} is left to train on. Give a larger window_rows, or another "
+            f"sequence_len:\n  {first.report}"
+        )
+    learnt = Learnt([], []) if in_chunks else learnt_from(first.report, tokenizer, plan)
+    return Stream(windows, rows_of, in_chunks or dataset.packing != "none"), learnt
 
 
 def check_specials(report: Report, tokenizer: Any, plan: Resolved) -> None:
@@ -155,7 +238,7 @@ def read_streams(
     """
     streams: Streams[Any]
     key = f"{table}.sequence_len"
-    if dataset.dataset_type in ("textfile", "doclist"):
+    if dataset.dataset_type in BOOKS:
         if model is not None:
             positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
         streams = chunks.build(
@@ -261,8 +344,16 @@ def row_spec(dataset: Dataset | EvalDataset, name: str) -> build.RowSpec:
     )
 
 
-def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:
+def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 1) -> TrainBatches:
     """The training micro-batches of one data-parallel replica."""
+    if (stream := data.stream) is not None:
+
+        def window(number: int) -> MicroBatches | None:
+            rows = stream.rows(number)
+            everything = pairs(0, rows.rows)
+            return _batches(spec, [rows], Mixture(lambda epoch: everything), replica, replicas) if len(rows) else None
+
+        return StreamedBatches(window, stream.windows.at_hand(), stream.one_length)
     epoch_rows = mix(
         data.train,
         seed=spec.seed,
@@ -272,8 +363,14 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         by=spec.mix_by or "rows",
         weigh_tokens=spec.mix_by is None and spec.batch_size_tokens is not None,
     )
+    return _batches(spec, data.train, epoch_rows, replica, replicas)
+
+
+def _batches(
+    spec: DataSpec, train: list[Selection], epoch_rows: Mixture, replica: int, replicas: int
+) -> MicroBatches:
     return MicroBatches(
-        [rows.store for rows in data.train],
+        [rows.store for rows in train],
         epoch_rows,
         seed=spec.seed,
         micro_batch_size=spec.micro_batch_size,
@@ -301,11 +398,11 @@ def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: i
     }
 
 
-def describe_steps(spec: DataSpec, updates: Updates, batches: MicroBatches, replicas: int) -> None:
+def describe_steps(spec: DataSpec, updates: Updates, batches: TrainBatches, replicas: int) -> None:
     """Say the size of a step and of the run as equations."""
-    info = batches.info(Position())
+    info = batches.info(batches.at_hand)
     per_step = batches.micro_batches_per_step
-    steps = batches.steps_per_epoch(0)
+    steps = batches.steps_per_epoch(batches.at_hand.epoch)
     log(
         f"a step:   {per_step} micro-batches ({spec.accumulation} accumulated × {replicas} replica(s)) "
         f"= {len(info.rows)} rows = {info.tokens:,} tokens"
