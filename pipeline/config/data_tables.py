@@ -15,7 +15,6 @@ _CONVERT = "books are read from .txt and .md files, dataset_type = 'textfile': c
 _OTHER_TYPES = {
     ("chat_template", "sharegpt", "messages", "conversations", "chatml", "instruct"): "write dataset_type = 'chat'",
     ("alpaca", "instruction", "input_output"): "write dataset_type = 'completion'",
-    ("axolotl",): "write dataset_type = 'chat', 'completion' or 'pretokenized', with axolotl's names of fields",
     ("csv", "tsv", "table", "arrow", "json", "jsonl", "parquet"): (
         "write what the rows are: dataset_type = 'doclist' (texts), 'chat', 'completion' or 'pretokenized'; each reads .json, "
         ".jsonl, .parquet, .csv and .arrow"
@@ -59,7 +58,7 @@ class _Data(Section):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …, or eval0, eval1, …")  # fmt: skip
     dataset_type: Annotated[DatasetType, BeforeValidator(_other_types)] = Field(
-        description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours); 'preference' pairs of answers, 'unpaired' answers that are good or bad, 'ranked' several answers in order (docs/data-preference.md)")  # fmt: skip
+        description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours); 'preference' pairs of answers, 'unpaired' answers that are good or bad, 'ranked' several answers in order (docs/data-preference.md). 'axolotl' stands for the datasets that the YAML file at dataset_path names (docs/data-chat.md)")  # fmt: skip
     dataset_path: str = Field(
         description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk; hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] on the Hub, or an address (s3://, gs://, hf://, https://): docs/data-text.md")  # fmt: skip
     sequence_len: int = Field(
