@@ -19,7 +19,7 @@ from pipeline.data.chat.template import Template
 from pipeline.data.chunks import special_ids
 from pipeline.data.preparing import cache, workers
 from pipeline.data.preparing.journal import Journal
-from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
+from pipeline.data.reading.packed import text_bytes
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
 from pipeline.data.rows.makers import Chat, Completion, Maker, Pretokenized
@@ -104,18 +104,12 @@ def build(
     path = cache.folder(cache_dir, spec.name, sources, how.content)
     with cache.alone(path):
         if not path.exists():
-            total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
+            total = text_bytes(sources)
             with cache.whole(path, f"about {gib(4 * total)}") as staging:
                 _prepare(path, staging, how, sources, total, processes)
             Journal(path).clear()
     store = UnequalRows(path)
-    report = store.report
-    tally.check(spec.name, report.read, report.bad, report.bad_lines, spec.most_bad)
-    if not len(store):
-        raise UserError(
-            f"dataset '{spec.name}': none of its {report.read:,} rows is left to train on:\n  "
-            + "\n  ".join(report.notes)
-        )
+    tally.check_report(store.report, spec.most_bad)
     return store
 
 
@@ -185,9 +179,7 @@ def write(staging: Path, how: Recipe, made: Iterator[Prepared]) -> None:
             kind=spec.kind,
             bos=tokenizer.bos_token_id,
             eos=tokenizer.eos_token_id,
-            read=met.read,
-            bad=met.bad,
-            duplicates=met.duplicates,
+            **met.counts,
             notes=notes,
             ends=None if ends is None else int(tokenizer.convert_tokens_to_ids(ends)),
             specials=[

@@ -18,7 +18,7 @@ from pipeline.data.chunks import special_ids
 from pipeline.data.preparing import cache
 from pipeline.data.reading import records
 from pipeline.data.reading.encodings import Findings
-from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
+from pipeline.data.reading.packed import text_bytes
 from pipeline.data.reading.records import Record
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
@@ -80,18 +80,11 @@ def build(spec: UnitSpec, tokenizer: Any, stops: list[int], cache_dir: Path) -> 
     )
     with cache.alone(path):
         if not path.exists():
-            total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
+            total = text_bytes(sources)
             with cache.whole(path, f"about {gib(3 * total)}") as staging:
                 _write(staging, spec, sources, tokenizer, template, stops, total)
     store = UnitRows(path)
-    report = store.report
-    bad_lines = [line for line in report.notes if line.startswith("bad")]
-    tally.check(spec.name, report.read, report.bad, bad_lines, spec.most_bad)
-    if not len(store):
-        raise UserError(
-            f"dataset '{spec.name}': none of its {report.read:,} rows is left to train on:\n  "
-            + "\n  ".join(report.notes)
-        )
+    tally.check_report(store.report, spec.most_bad)
     return store
 
 
@@ -146,7 +139,7 @@ def _write(
             if unit.straddles:
                 straddling = straddling or [place, unit.straddles]
         notes = ([str(grouped)] if spec.score_weights else []) + met.lines(spec.deduplicate)
-        notes.insert(0, f"{writer.units:,} units ({spec.kind}) of {len(writer._groups):,} prompts")
+        notes.insert(0, f"{writer.units:,} units ({spec.kind}) of {writer.prompts:,} prompts")
         if template and template.prints_the_date:
             notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
         writer.close(
@@ -154,9 +147,7 @@ def _write(
             kind=spec.kind,
             bos=tokenizer.bos_token_id,
             eos=tokenizer.eos_token_id,
-            read=met.read,
-            bad=met.bad,
-            duplicates=met.duplicates,
+            **met.counts,
             notes=notes,
             warnings=_warnings(spec.name, writer.units, met, straddling),
         )
