@@ -84,9 +84,8 @@ def _check(asked: argparse.Namespace) -> Sampling:
 
 def load(asked: argparse.Namespace, sampling: Sampling, device: torch.device) -> Speaker:
     """Check all there is, then read the weights and the adapter."""
-    found = loading.look(
-        asked.model, "--model", loading.processes(), dtype=DTYPES[asked.dtype] if asked.dtype else None
-    )
+    dtype = DTYPES[asked.dtype] if asked.dtype else None
+    found = loading.look(asked.model, "--model", loading.processes(), dtype=dtype, quant=asked.base_quant)
     with log_if_slow("trying out a tiny copy of the model"):
         cache_check.check(found.config, found.ranges, "generate.py")
     tokenizer = tokenizers.load(found.folder)
