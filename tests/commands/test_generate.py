@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 from pipeline.commands import generate as command
@@ -108,6 +108,7 @@ def test_what_changes_a_weight_is_refused_over_a_base_in_few_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = quantization.save_model(tmp_path / "base", "llama", num_hidden_layers=2)
+    monkeypatch.setattr("tests.helpers.families.load_model", AutoModelForCausalLM.from_pretrained)
     by_peft(folder, tmp_path / "adapter", "hra", size=0.3)
     given = ["--model", folder, "--lora", tmp_path / "adapter", "--prompt", "x", "--base-quant", "nf4"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, given)])

@@ -110,6 +110,25 @@ def test_it_goes_on_at_any_row_as_if_it_had_not_stopped(tmp_path: Path, how: str
         assert steps_of(here, places[step], count)[0] == whole[step : step + count]
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_it_goes_on_after_every_row_of_three_hundred(tmp_path: Path, replicas: int) -> None:
+    """A step is a row of each replica: after every k of 0 … 300 rows the rest is what it was."""
+    spec = spec_of(tmp_path, numbered(tmp_path, [150, 101]))
+    whole = [opened(spec, replica, replicas) for replica in range(replicas)]
+    again = [opened(spec, replica, replicas) for replica in range(replicas)]
+    position, seen = Position(), list[int]()
+    expected = {}
+    for _ in range(300 // replicas):
+        both = [steps_of(batches, position, 1) for batches in whole]
+        expected[position] = sorted(row for (rows,), _ in both for row in rows)
+        seen += expected[position]
+        (position,) = {after for _, after in both}
+    assert sorted(seen[:251]) == list(range(251))
+    for place in sorted(expected, key=lambda p: (-p.epoch, p.rows)):  # the last windows first
+        rows = sorted(row for batches in again for (of_step,), _ in [steps_of(batches, place, 1)] for row in of_step)
+        assert rows == expected[place]
+
+
 def test_two_replicas_see_the_rows_that_one_sees(tmp_path: Path) -> None:
     path = numbered(tmp_path, [47])
     one = opened(spec_of(tmp_path, path, gradient_accumulation_steps=4))

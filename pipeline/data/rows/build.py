@@ -80,11 +80,11 @@ class Recipe:
         return maker(self.spec, self.tokenizer, self.template)
 
 
-def recipe(spec: RowSpec, tokenizer: Any, stops: list[int]) -> Recipe:
-    """What makes the dataset's rows from today on. UserError: a tokenizer without EOS, a template that is none."""
+def recipe(spec: RowSpec, tokenizer: Any, stops: list[int], day: str | None = None) -> Recipe:
+    """What makes the dataset's rows, on a `day` in ISO form (today). UserError: a tokenizer without EOS, a template that is none."""
     special_ids(tokenizer, spec.name)
     try:
-        template = _template(spec, tokenizer, stops, datetime.date.today().isoformat())
+        template = _template(spec, tokenizer, stops, day or datetime.date.today().isoformat())
     except UserError as error:
         raise UserError(f"dataset '{spec.name}': {error}") from None
     return Recipe(spec, tokenizer, stops, template)

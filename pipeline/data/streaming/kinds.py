@@ -20,6 +20,7 @@ from pipeline.data.store import ChunkStore
 from pipeline.data.streaming.sources import documents_of, rows_of
 from pipeline.data.streaming.windows import Windows
 from pipeline.data.tokenizer import fingerprint
+from pipeline.files import write_text
 
 FORMAT = 1  # goes into the key: raise it when the same stream would give other windows
 
@@ -85,7 +86,18 @@ def of_rows(spec: RowSpec, tokenizer: Any, stops: list[int], cache_dir: Path, si
     how = build.recipe(spec, tokenizer, stops)
     source = rows_of(spec.kind, spec.path, spec.name)
     folder = cache.keyed(cache_dir, spec.name, [FORMAT, size, source.identity, how.content])
+    if how.template and how.template.prints_the_date:
+        how = build.recipe(spec, tokenizer, stops, _first_day(folder, how.template.day))
     return Windows(spec.name, folder, source, size, Rows(how), spec.most_bad)
+
+
+def _first_day(folder: Path, today: str) -> str:
+    """The day on which the first window of a stream was made: a template that prints the date has that in all of them."""
+    path = folder / "day"
+    with cache.alone(path):
+        if not path.is_file():
+            write_text(path, today)
+        return path.read_text(encoding="utf-8")
 
 
 def of_text(spec: TextSpec, tokenizer: Any, cache_dir: Path, size: int) -> Windows[Any]:
