@@ -23,7 +23,7 @@ from pipeline.data.reading.packed import text_bytes
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
 from pipeline.data.rows.makers import Chat, Completion, Maker, Pretokenized
-from pipeline.data.rows.prepared import Prepared, prepared
+from pipeline.data.rows.prepared import Prepared, RowWork, prepared
 from pipeline.data.rows.store import RowWriter, UnequalRows
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
@@ -155,7 +155,7 @@ def _prepare(
     with ExitStack() as clearing:
         clearing.callback(journal.let_go)
         advance = clearing.enter_context(progress(f"preparing {how.spec.name}", total))
-        made = prepared(how.maker, sources, journal, workers.processes_for(total, processes))
+        made = prepared(RowWork(how.maker), Prepared, sources, journal, workers.processes_for(total, processes))
         write(staging, how, counted(made, total, advance, lambda one: one.size))
 
 

@@ -14,7 +14,7 @@ from pipeline.data.reading.records import Record
 from pipeline.data.reading.sources import Source
 from pipeline.data.rows import build
 from pipeline.data.rows.build import Recipe, RowSpec
-from pipeline.data.rows.prepared import of_records
+from pipeline.data.rows.prepared import RowWork, of_records
 from pipeline.data.rows.store import UnequalRows
 from pipeline.data.store import ChunkStore
 from pipeline.data.streaming.sources import documents_of, rows_of
@@ -33,7 +33,7 @@ class Rows:
 
     def write(self, staging: Path, items: Iterator[Record]) -> None:
         """Make the rows of these records."""
-        build.write(staging, self.how, of_records(self.how.maker, items))
+        build.write(staging, self.how, of_records(RowWork(self.how.maker), items))
 
     def load(self, path: Path) -> UnequalRows:
         """The rows of a window."""

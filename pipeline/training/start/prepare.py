@@ -270,7 +270,7 @@ def read_streams(
 def _rows_of(dataset: Dataset | EvalDataset, name: str, tokenizer: Any, places: Places) -> UnequalRows | UnitRows:
     """A dataset of rows, or of units."""
     if dataset.dataset_type in UNITS:
-        return unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache)
+        return unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
     return build.build(row_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
 
 
