@@ -8,7 +8,7 @@ so that any can be made again without reading what is before it. Where that is l
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol
@@ -21,6 +21,7 @@ from pipeline.data.streaming.cursor import Cursor, Item, Place, Source
 from pipeline.files import sync_stream
 
 INDEX = "windows.jsonl"
+ALIVE_EVERY = 64  # items
 
 
 class Kind(Protocol[Item]):
@@ -47,13 +48,17 @@ class _Known:
 
 
 class Windows(Generic[Item]):
-    """The windows of a stream, of `size` items each, in `folder`. `most_bad`: the part of the items so far that may be bad."""
+    """The windows of a stream, of `size` items each, in `folder`. `most_bad`: the part of the items so far that may be bad.
+
+    `alive(count)` is called while a window is made, with the items read so far: the run gets on.
+    """
 
     def __init__(
         self, name: str, folder: Path, source: Source[Item], size: int, kind: Kind[Item], most_bad: float
     ) -> None:
         self.name, self.folder, self.size, self.most_bad = name, folder, size, most_bad
         self._source, self._kind = source, kind
+        self.alive: Callable[[int], None] = lambda count: None
         self._open: tuple[int, Cursor[Item]] | None = None  # the number of a window within the pass, and what is at it
 
     def store(self, number: int) -> RowStore:
@@ -86,7 +91,7 @@ class Windows(Generic[Item]):
         within, cursor = self._reached(number)
         self._open = None  # what is left of a cursor after an error is nowhere
         with cache.whole(path, "some MiB for each thousand rows") as staging:
-            self._kind.write(staging, cursor.take(self.size))
+            self._kind.write(staging, self._taken(cursor))
         store: Any = self._kind.load(path)
         log(f"data:     window {number:,} of {store.report}")
         read, bad, _ = self._kind.met(store)
@@ -105,12 +110,19 @@ class Windows(Generic[Item]):
         cursor = self._source.open(known.places[at])
         while at < within:
             log(f"data:     {self.name}: reading over window {at:,}, to where window {within:,} begins")
-            deque(cursor.take(self.size), maxlen=0)
+            deque(self._taken(cursor), maxlen=0)
             self._passed(at, cursor)
             if cursor.ended:  # a pass has fewer windows
                 return self._reached(number)
             at += 1
         return within, cursor
+
+    def _taken(self, cursor: Cursor[Item]) -> Iterator[Item]:
+        """A window's items."""
+        for count, item in enumerate(cursor.take(self.size)):
+            if count % ALIVE_EVERY == 0:
+                self.alive(count)
+            yield item
 
     def _passed(self, within: int, cursor: Cursor[Item]) -> None:
         """Keep what is known now that window `within` of a pass was read."""

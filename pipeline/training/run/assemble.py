@@ -73,6 +73,8 @@ def trainer(
     with watcher.phase(UNHURRIED):
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
     optimizer = build_optimizer(plan.updates, stage, place)
+    if data.stream:
+        data.stream.windows.alive = lambda count: watcher.doing(f"making a window, {count:,} rows read")
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None

@@ -230,6 +230,8 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     # Looking for files warns of what it finds, and it is done again when they are read.
     datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
     for dataset in datasets if errors.errors else ():
+        if isinstance(dataset, Dataset) and dataset.streaming:
+            continue
         with errors.collect():
             find(dataset.dataset_type, dataset.dataset_path)
     errors.raise_all()
