@@ -170,7 +170,9 @@ def _path(one: dict[str, Any]) -> str:
         if not isinstance(path, str):
             raise ValueError(f"data_files: {printable(path)}: give one file, or a glob")
     if files:
-        raise ValueError(f"data_files: {printable(files)}: only with path: json, csv, parquet or arrow; give its path instead")
+        raise ValueError(
+            f"data_files: {printable(files)}: only with path: json, csv, parquet or arrow; give its path instead"
+        )
     if Path(path).expanduser().exists() or not _HUB.fullmatch(path):
         if split != "train":
             raise ValueError(f"split: {printable(split)}: files have none; name the file")
@@ -186,11 +188,15 @@ def _chat(one: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     named = {"role": one.get("message_field_role"), "content": one.get("message_field_content")}
     given = one.get("message_property_mappings") or {}
     if others := sorted(set(given) - set(named)):
-        raise ValueError(f"message_property_mappings: only role and content have a counterpart, not {', '.join(map(printable, others))}")
+        raise ValueError(
+            f"message_property_mappings: only role and content have a counterpart, not {', '.join(map(printable, others))}"
+        )
     if mappings := {key: value for key, value in (named | given).items() if value and value != key}:
         found["message_property_mappings"] = mappings
     if found.get("train_on_eos") == "all":
-        raise ValueError("train_on_eos: 'all' would train the ends of turns that are not trained; 'turn' and 'last' have a counterpart")
+        raise ValueError(
+            "train_on_eos: 'all' would train the ends of turns that are not trained; 'turn' and 'last' have a counterpart"
+        )
     for of in (one, content):
         jinja, name = of.get("chat_template_jinja"), of.get("chat_template")
         if jinja:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.batches import MicroBatches, Position
-from pipeline.data.streaming.batches import StreamedBatches
 from pipeline.data.row_store import RowId, RowStore
+from pipeline.data.streaming.batches import StreamedBatches
 
 
 class Piece(NamedTuple):

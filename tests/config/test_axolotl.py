@@ -47,7 +47,8 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {"dataset_type": "pretokenized", "dataset_path": "ids/*.parquet", "eval_size": 0.1},
     ),
     "a template of its own": (
-        "chat_template: chatml\ndatasets: [{path: a/b, type: chat_template, chat_template: jinja, chat_template_jinja: '{{ x }}'}]",
+        "chat_template: chatml\n"
+        "datasets: [{path: a/b, type: chat_template, chat_template: jinja, chat_template_jinja: '{{ x }}'}]",
         {"dataset_type": "chat", "chat_template": "{{ x }}"},
     ),
     "the tokenizer's template": (

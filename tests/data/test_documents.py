@@ -139,7 +139,11 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path, lead: str) -> None:
         ("a.json", '[{"text": "x"}, {"text": ', "element 2 is not valid JSON"),
         ("a.json", '[{"text": "x"}', "element 1 is not valid JSON: the list does not end"),
         ("a.json", '\n[{"text":\n"x"},\n{"text": nul}\n]', r"a\.json: line 4: element 2 is not valid JSON"),
-        ("a.json", '{"data":\n[\n{"text": "x"},\n{"text": "y"} {"text": "z"}]}', "line 4: after element 2 there should be"),
+        (
+            "a.json",
+            '{"data":\n[\n{"text": "x"},\n{"text": "y"} {"text": "z"}]}',
+            "line 4: after element 2 there should be",
+        ),
         ("a.json", '[{"text": "' + "x" * 3 * 2**20 + '"},\n{"text": "y"},\n{"text": 0x}]', "line 3: element 3 is not"),
         ("a.json", '[{"text": "x"} {"text": "y"}]', "after element 1 there should be ',' or '\\]'"),
         ("a.json", '[{"text": "x"}] more', "after the end of the list there should be nothing, not 'more'"),

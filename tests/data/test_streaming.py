@@ -5,6 +5,7 @@ Oracle of the order: every row of a stream exactly once a pass, and the run that
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def numbered(folder: Path, counts: list[int], bad: tuple[int, ...] = ()) -> Path
 def spec_of(folder: Path, path: Path | str, **changes: Any) -> Any:
     dataset = {"name": "ids", "dataset_type": "pretokenized", "dataset_path": str(path), "sequence_len": 8, **STREAMED}
     keys = {key: changes.pop(key) for key in list(changes) if key in prepare.Dataset.model_fields}
-    raw = small(model="m", output_dir=str(folder / "runs"), epochs=None, max_steps=9, datasets=[dataset | keys], **changes)
+    raw = small(
+        model="m", output_dir=str(folder / "runs"), epochs=None, max_steps=9, datasets=[dataset | keys], **changes
+    )
     return resolve.data_of(loading.validate(raw, "x.toml"))
 
 
@@ -83,7 +86,8 @@ def test_every_row_comes_once_a_pass_in_windows_that_are_shuffled(tmp_path: Path
         begin = window % 3 * SIZE
         assert sorted(rows) == list(range(begin, min(begin + SIZE, 47)))
         assert rows != sorted(rows)
-    assert found[0] != found[3] and found[1] != [row + SIZE for row in found[0]]
+    assert found[0] != found[3]
+    assert found[1] != [row + SIZE for row in found[0]]
 
 
 @pytest.mark.parametrize("how", ["at once", "afresh", "without the index", "with nothing left"])
@@ -113,7 +117,7 @@ def test_it_goes_on_at_any_row_as_if_it_had_not_stopped(tmp_path: Path, how: str
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_it_goes_on_after_every_row_of_three_hundred(tmp_path: Path, replicas: int) -> None:
     """A step is a row of each replica: after every k of 0 … 300 rows the rest is what it was."""
-    spec = spec_of(tmp_path, numbered(tmp_path, [150, 101]))
+    spec = spec_of(tmp_path, numbered(tmp_path, [150, 101]), window_rows=60)
     whole = [opened(spec, replica, replicas) for replica in range(replicas)]
     again = [opened(spec, replica, replicas) for replica in range(replicas)]
     position, seen = Position(), list[int]()
@@ -161,8 +165,8 @@ def test_windows_without_a_target_are_passed_over(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), micro_batch_size_per_gpu=5)
     batches = opened(spec)
     found, position = steps_of(batches, Position(), 8)
-    assert sorted(sum(found[:4], [])) == list(range(20))
-    assert sorted(sum(found[4:6], [])) == list(range(60, 70))  # window 3, after two without
+    assert sorted(chain(*found[:4])) == list(range(20))
+    assert sorted(chain(*found[4:6])) == list(range(60, 70))  # window 3, after two without
     assert position.epoch == 4
     assert batches.step(position)[1].rows
     empty = write_jsonl(tmp_path / "none.jsonl", [row | {"labels": [-100] * 4} for row in rows])
@@ -209,7 +213,9 @@ def test_conversations_and_packed_rows_are_streamed(tmp_path: Path) -> None:
     common = {"dataset_type": "completion", "sequence_len": 64, "packing": "best_fit"}
     batches = opened(spec_of(tmp_path, path, **common))
     assert batches.fixed_shape == (1, 64)  # packed rows of any window have one length
-    names = [batches._at(window).documents([(0, n) for n in range(len(batches._at(window).stores[0]))]) for window in (0, 1)]
+    names = [
+        batches._at(window).documents([(0, n) for n in range(len(batches._at(window).stores[0]))]) for window in (0, 1)
+    ]
     assert sorted(names[1], key=lambda name: int(name.rpartition(":")[2])) == [
         f"ids: pairs.jsonl:{n}" for n in range(SIZE + 1, 2 * SIZE + 1)
     ]
@@ -273,7 +279,7 @@ def test_rows_from_elsewhere_are_gone_on_with_at_any_row(tmp_path: Path, ending:
         assert not left or left[0].where == f"ids#{done + 1}"
     spec = spec_of(tmp_path, path, micro_batch_size_per_gpu=9, window_rows=12)
     found, _ = steps_of(opened(spec), Position(), 4)
-    assert [sorted(sum(window, [])) for window in (found[:2], found[2:3])] == [list(range(12)), list(range(12, 17))]
+    assert [sorted(chain(*window)) for window in (found[:2], found[2:3])] == [list(range(12)), list(range(12, 17))]
     for kind, other, message in (
         ("pretokenized", path.replace(ending, "csv"), "names no file that this dataset_type reads"),
         ("textfile", path, "text files that are not on this machine are not streamed"),
@@ -316,13 +322,21 @@ def test_what_has_no_meaning_with_a_stream_is_said() -> None:
     for changes, table, line in (
         ({"epochs": 2}, {}, "epochs: with streaming = true nobody knows where an epoch ends"),
         ({"max_steps": None, "epochs": 1}, {}, "max_steps: required with streaming = true"),
-        ({"save_every_n_epochs": 2}, {}, "save_every_n_epochs: with streaming = true there are no epochs; use save_steps"),
+        (
+            {"save_every_n_epochs": 2},
+            {},
+            "save_every_n_epochs: with streaming = true there are no epochs; use save_steps",
+        ),
         ({"warmup_steps": 0.1}, {}, "warmup_steps: 0.1 is a part of an epoch"),
         ({}, {"eval_size": 0.1}, "datasets.0.eval_size: nothing is held out of a stream"),
         ({}, {"subsample": 0.5}, "datasets.0.subsample: is of a dataset's rows together"),
         ({}, {"num_repeats": 2.0}, "datasets.0.num_repeats: is of a dataset's rows together"),
         ({}, {"max_tokens": 9}, "datasets.0.max_tokens: is of a dataset's rows together"),
-        ({}, {"streaming": False, "window_rows": 9}, "datasets.0.window_rows: has a meaning with streaming = true only"),
+        (
+            {},
+            {"streaming": False, "window_rows": 9},
+            "datasets.0.window_rows: has a meaning with streaming = true only",
+        ),
         ({}, {"dataset_type": "preference"}, "datasets.0.streaming: has a meaning for 'textfile'"),
     ):
         said = problems(small(**{**fine, **changes}, datasets=[dataset | table]))

@@ -79,13 +79,13 @@ def of_records(found: Iterator[records.Record], field: str, join_lines: bool, fi
     for where, value in found:
         if isinstance(value, json_rows.Broken):
             raise UserError(f"{where} {value.sentence}")
-        yield Document(where, partial(_text, where, partial(_slices, _field(value, field, where)), join_lines, findings))
+        yield Document(
+            where, partial(_text, where, partial(_slices, _field(value, field, where)), join_lines, findings)
+        )
         del value
 
 
-def _text(
-    where: str, pieces: Callable[[], Iterator[str]], join_lines: bool, findings: Findings
-) -> Iterator[str]:
+def _text(where: str, pieces: Callable[[], Iterator[str]], join_lines: bool, findings: Findings) -> Iterator[str]:
     noted = line_breaks.noted(checked(pieces(), where, findings), findings)
     return line_breaks.joined(noted, findings) if join_lines else noted
 

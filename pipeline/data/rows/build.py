@@ -81,7 +81,8 @@ class Recipe:
 
 
 def recipe(spec: RowSpec, tokenizer: Any, stops: list[int], day: str | None = None) -> Recipe:
-    """What makes the dataset's rows, on a `day` in ISO form (today). UserError: a tokenizer without EOS, a template that is none."""
+    """What makes the dataset's rows, on a `day` in ISO form (today). UserError: a tokenizer without EOS, no template in
+    `chat_template`."""
     special_ids(tokenizer, spec.name)
     try:
         template = _template(spec, tokenizer, stops, day or datetime.date.today().isoformat())
@@ -147,9 +148,7 @@ def maker(spec: RowSpec, tokenizer: Any, template: Template | None) -> Maker:
     )
 
 
-def _prepare(
-    path: Path, staging: Path, how: Recipe, sources: list[Source], total: int, processes: int | None
-) -> None:
+def _prepare(path: Path, staging: Path, how: Recipe, sources: list[Source], total: int, processes: int | None) -> None:
     """Make all rows, or take them from the journal of `path`, and write them into `staging`."""
     journal = Journal(path)
     with ExitStack() as clearing:

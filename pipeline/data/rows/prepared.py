@@ -169,7 +169,8 @@ def digest_of(found: bytes) -> str:
 
 
 def made_of(make: Callable[[list[Any]], list[Any]], sound: Sequence[Record]) -> list[Any]:
-    """Results of `make` for the values of all records; an error that ends it all is said with the place of the row that it is about."""
+    """Results of `make` for the values of all records; an error that ends it all is said with the place of the row that it is
+    about."""
     if not sound:
         return []
     try:

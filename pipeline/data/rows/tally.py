@@ -92,5 +92,6 @@ def check_report(report: Report, most: float) -> None:
     check(report.name, report.read, report.bad, report.bad_lines, most)
     if not report.rows:
         raise UserError(
-            f"dataset '{report.name}': none of its {report.read:,} rows is left to train on:\n  " + "\n  ".join(report.notes)
+            f"dataset '{report.name}': none of its {report.read:,} rows is left to train on:\n  "
+            + "\n  ".join(report.notes)
         )

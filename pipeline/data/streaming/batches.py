@@ -1,7 +1,7 @@
 """Takes the windows of a stream, each as `MicroBatches`; gives the micro-batches of a run through all of them.
 
-A window takes the place of an epoch, so that all that holds of a position in an epoch (batches.py) holds here: a step is a function of
-the window, the seed and the position, with any number of replicas.
+A window takes the place of an epoch, so that all that holds of a position in an epoch (batches.py) holds here: a step is a
+function of the window, the seed and the position, with any number of replicas.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,8 +14,8 @@ from pipeline.data.row_store import RowId, RowStore
 
 
 class StreamedBatches:
-    """As `MicroBatches`. `window(number)` gives those of a window, whose one epoch has the window's number; None where nothing of it
-    can be trained on. `first`: a window that is at hand. `one_length`: whether all rows of all windows have one length."""
+    """As `MicroBatches`. `window(number)` gives those of a window, whose one epoch has the window's number; None where nothing of
+    it can be trained on. `first`: a window that is at hand. `one_length`: whether all rows of all windows have one length."""
 
     unit = "window"
 

@@ -63,14 +63,14 @@ class RemoteRows:
 
     def open(self, place: Place) -> Cursor[Record]:
         """From (rows that are done, the state of the stream of `datasets`) on."""
-        done, state = place or (0, None)
+        done, state = (int(place[0]), place[1]) if place else (0, None)
         with remote.explained(self.where):
             from datasets import load_dataset  # takes seconds to import
 
             stream = load_dataset(self.builder, data_files=self.addresses, split="train", streaming=True)
             if state is not None:
                 stream.load_state_dict(state)
-        at = [done, state]
+        at = [done]
 
         def items() -> Iterator[Record]:
             rows = enumerate(iter(stream), done + 1)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.console import log
 from pipeline.data.preparing import cache
@@ -20,14 +20,16 @@ from pipeline.data.rows import tally
 from pipeline.data.streaming.cursor import Cursor, Item, Place, Source
 from pipeline.files import sync_stream
 
+Taken = TypeVar("Taken", contravariant=True)
+
 INDEX = "windows.jsonl"
 ALIVE_EVERY = 64  # items
 
 
-class Kind(Protocol[Item]):
+class Kind(Protocol[Taken]):
     """What a window's items are made into."""
 
-    def write(self, staging: Path, items: Iterator[Item]) -> None:
+    def write(self, staging: Path, items: Iterator[Taken]) -> None:
         """Write the store of these items into `staging`, which is not there yet."""
 
     def load(self, path: Path) -> RowStore:

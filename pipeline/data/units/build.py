@@ -58,9 +58,7 @@ class UnitSpec:
     most_bad: float = 0.01
 
 
-def build(
-    spec: UnitSpec, tokenizer: Any, stops: list[int], cache_dir: Path, processes: int | None = None
-) -> UnitRows:
+def build(spec: UnitSpec, tokenizer: Any, stops: list[int], cache_dir: Path, processes: int | None = None) -> UnitRows:
     """The units of a dataset, made now or found in `cache_dir`. One process at a time builds, the others wait.
 
     A preparation that was killed goes on where it was, but for scored answers, which are read to the end before any is made into

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from pipeline.config.data_tables import BOOKS, UNITS, Dataset, EvalDataset
-from pipeline.console import log, warn
+from pipeline.console import UserError, log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
 from pipeline.data.batches import EvaluationBatches, MicroBatches
@@ -165,7 +165,7 @@ def read_stream(
 ) -> tuple[Stream, Learnt]:
     """A dataset that is read as it is trained on; a window of it is made now, and what became of it is said.
 
-    UserError, with the model's plan as for `read_data`: what holds for rows of a window holds for `sequence_len`, or in each window.
+    UserError, with the model's plan as for `read_data`: how long rows may be is asked of `sequence_len`, ids in each window.
     """
     model, key = plan and plan.meta_model.shared, f"{table}.sequence_len"
     if model is not None:
@@ -196,7 +196,9 @@ def read_stream(
         return packed(trained, dataset, spec.rope_switch) if len(trained) else trained
 
     number = windows.at_hand()
-    log(f"data:     {name}: streamed, {dataset.window_rows:,} rows or documents at a time; window {number:,} is at hand")
+    log(
+        f"data:     {name}: streamed, {dataset.window_rows:,} rows or documents at a time; window {number:,} is at hand"
+    )
     first: Any = windows.store(number)
     if not len(rows_of(number)):
         raise UserError(
@@ -366,9 +368,7 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
     return _batches(spec, data.train, epoch_rows, replica, replicas)
 
 
-def _batches(
-    spec: DataSpec, train: list[Selection], epoch_rows: Mixture, replica: int, replicas: int
-) -> MicroBatches:
+def _batches(spec: DataSpec, train: list[Selection], epoch_rows: Mixture, replica: int, replicas: int) -> MicroBatches:
     return MicroBatches(
         [rows.store for rows in train],
         epoch_rows,

@@ -16,9 +16,9 @@ from pipeline.data.mixing import mix
 from pipeline.data.preparing import journal
 from pipeline.data.row_store import IGNORED
 from pipeline.data.selection import Streams, split, whole
+from pipeline.data.units import prepared
 from pipeline.data.units.build import UnitSpec, build
 from pipeline.data.units.formats import Names
-from pipeline.data.units import prepared
 from pipeline.data.units.store import UnitRows, UnitWriter
 from tests.helpers import chat
 from tests.helpers.data import prose
@@ -375,7 +375,7 @@ def test_sets_of_units_and_of_rows_do_not_mix(tmp_path: Path) -> None:
 # Prepared by several processes, and gone on with
 
 
-def many(path: Path, kind: str) -> tuple[Path, list[Any]]:
+def dirty(kind: str) -> list[Any]:
     """Rows of which some are bad, some the same, and some give a token that straddles."""
     rows: list[Any] = []
     for number in range(200):
@@ -384,14 +384,14 @@ def many(path: Path, kind: str) -> tuple[Path, list[Any]]:
         rows.append(good if kind == "unpaired" else pair)
     rows[40], rows[41], rows[77] = '{"prompt": ', rows[3], {"prompt": "x"}
     rows[90] |= {"prompt": "a "}
-    return path, rows
+    return rows
 
 
 @pytest.mark.parametrize("kind", ["preference", "unpaired"])
 def test_units_are_the_same_by_several_processes_and_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    path, rows = many(tmp_path, kind)
+    path, rows = tmp_path, dirty(kind)
     given: dict[str, Any] = {"kind": kind, "most_bad": 0.1}
     expected = stored(path / "one", rows, **given)
     assert stored(path / "several", rows, processes=3, **given).report == expected.report
@@ -403,7 +403,7 @@ def test_units_are_the_same_by_several_processes_and_after_a_kill(
         made.extend(record.where for record in batch)
         return make(work, batch)
 
-    def stopped(*_: Any) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepared.UnitWork, "__call__", noting)

