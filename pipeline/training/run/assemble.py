@@ -73,9 +73,7 @@ def trainer(
     with watcher.phase(UNHURRIED):
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
     optimizer = build_optimizer(plan.updates, stage, place)
-    if data.stream:
-        data.stream.windows.alive = lambda count: watcher.doing(f"making a window, {count:,} rows read")
-    batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+    batches = batches_of(plan, data, place, watcher)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
     objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals)
@@ -134,6 +132,13 @@ def begin(
         with engine.agreement(place):
             initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, init_adapter))
     return Progress(order=batches.order_hash(0))
+
+
+def batches_of(plan: Resolved, data: prepare.Data, place: engine.Place, watcher: Watcher) -> prepare.TrainBatches:
+    """The micro-batches of this replica; to make a window of a stream counts as getting on."""
+    if data.stream:
+        data.stream.windows.alive = lambda count: watcher.doing(f"making a window, {count:,} rows read")
+    return prepare.micro_batches(plan.data, data, place.replica, place.replicas)
 
 
 def samples_of(
