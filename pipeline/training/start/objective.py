@@ -58,7 +58,8 @@ def spec_of(
     slots = sorted({dataset.ranks if mixture.data == "ranked" else 2 for dataset in [*datasets, *held_out]})
     if len(slots) > 1:
         raise UserError(f"datasets.ranks: all datasets of a run need the same number, and they have {slots}")
-    for problem in _problems(objective, mixture, around):
+    generates = any(dataset.generates for dataset in datasets)
+    for problem in _problems(objective, mixture, around, generates):
         with errors.collect():
             raise UserError(problem)
     errors.raise_all()
@@ -120,8 +121,8 @@ def _check_data(datasets: Sequence[Dataset | EvalDataset], wanted: str | None) -
             )
 
 
-def _problems(objective: Objective, mixture: Mixture, around: Around) -> list[str]:
-    """What the losses do not go with, a message each."""
+def _problems(objective: Objective, mixture: Mixture, around: Around, generates: bool) -> list[str]:
+    """What the losses do not go with, a message each. `generates`: whether the model gives answers itself."""
     names, found = list(mixture.weights), []
     smoothing = mixture.settings.label_smoothing
     if "exo_pair" in names and not smoothing:
@@ -156,6 +157,11 @@ def _problems(objective: Objective, mixture: Mixture, around: Around) -> list[st
                 "objective.reference.model: with this init_lora_weights the base without its adapters is another model; write "
                 "'start'"
             )
+    if mixture.reads_reference and objective.reference.model == "start" and generates:
+        found.append(
+            "objective.reference.model: 'start' cannot say anything of answers that are given later (rejected = 'generate'), as "
+            "the adapter is another then; write 'base', the folder in init_adapter, or take a loss without a reference"
+        )
     return found
 
 
