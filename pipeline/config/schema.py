@@ -307,10 +307,7 @@ class Config(Section):
             yield from rules.samples_conflicts(
                 self.samples.model_dump(), full_fine_tune=self.full_fine_tune, in_full=self.trainable_modules
             )
-        if self.rejected_sampling and not any(dataset.generates for dataset in self.datasets):
-            yield "rejected_sampling: none of [[datasets]] is of pairs (dataset_type = 'preference') whose rejected answer could be given"
-        if self.sampling is not None and not any(dataset.generates for dataset in self.datasets):
-            yield "sampling: has a meaning with rejected = 'generate' of a dataset only; [samples] shows what the model says"
+        yield from self._conflicts_of_generation()
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
@@ -349,6 +346,12 @@ class Config(Section):
             yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
+
+    def _conflicts_of_generation(self) -> Iterator[str]:
+        if self.rejected_sampling and not any(dataset.generates for dataset in self.datasets):
+            yield "rejected_sampling: none of [[datasets]] is of pairs (dataset_type = 'preference') whose rejected answer could be given"
+        if self.sampling is not None and not any(dataset.generates for dataset in self.datasets):
+            yield "sampling: has a meaning with rejected = 'generate' of a dataset only; [samples] shows what the model says"
 
     def _conflicts_of_quantization(self, bnb: Bnb) -> Iterator[str]:
         if self.full_fine_tune:
