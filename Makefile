@@ -65,9 +65,7 @@ bench: setup ## the benchmarks that run on this machine, which should be idle (w
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.families
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.product
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.preparing --megabytes 100
-	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.preference
 	$(RUN)/python -m docs.families
-	$(RUN)/python -m docs.planted
 	if command -v nvidia-smi > /dev/null; then PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.gpu_h200; fi
 
 gpu-check: setup ## on a GPU, in under five minutes: kernels, memory levels, quantisation, resuming, plan, speed (one JSON, one page)

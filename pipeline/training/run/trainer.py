@@ -6,10 +6,10 @@ same loop; what one learns by itself (a signal, a file, the clock) is agreed on 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
 from pipeline.data.microbatch import MicroBatch
-from pipeline.model.router_loss import RouterLoss
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import StepTotals
 from pipeline.publishing.report.beside import Reports
@@ -38,6 +37,16 @@ from pipeline.training.start.resolved import Intervals
 SIGNAL_FILES = ("save", "save_quit")
 
 
+class Measuring(Protocol):
+    """What notes something of a step's micro-batches on its stage: routers their loads, taps their cosines."""
+
+    def begin_step(self) -> None:
+        """What was noted before is of another step."""
+
+    def measured(self) -> dict[str, float]:
+        """Of the step so far, by tag; over replicas their mean is logged."""
+
+
 @dataclass
 class Trainer:
     """One run on one process, which goes on from `progress`. `learning_rate(step, total)` is the config's schedule."""
@@ -50,7 +59,7 @@ class Trainer:
     objective: Objective
     learning_rate: Callable[[int, int], float]
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
-    routers: RouterLoss | None  # of this stage, where their loss is trained
+    measuring: Sequence[Measuring]  # of a step, on this stage
     step_totals: StepTotals | None  # what preference training measures on the last stage
     intervals: Intervals
     epochs: int | None  # the run ends after so many, or after max_steps
@@ -122,10 +131,10 @@ class Trainer:
         self.optimizer.set_lr(lr)
         ahead = self.progress.after_step(info.next_position, self.batches.order_hash(info.next_position.epoch))
         self.state.ahead(ahead)
-        if self.routers:
-            self.routers.begin_step()
+        for one in self.measuring:
+            one.begin_step()
         if self.step_totals:
-            self.step_totals.taken()
+            self.step_totals.begin(self.step / total)
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
             loss = float(self.engine.train_batch(inputs))
@@ -160,7 +169,7 @@ class Trainer:
         own = (
             self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {},
             peak_memory(),
-            self.routers.measured() if self.routers else {},
+            {tag: value for one in self.measuring for tag, value in one.measured().items()},
             self.step_totals.taken() if self.step_totals else {},
         )
         gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None

@@ -93,6 +93,11 @@ class DataSpec:
     generation: GenerationSpec | None = None
     rope_switch: int | None = None
 
+    @property
+    def in_streams(self) -> bool:
+        """Whether rows of two streams are trained on together (data/units/streams.py)."""
+        return any(dataset.stream for dataset in self.datasets)
+
 
 @dataclass(frozen=True)
 class Layout:
