@@ -19,7 +19,6 @@ from pipeline.artifacts.fold.warnings import other_base
 from pipeline.artifacts.fold_history import earlier_folds
 from pipeline.console import RankError, UserError, log_if_slow, warn
 from pipeline.formats.base_model import Base, read_base, warn_of_remarks
-from pipeline.formats.choices import RunQuant
 from pipeline.formats.device import usable_device
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.formats.hub import model_folder
@@ -34,7 +33,7 @@ WAITS_AT_MOST = timedelta(days=7)  # for whoever sits at the terminal
 
 class Found(NamedTuple):
     """A base that can be run. `whole`: without weights, for its structure. `ranges`: each stage's layers [first, end). `scheme`:
-    how its weights are quantised as they are read, if they are."""
+    in which its weights are quantised as they are read."""
 
     folder: str
     base: Base
@@ -78,10 +77,9 @@ def look(
     dtype: torch.dtype | None,
     attention: str | None = None,
     layers_per_stage: list[int] | None = None,
-    quant: RunQuant | None = None,
+    scheme: quantized.Scheme | None = None,
 ) -> Found:
-    """All that can be known without reading a weight. `key`: what named the folder. `dtype`: None is the model's own. `quant`: of
-    the base.
+    """All that can be known without reading a weight. `key`: what named the folder. `dtype`: None is the model's own.
 
     A `folder` that is a name on the Hub is downloaded.
     """
@@ -93,22 +91,14 @@ def look(
         whole = empty_model(config, dtype, attention)
         weights.check_complete(whole, base)
     warn_of_remarks(base)
+    if scheme:
+        quantized.put_placeholders(whole, scheme)
+        if stacked := quantized.marked_within(whole):
+            quantized.check_experts(config, stacked)
     ranges = explicit(layers_per_stage, len(layers_of_model(whole))) if layers_per_stage else _ranges(whole, n_stages)
     with log_if_slow("trying out a tiny copy of the model"):
         cut_check.check(config, ranges)
-        scheme = quantized.Scheme.named(quant, dtype) if quant else None
-        if scheme:
-            _check_quantised(config, whole, scheme)
     return Found(str(folder), base, config, whole, dtype, attention, ranges, scheme)
-
-
-def _check_quantised(config: PretrainedConfig, whole: PreTrainedModel, scheme: quantized.Scheme) -> None:
-    """UserError where the model's weights cannot be quantised, or its experts' would be used in a way that is not foreseen."""
-    with unsupported.named(config.model_type, "quantising it"):
-        quantized.put_placeholders(whole, scheme)
-        stacked = [f"{name}.{leaf}" for name, part in whole.named_modules() for leaf in quantized.marked(part)]
-        if stacked:
-            quantized.check_experts(config, stacked)
 
 
 def warn_of_another_base(base: Base, saved: Saved) -> None:
@@ -137,7 +127,7 @@ def read_stage(found: Found, number: int, device: torch.device) -> Stage:
             quantized.put_placeholders(empty, found.scheme)
         stage = Stage(empty, *found.ranges[number])
         if found.scheme:
-            from pipeline.model import quantized_bnb  # imports bitsandbytes
+            from pipeline.model import quantized_bnb
 
             quantized_bnb.put_in(stage)
         weights.load(stage, found.folder, found.dtype, device)

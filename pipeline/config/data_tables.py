@@ -148,6 +148,8 @@ class Dataset(_Data):
     sample_weight: PositiveFloat = Field(
         1.0, description="weight of this dataset when datasets are interleaved; of what, says mix_by"
     )
+    rejected: Literal["given", "generate"] = Field(
+        "given", description="preference: 'given' is in field_rejected; 'generate': before each step the model itself, as it then is, answers the prompts of the step, with [sampling], and these are the rejected answers (docs/preference.md)")  # fmt: skip
     num_repeats: PositiveFloat = Field(
         1.0, description="how many times an epoch goes through this dataset; of 0.5 two epochs together have every row, of 2.5 five times")  # fmt: skip
     stream: Literal["breaker", "retain"] | None = Field(
@@ -159,6 +161,11 @@ class Dataset(_Data):
     window_rows: PositiveInt = Field(
         10_000, description="with streaming: rows, or documents of 'textfile' and 'doclist', of a window"
     )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model gives the rejected answers itself."""
+        return self.rejected == "generate"
 
 
 class EvalDataset(_Data):
@@ -182,6 +189,7 @@ MEANT_FOR = {
     **dict.fromkeys(("too_long", "packing"), _ROWS),
     **dict.fromkeys(("deduplicate", "max_bad_rows"), _ROWS + UNITS),
     **dict.fromkeys(("field_chosen", "field_rejected", "field_label"), ("preference", "unpaired")),
+    "rejected": ("preference",),
     "score_weights": ("preference", "ranked"),
     **dict.fromkeys(("field_answers", "ranks"), ("ranked",)),
     **dict.fromkeys(("conversational", "truncation_mode"), UNITS),
@@ -202,6 +210,8 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
         yield f"{table}.conversational: needs a chat template, and chat_template = 'none' is none; remove one of them"
     if kind == "preference" and dataset.score_weights and dataset.field_label:
         yield f"{table}.field_label: with score_weights the score says which answer is better; remove one of them"
+    if isinstance(dataset, Dataset) and dataset.generates:
+        yield from _conflicts_of_generated(table, dataset)
     if kind == "pretokenized" and dataset.too_long == "truncate_left":
         yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"
     if kind not in BOOKS and dataset.document_mask is not None and dataset.packing == "none":
@@ -227,3 +237,15 @@ def _streaming_conflicts(table: str, dataset: Dataset) -> Iterator[str]:
     for key in ("subsample", "num_repeats", "max_tokens"):
         if getattr(dataset, key) != Dataset.model_fields[key].default:
             yield f"{table}.{key}: is of a dataset's rows together, which a stream does not know; remove it"
+
+
+def _conflicts_of_generated(table: str, dataset: Dataset) -> Iterator[str]:
+    """What does not go with rejected = 'generate'."""
+    why = {
+        "score_weights": "a pair of scored answers has both",
+        "field_label": "which answer is better is known: the one that is there",
+        "eval_size": "an answer that the model gives tells nothing of a set that is held out; give [[eval_datasets]] with both answers",
+    }
+    for key, reason in why.items():
+        if getattr(dataset, key):
+            yield f"{table}.{key}: does not go with rejected = 'generate': {reason}"

@@ -22,7 +22,7 @@ from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.qlora_pipe import TYPE as AXOLOTL
 from pipeline.config.qlora_pipe import expanded as expand
 from pipeline.config.schema import Config
-from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Peft, Quantization, Samples, Section
+from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Peft, Quantization, Samples, Sampling, Section
 from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError, warn
 from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value
@@ -43,6 +43,7 @@ SECTIONS: dict[str, type[Section]] = {
     "quantization.bnb": Bnb,
     "optimizer.groups": ParameterGroup,
     "samples": Samples,
+    "sampling": Sampling,
     "peft": Peft,
 }
 UNKNOWN = "unknown key."

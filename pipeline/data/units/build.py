@@ -20,7 +20,7 @@ from pipeline.data.reading.encodings import Findings
 from pipeline.data.reading.packed import text_bytes
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
-from pipeline.data.rows.build import PLAIN, counted, is_new
+from pipeline.data.rows.build import PLAIN, counted, ends_beyond_stops, is_new
 from pipeline.data.rows.prepared import of_records, prepared
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
@@ -31,7 +31,7 @@ from pipeline.data.units.scored import Grouped, by_prompt
 from pipeline.data.units.store import UnitRows, UnitWriter
 from pipeline.foreign import printable
 
-FORMAT = 1  # goes into the key: raise it when the same input would give other units
+FORMAT = 2  # goes into the key: raise it when the same input would give other units
 MANY_STRADDLE = 0.2  # of the units: then it is a warning
 
 
@@ -165,6 +165,8 @@ def _write(
         notes.insert(0, f"{writer.units:,} units ({spec.kind}) of {writer.prompts:,} prompts")
         if template and template.prints_the_date:
             notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
+        end = ends_beyond_stops(template)
+        end_id = None if end is None else int(tokenizer.convert_tokens_to_ids(end))
         writer.close(
             name=spec.name,
             kind=spec.kind,
@@ -172,6 +174,7 @@ def _write(
             eos=tokenizer.eos_token_id,
             **met.counts,
             notes=notes,
+            ends=end_id if end_id is not None and writer.rows.holds(end_id) else None,
             warnings=_warnings(spec.name, writer.units, met, straddling),
         )
 
