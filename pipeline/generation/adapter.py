@@ -81,7 +81,6 @@ def put(stage: Stage, saved: Saved) -> None:
     """The adapter on those of its modules that the stage owns, and in the place of the weights that it has in full."""
     mine = owned(stage, list(saved.adapter.modules))
     for name, tensor in saved.adapter.full.items():
-        _check_plain(stage, [name.rpartition(".")[0]] if any(_places(stage, name)) else [])
         _replace(stage, name, tensor)
     pairs = {n: p for n in mine if (p := saved.adapter.pairs.get(n)) and _trains_so(stage, n, saved, p)}
     if saved.kind == MULTIPLICATIVE:
@@ -89,16 +88,7 @@ def put(stage: Stage, saved: Saved) -> None:
     else:
         _put_lora(stage, pairs)
     rest = [name for name in mine if name not in pairs]
-    _check_plain(stage, rest)
     wrap(stage, rest, lambda name, layer: Folded(layer, *_folded(layer, saved, name)))
-
-
-def _check_plain(stage: Stage, modules: list[str]) -> None:
-    """UserError where one of these is quantised: what changes its weight cannot be put in."""
-    if packed := next((name for name in modules if isinstance(stage.model.get_submodule(name), PackedLinear)), None):
-        raise UserError(
-            f"{packed} is quantised, and this adapter is put in as a changed weight of it: leave --base-quant out"
-        )
 
 
 @contextmanager
@@ -194,7 +184,7 @@ def _check_plain(layer: nn.Module, name: str) -> None:
     if isinstance(layer, PackedLinear):
         raise UserError(
             f"the adapter changes the weight of {name} itself, and of a quantised base there is none in 16 bits to change; "
-            "measure it without [quantization]"
+            "leave [quantization], or --base-quant, out"
         )
 
 

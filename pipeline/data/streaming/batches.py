@@ -4,7 +4,7 @@ A window takes the place of an epoch, so that all that holds of a position in an
 function of the window, the seed and the position, with any number of replicas.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from pipeline.console import UserError
@@ -42,10 +42,10 @@ class StreamedBatches:
             raise UserError("max_steps: required with streaming = true, as nobody knows how long the stream is")
         return at_most
 
-    def step(self, position: Position) -> tuple[list[MicroBatch], StepInfo]:
+    def step(self, position: Position, stores: Sequence[RowStore] | None = None) -> tuple[list[MicroBatch], StepInfo]:
         """As `MicroBatches.step`; the window after it is made with the last step of a window."""
         self._current = self._at(position.epoch)
-        batches, info = self._current.step(position)
+        batches, info = self._current.step(position, stores)
         return batches, self._on(info)
 
     def info(self, position: Position) -> StepInfo:
