@@ -10,13 +10,15 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts.adapter.adapter import PEFT_PREFIX, WEIGHTS_FILE, Pair
-from pipeline.artifacts.adapter.read import load_pairs
+from pipeline.artifacts.adapter.parameters import placed
+from pipeline.artifacts.adapter.read import load_adapter, load_pairs
 from pipeline.artifacts.adapter.schema import own_facts
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
@@ -31,33 +33,46 @@ from pipeline.peft.types import PEFT, Asked
 from pipeline.training.stage import patterns
 
 Size = tuple[int, float]  # rank R, s
+NO_PARAMETERS: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 OF_PAIRS = re.compile(r".+\.(lora|peanut)_[AB]\.weight")  # of an adapter that says nothing of itself: PEFT's own
 
 
 def read_pairs(
-    folder: str, sizes: Mapping[str, Size], *, uniform: Size, on_the_output: bool, biased_targets: bool
+    folder: str,
+    sizes: Mapping[str, Size],
+    *,
+    uniform: Size,
+    on_the_output: bool,
+    biased_targets: bool,
+    parameters: Mapping[str, tuple[int, ...]] = NO_PARAMETERS,
 ) -> dict[str, Tensor]:
     """`<module>.A` and `<module>.B` of an adapter that is pairs, for each module of `sizes`.
 
     `sizes`: the rank and s with which each is trained. A pair has these, as PEFT saves patterns, or those of `uniform`, the
     form in which we save them (stage/patterns.py). `on_the_output`: whether it must be multiplicative (h + s·B·A·h), else it
-    is a LoRA. UserError naming what the two differ in.
+    is a LoRA. `parameters`: those of `sizes` that are no modules, with their shapes. UserError naming what the two differ in.
     """
-    where, adapter = f"init_adapter = '{folder}'", load_pairs(_existing(folder))
+    where = f"init_adapter = '{folder}'"
+    adapter = load_adapter(_existing(folder)) if parameters else load_pairs(_existing(folder))
     kind = MULTIPLICATIVE if on_the_output else LORA
     if adapter.kind not in (None, kind):
         raise UserError(f"{where}: it is a {adapter.kind}, and this run trains a {kind}; set adapter_type")
-    _check_modules(where, adapter.pairs, sizes)
+    pairs = {module: (pair, len(pair.A), 1) for module, pair in adapter.pairs.items()}
+    for name, one in placed(adapter, parameters).items():
+        scaling = adapter.of_parameters.scaling(name, one.rank) if adapter.of_parameters else (1.0, "")
+        pairs[name] = Pair(one.A, one.B, *scaling), one.rank, one.experts
+    _check_modules(where, pairs, sizes)
     if on_the_output and biased_targets and not adapter.moves_bias:
         raise UserError(
             f"{where}: it was trained on the modules' products without their biases, and here it would move those too"
         )
     tensors: dict[str, Tensor] = {}
-    for module, pair in adapter.pairs.items():
+    for module, (pair, rank, matrices) in pairs.items():
         halves, own = {f"{module}.A": pair.A, f"{module}.B": pair.B}, sizes[module]
-        if not _has(pair, own):
-            _check_size(f"{where}: {module}", pair, own, uniform)
-            halves = patterns.from_one_rank(halves, {module: own[0]}, {module: own[1] / uniform[1]})
+        if not _has(pair, rank, own):
+            _check_size(f"{where}: {module}", pair, rank, own, uniform)
+            factors = {module: own[1] / uniform[1]}
+            halves = patterns.from_one_rank(halves, {module: own[0]}, factors, {module: matrices})
         tensors |= halves
     return tensors
 
@@ -181,16 +196,15 @@ def _as_trained(name: str, module: nn.Module | None, written: dict[str, Tensor])
     return written
 
 
-def _has(pair: Pair, size: Size) -> bool:
-    return pair.A.shape[0] == size[0] and math.isclose(pair.scaling, size[1], rel_tol=1e-6)
+def _has(pair: Pair, rank: int, size: Size) -> bool:
+    return rank == size[0] and math.isclose(pair.scaling, size[1], rel_tol=1e-6)
 
 
-def _check_size(where: str, pair: Pair, own: Size, uniform: Size) -> None:
-    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair has those of `uniform`."""
-    found = pair.A.shape[0]
+def _check_size(where: str, pair: Pair, found: int, own: Size, uniform: Size) -> None:
+    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair, of rank `found`, has those of `uniform`."""
     if found not in (own[0], uniform[0]):
         raise UserError(f"{where} has rank {found}, this run's has rank {own[0]}; set lora_rank accordingly")
-    if not _has(pair, uniform):
+    if not _has(pair, found, uniform):
         s = own[1] if found == own[0] else uniform[1]
         raise UserError(
             f"{where} was trained with s = {pair.scaling:g} ({pair.origin}), this run has s = {s:g}, "
