@@ -207,6 +207,19 @@ On disk it is a type of our own, which PEFT refuses: the pair is named for the r
 experts stored one by one, as one tensor, or as one transposed tensor, with their biases, an expert at a time; `--unmerge`
 takes it out. There is no additive export: an A' = A·W for each expert has a place in no file that servers read.
 
+`adapter_type = 'lora'` reaches the experts' own tensors by PEFT's key `target_parameters`:
+
+    adapter_type = 'lora'
+    target_modules = ['q_proj', 'v_proj']   # [] for none; default all-linear
+    target_parameters = ['experts.gate_up_proj', 'experts.down_proj']
+
+Each matrix of such a tensor gets a pair of its own, P' = P + s·B·A, or P + s·Aᵀ·Bᵀ where a module's inputs come first (gpt_oss):
+E·R·(D_in + D_out) numbers for E experts. PEFT's own layer makes the changed tensor of all experts for each forward, so a layer takes
+once more what its experts take in `model_weight_dtype`, however few tokens there are. Not over quantised experts (PEFT adds to the
+tensor itself), and without dropout, DoRA and starts from the weight. Stock PEFT loads the folder. `merge_lora.py` folds it, and
+what others made with PEFT, into experts stored one by one (gate and up apart), as one tensor, or transposed; that includes LoRAs whose
+`target_modules` name experts (`w1`, `gate_proj`), which PEFT turns into target_parameters. `--scale`, `--layers` and `--unmerge` work.
+
 `load_balancing_loss_coef`, or the model's own config.json with `output_router_logits = true`, adds transformers'
 load-balancing loss of the routers to that of each micro-batch, over all layers together, whatever the stages: `train/loss`
 has it in it, `train/router_loss` is it alone, without the coefficient. `expert_load/N/most` and `least` say what share of the

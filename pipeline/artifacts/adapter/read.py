@@ -221,10 +221,10 @@ def _by_peft(
     folder: Path, tensors: dict[str, torch.Tensor], config: Facts
 ) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, tuple[WeightMap, ...]]]:
     """Of a type of PEFT's own: the tensors by module, the rest, and the maps. UserError where PEFT refuses its configuration."""
-    from pipeline.peft.layers import check_settings, of_module
+    from pipeline.peft.layers import check_settings, in_full, of_module, settings_of_file
 
     where, row = f"{folder}/{CONFIG_FILE}: ", LOCAL[config["peft_type"]]
-    settings = {key: value for key, value in config.items() if key not in OURS and value is not None} | dict(row.own)
+    settings = settings_of_file(row.name, config, where)
     check_settings(row.name, settings, where)
     pattern = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.+?)\.({row.prefix}.+)")
     grouped: Grouped = {}
@@ -241,6 +241,13 @@ def _by_peft(
             if tensor.is_floating_point():
                 _check_numbers(folder, match.group(1), match.group(2), tensor)
     grouped = {module: grouped[module] for module in sorted(grouped, key=natural_order)}
+    if row.ranked:
+        for module, group in grouped.items():
+            try:
+                kept = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+                grouped[module] = in_full(group, kept, settings["init_r"])
+            except ValueError as error:
+                raise UserError(f"{folder}: {module}: {error}.") from None
     maps = {
         module: (WholeWeight(row.name, of_module(settings, module, where), group, projections),)
         for module, group in grouped.items()

@@ -45,7 +45,7 @@ from pipeline.formats.dtypes import CODES
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import holders, layers_of, loadable_name, natural_order, public_name
-from pipeline.peft.types import PEFT, Asked
+from pipeline.peft.types import LOCAL, PEFT, Asked
 
 Tensors = Mapping[str, torch.Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -168,6 +168,11 @@ def write_by_peft(
         if tensor.is_floating_point() and not math.isfinite(float(tensor.float().abs().sum())):
             raise ValueError(f"{name}: the adapter holds NaN or infinite values")
     own = {"settings": {"type": asked.type, **asked.settings}}
+    if LOCAL[asked.type].ranked:
+        from pipeline.peft.layers import kept_only
+
+        tensors, pattern = kept_only(tensors)
+        config = {**config, "rank_pattern": pattern}
     stored = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
     _write_files(folder, stored, modules, PEFT, {**config, "peft_type": asked.type}, own, **training)
 

@@ -24,12 +24,14 @@ from pipeline.formats.base_model import read_base
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters import by_peft, control, lora, multiplicative, rotations
-from pipeline.model.adapters.base import Injector, Settings, outputs_of, written
+from pipeline.model.adapters.base import Injector, Settings, outputs_of, owned, written
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft.types import Asked
+from pipeline.peft.types import LOCAL, Asked
+from pipeline.training.optim import adalora
 from pipeline.training.optim.inner import add, value
+from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.stage import initial_adapter, patterns
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Size
 
@@ -172,6 +174,15 @@ def orthonormalise(directions: list[nn.Parameter], optimizer: Optimizer) -> None
     """A Newton step on each Q, in fp32; through the optimizer's compensated sum where it has one."""
     for Q in directions:
         add(optimizer, Q, control.newton_step(value(optimizer, Q)))
+
+
+def share_ranks(stage: Stage, optimizer: PipelineOptimizer, adapter: AdapterSpec | None) -> None:
+    """Have `optimizer` share out the ranks of all stages' modules, where the family does."""
+    if adapter is None or adapter.by_peft is None or not LOCAL[adapter.by_peft.type].ranked:
+        return
+    layers = {name: stage.model.get_submodule(name) for name in owned(stage, adapter.targets)}
+    places = {name: place for place, name in enumerate(adapter.targets)}
+    adalora.attach(optimizer, layers, places, _peft_config(adapter.by_peft))
 
 
 def norms(stage: Stage, adapter: AdapterSpec) -> dict[str, float]:

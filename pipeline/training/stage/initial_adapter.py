@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts.adapter.adapter import PEFT_PREFIX, WEIGHTS_FILE, Pair
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE, Pair
 from pipeline.artifacts.adapter.parameters import placed
 from pipeline.artifacts.adapter.read import load_adapter, load_pairs
 from pipeline.artifacts.adapter.schema import own_facts
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
-from pipeline.foreign import printable
+from pipeline.foreign import printable, read_object
 from pipeline.formats.safetensors import Header, load_tensors, read_header
 from pipeline.model.adapters.base import frozen, trainable
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.model.adapters.lora import MosLoRA
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft.types import PEFT, Asked
+from pipeline.peft.types import LOCAL, PEFT, Asked
 from pipeline.training.stage import patterns
 
 Size = tuple[int, float]  # rank R, s
@@ -105,6 +105,7 @@ def read_family(folder: str, targets: Collection[str], family: Any, settings: di
 def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[str, Tensor]:
     """The tensors of an adapter that write_by_peft wrote, by the names of training. UserError naming what differs."""
     where, path = f"init_adapter = '{folder}'", _existing(folder) / WEIGHTS_FILE
+    row = LOCAL[asked.type]
     if not path.is_file():
         raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it")
     header = read_header(path)
@@ -116,7 +117,7 @@ def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[st
     _check_modules(where, own.get("modules", []), targets)
     ours, theirs = {"type": asked.type, **asked.settings}, own.get("settings", {})
     for key in sorted(ours.keys() | theirs.keys()):
-        if theirs.get(key) != ours.get(key) and not key.endswith("dropout"):
+        if theirs.get(key) != ours.get(key) and not key.endswith("dropout") and key not in row.of_training:
             raise UserError(
                 f"{where}: it was trained with {key} = {printable(theirs.get(key), 60)}, this run has {ours.get(key)}; set it in "
                 "[peft] as it was"
@@ -124,7 +125,25 @@ def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[st
     modules = set(targets)
     stored = {t.name.removeprefix(PEFT_PREFIX): t.name for t in header.tensors}
     tensors = load_tensors(header, [t for name, t in stored.items() if not modules.isdisjoint(holders(name))])
-    return {name: tensors[source] for name, source in stored.items() if source in tensors}
+    found = {name: tensors[source] for name, source in stored.items() if source in tensors}
+    return _of_full_rank(where, path.with_name(CONFIG_FILE), found) if row.ranked else found
+
+
+def _of_full_rank(where: str, config: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With zeros for triplets that a budget has dropped."""
+    from pipeline.peft.layers import in_full
+
+    facts = read_object(config, where)
+    kept = facts.get("rank_pattern") or {}
+    found: dict[str, Tensor] = {}
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+        own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
+        try:
+            full = in_full(own, kept.get(f"{module}.lora_E"), facts["init_r"])
+        except ValueError as error:
+            raise UserError(f"{where}: {module}: {error}.") from None
+        found |= {f"{module}.{name}": tensor for name, tensor in full.items()}
+    return found
 
 
 def read_in_full(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[str, Tensor]:
