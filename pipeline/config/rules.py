@@ -116,7 +116,9 @@ def _parameter_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     beside = {
         "use_dora": "PEFT has no DoRA of a parameter",
         "lora_dropout": "what is added to a parameter has no input of its own to drop",
-        **dict.fromkeys(OF_PRODUCTS, "is of one product s·B·A a module, and a parameter has one for each of its matrices"),
+        **dict.fromkeys(
+            OF_PRODUCTS, "is of one product s·B·A a module, and a parameter has one for each of its matrices"
+        ),
     }
     for key, reason in beside.items():
         if values[key]:

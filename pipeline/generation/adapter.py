@@ -54,7 +54,8 @@ class Folded(nn.Module):
 class Saved(NamedTuple):
     """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say.
 
-    `widest`: of PEFT's own types, the most outputs and inputs of its modules. `parameters`: LoRAs of parameters, by their names."""
+    `widest`: of PEFT's own types, the most outputs and inputs of its modules. `parameters`: LoRAs of parameters, by their
+    names."""
 
     adapter: Adapter
     kind: str

@@ -69,7 +69,9 @@ def settings_of_file(peft_type: str, config: Mapping[str, Any], where: str) -> d
     usual = as_json(peft_type, own)
     for key in given.keys() - {*row.keys, *row.refused}:
         if given[key] and given[key] != usual.get(key):
-            raise UserError(f"{where}{key} = {given[key]!r} is not known of PEFT's {peft_type}, and may change what it computes.")
+            raise UserError(
+                f"{where}{key} = {given[key]!r} is not known of PEFT's {peft_type}, and may change what it computes."
+            )
     return {key: given.get(key, usual.get(key)) for key in row.keys} | dict(row.own)
 
 

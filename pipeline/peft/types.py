@@ -23,9 +23,9 @@ class PeftType:
     `quantised`: over 4- and 8-bit weights it computes what it does over the dequantised ones. `dtype`: of its trained numbers;
     'base' where it multiplies them with the layer's states as they are. `projections`: frozen tensors that all its modules
     share, made from a key and as wide as the widest of them. `only_fp32`: PEFT does not make it of fp64, which then cannot
-    check its fold. `ranked`: its budget of ranks is shared out among all modules while it trains (training/optim/adalora.py), and what
-    is left of each is in its rank_pattern. `keys`: PEFT's that have a meaning for it, where its configuration has more; `of_training`:
-    those that say nothing about a trained adapter.
+    check its fold. `ranked`: its budget of ranks is shared out among all modules while it trains (training/optim/adalora.py), and
+    what is left of each is in its rank_pattern. `keys`: PEFT's that have a meaning for it, where its configuration has more;
+    `of_training`: those that say nothing about a trained adapter.
     """
 
     name: str

@@ -68,8 +68,8 @@ class Adapter:
     resized or one of the two is adapted, mostly the base's own values. `base_fingerprint`: of the base that an adapter of ours
     was trained on (formats/fingerprint.py), where it says. `experts`: those modules that are a layer's experts, with what these
     write with in the running model; `stops`: ids at which the model learned to stop, beside those at which its base does;
-    `stacks`: where that lies, once the adapter is in the form of its base (stored_form.py). `of_parameters`: LoRAs of which the base
-    has to say what they are of.
+    `stacks`: where that lies, once the adapter is in the form of its base (stored_form.py). `of_parameters`: LoRAs of which the
+    base has to say what they are of.
     """
 
     folder: Path

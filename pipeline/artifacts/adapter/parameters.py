@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.artifacts.adapter.adapter import Adapter, OfParameters, Pair
+from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.console import UserError
 from pipeline.formats.base_model import Base
 from pipeline.formats.experts import Stack
@@ -105,7 +105,9 @@ def check_stored(base: Base, names: list[str]) -> None:
     running = running_parameters(base) if names else {}
     for name in names:
         if name not in running or not _is_stored(base, name, running[name]):
-            raise UserError(f"{base.folder} stores {name} in another form than the model runs, which no fold can change.")
+            raise UserError(
+                f"{base.folder} stores {name} in another form than the model runs, which no fold can change."
+            )
 
 
 def _is_stored(base: Base, name: str, parameter: RunningParameter) -> bool:
@@ -119,8 +121,8 @@ def _stored(
     that lies."""
     if not _is_stored(base, name, parameter):
         raise UserError(
-            f"{base.folder} stores {name}, which {adapter.folder} adapts, in another form than the model runs: no fold can change "
-            "it. Load the adapter with PEFT."
+            f"{base.folder} stores {name}, which {adapter.folder} adapts, in another form than the model runs: no fold can "
+            "change it. Load the adapter with PEFT."
         )
     A, B = per_expert(one.A, one.B, one.experts)
     if parameter.inputs_first and len(parameter.shape) == 3:

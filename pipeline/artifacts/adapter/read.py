@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, OfParameters, Pair
+from pipeline.artifacts.adapter.adapter import (
+    CONFIG_FILE,
+    OWN_TYPE,
+    PEFT_PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    OfParameters,
+    Pair,
+)
 from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS, maps_of
 from pipeline.artifacts.adapter.full import read_full
 from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
@@ -31,7 +39,7 @@ from pipeline.formats.experts import ExpertWeights
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
 from pipeline.names import natural_order
 from pipeline.patterns import matches
-from pipeline.peft.types import LOCAL, OURS, PEFT, REFUSED
+from pipeline.peft.types import LOCAL, PEFT, REFUSED
 
 Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
@@ -275,7 +283,9 @@ def _lora(
     if not others:
         return grouped, rest, pairs, None
     if len(ends) > 2:
-        raise UserError(f"{folder}: {next(iter(others))}: target_parameters with {ends[-1]}. That is not folded: load it with PEFT.")
+        raise UserError(
+            f"{folder}: {next(iter(others))}: target_parameters with {ends[-1]}. That is not folded: load it with PEFT."
+        )
     names = tuple(config["target_parameters"])
     return grouped, rest, pairs, OfParameters(names, others, partial(_checked_scaling, folder, config=config, own=own))
 

@@ -101,8 +101,8 @@ def write_adapter(
     `tensors`: `<module>.A` and `<module>.B` for every module, floating point, with R = `rank`. `biased_targets`: whether
     any of the modules has a bias. `facts`: more for the metadata (JSON values). `use_rslora`: s = alpha / √rank (rsLoRA,
     arXiv 2312.03732); of a LoRA only. `experts`: those of the modules that are a layer's experts. `parameters`: of a LoRA, those
-    that are parameters, each module's in the order in which it holds them, with how many matrices each is: A [R·E, D] and B [D, R·E]
-    as PEFT has them. Raises ValueError where a pair is incomplete or misshapen, or not finite.
+    that are parameters, each module's in the order in which it holds them, with how many matrices each is: A [R·E, D] and B [D,
+    R·E] as PEFT has them. Raises ValueError where a pair is incomplete or misshapen, or not finite.
     """
     pairs = adapter_pairs(tensors)
     _check_pairs(pairs, kind, rank, parameters)

@@ -301,8 +301,8 @@ def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
 
 
 def _expert_steps(base: Base, part: Part, number: int, module: str, unmerge: bool) -> Iterator[tuple[str, Step]]:
-    """The same of a layer's experts: their matrices and vectors, each multiplied by the pair from the side of its outputs; or, of a
-    LoRA, one tensor of all with a pair for each matrix."""
+    """The same of a layer's experts: their matrices and vectors, each multiplied by the pair from the side of its outputs; or, of
+    a LoRA, one tensor of all with a pair for each matrix."""
     stack, step = part.adapter.stacks[module], _pair_step(part, number, module, unmerge)
     if step.kind == LORA:
         yield stack.weights[0], step

@@ -82,8 +82,8 @@ def wrap(stage: Stage, targets: list[str], make: Callable[[str, nn.Module], nn.M
 
 
 def trainable(stage: Stage) -> dict[str, nn.Parameter]:
-    """Trained parameters by their name in the whole model; those of a LoRA end in '.A' and '.B', and of one of a parameter begin with
-    that one's name."""
+    """Trained parameters by their name in the whole model; those of a LoRA end in '.A' and '.B', and of one of a parameter begin
+    with that one's name."""
     holders = {f"{n}.": m.parameter_name for n, m in stage.model.named_modules() if hasattr(m, "parameter_name")}
     found = {}
     for name, parameter in stage.model.named_parameters():

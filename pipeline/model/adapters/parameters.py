@@ -19,6 +19,7 @@ from pipeline.model.adapters.base import draw, owned
 from pipeline.model.quantized import marked
 from pipeline.model.stage import Stage
 from pipeline.model.structure.parts import parts_of
+from pipeline.names import within_layer
 
 
 def resolve(model: PreTrainedModel, names: list[str], layers: list[int]) -> list[str]:
@@ -39,7 +40,8 @@ def resolve(model: PreTrainedModel, names: list[str], layers: list[int]) -> list
     for full in chosen:
         if full.rpartition(".")[2] in marked(found[full][1]):
             raise UserError(
-                f"target_parameters: {full} is quantised, and PEFT adds to the experts' own tensors, which 4 or 8 bits do not show; "
+                f"target_parameters: {full} is quantised, and PEFT adds to the experts' own tensors, which 4 or 8 bits do "
+                "not show; "
                 "keep it in 16 bits with llm_int8_skip_modules = ['experts'], or adapt what the experts write: adapter_type = "
                 "'multiplicative_lora' with target_modules = ['experts']"
             )
@@ -74,7 +76,9 @@ def inject(
         module: Any = stage.model.get_submodule(module_name)
         held = innermost(module)
         if own not in held._parameters:
-            raise UserError(f"{name}: it is quantised, and PEFT adds to the experts' own tensors; leave the experts in 16 bits")
+            raise UserError(
+                f"{name}: it is quantised, and PEFT adds to the experts' own tensors; leave the experts in 16 bits"
+            )
         wrapper = ParamWrapper(module, "default", own, config, r=rank, lora_alpha=alpha)
         wrapper.lora_A.to(dtype)
         wrapper.lora_B.to(dtype)
@@ -98,11 +102,9 @@ def wrapper_of(model: nn.Module, name: str) -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
-def describe(chosen: Mapping[str, tuple[int, ...]], layers: list[int]) -> str:
-    """'and on parameters: mlp.experts.down_proj (4 × [32, 24])', of each kind once."""
-    kinds = dict.fromkeys(
-        (name.split(".layers.", 1)[-1].partition(".")[2], shape) for name, shape in chosen.items()
-    )
+def describe(chosen: Mapping[str, tuple[int, ...]]) -> str:
+    """What is adapted, each kind once, with its shape."""
+    kinds = dict.fromkeys((within_layer(name), shape) for name, shape in chosen.items())
     listed = [f"{name} ({' × '.join(map(str, shape))})" for name, shape in kinds]
     return f"and a pair for each matrix of the parameters {', '.join(listed)}"
 

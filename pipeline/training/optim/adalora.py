@@ -1,7 +1,7 @@
 """AdaLoRA's budget of ranks, shared out among the modules of all stages (Zhang et al. 2023, arXiv 2303.10512).
 
-Takes a stage's modules with A [R, D_in], E [R], B [D_out, R] of W + s/R·B·diag(E)·A, and the optimizer that updates them; after an
-update sets those E to zero whose triplets matter least, of all stages' together. As PEFT 0.21's RankAllocator
+Takes a stage's modules with A [R, D_in], E [R], B [D_out, R] of W + s/R·B·diag(E)·A, and the optimizer that updates them; after
+an update sets those E to zero whose triplets matter least, of all stages' together. As PEFT 0.21's RankAllocator
 (`peft/tuners/adalora/layer.py`), which sees one process's modules alone; what has to be known of the others is R numbers a module
 at each change of the budget. Moving averages and masks are in the optimizer's state, and so in checkpoints.
 """
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from pipeline.training.optim.inner import add, value
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer, communication_device
 
-SENSITIVITY, UNCERTAINTY, KEPT = "adalora_sensitivity", "adalora_uncertainty", "adalora_kept"  # keys of the optimizer's state
+SENSITIVITY, UNCERTAINTY, KEPT = (
+    "adalora_sensitivity",
+    "adalora_uncertainty",
+    "adalora_kept",
+)  # keys of the optimizer's state
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class RankAllocator:
     def _share_out(self, dropped: int) -> None:
         """Note of each module which triplets are kept: those above the `dropped`-th lowest score of all stages' modules."""
         s = self.schedule
-        device = next((t.E.device for t in self.modules.values()), communication_device())
+        first = next(iter(self.modules.values()), None)
+        device = communication_device() if first is None else first.E.device
         scores = torch.zeros(s.modules, s.init_r, device=device)
         for triplets in self.modules.values():
             scores[triplets.place] = self._scores(triplets)
@@ -143,7 +148,8 @@ def add_orthogonality(sums: Mapping[str, Tensor], modules: Mapping[str, Triplets
 def attach(
     optimizer: PipelineOptimizer, layers: Mapping[str, Any], places: Mapping[str, int], settings: Mapping[str, Any]
 ) -> None:
-    """Have `optimizer` share out the budget, and its gradients hold A and B orthogonal. Every stage must, for the sake of the others.
+    """Have `optimizer` share out the budget, and its gradients hold A and B orthogonal. Every stage must, for the sake of the
+    others.
 
     `layers`: the stage's, PEFT's AdaLoRA layers by name; `places`: of all stages' modules; `settings`: all of PEFT's keys.
     """

@@ -98,7 +98,9 @@ class PipelineOptimizer(Optimizer):
                 call()
             if self.parameters_by_name:
                 self.inner.step()
-            for call in self.after_update:  # on a stage that trains nothing, too: others may wait for what it has to say
+            for (
+                call
+            ) in self.after_update:  # on a stage that trains nothing, too: others may wait for what it has to say
                 call()
             if self.parameters_by_name and next(iter(self.parameters_by_name.values())).is_cuda:
                 self.updated = torch.cuda.current_stream().record_event()
@@ -147,4 +149,5 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
 
 def communication_device() -> torch.device:
     """Where tensors are that go between processes."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

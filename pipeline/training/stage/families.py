@@ -190,7 +190,9 @@ def norms(stage: Stage, adapter: AdapterSpec) -> dict[str, float]:
     pairs = {name: t for name, t in written(stage).items() if name.endswith((".A", ".B"))}
     for name, experts in adapter.matrices.items():
         if f"{name}.A" in pairs:
-            pairs |= zip((f"{name}.A", f"{name}.B"), per_expert(pairs[f"{name}.A"], pairs[f"{name}.B"], experts), strict=True)
+            pairs |= zip(
+                (f"{name}.A", f"{name}.B"), per_expert(pairs[f"{name}.A"], pairs[f"{name}.B"], experts), strict=True
+            )
     return {module: norm * abs(adapter.sizes[module].s) for module, norm in adapter_norms(pairs, 1.0).items()}
 
 

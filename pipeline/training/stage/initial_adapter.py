@@ -220,7 +220,8 @@ def _has(pair: Pair, rank: int, size: Size) -> bool:
 
 
 def _check_size(where: str, pair: Pair, found: int, own: Size, uniform: Size) -> None:
-    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair, of rank `found`, has those of `uniform`."""
+    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair, of rank `found`, has those of
+    `uniform`."""
     if found not in (own[0], uniform[0]):
         raise UserError(f"{where} has rank {found}, this run's has rank {own[0]}; set lora_rank accordingly")
     if not _has(pair, found, uniform):

@@ -47,8 +47,8 @@ def to_one_rank(
 ) -> dict[str, Tensor]:
     """A [r, D] and B [D, r] of each module → [rank, D] and [D, rank] with zeros, B times the module's factor.
 
-    Of a parameter with E `matrices`, A [r·E, D] and B [D, r·E], those of each. Other tensors of a module stay as they are. A factor
-    that is no power of two rounds B once, to its dtype.
+    Of a parameter with E `matrices`, A [r·E, D] and B [D, r·E], those of each. Other tensors of a module stay as they are. A
+    factor that is no power of two rounds B once, to its dtype.
     """
     out = dict(tensors)
     for module, factor in factors.items():

@@ -51,8 +51,9 @@ class AdapterSpec:
     `common`: of lora_rank and lora_alpha, which rank_pattern and alpha_pattern change for some modules. `start`: how A and B
     begin, True (A random, B zero) or init_lora_weights' name of another. `block_size`: of families with blocks.
     `feedforward`: the modules with a factor for each input. `biased_targets`: whether any of the modules has a bias.
-    `experts`: those of the modules that are a layer's experts, with what these write with. `parameters`: those that are no modules
-    but parameters, with their shapes, each module's in the order in which it holds them. `by_peft`: of a type of PEFT's own.
+    `experts`: those of the modules that are a layer's experts, with what these write with. `parameters`: those that are no
+    modules but parameters, with their shapes, each module's in the order in which it holds them. `by_peft`: of a type of PEFT's
+    own.
     """
 
     family: str

@@ -193,10 +193,13 @@ def _check_one_step(model: Any, stages: list[Stage], ours: Tensor) -> None:
 
 # What [peft] has otherwise than {"type": "LOHA", "r": 4}; what is said of it.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown type": ({"type": "LOOHA"}, "peft.type.*local to a module: BEFT"),
+    "unknown type": ({"type": "LOOHA"}, "peft.type.*local to a module: ADALORA, BEFT"),
     "ours already": ({"type": "hra"}, "peft.type.*adapter_type = 'hra'"),
     "needs all layers": ({"type": "vb-lora"}, "peft.type"),
-    "of a LoRA only": ({"type": "ADALORA", "total_step": 9, "use_rslora": True}, "peft.use_rslora: has no meaning for PEFT.s ADALORA"),
+    "of a LoRA only": (
+        {"type": "ADALORA", "total_step": 9, "use_rslora": True},
+        "peft.use_rslora: has no meaning for PEFT.s ADALORA",
+    ),
     "no end": ({"type": "ADALORA"}, "PEFT refuses these keys: AdaLoRA does not work when .total_step. is None"),
     "unknown key": ({"alfa": 4}, r"peft.alfa: PEFT's LOHA has no such key; did you mean 'alpha'\?"),
     "wrong type": ({"r": "4"}, "peft.r = '4': input should be a valid integer"),

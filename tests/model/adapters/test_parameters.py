@@ -1,4 +1,5 @@
-"""`target_parameters`, LoRA on what holds all experts of a layer: stages against stock PEFT on the unsplit model, saved, begun with.
+"""`target_parameters`, LoRA on what holds all experts of a layer: stages against stock PEFT on the unsplit model, saved, begun
+with.
 
 The fold is tests/artifacts/fold/test_merge_parameters.py.
 """
@@ -123,8 +124,8 @@ def test_ranks_by_pattern_are_begun_with_and_spoken_with(saved: Any, tmp_path: P
     """Ranks that differ are saved as one, which another cut begins with, and generate.py puts on its stages; norms are of all
     matrices."""
     folder = saved("qwen3_moe")
-    changes = {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"q_proj": 3}}
-    stages, plan, config = stages_of(folder, [0, 2, LAYERS], **changes)
+    changes = {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"q_proj": 4}}
+    stages, plan, _ = stages_of(folder, [0, 2, LAYERS], **changes)
     randomise(trained(stages))
     assert trained(stages)["model.layers.0.mlp.experts.down_proj.A"].shape == (4 * 2, 24)
     adapter = save(stages, plan, tmp_path / "adapter")
@@ -154,7 +155,9 @@ def wrapper_of(model: Any, name: str) -> Any:
     return next(
         module
         for found, module in model.base_model.model.named_modules()
-        if isinstance(module, ParamWrapper) and found.replace(".base_layer", "") == holder and module.parameter_name == own
+        if isinstance(module, ParamWrapper)
+        and found.replace(".base_layer", "") == holder
+        and module.parameter_name == own
     )
 
 
@@ -162,7 +165,9 @@ def test_parameters_alone(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     stages, plan, _ = stages_of(saved("gpt_oss"), [0, LAYERS], target_modules=[], layers_to_transform="1:2")
     said = capsys.readouterr().out
     assert "lora on the weights of no linear module, layers 1 to 2" in said
-    assert "a pair for each matrix of the parameters mlp.experts.gate_up_proj (4 × 32 × 48), mlp.experts.down_proj" in said
+    assert (
+        "a pair for each matrix of the parameters mlp.experts.gate_up_proj (4 × 32 × 48), mlp.experts.down_proj" in said
+    )
     assert len(trained(stages)) == 2 * 2 * 2
     tensors = tensors_of(save(stages, plan, tmp_path / "adapter"))
     assert tensors["base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"].shape == (4 * 4, 32)
@@ -181,14 +186,22 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_keys_that_do_not_go_together(case: str) -> None:
     changes, said = REFUSALS[case]
-    assert [line for line in problems(small(**{**OF_LORA, "target_modules": ["q_proj"], **changes})) if line.startswith(said)]
+    assert [
+        line
+        for line in problems(small(**{**OF_LORA, "target_modules": ["q_proj"], **changes}))
+        if line.startswith(said)
+    ]
 
 
 def test_what_is_refused(saved: Any) -> None:
     folder = saved("mixtral")
-    with pytest.raises(UserError, match="no parameter 'w1' of .* there are mlp.experts.down_proj, mlp.experts.gate_up_proj"):
+    with pytest.raises(
+        UserError, match=r"no parameter 'w1' of .* there are mlp.experts.down_proj, mlp.experts.gate_up_proj"
+    ):
         stages_of(folder, [0, LAYERS], target_parameters=["w1"])
-    with pytest.raises(UserError, match="experts.gate_up_proj is quantised, and PEFT adds to the experts' own tensors"):
+    with pytest.raises(
+        UserError, match=r"experts\.gate_up_proj is quantised, and PEFT adds to the experts' own tensors"
+    ):
         stages_of(folder, [0, LAYERS], quantization={"bnb": {"load_in_4bit": True}})
     with pytest.raises(UserError, match="target_modules: names no module; leave the key out"):
         loading.validate(small(target_modules=[]), "x.toml")
