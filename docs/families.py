@@ -169,7 +169,8 @@ whether there is an exact inverse; an adapter that erases a direction, or nearly
 
 ## PEFT's own types
 
-`adapter_type = 'peft'` trains a type of PEFT's that a module's stage can have by itself, or nearly so, by PEFT's own layer, with PEFT's own keys:
+`adapter_type = 'peft'` trains a type of PEFT's whose modules need little of each other, by PEFT's own layer, with PEFT's own
+keys:
 
     adapter_type = 'peft'
     target_modules = ['q_proj', 'v_proj']
@@ -193,10 +194,10 @@ singular vectors it turns: whoever loads it finds them again in the base, and an
 other signs. Random numbers drawn in training (dropout, PVERA's vector) are those of each process, as dropout's always are.
 
 ADALORA shares out its budget among the modules of all stages: at each change of the budget (`deltaT` steps, between `tinit` and
-`total_step` − `tfinal`) the stages put together R numbers a module, and those triplets are dropped that PEFT's RankAllocator drops of
-the unsplit model. A step is an update of the weights, the first is 1. The gradient of its `orth_reg_weight` is added to that of the
-loss, and is not in `train/loss`. Scores and masks are in checkpoints. What is saved has PEFT's `rank_pattern` and no more than the
-triplets that are kept; one that is dropped may come back before the next change, and is not in a save made between.
+`total_step` − `tfinal`) the stages put together R numbers a module, and those triplets are dropped that PEFT's RankAllocator
+drops of the unsplit model. A step is an update of the weights, the first is 1. The gradient of its `orth_reg_weight` is added to
+that of the loss, and is not in `train/loss`. Scores and masks are in checkpoints. What is saved has PEFT's `rank_pattern` and no
+more than the triplets that are kept; one that is dropped may come back before the next change, and is not in a save made between.
 
 {refused}
 ## Mixtures of experts

@@ -45,7 +45,7 @@ class Stage:
 
     def __init__(self, names: list[str], kind: str, sum_over: Callable[[Tensor], None], **keys: Any) -> None:
         settings = {**KEYS, **keys}
-        made = peft_layers.put_around({name: linear(name) for name in names}, "ADALORA", settings)
+        made = peft_layers.put_around({name: linear(name) for name in names}, "ADALORA", settings) if names else {}
         self.layers = made
         self.parameters = {
             f"{name}.lora_{letter}": getattr(layer, f"lora_{letter}")["default"]
