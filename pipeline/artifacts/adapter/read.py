@@ -325,7 +325,7 @@ def _checked_scaling(folder: Path, name: str, rank: int, *, config: Facts, own: 
     scaling, origin = _scaling(folder, name, rank, config, own)
     declared = _matching(folder, config, "rank_pattern", name) or [config["r"]]
     if rank not in declared:
-        raise UserError(f"{folder}: {name} has rank {rank}, but {CONFIG_FILE} says {declared[0]}.")
+        raise UserError(f"{folder}: {name} has rank {rank} by its tensors, but {CONFIG_FILE} says {declared[0]}.")
     if scaling == 0:
         raise UserError(
             f"{folder}/{CONFIG_FILE}: the scaling of {name} is 0 ({origin}): the adapter does nothing there."

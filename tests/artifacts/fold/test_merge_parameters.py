@@ -124,7 +124,7 @@ def test_what_is_refused(saved: Any, tmp_path: Path) -> None:
         load_pairs(tmp_path / "adapter")
     with pytest.raises(UserError, match="Was the adapter trained on another model"):
         merge(saved("qwen3_moe", square=True), tmp_path / "adapter", tmp_path / "out")
-    with pytest.raises(UserError, match=r"has rank 3, but adapter_config\.json says 4"):
+    with pytest.raises(UserError, match=r"has rank 3 by its tensors, but adapter_config\.json says 4"):
         text = (tmp_path / "adapter" / "adapter_config.json").read_text()
         (tmp_path / "adapter" / "adapter_config.json").write_text(text.replace('"r": 3', '"r": 4'))
         merge(base, tmp_path / "adapter", tmp_path / "out")
