@@ -29,6 +29,7 @@ from pipeline.model.adapters.lora import inject_lora
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.adapters.parameters import inject as inject_parameters
 from pipeline.model.adapters.parameters import wrapper_of
+from pipeline.model.quantized import PackedLinear
 from pipeline.model.stage import Stage
 from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import HEAD, is_embedding, layer_of
@@ -122,6 +123,12 @@ def worn(stage: Stage, saved: Saved | None) -> Iterator[None]:
             setattr(owner, own, weight)
 
 
+def not_beside(saved: Saved) -> str | None:
+    """A module whose weight the adapter changes itself, rather than standing beside it; None where there is none."""
+    pairs = saved.adapter.pairs
+    return next((name for name in saved.adapter.modules if name not in pairs or pairs[name].bias is not None), None)
+
+
 def _trains_so(stage: Stage, name: str, saved: Saved, pair: Pair) -> bool:
     """Whether training makes such a pair: stock PEANUT leaves a bias out, and lora_bias moves one."""
     biased = getattr(stage.model.get_submodule(name), "bias", None) is not None
@@ -168,6 +175,7 @@ def _put_on_parameter(stage: Stage, saved: Saved, name: str) -> None:
 
 def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]:
     """The layer's weight and bias with the adapter in them."""
+    _check_plain(layer, name)
     device = layer.weight.device
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     for one in saved.adapter.maps.get(name, ()):
@@ -190,8 +198,18 @@ def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]
 def _replace(stage: Stage, name: str, tensor: Tensor) -> None:
     """`tensor` in the place of the parameter, where the stage has it; a tied one is no longer tied."""
     for owner, own in _places(stage, name):
+        _check_plain(owner, name)
         there = getattr(owner, own)
         setattr(owner, own, nn.Parameter(tensor.to(there.device, there.dtype), requires_grad=False))
+
+
+def _check_plain(layer: nn.Module, name: str) -> None:
+    """UserError where the weight that is to be another is packed."""
+    if isinstance(layer, PackedLinear):
+        raise UserError(
+            f"the adapter changes the weight of {name} itself, and of a quantised base there is none in 16 bits to change; "
+            "measure it without [quantization]"
+        )
 
 
 def _places(stage: Stage, name: str) -> Iterator[tuple[nn.Module, str]]:

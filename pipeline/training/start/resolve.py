@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
 from pipeline.config.tables import Samples
+from pipeline.config.tables import Sampling as TableOfSampling
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
@@ -40,7 +41,7 @@ from pipeline.training.stage import families, initial_adapter, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
 from pipeline.training.start.objective import Around, spec_of
-from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, SampleSpec, Updates
+from pipeline.training.start.resolved import DataSpec, GenerationSpec, Intervals, Layout, Resolved, SampleSpec, Updates
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -71,7 +72,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     check_apart(config, model)
     if base.scheme:
         linear = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
-        stacked = [f"{name}.{leaf}" for name, part in model.named_modules() for leaf in quantized.marked(part)]
+        stacked = quantized.marked_within(model)
         log(f"base:     {linear} linear layers{', the experts of each layer' if stacked else ''} in {base.scheme}")
         if stacked:
             quantized.check_experts(model_config, stacked)
@@ -154,7 +155,17 @@ def data_of(config: Config) -> DataSpec:
         epochs=config.epochs,
         max_steps=config.max_steps,
         samples=samples_of(config.samples, config.model, config.datasets, keeps_base),
+        generation=generation_of(config.sampling, config.datasets),
     )
+
+
+def generation_of(s: TableOfSampling | None, datasets: Sequence[Dataset]) -> GenerationSpec | None:
+    """How the model answers prompts that it is trained on; None where it does not."""
+    if not any(dataset.generates for dataset in datasets):
+        return None
+    s = s or TableOfSampling.model_validate({})
+    drawn = Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.temperature_last, s.seed)
+    return GenerationSpec(drawn, s.max_new_tokens)
 
 
 def samples_of(s: Samples | None, folder: str, datasets: Sequence[Dataset], keeps_base: bool) -> SampleSpec | None:
@@ -187,15 +198,7 @@ def base_of(config: Config) -> BaseModel:
     """The base model as the config has it."""
     dtype, scheme = DTYPES[config.model_weight_dtype], None
     if config.quantization is not None:
-        b = config.quantization.bnb
-        scheme = quantized.Scheme(
-            bits=4 if b.load_in_4bit else 8,
-            quant_type=b.bnb_4bit_quant_type,
-            double_quant=b.bnb_4bit_use_double_quant,
-            compute_dtype=DTYPES[b.bnb_4bit_compute_dtype] if b.bnb_4bit_compute_dtype else dtype,
-            outlier_threshold=b.llm_int8_threshold,
-            skip=tuple(b.llm_int8_skip_modules),
-        )
+        scheme = quantized.Scheme.from_bnb(config.quantization.bnb.model_dump(), dtype)
     name = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
     return BaseModel(config.model, dtype, config.attn_implementation, scheme, name)
 
@@ -249,6 +252,9 @@ def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     cut_check.check(resolved.meta_model.config, ranges, put, router_loss=bool(resolved.router_loss))
     if resolved.data.samples is not None:
         cache_check.check(resolved.meta_model.config, ranges, "[samples]: leave it out")
+    elif resolved.data.generation is not None:
+        wanted_by = "datasets.rejected = 'generate': give the rejected answers in the rows"
+        cache_check.check(resolved.meta_model.config, ranges, wanted_by)
 
 
 def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:
