@@ -82,6 +82,8 @@ class Config(Section):
         None, description="of 'ia3': those of target_modules with a factor for each input instead of each output; default down_proj")  # fmt: skip
     target_modules: list[str] | Literal["all-linear"] | None = Field(
         None, description="names of the modules to adapt ('experts': what a layer's routed experts write, for multiplicative_lora and control_adapter; on a mixture 'down_proj' means that too); default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
+    target_parameters: list[str] = Field(
+        [], description="of 'lora': parameters that are no linear module's weight, above all a mixture's experts (['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']), by a name or its end after a dot, as in PEFT: each matrix of them gets a pair of its own; beside target_modules, of which [] names none")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     trainable_modules: list[str] = Field(
@@ -236,13 +238,6 @@ class Config(Section):
     def _rejected_sampling_is_of_datasets(cls, raw: Any) -> Any:
         return with_rejected_sampling(raw) if isinstance(raw, dict) else raw
 
-    @field_validator("target_modules")
-    @classmethod
-    def _targets_are_named(cls, value: Any) -> Any:
-        if value == []:
-            raise ValueError("names no module; leave the key out for the default")
-        return value
-
     @field_validator("layers_to_transform")
     @classmethod
     def _layers_are_ranges(cls, value: str | None) -> str | None:
@@ -298,7 +293,7 @@ class Config(Section):
                     dtypes=(self.lora_weight_dtype, self.model_weight_dtype),
                 )
         else:
-            for key in ("layers_to_transform", "adapter_type", "use_dora", "peft"):
+            for key in ("layers_to_transform", "adapter_type", "use_dora", "peft", "target_parameters"):
                 if key in self.model_fields_set and getattr(self, key):
                     yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
             yield from rules.full_fine_tune_conflicts(values, loraplus=loraplus)
@@ -307,6 +302,8 @@ class Config(Section):
             yield from rules.samples_conflicts(
                 self.samples.model_dump(), full_fine_tune=self.full_fine_tune, in_full=self.trainable_modules
             )
+        if self.target_modules == [] and not self.target_parameters:
+            yield "target_modules: names no module; leave the key out for the default"
         yield from self._conflicts_of_generation()
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"

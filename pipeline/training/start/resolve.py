@@ -27,7 +27,7 @@ from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
-from pipeline.model.adapters import by_peft, experts
+from pipeline.model.adapters import by_peft, experts, parameters
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
@@ -224,11 +224,14 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
     if not config.full_fine_tune:
-        names = config.target_modules or families.default_targets(config.adapter_type)
+        names = wanted_modules(config)
         with errors.collect():
             layers = resolve_layers(config.layers_to_transform, n_layers)
+        if names:
+            with errors.collect():
+                resolve_targets(model, names, layers, mixture_of(config.adapter_type, names, model))
         with errors.collect():
-            resolve_targets(model, names, layers, mixture_of(config.adapter_type, names, model))
+            parameters.resolve(model, config.target_parameters, layers)
         with errors.collect():
             trained_modules.resolve(model, config.trainable_modules, [])
     with errors.collect():
@@ -299,25 +302,32 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     """The adapter on this model's modules, which it fits; says it in words."""
     n_layers = len(layers_of_model(model))
     layers = resolve_layers(config.layers_to_transform, n_layers)
-    names = config.target_modules or families.default_targets(config.adapter_type)
+    names = wanted_modules(config)
     mixture = mixture_of(config.adapter_type, names, model)
-    targets = resolve_targets(model, names, layers, mixture)
-    experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
-    biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
+    modules = resolve_targets(model, names, layers, mixture) if names else []
+    of_parameters = parameters.shapes(model, parameters.resolve(model, config.target_parameters, layers))
+    targets = [*modules, *of_parameters]
+    experts_of = {name: mixture[within_layer(name)] for name in modules if within_layer(name) in mixture}
+    biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in modules)
     biased = biased or any(form.bias for form in experts_of.values())
     table = config.peft.model_dump() if config.peft else None
     asked = asked_of(table, config.lora_dropout, targets, model)
-    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked)
+    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked, parameters=of_parameters)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
-    modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    log(f"training: {adapter.family} on {where} {modules}, {describe_layers(layers_of(targets), n_layers)}")
-    for line in describe_targets(model, targets, layers, experts_of):
+    named = "all linear modules" if names == "all-linear" else ", ".join(names) or "no linear module"
+    log(f"training: {adapter.family} on {where} {named}, {describe_layers(layers_of(targets), n_layers)}")
+    for line in describe_targets(model, modules, layers, experts_of, list(of_parameters)):
         log(f"          {line}")
     if names == "all-linear" and (left_out := routers(model, layers)):
         log(f"          without {', '.join(left_out)}, which only choose")
     log(f"          {families.describe(adapter)}")
     return adapter
+
+
+def wanted_modules(config: Config) -> list[str] | str:
+    """target_modules, or the family's default; none where it says so beside target_parameters."""
+    return families.default_targets(config.adapter_type) if config.target_modules is None else config.target_modules
 
 
 def mixture_of(adapter_type: str, names: list[str] | str, model: PreTrainedModel) -> dict[str, ExpertWeights]:
