@@ -304,11 +304,9 @@ class Config(Section):
             )
         if self.target_modules == [] and not self.target_parameters:
             yield "target_modules: names no module; leave the key out for the default"
-        yield from self._conflicts_of_generation()
+        yield from (*self._conflicts_of_generation(), *self._conflicts_of_streaming())
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
-        if any(dataset.streaming for dataset in self.datasets):
-            yield from self._conflicts_of_streaming()
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
         for key in () if evaluates else ("eval_steps", "eval_before_first_step", "eval_after_last_step"):
             if getattr(self, key):
@@ -347,6 +345,8 @@ class Config(Section):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 
     def _conflicts_of_streaming(self) -> Iterator[str]:
+        if not any(dataset.streaming for dataset in self.datasets):
+            return
         if len(self.datasets) > 1:
             yield "datasets: one with streaming = true is a run's only one; remove the others, or have all of them prepared"
         if self.max_steps is None:

@@ -77,8 +77,7 @@ def trainer(
         arena = planned.arena(run_plan, place.stage, place.device)
     with watcher.phase(UNHURRIED):
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
-    optimizer = build_optimizer(plan.updates, stage, place)
-    families.share_ranks(stage, optimizer, plan.trained.adapter)
+    optimizer = optimizer_of(plan, stage, place)
     batches = batches_of(plan, data, place, watcher)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
@@ -223,6 +222,13 @@ def check_room(stage: Stage, place: engine.Place) -> None:
             f"stage {place.stage} has {gib(needed)} of weights, its GPU has {gib(free)} free: "
             "use more stages, or layers_per_stage"
         )
+
+
+def optimizer_of(plan: Resolved, stage: Stage, place: engine.Place) -> PipelineOptimizer:
+    """Over this stage's trained parameters; a family that shares ranks out among all stages does so after its updates."""
+    optimizer = build_optimizer(plan.updates, stage, place)
+    families.share_ranks(stage, optimizer, plan.trained.adapter)
+    return optimizer
 
 
 def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> PipelineOptimizer:
