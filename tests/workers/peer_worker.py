@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.training.run import peers, stop
+from pipeline.training.engine.records import Mapped  # noqa: E402
+from pipeline.training.run import peers, stop  # noqa: E402
 
 HELD = stop.hold_signals()
 stop.BOUNDARY_GRACE_S, stop.LOST_GRACE_S, stop.OTHER_RANKS_WAIT_S = 0.3, 0.5, 0.5
@@ -20,7 +21,7 @@ peers.SILENT_S = 1.0
 def main(folder: Path, rank: int, world: int, does: str) -> None:
     """The run."""
     watcher = stop.Watcher(HELD)
-    watcher.meet(folder / "peers", rank, world, timeout_minutes=2 / 60)
+    watcher.meet(Mapped(folder / "peers", peers.RECORD, world), rank, world, timeout_minutes=2 / 60)
     watcher.attach(folder, lambda: (folder / f"saved{rank}").touch(), "the line")
     step = 0
     while not watcher.requested():

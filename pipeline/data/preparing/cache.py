@@ -41,6 +41,7 @@ def alone(path: Path) -> Iterator[None]:
     with explain_out_of_space(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with explain_out_of_space(path), one_at_a_time(path.parent / ".lock", path.exists):
+        os.listdir(path.parent)  # over NFS, what another node has built meanwhile is seen by this
         yield
 
 

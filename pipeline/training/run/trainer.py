@@ -221,6 +221,8 @@ class Trainer:
         self._say_stopped(self.optimizer.completed_steps)
 
     def _stopped(self) -> int:
+        if self.place.rank == 0:
+            self.watcher.request(EXIT_STOPPED)  # also where a file asked for it: no launcher is to restart the run
         self.watcher.detach()
         self.metrics.close()
         self._say_stopped(self.step)
