@@ -241,10 +241,10 @@ def leave_on_sigterm() -> None:
 def run_command(main: Callable[[], int]) -> None:
     """Run a command's `main` and exit with its code; a `UserError` becomes one message and its own exit code.
 
-    Every rank raises the same UserError; the first one says it, and the first of each other node, which may have another. The others leave it time to: the launcher ends all
-    processes as soon as one has failed. A RankError is said where it is raised, and ends the process at once: other
-    threads and libraries may be waiting for peers. Only who has lost the others leaves them time too: the launcher ends
-    with the code it sees first, and theirs says why.
+    Every rank raises the same UserError; the first one says it, and the first of each other node, which may have one of its
+    own. The others leave it time to: the launcher ends all processes as soon as one has failed. A RankError is said where it
+    is raised, and ends the process at once: other threads and libraries may be waiting for peers. Only who has lost the
+    others leaves them time too: the launcher ends with the code it sees first, and theirs says why.
     """
     try:
         code = main()

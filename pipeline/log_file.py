@@ -2,7 +2,8 @@
 
 Takes the records of `console.LOGGER`, from `debug` on whatever the terminal shows; gives lines such as
 `2026-11-28T20:15:10Z warning rank 1: …`: all of the first rank, warnings and errors of the others. What is said before
-the run has a folder waits for it. Resuming appends. Another node than the first has a file of its own, `log-node<N>.txt`. A file that cannot be written never ends a run.
+the run has a folder waits for it. Resuming appends. Another node than the first has a file of its own,
+`log-node<N>.txt`. A file that cannot be written never ends a run.
 """
 
 import logging

@@ -91,7 +91,8 @@ class Rates(NamedTuple):
 
 
 class Link(NamedTuple):
-    """Between two stages that follow on each other. `over_network`: they are on two nodes; `source`: of the rate, as in `Rates`."""
+    """Between two stages that follow on each other. `over_network`: they are on two nodes. `source`: of the rate, as in
+    `Rates`."""
 
     bytes_per_s: float
     over_network: bool

@@ -187,7 +187,10 @@ def _links(plan: Plan, model: ModelCost, shape: Shape, links: Sequence[Link], re
             ]
         )
     network = next(link.source for link in links if link.over_network)
-    note = f"For each micro-batch: a hidden state forward, and its gradient back where a layer below is trained. Between nodes: {network}."
+    note = (
+        "For each micro-batch: a hidden state forward, and its gradient back where a layer below is trained. "
+        f"Between nodes: {network}."
+    )
     if replicas > 1:
         note += f" Between the {replicas} replicas, once a step: the gradients of what is trained, in fp32."
     return f"{_aligned(rows)}\n{_wrapped(note)}"

@@ -21,7 +21,9 @@ def folders(folder: Path, nodes: int = 2) -> list[Path]:
     return made
 
 
-def agents(folder: Path, *arguments: str, options: tuple[str, ...] = (), script: str = "train.py") -> list[subprocess.Popen[str]]:
+def agents(
+    folder: Path, *arguments: str, options: tuple[str, ...] = (), script: str = "train.py"
+) -> list[subprocess.Popen[str]]:
     """`torchrun --nnodes 2 --nproc-per-node 1 train.py …` on two nodes; the first one's process is rank 0."""
     port = warm.free_port()
     return [

@@ -51,14 +51,13 @@ def run(
     """Run `script` in so many processes to its end; its exit code and what it printed.
 
     With `nodes`, a working folder for each, every one has a launcher of its own, with so many processes: as
-    `deepspeed --hostfile … --no_ssh` starts them. Raises TimeoutError, with what was printed, when it takes longer than `timeout` seconds; nothing of it is left then.
+    `deepspeed --hostfile … --no_ssh` starts them. Raises TimeoutError, with what was printed, when it takes longer than
+    `timeout` seconds; nothing of it is left then.
     """
     count, port = max(1, len(nodes)), free_port() if nodes else 29500
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
         request = {
-            "launchers": [
-                [*_launcher(processes, count, node, port), str(script), *arguments] for node in range(count)
-            ],
+            "launchers": [[*_launcher(processes, count, node, port), str(script), *arguments] for node in range(count)],
             "environment": dict(environment),
             "folders": [str(folder) for folder in nodes or (Path.cwd(),)],
             "output": output.name,
@@ -79,7 +78,13 @@ def _launcher(processes: int, nodes: int, node: int, port: int) -> list[str]:
     """The launcher's own arguments, as `deepspeed --quiet --num_gpus N` gives them to its part on a node."""
     hosts = {f"node{number}" if nodes > 1 else "localhost": list(range(processes)) for number in range(nodes)}
     world = base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
-    return [f"--world_info={world}", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", "--quiet"]
+    return [
+        f"--world_info={world}",
+        f"--node_rank={node}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+        "--quiet",
+    ]
 
 
 def free_port() -> int:

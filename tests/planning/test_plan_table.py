@@ -264,7 +264,7 @@ def test_links_between_nodes_have_their_own_rate_and_are_shown() -> None:
     frozen = [c._replace(levels={}, backward=Work(0.0)) for c in model.layers[:30]]
     last = model._replace(layers=[*frozen, *model.layers[30:]], first_trained=30)
     text = describe(far, last, shape, A6000, device_names=["80 GiB"] * 4, total_steps=None, links=links)
-    assert [cells(line)[4] for line in text.splitlines() if " to " in line and "a node" in line][0] == "nothing"
+    assert next(cells(line)[4] for line in text.splitlines() if " to " in line and "a node" in line) == "nothing"
     assert "link" not in describe(near, model, shape, A6000, device_names=["80 GiB"] * 4, total_steps=None)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.training.engine.records import Mapped  # noqa: E402
-from pipeline.training.run import peers, stop  # noqa: E402
+from pipeline.training.engine.records import Mapped
+from pipeline.training.run import peers, stop
 
 HELD = stop.hold_signals()
 stop.BOUNDARY_GRACE_S, stop.LOST_GRACE_S, stop.OTHER_RANKS_WAIT_S = 0.3, 0.5, 0.5

@@ -6,6 +6,7 @@ rows are whole, or not at all. The other processes wait for the one that builds.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator

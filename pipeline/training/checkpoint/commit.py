@@ -21,8 +21,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, gib, is_out_of_space, space_message, warn
 from pipeline import processes
+from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, gib, is_out_of_space, space_message, warn
 from pipeline.files import SEEN_S, rename
 from pipeline.formats.safetensors import write_tensors
 from pipeline.training.checkpoint import manifest as manifests

@@ -52,7 +52,12 @@ class RunState:
     on one replica of each stage."""
 
     def __init__(
-        self, optimizer: PipelineOptimizer, device: torch.device, number: int, writes_weights: bool, facts: dict[str, Any]
+        self,
+        optimizer: PipelineOptimizer,
+        device: torch.device,
+        number: int,
+        writes_weights: bool,
+        facts: dict[str, Any],
     ) -> None:
         self.optimizer = optimizer
         self.device = device

@@ -18,14 +18,17 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline import processes
-from pipeline.console import EXIT_PEER_LOST, RankError, complain, rank
+from pipeline.console import EXIT_PEER_LOST, RankError, UserError, complain, rank
 
 # Of a collective. Longer than any pause of a whole run (Ctrl-Z, a container that is paused) and any step: who hangs is
 # found out by peers.py, who has died by the connection.
 TIMEOUT = timedelta(days=7)
 CONNECT_S = 300.0  # of a connection between nodes, which takes less than a second where there is a way
 POLL_S = 0.1
-ATTEMPT, FAILED = "attempt", "failed"  # keys of the store: a name that the first process gives to its life; what one failed in
+ATTEMPT, FAILED = (
+    "attempt",
+    "failed",
+)  # keys of the store: a name that the first process gives to its life; what one failed in
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -55,7 +58,7 @@ def telling(store: dist.Store | None) -> Iterator[None]:
     except Exception as error:
         with contextlib.suppress(RuntimeError):
             if store is not None and store.check([ATTEMPT]):
-                store.set(f"{FAILED}/{rank()}", store.get(ATTEMPT) + f"{processes.host()}: {error}".encode())
+                store.set(f"{FAILED}/{rank()}", f"{store.get(ATTEMPT).decode()}{processes.host()}: {error}")
         raise
 
 
@@ -76,6 +79,19 @@ def join(store: dist.Store, backend: str, world: int) -> None:
         raise RankError(_no_connection(error), EXIT_PEER_LOST) from error
 
 
+def check_same(what: dict[str, str]) -> None:
+    """UserError, everywhere, where a value of `what` is another than the first process's: say the digest of a file that each
+    node has of its own. All processes call."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (processes.host(), what))
+    first, expected = everyone[0]
+    for key, value in expected.items():
+        if other := sorted({name for name, has in everyone if has[key] != value}):
+            raise UserError(
+                f"{key} is another on {', '.join(other)} than on {first}; copy it from there, or use one on a shared disk"
+            )
+
+
 def store_for_a_thread() -> dist.Store:
     """A connection of its own, with keys of its own; call on all processes at the same time."""
     told: list[Any] = [uuid.uuid4().hex]
@@ -87,9 +103,7 @@ def _connection(serves: bool) -> dist.TCPStore:
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         wait = timedelta(seconds=CONNECT_S)
-        return dist.TCPStore(
-            address, port, is_master=serves, timeout=wait, wait_for_workers=False, multi_tenant=serves
-        )
+        return dist.TCPStore(address, port, is_master=serves, timeout=wait, wait_for_workers=False, multi_tenant=serves)
     except (RuntimeError, ValueError, KeyError) as error:
         raise RankError(_no_connection(error), EXIT_PEER_LOST) from error
 
@@ -109,14 +123,14 @@ def _name_of_this_meeting(store: dist.Store, world: int) -> str:
         store.set(f"{name}/has/{rank()}", "1")
         return name
     name = uuid.uuid4().hex
-    missing, answered = set(range(1, world)), set()
+    missing, answered = set(range(1, world)), set[bytes]()
     while missing:
         for each in sorted(missing):
             if store.check([f"{name}/has/{each}"]):
                 missing.discard(each)
-            elif store.check([f"question/{each}"]) and (question := store.get(f"question/{each}")) not in answered:
-                store.set(f"answer/{question.decode()}", name)
-                answered.add(question)
+            elif store.check([f"question/{each}"]) and (asked := store.get(f"question/{each}")) not in answered:
+                store.set(f"answer/{asked.decode()}", name)
+                answered.add(asked)
         _raise_if_failed(store, world)
     return name
 

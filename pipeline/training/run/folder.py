@@ -193,9 +193,9 @@ def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_tom
     dist.broadcast_object_list(told)
     if told[1] is not None:
         raise UserError(*told[1])
-    path, launch = told[0]
+    path, name = told[0]
     log(f"run:      {path}")
-    return taken or RunFolder(Path(path), launch, None)
+    return taken or RunFolder(Path(path), name, None)
 
 
 def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) -> RunFolder:

@@ -33,7 +33,9 @@ UNHURRIED = "reading weights"  # takes as long as the disk takes
 WORDS = 64
 MAIN = struct.Struct(f"<q?{WORDS}s")  # step, whether it waits for others, what it does in words
 SIGN = struct.Struct("<qd?")  # process id (0: not here yet), its last sign of life, whether it is overdue
-LEARNT = struct.Struct("<qq256s")  # code that a stop asked for is to end with, and a rank that died, each plus one; its end
+LEARNT = struct.Struct(
+    "<qq256s"
+)  # code that a stop asked for is to end with, and a rank that died, each plus one; its end
 RECORD = MAIN.size + SIGN.size + LEARNT.size
 
 
@@ -164,7 +166,9 @@ class Peers:
 
     def unheard(self) -> list[str]:
         """Processes on other hosts of which nothing has come for a while: they or their host have died, or the network."""
-        return [f"{peer}: no sign of life for {duration(peer.silent_s)}" for peer in self.all() if self._is_unheard(peer)]
+        return [
+            f"{peer}: no sign of life for {duration(peer.silent_s)}" for peer in self.all() if self._is_unheard(peer)
+        ]
 
     def tell_stop(self, code: int) -> None:
         """All processes of the run are to save, and end with `code`."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log, rank, warn
+from pipeline.formats.base_model import read_base
+from pipeline.formats.fingerprint import fingerprint
 from pipeline.log_file import LogFile
 from pipeline.publishing import next_steps
 from pipeline.training.engine import engine, meeting, selftest
@@ -46,6 +48,9 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         folder.check_shared(Path(config.output_dir), place)
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+        if place.over_nodes:
+            model = fingerprint(read_base(Path(config.model), "model"))
+            meeting.check_same({"the model's folder": model, "the training data": batches.order_hash(0)})
         prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)

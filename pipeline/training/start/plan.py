@@ -117,7 +117,15 @@ def full_report(plan: Resolved, described: str | None, total_steps: int | None) 
     given = (plan.layout.layers or keeping) and shape.stages == plan.layout.stages
     model, ranges = cost_of(shape.tokens), plan.ranges if given else None
     found = solve(
-        model, there.usable, there.rates, shape, budget * there.nodes, there.share(budget), links=there.links, ranges=ranges, keeping=keeping
+        model,
+        there.usable,
+        there.rates,
+        shape,
+        budget * there.nodes,
+        there.share(budget),
+        links=there.links,
+        ranges=ranges,
+        keeping=keeping,
     )
     fitting = (
         None
@@ -255,8 +263,8 @@ def _solved(
     found = solve(model, memory, rate, shape, host, each, links=between, ranges=given, keeping=keeping)
     if keeping is None:
         names = [gib(m) for m in memory]
-        more = {"replicas": place.replicas, "links": between}
-        log(table.describe(found, model, shape, rate, device_names=names, total_steps=None, **more))
+        shown = partial(table.describe, found, model, shape, rate, device_names=names, total_steps=None)
+        log(shown(replicas=place.replicas, links=between))
         if not found.fits:
             raise UserError(
                 "activation_checkpointing = 'auto': nothing fits this machine's memory (the table above comes nearest); "
@@ -370,7 +378,9 @@ def _described(text: str, layout: Layout) -> _There:
     usable, names = [d.usable_bytes for d in named], [d.name for d in named]
     nodes, rate = [d.node for d in named], devices.published_rates(named)
     gbit = layout.link_gbit_per_s or devices.NETWORK_GBIT_PER_S
-    source = f"{gbit:g} Gbit/s, " + ("as link_gbit_per_s says" if layout.link_gbit_per_s else "assumed: set link_gbit_per_s")
+    source = f"{gbit:g} Gbit/s, " + (
+        "as link_gbit_per_s says" if layout.link_gbit_per_s else "assumed: set link_gbit_per_s"
+    )
     between = devices.links_between([a != b for a, b in pairwise(nodes)], rate, gbit * 1e9 / 8, source)
     return _There(usable, names, rate, ASSUMED_HOST_BYTES, True, between, nodes)
 

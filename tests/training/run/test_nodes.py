@@ -27,9 +27,9 @@ def adapter_of(run: Path, step: int) -> str:
 
 
 def test_two_torchrun_agents_train_what_one_machine_does(tmp_path: Path, base: Path) -> None:
-    """The same adapter to the byte, the same metrics; each node has a log, and nothing is left beside the run."""
+    """The same adapter to the byte, the same state and metrics; only the first says it."""
     launchers = nodes.agents(tmp_path, "--config", config(tmp_path, base, "two", 3))
-    said = nodes.ended(launchers, 200)
+    said = nodes.ended(launchers, 400)
     assert [launcher.returncode for launcher in launchers] == [0, 0], said
     train(2, "--config", config(tmp_path, base, "one", 3))
     two, one = (only_run(tmp_path / name) for name in ("two", "one"))
@@ -38,7 +38,9 @@ def test_two_torchrun_agents_train_what_one_machine_does(tmp_path: Path, base: P
     assert_equal(final_state(str(two), 3), final_state(str(one), 3))
     assert "done: 3 steps" in said[0]
     assert "done: 3 steps" not in said[1]
-    assert not [path.name for path in (tmp_path / "two").iterdir() if path != two]
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {two.name, "dataset_cache"}, (
+        "nothing is left beside it"
+    )
 
 
 @pytest.mark.slow
@@ -64,7 +66,7 @@ def test_a_run_goes_from_two_nodes_to_one_and_back(tmp_path: Path, base: Path) -
 def under_way(tmp_path: Path, base: Path, *options: str) -> tuple[list[subprocess.Popen[str]], list[int], Path]:
     """Two agents whose run has done some steps; the ids of their processes, by node; the run's folder."""
     launchers = nodes.agents(tmp_path, "--config", config(tmp_path, base, "runs", 100000), options=options)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         assert not [said for launcher in launchers if launcher.poll() is not None for said in launcher.communicate()]
         files = list((tmp_path / "runs").glob("2*/metrics.jsonl"))
@@ -113,8 +115,10 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, base: Path) -> N
 def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(tmp_path: Path, base: Path) -> None:
     """A rank is killed after a checkpoint; both agents start theirs again, in the same run's folder, with the same numbers."""
     settings = {"save_steps": 2, "checkpoint_on_save": True}
-    launchers = nodes.agents(tmp_path, "--config", config(tmp_path, base, "runs", 40, **settings), options=("--max-restarts", "2"))
-    deadline = time.monotonic() + 120
+    launchers = nodes.agents(
+        tmp_path, "--config", config(tmp_path, base, "runs", 40, **settings), options=("--max-restarts", "2")
+    )
+    deadline = time.monotonic() + 400
     while not list((tmp_path / "runs").glob("2*/global_step*/manifest.json")):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -265,7 +265,8 @@ class TestOverNodes:
         ended = subprocess.Popen([sys.executable, "-c", "import os; os._exit(5)"])
         assert becomes(lambda: psutil.Process(ended.pid).status() == psutil.STATUS_ZOMBIE)
         peers.SIGN.pack_into(second._memory, peers.RECORD + peers.MAIN.size, ended.pid, time.monotonic(), False)
-        assert becomes(lambda: bool(first.dead()), 5)
+        assert becomes(lambda: first.all()[1].pid == ended.pid, 5)
+        assert first.dead()
         assert becomes(lambda: bool(third.dead()), 5), "what rank 0, on its host, has said"
         assert third.dead()[0] == f"rank 1 on a (process {ended.pid}): starting: ended with exit code 5"
         ended.wait()

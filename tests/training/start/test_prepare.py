@@ -241,7 +241,18 @@ RENDEZVOUS = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "box-1:29500"]
     ("above", "environment", "line"),
     [
         (
-            ["python", "/x/bin/torchrun", "--nnodes", "2", "--nproc-per-node", "2", *RENDEZVOUS, "train.py", "--config", "c"],
+            [
+                "python",
+                "/x/bin/torchrun",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "2",
+                *RENDEZVOUS,
+                "train.py",
+                "--config",
+                "c",
+            ],
             LAUNCHED,
             "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint box-1:29500 train.py --config x  "
             "# on each of the 2 nodes",
@@ -301,7 +312,13 @@ def test_files_of_another_host_are_never_removed(tmp_path: Path, monkeypatch: py
     """A process id says nothing about another host's process."""
     monkeypatch.setattr(processes, "host", lambda: "box-1")
     dead, alive = 2**22 + 1, os.getpid()  # beyond Linux's largest
-    for name in (f"box-1-{dead}-5.0", f"box-1-{alive}-5.0", f"box-1-2-{dead}-5.0", f"box-2-{dead}-5.0", f"box-1-{dead}-5.0-peers"):
+    for name in (
+        f"box-1-{dead}-5.0",
+        f"box-1-{alive}-5.0",
+        f"box-1-2-{dead}-5.0",
+        f"box-2-{dead}-5.0",
+        f"box-1-{dead}-5.0-peers",
+    ):
         (tmp_path / f".rendezvous-{name}").touch()
     processes.remove_of_dead_launches(tmp_path, ".rendezvous-")
     left = {path.name.removeprefix(".rendezvous-") for path in tmp_path.iterdir()}
