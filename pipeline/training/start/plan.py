@@ -111,7 +111,7 @@ def show(config: Config, described: str | None) -> int:
 @log_if_slow("planning: counting on fake tensors")
 def full_report(plan: Resolved, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
-    there = _described(described, plan.layout) if described else _devices_here(plan)
+    there = _described(described, plan.layout.stages, plan.layout.link_gbit_per_s) if described else _devices_here(plan)
     cost_of = costs(plan, RecomputeLevel, there.on_gpu)
     shape, keeping, budget = shape_of(plan.layout, len(there.usable)), keeping_of(plan.layout), host_bytes(plan.layout)
     given = (plan.layout.layers or keeping) and shape.stages == plan.layout.stages
@@ -366,8 +366,8 @@ class _There(NamedTuple):
         return host_bytes // max(map(self.of_node.count, self.of_node)) if self.nodes > 1 else None
 
 
-def _described(text: str, layout: Layout) -> _There:
-    named, stages = devices.parse(text), layout.stages
+def _described(text: str, stages: int, link_gbit_per_s: float | None = None) -> _There:
+    named = devices.parse(text)
     if len(named) != stages:
         replicas = len(named) // stages
         more = f"; {replicas} replicas are planned as one, over {stages}" if len(named) == replicas * stages else ""
@@ -377,10 +377,8 @@ def _described(text: str, layout: Layout) -> _There:
         )
     usable, names = [d.usable_bytes for d in named], [d.name for d in named]
     nodes, rate = [d.node for d in named], devices.published_rates(named)
-    gbit = layout.link_gbit_per_s or devices.NETWORK_GBIT_PER_S
-    source = f"{gbit:g} Gbit/s, " + (
-        "as link_gbit_per_s says" if layout.link_gbit_per_s else "assumed: set link_gbit_per_s"
-    )
+    gbit = link_gbit_per_s or devices.NETWORK_GBIT_PER_S
+    source = f"{gbit:g} Gbit/s, " + ("as link_gbit_per_s says" if link_gbit_per_s else "assumed: set link_gbit_per_s")
     between = devices.links_between([a != b for a, b in pairwise(nodes)], rate, gbit * 1e9 / 8, source)
     return _There(usable, names, rate, ASSUMED_HOST_BYTES, True, between, nodes)
 
