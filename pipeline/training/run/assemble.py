@@ -20,6 +20,7 @@ from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters.base import trainable, written
+from pipeline.model.adapters.switch import adapters_off
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
@@ -29,6 +30,7 @@ from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import Preference, StepTotals
+from pipeline.objectives.representation import WithTaps
 from pipeline.objectives.with_router_loss import WithRouterLoss
 from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint import trained as saving
@@ -47,6 +49,7 @@ from pipeline.training.run.peers import UNHURRIED
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
+from pipeline.training.stage.tapping import Taps
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.objective import ObjectiveSpec
@@ -76,7 +79,8 @@ def trainer(
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
-    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals)
+    taps = taps_of(stage, plan.objective)
+    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, taps)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
@@ -85,7 +89,7 @@ def trainer(
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    if plan.objective and plan.objective.reference:
+    if plan.objective and plan.objective.cached:
         run = reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
         with watcher.phase(UNHURRIED):
             data, about["reference"] = reference.attached(data, run, opened.path, resumed and resumed[0].parent)
@@ -104,7 +108,7 @@ def trainer(
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
-        routers=routers,
+        measuring=[one for one in (routers, taps) if one],
         step_totals=totals,
         intervals=plan.intervals,
         epochs=plan.data.epochs,
@@ -226,13 +230,25 @@ def objective_of(
     routers: RouterLoss | None = None,
     preference: ObjectiveSpec | None = None,
     totals: StepTotals | None = None,
+    taps: Taps | None = None,
 ) -> Objective:
     """The loss; only the last stage, which has the head, computes it. `totals`: of preference training."""
     head, transform = stage.head if stage.is_last else None, logit_transform(stage.model.config)
     objective: Objective = LanguageModelling(head, transform, train_logit_scale)
     if preference is not None and totals is not None:
-        objective = Preference(head, transform, preference.mixture, preference.slots, totals)
+        of_answers = None
+        if preference.mixture is not None:
+            objective = of_answers = Preference(head, transform, preference.mixture, preference.slots, totals)
+        if taps is not None:
+            objective = WithTaps(of_answers, preference.taps, preference.slots, totals, taps.take)
     return WithRouterLoss(objective, routers.coefficient, routers.take) if routers else objective
+
+
+def taps_of(stage: Stage, spec: ObjectiveSpec | None) -> Taps | None:
+    """The taps on our stage's layers, if the run has any."""
+    if spec is None or not spec.taps:
+        return None
+    return Taps(stage, spec.taps, spec.slots, partial(adapters_off, stage))
 
 
 def build_engine(

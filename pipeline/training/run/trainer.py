@@ -6,10 +6,10 @@ same loop; what one learns by itself (a signal, a file, the clock) is agreed on 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
-from pipeline.model.router_loss import RouterLoss
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import StepTotals
 from pipeline.publishing.report.beside import Reports
@@ -36,6 +35,16 @@ from pipeline.training.start.resolved import Intervals
 SIGNAL_FILES = ("save", "save_quit")
 
 
+class Measuring(Protocol):
+    """What notes something of a step's micro-batches on its stage: routers their loads, taps their cosines."""
+
+    def begin_step(self) -> None:
+        """What was noted before is of another step."""
+
+    def measured(self) -> dict[str, float]:
+        """Of the step so far, by tag; over replicas their mean is logged."""
+
+
 @dataclass
 class Trainer:
     """One run on one process, which goes on from `progress`. `learning_rate(step, total)` is the config's schedule."""
@@ -48,7 +57,7 @@ class Trainer:
     objective: Objective
     learning_rate: Callable[[int, int], float]
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
-    routers: RouterLoss | None  # of this stage, where their loss is trained
+    measuring: Sequence[Measuring]  # of a step, on this stage
     step_totals: StepTotals | None  # what preference training measures on the last stage
     intervals: Intervals
     epochs: int | None  # the run ends after so many, or after max_steps
@@ -118,10 +127,10 @@ class Trainer:
         self.optimizer.set_lr(lr)
         ahead = self.progress.after_step(info.next_position, self.batches.order_hash(info.next_position.epoch))
         self.state.ahead(ahead)
-        if self.routers:
-            self.routers.begin_step()
+        for one in self.measuring:
+            one.begin_step()
         if self.step_totals:
-            self.step_totals.taken()
+            self.step_totals.begin(self.step / total)
         clock.start()
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
@@ -149,7 +158,7 @@ class Trainer:
         own = (
             self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {},
             peak_memory(),
-            self.routers.measured() if self.routers else {},
+            {tag: value for one in self.measuring for tag, value in one.measured().items()},
             self.step_totals.taken() if self.step_totals else {},
         )
         gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
