@@ -273,9 +273,10 @@ class TestOverNodes:
 
     def test_who_is_on_another_host_is_unheard_when_the_store_is_lost(self, three: tuple[Store, list[Peers]]) -> None:
         store, (first, _, third) = three
+        assert becomes(lambda: all(peer.pid for one in three[1] for peer in one.all()), 5), "all have met"
         third.tell_stop(75)
         assert becomes(lambda: first.told_stop() == 75, 5)
         store.lost = True
         assert becomes(lambda: bool(first.unheard()), 5)
         assert first.unheard()[0].startswith(f"rank 2 on b (process {os.getpid()}): starting: no sign of life for ")
-        assert len(third.unheard()) == 2
+        assert becomes(lambda: len(third.unheard()) == 2, 5)
