@@ -140,11 +140,18 @@ class Config(Section):
     layers_per_stage: list[PositiveInt] | None = Field(
         None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model"
     )
-    use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
+    use_column_major_topology: bool | None = Field(
+        None,
+        description="neighbouring stages on neighbouring ranks, so that they are on one node as far as it goes, and replicas across nodes; false: the replicas of a stage are neighbours; default true on several nodes. No number depends on it",
+    )
+    link_gbit_per_s: PositiveFloat | None = Field(
+        None,
+        description="Gbit/s of the network between two nodes, for plans; default: measured at the start of a run over nodes, 10 for --plan",
+    )
     activation_checkpointing: Annotated[bool | Literal["unsloth", "auto"], BeforeValidator(not_built)] = Field(
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
     host_memory_gib: NonNegativeFloat = Field(
-        0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
+        0.0, description="GiB of pinned host memory for kept activations, of each node, all its processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
     kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block", "shared_input"]] = Field(
         "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, and of linear layers that read one input, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")

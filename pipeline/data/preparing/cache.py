@@ -6,6 +6,7 @@ rows are whole, or not at all. The other processes wait for the one that builds.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def alone(path: Path) -> Iterator[None]:
     with explain_out_of_space(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with explain_out_of_space(path), one_at_a_time(path.parent / ".lock", path.exists):
+        os.listdir(path.parent)  # over NFS, what another node has built meanwhile is seen by this
         yield
 
 

@@ -31,7 +31,6 @@ from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import Preference, StepTotals
 from pipeline.objectives.representation import WithTaps
 from pipeline.objectives.with_router_loss import WithRouterLoss
-from pipeline.processes import launched_by
 from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
@@ -72,7 +71,7 @@ def trainer(
     `command`: the program and its arguments, for the line that resumes.
     """
     run_plan = planned.for_run(plan, place)
-    torch.manual_seed(config.seed + place.rank)
+    torch.manual_seed(config.seed + place.number)
     with engine.agreement(place):
         arena = planned.arena(run_plan, place.stage, place.device)
     with watcher.phase(UNHURRIED):
@@ -97,7 +96,7 @@ def trainer(
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
     metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
-    state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
+    state = RunState(optimizer, place.device, place.number, place.replica == 0, about)
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
     say_memory(place)
     return Trainer(
@@ -115,7 +114,7 @@ def trainer(
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
         folder=opened,
-        saver=Saver(opened.path, launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
+        saver=Saver(opened.path, opened.launch, place, state, metrics, write, config.keep_states, resumed_at),
         state=state,
         metrics=metrics,
         samples=samples_of(plan, data, stage, place, metrics, watcher),
@@ -123,7 +122,7 @@ def trainer(
         reports=Reports(opened.path, config.report_every_minutes),
         memory=StepMemory(engine.held_tensors(pipeline_engine, optimizer)),
         watcher=watcher,
-        resume_line=run_folder.resume_line(command, place.world, opened.path),
+        resume_line=run_folder.resume_line(command, opened.path),
         progress=progress,
         first_step_done=partial(planned.say_overflow, run_plan, place, arena),
         outcome=partial(planned.say_outcome, run_plan, place, opened.path, arena),
@@ -365,13 +364,13 @@ def put_back(
             manifest,
             optimizer,
             place.device,
-            place.rank,
+            place.number,
             aliases=aliases,
             optimizer_states=recorded["load_optimizer_states"],
             same_layout=same_layout,
         )
     if not same_layout:
-        torch.manual_seed(recorded["seed"] + place.rank + 1000003 * progress.step)
+        torch.manual_seed(recorded["seed"] + place.number + 1000003 * progress.step)
     log(f"resumed:  after step {progress.step}, from {folder}")
     return progress._replace(order=order)
 

@@ -7,7 +7,7 @@ same loop; what one learns by itself (a signal, a file, the clock) is agreed on 
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.start_times import StartTimes
-from pipeline.training.run.stop import Watcher
+from pipeline.training.run.stop import STOP_FILE, Watcher
 from pipeline.training.start.prepare import TrainBatches
 from pipeline.training.start.resolved import Intervals
 
@@ -243,6 +243,9 @@ class Trainer:
         self._say_stopped(self.optimizer.completed_steps)
 
     def _stopped(self) -> int:
+        if self.place.rank == 0:
+            with suppress(OSError):  # also where another file asked for it: no launcher is to restart the run
+                (self.saver.run_dir / STOP_FILE).touch()
         self.watcher.detach()
         self.metrics.close()
         self._say_stopped(self.step)

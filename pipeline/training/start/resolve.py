@@ -108,6 +108,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         accumulation=config.gradient_accumulation_steps,
         checkpointing=config.activation_checkpointing,
         host_gib=config.host_memory_gib,
+        link_gbit_per_s=config.link_gbit_per_s,
         kernels=config.kernels,
     )
     updates = Updates(

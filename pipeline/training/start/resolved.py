@@ -104,6 +104,7 @@ class Layout:
     """How the work is laid out: stages, the largest micro-batch (`rows` of `tokens`), what layers keep for backward.
 
     `layers`: of each stage, where the user says so. `checkpointing`: activation_checkpointing. `host_gib`: host_memory_gib.
+    `link_gbit_per_s`: of the network between nodes, where the user says so.
     """
 
     stages: int
@@ -113,6 +114,7 @@ class Layout:
     accumulation: int
     checkpointing: bool | str
     host_gib: float
+    link_gbit_per_s: float | None
     kernels: str | list[Any]
 
 
