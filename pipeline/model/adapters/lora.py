@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.console import UserError
 from pipeline.families import LORA
+from pipeline.model.adapters import parameters
 from pipeline.model.adapters.base import (
     Injector,
     Settings,
@@ -136,12 +137,14 @@ def inject_lora(
     seed: int,
     use_rslora: bool = False,
 ) -> None:
-    """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`; s = alpha/R, or alpha/√R with `use_rslora`."""
+    """PEFT's LoRA on those of `targets`, modules and parameters, that the stage owns, in `dtype`; s = alpha/R, or alpha/√R with
+    `use_rslora`."""
     from peft import LoraConfig
 
+    of_parameters = parameters.among(stage.model, owned(stage, targets))
     mine = inject_peft(
         stage,
-        targets,
+        [name for name in targets if name not in of_parameters],
         lambda names: LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -157,6 +160,7 @@ def inject_lora(
         module.lora_A.to(dtype)
         module.lora_B.to(dtype)
         draw(module.lora_A["default"].weight, f"{name}.A", seed)
+    parameters.inject(stage, of_parameters, rank, alpha, dtype, seed, use_rslora)
 
 
 def inject_moslora(

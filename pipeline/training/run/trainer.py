@@ -7,7 +7,7 @@ same loop; what one learns by itself (a signal, a file, the clock) is agreed on 
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
-from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
+from pipeline.data.batches import EvaluationBatches, StepInfo
+from pipeline.data.microbatch import MicroBatch
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import StepTotals
 from pipeline.publishing.report.beside import Reports
@@ -24,12 +25,14 @@ from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
 from pipeline.training.engine import evaluate, prefetch, wires
 from pipeline.training.engine.engine import Place, held_tensors
+from pipeline.training.engine.on_policy import Negatives
 from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.start_times import StartTimes
-from pipeline.training.run.stop import Watcher
+from pipeline.training.run.stop import STOP_FILE, Watcher
+from pipeline.training.start.prepare import TrainBatches
 from pipeline.training.start.resolved import Intervals
 
 SIGNAL_FILES = ("save", "save_quit")
@@ -52,7 +55,7 @@ class Trainer:
     engine: PipelineEngine
     place: Place
     optimizer: PipelineOptimizer
-    batches: MicroBatches
+    batches: TrainBatches
     evaluations: dict[str, EvaluationBatches]
     objective: Objective
     learning_rate: Callable[[int, int], float]
@@ -67,6 +70,7 @@ class Trainer:
     saver: Saver
     metrics: Metrics
     samples: Samples | None
+    negatives: Negatives | None
     reports: Reports
     memory: StepMemory
     watcher: Watcher
@@ -122,7 +126,8 @@ class Trainer:
 
     def _train_step(self, clock: Clock, total: int) -> None:
         """One optimizer step; NonFiniteError names the documents it came from."""
-        micro_batches, info = self.batches.step(self.progress.position)
+        clock.start()
+        micro_batches, info = self._read()
         lr = self.learning_rate(self.step, total)
         self.optimizer.set_lr(lr)
         ahead = self.progress.after_step(info.next_position, self.batches.order_hash(info.next_position.epoch))
@@ -131,7 +136,6 @@ class Trainer:
             one.begin_step()
         if self.step_totals:
             self.step_totals.begin(self.step / total)
-        clock.start()
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
             loss = float(self.engine.train_batch(inputs))
@@ -149,6 +153,14 @@ class Trainer:
             self.memory.reset(held_tensors(self.engine, self.optimizer))
         self._completed(ahead)
         self._report(clock, loss, lr, info, info.tokens / seconds, last=self.step == total)
+
+    def _read(self) -> tuple[list[MicroBatch], StepInfo]:
+        """The next step's micro-batches, for which the model may have to give answers first."""
+        position, stores = self.progress.position, None
+        if self.negatives is not None:
+            rows = self.batches.info(position).rows
+            stores = self.negatives.stores(self.batches.stores, rows, self.step + 1)
+        return self.batches.step(position, stores)
 
     def _report(self, clock: Clock, loss: float, lr: float, info: StepInfo, tokens_per_s: float, last: bool) -> None:
         logs = self.step % self.intervals.logging_steps == 0 or last
@@ -172,9 +184,10 @@ class Trainer:
                     "train/lr": lr,
                     "train/grad_norm": self.optimizer.grad_norm,
                     "train/tokens_per_s": tokens_per_s,
-                    "train/epoch": info.epochs_done,
+                    f"train/{self.batches.unit}": info.epochs_done,
                     **_means([part[2] for part in gathered or []]),
                     **self._measured([part[3] for part in gathered or []]),
+                    **(self.negatives.measured() if self.negatives else {}),
                     **norms,
                 },
             )
@@ -196,7 +209,7 @@ class Trainer:
         c, epoch, epoch_ended = self.intervals, self.progress.epoch, self.progress.rows == 0
         if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
             self._evaluate(may_be_best=True)
-        if epoch_ended and epoch % c.save_every_n_epochs == 0:
+        if c.save_every_n_epochs and epoch_ended and epoch % c.save_every_n_epochs == 0:
             self._save_trained(f"epoch{epoch}")
         saves = bool(c.save_steps and self.step % c.save_steps == 0)
         if saves or last:
@@ -230,6 +243,9 @@ class Trainer:
         self._say_stopped(self.optimizer.completed_steps)
 
     def _stopped(self) -> int:
+        if self.place.rank == 0:
+            with suppress(OSError):  # also where another file asked for it: no launcher is to restart the run
+                (self.saver.run_dir / STOP_FILE).touch()
         self.watcher.detach()
         self.metrics.close()
         self._say_stopped(self.step)
