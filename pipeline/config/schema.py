@@ -311,7 +311,7 @@ class Config(Section):
             )
         if self.target_modules == [] and not self.target_parameters:
             yield "target_modules: names no module; leave the key out for the default"
-        yield from self._conflicts_of_generation()
+        yield from (*self._conflicts_of_generation(), *self._conflicts_of_streaming())
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
@@ -350,6 +350,20 @@ class Config(Section):
             yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
+
+    def _conflicts_of_streaming(self) -> Iterator[str]:
+        if not any(dataset.streaming for dataset in self.datasets):
+            return
+        if len(self.datasets) > 1:
+            yield "datasets: one with streaming = true is a run's only one; remove the others, or have all of them prepared"
+        if self.max_steps is None:
+            yield "max_steps: required with streaming = true, as nobody knows how many rows there are"
+        if self.epochs is not None:
+            yield "epochs: with streaming = true nobody knows where an epoch ends; remove it: max_steps ends the run"
+        if self.save_every_n_epochs != 1:
+            yield "save_every_n_epochs: with streaming = true there are no epochs; use save_steps"
+        if 0 < self.warmup_steps < 1:
+            yield f"warmup_steps: {self.warmup_steps} is a part of an epoch, and with streaming = true there are none; give a number of steps"
 
     def _conflicts_of_generation(self) -> Iterator[str]:
         if self.rejected_sampling and not any(dataset.generates for dataset in self.datasets):

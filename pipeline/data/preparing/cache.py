@@ -32,7 +32,12 @@ def folder(cache_dir: Path, name: str, sources: list[Source], content: list[Any]
     with progress(f"checking {name}", total) if total > 2**30 else nullcontext(lambda n: None) as advance:
         hashed = sha256_of([path for path, _ in sources], statuses, advance)
     files = [(file_name, digest) for (_, file_name), digest in zip(sources, hashed, strict=True)]
-    digest = hashlib.sha256(json.dumps([name, files, content]).encode()).hexdigest()[:20]
+    return keyed(cache_dir, name, [name, files, content])
+
+
+def keyed(cache_dir: Path, name: str, content: list[Any]) -> Path:
+    """A folder of the cache for what is made of dataset `name`, told from others by `content` (JSON)."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
     return cache_dir / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:64] or 'dataset'}-{digest}"
 
 

@@ -16,7 +16,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from pipeline.config.loading import to_toml
 from pipeline.config.schema import Config
 from pipeline.console import UserError, gib, log, log_if_slow
-from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters.base import trainable, written
@@ -77,9 +76,8 @@ def trainer(
         arena = planned.arena(run_plan, place.stage, place.device)
     with watcher.phase(UNHURRIED):
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
-    optimizer = build_optimizer(plan.updates, stage, place)
-    families.share_ranks(stage, optimizer, plan.trained.adapter)
-    batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+    optimizer = optimizer_of(plan, stage, place)
+    batches = batches_of(plan, data, place, watcher)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
     taps = taps_of(stage, plan.objective)
@@ -108,7 +106,7 @@ def trainer(
         batches=batches,
         evaluations=prepare.evaluation_batches(plan.data, data, place.replica, place.replicas),
         objective=objective,
-        learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
+        learning_rate=schedule(plan.updates, batches.steps_per_epoch(batches.at_hand.epoch)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         measuring=[one for one in (routers, taps) if one],
         step_totals=totals,
@@ -132,13 +130,20 @@ def trainer(
 
 
 def begin(
-    plan: Resolved, init_adapter: str | None, stage: Stage, place: engine.Place, batches: MicroBatches
+    plan: Resolved, init_adapter: str | None, stage: Stage, place: engine.Place, batches: prepare.TrainBatches
 ) -> Progress:
     """A new run: the adapter it goes on from into the stage, if there is one."""
     if init_adapter:
         with engine.agreement(place):
             initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, init_adapter))
     return Progress(order=batches.order_hash(0))
+
+
+def batches_of(plan: Resolved, data: prepare.Data, place: engine.Place, watcher: Watcher) -> prepare.TrainBatches:
+    """The micro-batches of this replica; to make a window of a stream counts as getting on."""
+    if data.stream:
+        data.stream.windows.alive = lambda count: watcher.doing(f"making a window, {count:,} rows read")
+    return prepare.micro_batches(plan.data, data, place.replica, place.replicas)
 
 
 def samples_of(
@@ -218,6 +223,13 @@ def check_room(stage: Stage, place: engine.Place) -> None:
         )
 
 
+def optimizer_of(plan: Resolved, stage: Stage, place: engine.Place) -> PipelineOptimizer:
+    """Over this stage's trained parameters; a family that shares ranks out among all stages does so after its updates."""
+    optimizer = build_optimizer(plan.updates, stage, place)
+    families.share_ranks(stage, optimizer, plan.trained.adapter)
+    return optimizer
+
+
 def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> PipelineOptimizer:
     """Over this stage's trained parameters, which may be none."""
     table = updates.optimizer
@@ -284,7 +296,7 @@ def build_engine(
     stage: Stage,
     optimizer: PipelineOptimizer,
     objective: Objective,
-    batches: MicroBatches,
+    batches: prepare.TrainBatches,
     watcher: Watcher,
 ) -> PipelineEngine:
     """DeepSpeed's engine over our stage; it tells the watcher what it is about to do."""
@@ -325,7 +337,7 @@ def put_back(
     stage: Stage,
     optimizer: PipelineOptimizer,
     place: engine.Place,
-    batches: MicroBatches,
+    batches: prepare.TrainBatches,
     objective: ObjectiveSpec | None,
 ) -> Progress:
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration.

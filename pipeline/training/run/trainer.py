@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
-from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
+from pipeline.data.batches import EvaluationBatches, StepInfo
 from pipeline.data.microbatch import MicroBatch
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import StepTotals
@@ -32,6 +32,7 @@ from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineO
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import STOP_FILE, Watcher
+from pipeline.training.start.prepare import TrainBatches
 from pipeline.training.start.resolved import Intervals
 
 SIGNAL_FILES = ("save", "save_quit")
@@ -54,7 +55,7 @@ class Trainer:
     engine: PipelineEngine
     place: Place
     optimizer: PipelineOptimizer
-    batches: MicroBatches
+    batches: TrainBatches
     evaluations: dict[str, EvaluationBatches]
     objective: Objective
     learning_rate: Callable[[int, int], float]
@@ -183,7 +184,7 @@ class Trainer:
                     "train/lr": lr,
                     "train/grad_norm": self.optimizer.grad_norm,
                     "train/tokens_per_s": tokens_per_s,
-                    "train/epoch": info.epochs_done,
+                    f"train/{self.batches.unit}": info.epochs_done,
                     **_means([part[2] for part in gathered or []]),
                     **self._measured([part[3] for part in gathered or []]),
                     **(self.negatives.measured() if self.negatives else {}),
@@ -208,7 +209,7 @@ class Trainer:
         c, epoch, epoch_ended = self.intervals, self.progress.epoch, self.progress.rows == 0
         if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
             self._evaluate(may_be_best=True)
-        if epoch_ended and epoch % c.save_every_n_epochs == 0:
+        if c.save_every_n_epochs and epoch_ended and epoch % c.save_every_n_epochs == 0:
             self._save_trained(f"epoch{epoch}")
         saves = bool(c.save_steps and self.step % c.save_steps == 0)
         if saves or last:

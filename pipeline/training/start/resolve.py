@@ -120,6 +120,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         warmup=config.warmup_steps,
         constant_lr=config.force_constant_lr,
     )
+    streams = any(dataset.streaming for dataset in config.datasets)  # without epochs
     intervals = Intervals(
         logging_steps=config.logging_steps,
         steps_per_print=config.steps_per_print,
@@ -127,8 +128,8 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         eval_before_first_step=config.eval_before_first_step,
         eval_after_last_step=config.eval_after_last_step,
         save_steps=config.save_steps,
-        save_every_n_epochs=config.save_every_n_epochs,
-        save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end,
+        save_every_n_epochs=None if streams else config.save_every_n_epochs,
+        save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end and not streams,
         checkpoint_every_n_minutes=config.checkpoint_every_n_minutes,
         checkpoint_on_save=config.checkpoint_on_save,
     )
@@ -239,6 +240,8 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     # Looking for files warns of what it finds, and it is done again when they are read.
     datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
     for dataset in datasets if errors.errors else ():
+        if isinstance(dataset, Dataset) and dataset.streaming:
+            continue
         with errors.collect():
             find(dataset.dataset_type, dataset.dataset_path)
     errors.raise_all()

@@ -128,7 +128,7 @@ class Intervals:
     eval_before_first_step: bool
     eval_after_last_step: bool
     save_steps: int | None
-    save_every_n_epochs: int
+    save_every_n_epochs: int | None
     save_checkpoint_on_epoch_end: bool
     checkpoint_every_n_minutes: float | None
     checkpoint_on_save: bool
