@@ -22,6 +22,8 @@ LACKING = dict.fromkeys(OF_PRODUCTS, "product s·B·A") | dict.fromkeys(
     ("rank_pattern", "alpha_pattern"), "rank and alpha by module"
 )
 
+OF_THE_BEST = ("early_stopping_patience", "load_best_at_end")
+
 REFUSED_TYPES = {
     "peanut": "PEANuT of depth 0 is 'multiplicative_lora'; with hidden layers it is 'peft' with [peft] type = 'PEANUT'",
 }
@@ -129,6 +131,16 @@ def after_training_conflicts(
         yield "after_training: 'push' needs hub_model_id = 'OWNER/NAME', the repository on the Hub"
     if full_fine_tune and (idle := [part for part in PARTS_OF_ADAPTERS if part in after_training]):
         yield f"after_training: {_listed(idle)} with full_fine_tune = true: what is saved is a model already; remove it"
+
+
+def best_conflicts(values: Mapping[str, Any], min_delta: float) -> Iterator[str]:
+    """What of the keys that go by the best evaluation has nothing to go by. `values`: when there is one, OF_THE_BEST."""
+    if values["early_stopping_patience"] and not values["eval_steps"]:
+        yield "early_stopping_patience: counts evaluations during the run; give eval_steps, or remove it"
+    if min_delta and not values["early_stopping_patience"]:
+        yield "early_stopping_min_delta: only applies with early_stopping_patience; give that, or remove it"
+    if values["load_best_at_end"] and not (values["eval_steps"] or values["eval_after_last_step"]):
+        yield "load_best_at_end: nothing is evaluated after a step; give eval_steps, or remove it"
 
 
 def samples_conflicts(samples: Mapping[str, Any], *, full_fine_tune: bool, in_full: Sequence[str]) -> Iterator[str]:

@@ -18,13 +18,16 @@ from torch import Tensor
 from pipeline.console import duration, gib, log, rank
 from pipeline.files import sync_stream, write_text
 from pipeline.generation.shown import Sample
+from pipeline.training.trackers import Trackers
 
 
 class Metrics:
-    """The files of a run. `resumed_at`: the step to go on from, 0 for a new run; `settled`: it was evaluated."""
+    """The files of a run, and its trackers. `resumed_at`: the step to go on from, 0 for a new run; `settled`: it was
+    evaluated."""
 
-    def __init__(self, run_dir: Path, resumed_at: int, settled: bool) -> None:
+    def __init__(self, run_dir: Path, resumed_at: int, settled: bool, trackers: Trackers | None = None) -> None:
         self._file: Any = None
+        self._trackers = trackers
         self._events: Any = None
         if rank() != 0:
             return
@@ -45,6 +48,13 @@ class Metrics:
         self._file.flush()
         for tag, value in values.items():
             self._events.add_scalar(tag, value, step)
+        if self._trackers:
+            self._trackers.log(step, values)
+
+    def describe(self, config: str) -> None:
+        """Put the configuration, a TOML file's text, beside the curves."""
+        if self._events is not None:
+            self._events.add_text("config", "\n".join(f"    {line}" for line in config.split("\n")))
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Append a line for each of the `samples` of `step`, and their texts to the events; durable when it returns."""
@@ -55,6 +65,8 @@ class Metrics:
             sync_stream(file)
         for number, sample in enumerate(samples):
             self._events.add_text(f"samples/{number}", _markdown(sample), step)
+        if self._trackers:
+            self._trackers.samples(step, samples)
         self.log(step, {"samples/stopped": sum(sample["stopped"] for sample in samples) / len(samples)})
 
     def sync(self) -> None:
@@ -68,6 +80,8 @@ class Metrics:
         if self._file is not None:
             self._file.close()
             self._events.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 def _markdown(sample: Sample) -> str:

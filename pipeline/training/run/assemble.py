@@ -52,6 +52,8 @@ from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.objective import ObjectiveSpec
 from pipeline.training.start.resolved import Resolved, Updates
+from pipeline.training.step_measures import LayerGradients, StepTimes
+from pipeline.training.trackers import Trackers
 
 
 def trainer(
@@ -78,7 +80,8 @@ def trainer(
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
     objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals)
-    pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
+    times = StepTimes()
+    pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher, times)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
     if resumed is not None:
@@ -92,7 +95,10 @@ def trainer(
             data, about["reference"] = reference.attached(data, run, opened.path, resumed and resumed[0].parent)
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
-    metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
+    with engine.agreement(place):
+        trackers = Trackers(config.trackers, config.tracker_options, config.tracker_project, opened.path, recorded)
+    metrics = Metrics(opened.path, resumed_at or 0, progress.settled, trackers)
+    metrics.describe(to_toml(config))
     state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
     say_memory(place)
@@ -116,6 +122,8 @@ def trainer(
         metrics=metrics,
         samples=samples_of(plan, data, stage, place, metrics, watcher),
         reports=Reports(opened.path, config.report_every_minutes),
+        step_times=times,
+        layer_gradients=LayerGradients(optimizer, config.grad_norm_steps) if config.grad_norm_steps else None,
         memory=StepMemory(engine.held_tensors(pipeline_engine, optimizer)),
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, opened.path),
@@ -244,8 +252,14 @@ def build_engine(
     objective: Objective,
     batches: MicroBatches,
     watcher: Watcher,
+    times: StepTimes,
 ) -> PipelineEngine:
-    """DeepSpeed's engine over our stage; it tells the watcher what it is about to do."""
+    """DeepSpeed's engine over our stage; it tells the watcher, and those who take times, what it is about to do."""
+
+    def doing(what: str, waits: bool) -> None:
+        watcher.doing(what, waits)
+        times.doing(what, waits)
+
     built = engine.build(
         stage,
         place,
@@ -255,7 +269,7 @@ def build_engine(
         dynamic_shape=batches.fixed_shape is None,
         first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
     )
-    engine.announce(built, watcher.doing)
+    engine.announce(built, doing)
     tie_trained_embeddings(stage, optimizer, place)
     return built
 

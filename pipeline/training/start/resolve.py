@@ -120,6 +120,8 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         eval_steps=config.eval_steps,
         eval_before_first_step=config.eval_before_first_step,
         eval_after_last_step=config.eval_after_last_step,
+        early_stopping_patience=config.early_stopping_patience,
+        early_stopping_min_delta=config.early_stopping_min_delta,
         save_steps=config.save_steps,
         save_every_n_epochs=config.save_every_n_epochs,
         save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end,
