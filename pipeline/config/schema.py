@@ -160,7 +160,7 @@ class Config(Section):
     trackers: list[Tracker] = Field(
         [], description="what follows the run beside metrics.jsonl and TensorBoard's events, each by its own package: 'wandb', 'trackio', 'mlflow', …")  # fmt: skip
     tracker_project: str = Field("mulora-pipe", min_length=1, description="the project (experiment) in them")
-    tracker_options: dict[Tracker, dict[str, Any]] = Field(
+    tracker_options: dict[str, dict[str, Any]] = Field(
         {}, description="by tracker, what its package's init is given: { wandb = { entity = 'us', tags = ['books'] } }"
     )
     eval_steps: PositiveInt | None = Field(None, description="optimizer steps between evaluations")

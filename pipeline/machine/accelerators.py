@@ -3,6 +3,7 @@
 Gives findings; where there is no GPU, of what a run uses then. Imports torch.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -48,12 +49,12 @@ def no_gpu() -> Finding:
     """Why there may be none."""
     if shutil.which("nvidia-smi") is None:
         return Finding("GPU", "none", f"there is none; runs take the CPU, {torch.get_num_threads()} threads")
-    return Finding(
-        "GPU",
-        "broken",
-        f"torch {torch.__version__} finds none, though nvidia-smi is there",
-        "install the CUDA build of torch (and look at CUDA_VISIBLE_DEVICES)" if torch.version.cuda is None else "nvidia-smi says why: a driver too old for this build of torch, most often",
-    )  # fmt: skip
+    mend = (
+        "install the CUDA build of torch, and look at CUDA_VISIBLE_DEVICES"
+        if torch.version.cuda is None
+        else "nvidia-smi says why: a driver too old for this build of torch, most often"
+    )
+    return Finding("GPU", "broken", f"torch {torch.__version__} finds none, though nvidia-smi is there", mend)
 
 
 def driver() -> Finding:
@@ -128,10 +129,8 @@ def neighbours(gpus: int) -> Finding:
             else "GLOO_SOCKET_IFNAME=lo, where the host's own name leads nowhere"
         )
         return Finding("between stages", "broken", str(error), mend)
-    try:
+    with contextlib.suppress(OSError, RuntimeError):  # without a cache plans take the rate of a copy instead
         link.remember(found, name_of(device))
-    except (OSError, RuntimeError):
-        pass  # measured all the same; a plan measures copies instead
     told = f"{found.bytes_per_s / 1e9:.1f} GB/s over {found.backend}"
     if gpus:
         peers = all(torch.cuda.can_device_access_peer(n, n + 1) for n in range(gpus - 1))

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from pipeline.artifacts import saved_at
-from pipeline.artifacts.saved_at import Saved
 from pipeline.artifacts.adapter.adapter import CONFIG_FILE
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.match import check_names
 from pipeline.artifacts.fold.merge import merge
+from pipeline.artifacts.saved_at import Saved
 from pipeline.config.rules import PARTS, PARTS_OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, log, warn
 from pipeline.families import MULTIPLICATIVE, SAVED

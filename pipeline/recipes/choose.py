@@ -34,7 +34,7 @@ SIZES: dict[Kind, tuple[int, int, float]] = {
 
 @dataclass(frozen=True)
 class Wish:
-    """`model`: a folder. `name`: what the configuration calls it. `gpus`: as for --devices. `sequence_len`: None is the kind's."""
+    """`model`: a folder. `name`: what the configuration calls it. `gpus`: as for --devices. `sequence_len`: None: the kind's."""
 
     model: Path
     name: str

@@ -37,7 +37,7 @@ THEIRS = {
     "gradient_checkpointing": "activation_checkpointing",
     "evals_per_epoch": "eval_steps",
     "saves_per_epoch": "save_steps",
-    "wandb_project": "no counterpart",
+    "wandb_project": "tracker_project",
     "bf16": "model_weight_dtype",
     "tf32": "model_weight_dtype",
     "load_in_8bit": "[[quantization.bnb]]",

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,12 @@ def test_processes_that_do_not_start_are_said(monkeypatch: pytest.MonkeyPatch) -
     def fails(processes: int) -> link.Link:
         raise RuntimeError("no route to host")
 
-    monkeypatch.setattr(link, "measure", fails)
-    found = accelerators.neighbours(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(link, "measure", fails)
+        found = accelerators.neighbours(0)
     assert (found.state, found.found) == ("broken", "no route to host")
     assert "GLOO_SOCKET_IFNAME" in found.mend
-    monkeypatch.setattr(link.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="exit code 1"):
         link.measure(2)
 

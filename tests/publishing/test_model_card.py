@@ -15,9 +15,9 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from pipeline.artifacts.saved_at import Saved
 from pipeline.names import id_in_cache
 from pipeline.publishing import card_text
-from pipeline.artifacts.saved_at import Saved
 from pipeline.publishing.after_training import FinishedRun, follow
 from pipeline.publishing.card import write_card
 from pipeline.publishing.facts import Loss, read_facts, unrecorded

@@ -16,11 +16,11 @@ from pipeline.training.start import check
 from tests.helpers.builders import BOOKS, ROOT, save_model
 
 LARGE = transformers.LlamaConfig(
-    hidden_size=1024,
-    intermediate_size=2816,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=8,
+    hidden_size=2048,
+    intermediate_size=11264,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=16,
     vocab_size=8192,
     max_position_embeddings=16384,
 )
@@ -28,7 +28,7 @@ LARGE = transformers.LlamaConfig(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 MiB in bf16, without weights."""
+    """390 MiB in bf16, without weights."""
     folder = tmp_path_factory.mktemp("models") / "large"
     LARGE.save_pretrained(folder)
     return folder

@@ -3,7 +3,7 @@
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from accelerate import tracking
@@ -23,7 +23,7 @@ class Notes(tracking.GeneralTracker):
     name = "wandb"
     requires_logging_directory = False
     main_process_only = False
-    made: "list[Notes]" = []
+    made: ClassVar[list["Notes"]] = []
 
     def __init__(self, run_name: str, **options: Any) -> None:
         super().__init__()

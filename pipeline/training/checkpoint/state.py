@@ -43,8 +43,14 @@ class Progress(NamedTuple):
 
     def after_step(self, position: Position, order: str, tokens: int) -> "Progress":
         """One step of so many tokens further, at `position`; what is due at that step is yet to be done."""
-        (epoch, rows), seen = position, self.tokens + tokens
-        return self._replace(step=self.step + 1, epoch=epoch, rows=rows, order=order, settled=False, tokens=seen)
+        return self._replace(
+            step=self.step + 1,
+            epoch=position.epoch,
+            rows=position.rows,
+            order=order,
+            settled=False,
+            tokens=self.tokens + tokens,
+        )
 
     def evaluated(self, loss: float, min_delta: float) -> "Progress":
         """After an evaluation. It is clearly better where it is more than `min_delta` below the last that was."""

@@ -35,6 +35,7 @@ def test_a_checkpoint_of_before_there_was_a_patience_has_waited_for_nothing() ->
     assert Progress.of(older) == Progress(4, 0, 8, "0f", 2.5, True, 0, None)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_better_ends_and_its_best_is_what_follows(tmp_path: Path) -> None:
     """With updates that change no weight, the first evaluation is the best, and the third ends the run."""
     save_model(tmp_path / "base")
