@@ -186,7 +186,7 @@ INSTEAD: dict[str, str] = {
     "wandb_entity": "[tracker_options.wandb] entity",
     "wandb_name": "[tracker_options.wandb] name",
     "wandb_run_id": "[tracker_options.wandb] id",
-    "wandb_mode": "the variable WANDB_MODE, or [tracker_options.wandb] mode",
+    "wandb_mode": "[tracker_options.wandb] mode (or the variable WANDB_MODE)",
     "use_mlflow": TRACKERS,
     "mlflow_experiment_name": "tracker_project (and trackers = ['mlflow'])",
     "logging_dir": "no counterpart: TensorBoard's events are in the run's folder",

@@ -74,7 +74,7 @@ THEIRS = {
     "adam_beta1": "optimizer.beta1",
     "save_total_limit": "keep_states",
     "max_seq_length": "sequence_len",
-    "report_to": "no counterpart",
+    "report_to": "trackers",
     "push_to_hub": "after_training",
     "eval_strategy": "eval_steps",
     "Learning-Rate": "optimizer.lr",
