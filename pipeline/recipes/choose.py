@@ -5,6 +5,7 @@ weights before 4-bit ones, few stages (what is left are replicas) before many, n
 short ones. Nothing is read of the model but its configuration.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,30 +66,46 @@ class Candidate(NamedTuple):
 def choose(wish: Wish) -> Chosen:
     """The first candidate that fits. UserError where none does."""
     gpus = devices.parse(wish.gpus)
+    room = sum(gpu.usable_bytes for gpu in gpus)
     refused: list[str] = []
-    for sequence_len in lengths(wish):
-        for four_bits in (False, True):
-            cost = counted(wish.model, wish.kind, four_bits, sequence_len)
-            for host_gib in (0.0, HOST_GIB):
-                for stages in (count for count in range(1, len(gpus) + 1) if len(gpus) % count == 0):
-                    if stages > len(cost.layers):
-                        continue
-                    candidate = Candidate(four_bits, stages, host_gib, sequence_len)
-                    shape, there = Shape(sequence_len, MICRO_BATCHES, stages), gpus[:stages]
-                    rates = devices.published_rates(there)
-                    usable = [device.usable_bytes for device in there]
-                    # Each replica has its part of the host's memory.
-                    found = solve(cost, usable, rates, shape, int(host_gib * GIB) * stages // len(gpus))
-                    if found.fits:
-                        names = [device.name for device in there]
-                        text = table.describe(found, cost, shape, rates, device_names=names, total_steps=None)
-                        return Chosen(keys(wish, candidate), text, reasons(candidate, len(gpus), refused))
-                    lacking = max(-stage.headroom_bytes for stage in found.stages)
-                    refused.append(f"{in_words(candidate)} ({gib(max(0, lacking))} too much on a GPU)")
+    for candidate in candidates(wish, len(gpus)):
+        # By the count for the longest rows, which is there already: of what cannot fit at any length no other is made.
+        if held_bytes(counted(wish.model, wish.kind, candidate.four_bits, lengths(wish)[0])) > room:
+            refused.append(f"{in_words(candidate)} (its weights alone are more than all GPUs have)")
+            continue
+        cost = counted(wish.model, wish.kind, candidate.four_bits, candidate.sequence_len)
+        if candidate.stages > len(cost.layers):
+            continue
+        shape, there = Shape(candidate.sequence_len, MICRO_BATCHES, candidate.stages), gpus[: candidate.stages]
+        rates, usable = devices.published_rates(there), [gpu.usable_bytes for gpu in there]
+        host_bytes = int(candidate.host_gib * GIB) * candidate.stages // len(gpus)  # a replica's part
+        found = solve(cost, usable, rates, shape, host_bytes)
+        if found.fits:
+            names = [gpu.name for gpu in there]
+            text = table.describe(found, cost, shape, rates, device_names=names, total_steps=None)
+            return Chosen(keys(wish, candidate), text, reasons(candidate, len(gpus), refused))
+        lacking = max(-stage.headroom_bytes for stage in found.stages)
+        refused.append(f"{in_words(candidate)} ({gib(max(0, lacking))} too much on a GPU)")
     raise UserError(
         f"--gpus '{wish.gpus}': no configuration of {wish.name} fits. The most frugal that was tried: {refused[-1]}. Use more "
         "GPUs, larger ones, or a smaller model"
     )
+
+
+def candidates(wish: Wish, gpus: int) -> Iterator[Candidate]:
+    """In the order in which they are preferred."""
+    for sequence_len in lengths(wish):
+        for four_bits in (False, True):
+            for host_gib in (0.0, HOST_GIB):
+                for stages in range(1, gpus + 1):
+                    if gpus % stages == 0:
+                        yield Candidate(four_bits, stages, host_gib, sequence_len)
+
+
+def held_bytes(cost: ModelCost) -> int:
+    """Weights and what is trained, of the whole model, which a pipeline holds whatever it keeps besides."""
+    head = 0 if cost.tied else cost.head.weight_bytes
+    return head + cost.embedding_bytes + sum(layer.weight_bytes + layer.trained_bytes for layer in cost.layers)
 
 
 @cache
