@@ -304,18 +304,11 @@ class Config(Section):
             yield from rules.samples_conflicts(
                 self.samples.model_dump(), full_fine_tune=self.full_fine_tune, in_full=self.trainable_modules
             )
-        for tracker in self.tracker_options:
-            if tracker not in self.trackers:
-                yield f"tracker_options.{tracker}: trackers does not name '{tracker}'; add it there, or remove this"
+        yield from rules.tracker_conflicts(self.trackers, self.tracker_options)
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
-        needs = ("eval_steps", "eval_before_first_step", "eval_after_last_step", *rules.OF_THE_BEST)
-        for key in () if evaluates else needs:
-            if getattr(self, key):
-                yield f"{key}: there is nothing to evaluate; give datasets.0.eval_size or [[eval_datasets]], or remove it"
-        if evaluates:
-            yield from rules.best_conflicts({key: getattr(self, key) for key in needs}, self.early_stopping_min_delta)
+        yield from rules.evaluation_conflicts({k: getattr(self, k) for k in rules.OF_EVALUATION}, bool(evaluates))
         if self.mix_by is not None and self.dataset_combination_mode != "interleave":
             yield "mix_by: only applies when dataset_combination_mode is 'interleave'; set that, or remove it"
         if self.mix_by in ("tokens", "targets") and self.group_by_length:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.console import gib
+from pipeline.files import sync_stream
 from pipeline.machine.findings import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,8 +149,7 @@ def _speeds(folder: Path, n_bytes: int) -> tuple[float, float]:
         began = time.perf_counter()
         for _ in range(n_bytes // len(block)):
             file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_stream(file)
         written = time.perf_counter() - began
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)

@@ -180,6 +180,8 @@ def test_a_mark_at_the_beginning_is_no_mistake(tmp_path: Path) -> None:
         ({"early_stopping_patience": 2}, "nothing to evaluate"),
         ({"load_best_at_end": True, "eval_before_first_step": True, **HELD_OUT}, "nothing is evaluated after a step"),
         ({"early_stopping_patience": 2, "eval_after_last_step": True, **HELD_OUT}, "give eval_steps"),
+        ({"trackers": ["wandb", "wandb"]}, "more than once"),
+        ({"tracker_options": {"wandb": {}}}, "trackers does not name 'wandb'"),
         ({"early_stopping_min_delta": 0.1, **HELD_OUT}, "only applies with early_stopping_patience"),
     ],
 )
