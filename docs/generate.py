@@ -79,6 +79,11 @@ TABLES = (
         "None by default: the next token is trained. Preference training, and what it takes, is docs/preference.md's.",
     ),
     ("Reference", "`[objective.reference]`", "What the losses compare with; the base by default."),
+    (
+        "Tap",
+        "`[[objective.tap]]`",
+        "One or more with type = 'representation' or 'circuit_breaker', and only there (docs/preference.md).",
+    ),
     ("Rl", "`[rl]`", "None by default. qlora-pipe's name for `[objective]`; one of the two."),
     ("Dataset", "`[[datasets]]`", "Once for each dataset, at least one."),
     ("EvalDataset", "`[[eval_datasets]]`", "Once for each dataset that is held out as a whole; none by default."),

@@ -151,6 +151,8 @@ class Dataset(_Data):
     )
     num_repeats: PositiveFloat = Field(
         1.0, description="how many times an epoch goes through this dataset; of 0.5 two epochs together have every row, of 2.5 five times")  # fmt: skip
+    stream: Literal["breaker", "retain"] | None = Field(
+        None, description="of [objective] type = 'circuit_breaker', for all types but preference data: whether the rows' hidden states are to be broken or to stay as they are")  # fmt: skip
     max_tokens: PositiveInt | None = Field(
         None, description="most tokens of this dataset's rows to train on (one pass); which rows, a seeded shuffle decides")  # fmt: skip
 
@@ -199,5 +201,9 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
         yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"
     if kind not in _BOOKS and dataset.document_mask is not None and dataset.packing == "none":
         yield f"{table}.document_mask: has a meaning with packing only: without it every row is alone; remove it, or pack"
+    if isinstance(dataset, Dataset) and dataset.stream is not None:
+        for key, plain in (("packing", "none"), ("num_repeats", 1), ("sample_weight", 1)):
+            if getattr(dataset, key) != plain:
+                yield f"{table}.{key}: has no meaning for one of two streams (stream = '{dataset.stream}'); remove it"
     if isinstance(dataset, EvalDataset) and dataset.packing == "stream":
         yield f"{table}.packing: 'stream' would score what it cuts without its beginning; use 'best_fit'"

@@ -6,7 +6,7 @@ meanings are TRL's. What goes with which loss is for `training/start/objective.p
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from pipeline.config.tables import Section
 
@@ -21,8 +21,8 @@ _OTHER_LOSSES = {
     "bco": "of pairs it is 'bco_pair'",
     "rpo": "it is loss_type = ['sigmoid', 'sft'] with loss_weights = [1.0, rpo_alpha]",
     "drpo": "it is not built: its published descriptions do not agree",
-    "repr_po": "representation losses are not built yet",
-    "reprpo": "representation losses are not built yet",
+    "repr_po": "its losses are of hidden states: type = 'representation', with [[objective.tap]]",
+    "reprpo": "its losses are of hidden states: type = 'representation', with [[objective.tap]]",
 }
 
 
@@ -34,10 +34,63 @@ def _known_losses(value: Any) -> Any:
     return value
 
 
-def _known_types(value: Any) -> Any:
-    if value in ("representation", "circuit_breaker"):
-        raise ValueError("representation losses and circuit breakers ([[objective.tap]]) are not built yet")
+Slot = Literal["chosen", "rejected", "breaker", "retain"]
+DistanceType = Literal[
+    "l2", "squared", "normalised", "cosine", "relu_cosine", "combined", "adaptive", "top_k", "symlog", "correlation",
+    "projection", "orthogonal",
+]  # fmt: skip
+_OTHER_DISTANCES = {
+    "mse": "of the mean over the hidden size it is 'squared'; what ReprPO's journal calls MSE is 'l2'",
+    "norm": "it is 'l2'",
+    "cka": "it is not built: of one row against another it is 'correlation'",
+    "prefvec": "its well-defined halves are 'projection' and 'orthogonal'",
+    "svd": "transforms of hidden states are not built: where they are learnt, the loss can be lowered by the transform alone",
+    "suppressed": "transforms of hidden states are not built",
+    "supressed": "transforms of hidden states are not built",
+}
+
+
+def _known_distances(value: Any) -> Any:
+    """Distances under other names, or that are not built, are refused with what to do."""
+    if isinstance(value, str) and (what := _OTHER_DISTANCES.get(value.lower())):
+        raise ValueError(f"'{value}': {what}")
     return value
+
+
+class Tap(Section):
+    """[[objective.tap]]"""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="what it is called in metrics: 'tap/<name>'")
+    of: Slot = Field(
+        description="the row of a unit whose hidden states are trained: 'chosen' or 'rejected'; with circuit breakers 'breaker' or 'retain'")  # fmt: skip
+    to: Slot | None = Field(
+        None, description="the row whose states under the reference these are compared with; default the same row. Of 'projection' and 'orthogonal' the other answer: the direction is from `to` towards `of`")  # fmt: skip
+    layers: list[int | str] | str = Field(
+        description="decoder layers whose outputs are compared, counted from 0: [10, 20], as parts of the depth ['0.33', '0.67'], or 'all' (from the first trained one on); distances of several are added")  # fmt: skip
+    distance: Annotated[DistanceType, BeforeValidator(_known_distances)] = Field(
+        description="between a state x and the reference's y (docs/preference.md has the formulas)"
+    )
+    mask: Literal["completion", "all"] = Field(
+        "completion", description="which tokens count: those that are trained (answers), or all of the row; of two rows' tokens, those that count in both")  # fmt: skip
+    align: Literal["token", "mean"] = Field(
+        "token", description="tokens are compared with each other by their place, or the rows' mean states; of 'projection' and 'orthogonal' always means")  # fmt: skip
+    weight: NonNegativeFloat = Field(
+        1.0, description="of the loss, beside the other taps and loss_type; 0 is measured only"
+    )
+    schedule: Literal["constant", "1 - p/2", "p/2", "p", "1 - p"] = Field(
+        "constant", description="by which weight is multiplied; p grows from 0 at the run's first step to 1 at its end"
+    )
+    relative: bool = Field(
+        False, description="of 'l2': divided by the mean norm of the reference's states, so that a weight carries over between layers and models")  # fmt: skip
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="of 'combined': the weight of the direction; of the norms 1 − alpha"
+    )
+    threshold: float = Field(
+        0.9, ge=-1, le=1, description="of 'adaptive': the cosine above which it is 'squared', else 'cosine'"
+    )
+    k: PositiveInt = Field(
+        16, description="of 'top_k': how many of a state's numbers count, those that are furthest apart"
+    )
 
 
 def _precomputed(value: Any) -> Any:
@@ -61,11 +114,11 @@ class Reference(Section):
 class Objective(Section):
     """[objective]"""
 
-    type: Annotated[Literal["language_modelling", "preference"], BeforeValidator(_known_types)] = Field(
-        description="'language_modelling' is the next token; 'preference' compares answers (docs/preference.md)"
+    type: Literal["language_modelling", "preference", "representation", "circuit_breaker"] = Field(
+        description="'language_modelling' is the next token; 'preference' compares answers, 'representation' their hidden states (of pairs), 'circuit_breaker' hidden states of two streams of rows (docs/preference.md)"
     )
-    loss_type: Annotated[LossType | list[LossType], BeforeValidator(_known_losses)] = Field(
-        "sigmoid", description="one loss, or several that are added: TRL's names; 'cdpo', 'simpo', 'cpo' and 'orpo' are also of pairs, 'kto' and 'apo_zero_unpaired' of dataset_type = 'unpaired', 'plackett_luce' of 'ranked'")  # fmt: skip
+    loss_type: Annotated[LossType | list[LossType] | None, BeforeValidator(_known_losses)] = Field(
+        None, description="one loss, or several that are added; default 'sigmoid', of 'representation' none. TRL's names; 'cdpo', 'simpo', 'cpo' and 'orpo' are also of pairs, 'kto' and 'apo_zero_unpaired' of dataset_type = 'unpaired', 'plackett_luce' of 'ranked'")  # fmt: skip
     loss_weights: list[PositiveFloat] | None = Field(None, description="a weight for each of loss_type; default 1 each")
     beta: PositiveFloat = Field(
         0.1, description="how far the model may leave the reference: β of the losses; λ of 'orpo'"
@@ -84,6 +137,7 @@ class Objective(Section):
     )
     undesirable_weight: PositiveFloat = Field(1.0, description="the same: the weight of bad answers")
     reference: Reference = Field(Reference.model_validate({}))
+    tap: list[Tap] = Field([], description="of 'representation' and 'circuit_breaker'")
 
 
 class Rl(Section):

@@ -249,7 +249,7 @@ IN_OPTIMIZER: dict[str, str] = {
 
 
 IN_OBJECTIVE: dict[str, str] = {
-    "tap": "no counterpart yet: representation losses and circuit breakers are not built",
+    "taps": "[[objective.tap]]",
     "sync_ref_model": "no counterpart: the reference stays as it was at the start",
     "ref_model_sync_steps": "no counterpart: the reference stays as it was at the start",
     "ref_model_mixup_alpha": "no counterpart: the reference stays as it was at the start",

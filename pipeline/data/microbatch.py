@@ -51,11 +51,13 @@ class MicroBatch:
     units: Units | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a stage or an objective may ask for, by name; `loss_scale` and `unit_scale` as fp32 []."""
+        """All that a stage or an objective may ask for, by name; `loss_scale` and `unit_scale` as fp32 []. Of units also `marks`,
+        int8 [B, T]: 1 for a token of the row, and 2 more for one that is a target."""
         of_units = {}
         if self.units is not None:
             scale = torch.tensor(self.units.scale, dtype=torch.float32)
             of_units = {"unit_scale": scale, "reference": self.units.reference, "desirable": self.units.desirable}
+            of_units["marks"] = self._marks()
         return {
             **of_units,
             "input_ids": self.input_ids,
@@ -64,6 +66,10 @@ class MicroBatch:
             "labels": self.labels,
             "loss_scale": torch.tensor(self.loss_scale, dtype=torch.float32),
         }
+
+    def _marks(self) -> Tensor:
+        there_BT = torch.arange(self.labels.shape[1]) < self.lengths[:, None]
+        return there_BT.to(torch.int8) + 2 * (self.labels != IGNORED).to(torch.int8)
 
 
 class Layout:

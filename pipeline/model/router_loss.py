@@ -7,8 +7,7 @@ gradient of a probability, E·f_e / n, needs the choices of the layers behind it
 
 Two sums of E numbers are therefore handed from stage to stage with the hidden state, in rows behind its last token, and the
 last stage has the loss. Autograd does the rest: what comes back for these rows is the gradient of every layer's
-probabilities before them. One floating-point tensor crosses a boundary, as ever. Numbers are split into three of the
-hidden state's dtype, which bf16 and fp32 hold exactly, so that the loss is that of the unsplit model.
+probabilities before them. One floating-point tensor crosses a boundary, as ever (structure/carried.py).
 
 Takes a stage; gives it a forward that does so, and a `RouterLoss` that has the loss on the last stage and each layer's load.
 """
@@ -23,11 +22,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from pipeline.model.stage import FIRST_READS, Stage
+from pipeline.model.structure.carried import pack, unpack
 from pipeline.names import layer_of
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what models call its weight
 SCALE = 2.0**-16  # of the sums on the wire, so that they, and their gradients, are of a size that fp16 has too
-PIECES = 3  # of 8 bits or more each: the 24 of fp32
 
 
 def recorder(model: PreTrainedModel) -> Any:
@@ -105,7 +104,7 @@ class RouterLoss:
             lengths_B = given.get("lengths", torch.full((rows,), tokens, device=x.device)).float()
             totals = torch.zeros(2 * self._experts + 1, device=x.device)
         else:
-            x, carried = unpack(x, tokens, 2 * self._experts + 1 + rows)
+            x, carried = unpack(x, tokens, 2 * self._experts + 1 + rows, SCALE)
             totals, lengths_B = carried[:-rows], carried[-rows:].detach()
         self._seen = []
         try:
@@ -122,7 +121,7 @@ class RouterLoss:
             self._loss = torch.sum((chosen / n).detach() * (probable / n)) * self._experts
             self._losses.append(self._loss.detach())
             return output
-        return pack(output[0], torch.cat([totals, lengths_B])), output[1]
+        return pack(output[0], torch.cat([totals, lengths_B]), SCALE), output[1]
 
     def _sums(self, layer: int, logits_NE: Tensor, kept_N: Tensor) -> Tensor:
         """Choices, probabilities and tokens of one layer: fp32 [2·E + 1]."""
@@ -133,58 +132,3 @@ class RouterLoss:
         self._loads[layer] = self._loads.get(layer, 0) + chosen
         probable = (weights_NE.float() * kept_N[:, None]).sum(0)
         return torch.cat([chosen, probable, kept_N.sum()[None]])
-
-
-def pack(hidden_BTD: Tensor, values: Tensor) -> Tensor:
-    """The hidden state [B, T + r, D] with fp32 `values` [n] in r rows behind it."""
-    B, _, D = hidden_BTD.shape
-    pieces = _Split.apply(values * SCALE, hidden_BTD.dtype).flatten()
-    rows = -(-len(pieces) // (B * D))
-    filled = nn.functional.pad(pieces, (0, B * rows * D - len(pieces)))
-    return torch.cat([hidden_BTD, filled.view(B, rows, D)], dim=1)
-
-
-def unpack(packed: Tensor, tokens: int, count: int) -> tuple[Tensor, Tensor]:
-    """The hidden state [B, tokens, D] and the fp32 values [count] that `pack` put together."""
-    pieces = packed[:, tokens:].flatten()[: PIECES * count].view(PIECES, count)
-    return packed[:, :tokens], _Join.apply(pieces) / SCALE
-
-
-class _Split(torch.autograd.Function):
-    """fp32 [n] → [PIECES, n] of a dtype, whose sum they are."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return _split(values, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _joined(gradients[0]), None
-
-
-class _Join(torch.autograd.Function):
-    """The inverse. A gradient goes through in pieces, as a value does."""
-
-    @staticmethod
-    def forward(ctx: Any, pieces: Tensor) -> Tensor:
-        ctx.dtype = pieces.dtype
-        return _joined(pieces)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # type: ignore[override]
-        return _split(gradients[0], ctx.dtype)
-
-
-def _split(values: Tensor, dtype: torch.dtype) -> Tensor:
-    pieces, left = [], values.float()
-    for _ in range(PIECES):
-        pieces.append(left.to(dtype))
-        left = left - pieces[-1].float()
-    return torch.stack(pieces)
-
-
-def _joined(pieces: Tensor) -> Tensor:
-    largest, *others = pieces.float()
-    for piece in others:
-        largest = largest + piece
-    return largest

@@ -23,6 +23,7 @@ class LanguageModelling:
     train_scale: float = 1.0
 
     reads: ClassVar[tuple[str, ...]] = ("labels", "loss_scale")
+    first_reads: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[tuple[str, ...]] = ("loss",)
 
     def loss(self, hidden_BTD: Tensor, given: Tensors) -> Tensor:

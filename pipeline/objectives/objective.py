@@ -21,6 +21,10 @@ class Objective(Protocol):
         """Names of the micro-batch's tensors that the last stage needs (see `data.microbatch.MicroBatch.tensors`)."""
 
     @property
+    def first_reads(self) -> tuple[str, ...]:
+        """Names of those that the first stage is handed beside `model.stage.FIRST_READS`, for hooks on the stages."""
+
+    @property
     def measures(self) -> tuple[str, ...]:
         """Names of what `row_sums` gives."""
 

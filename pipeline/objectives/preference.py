@@ -31,9 +31,15 @@ RATED = ("desirable", "desirable rewards", "undesirable rewards", "desirable log
 
 @dataclass
 class StepTotals:
-    """What was measured of the micro-batches of a step so far, summed; on the last stage."""
+    """What was measured of the micro-batches of a step so far, summed; on the last stage. `progress`: the part of the run that
+    was done before it."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    progress: float = 0.0
+
+    def begin(self, progress: float) -> None:
+        """A step begins."""
+        self.sums, self.progress = {}, progress
 
     def add(self, columns: Mapping[str, Tensor]) -> None:
         """Of one more micro-batch: [U] each."""
@@ -57,6 +63,7 @@ class Preference:
     step: StepTotals
 
     reads: ClassVar[tuple[str, ...]] = ("labels", "loss_scale", "unit_scale", "reference", "desirable")
+    first_reads: ClassVar[tuple[str, ...]] = ()
 
     @property
     def measures(self) -> tuple[str, ...]:

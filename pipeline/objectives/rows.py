@@ -5,6 +5,7 @@ The head runs over the places before targets alone, so that a prompt costs nothi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class RowScores:
     transform: LogitTransform
     slots: int
 
-    reads = ("labels",)
+    reads: ClassVar[tuple[str, ...]] = ("labels",)
+    first_reads: ClassVar[tuple[str, ...]] = ()
 
     @property
     def measures(self) -> tuple[str, ...]:

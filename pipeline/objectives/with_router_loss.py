@@ -25,6 +25,10 @@ class WithRouterLoss:
         return self.objective.reads
 
     @property
+    def first_reads(self) -> tuple[str, ...]:
+        return self.objective.first_reads
+
+    @property
     def measures(self) -> tuple[str, ...]:
         return self.objective.measures
 

@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,20 +72,25 @@ class StepTimes:
 
 
 class LayerGradients:
-    """The gradient's norm by layer before clipping, at every `every`th step; of what lies in no layer, by its name."""
+    """The gradient's norm by layer before clipping, at every `every`th step (None: never); of what lies in no layer, by its
+    name."""
 
-    def __init__(self, optimizer: PipelineOptimizer, every: int) -> None:
-        self._optimizer, self._every = optimizer, every
+    def __init__(self, optimizer: PipelineOptimizer, every: int | None) -> None:
+        self._optimizer = optimizer
         self._norms: dict[str, float] = {}
-        optimizer.on_gradients = self._take
+        if every:
+            optimizer.on_gradients = partial(self._take, every)
 
-    def taken(self) -> dict[str, float]:
-        """Of this stage at the last step; empty where none were due."""
-        norms, self._norms = self._norms, {}
-        return norms
+    def begin_step(self) -> None:
+        """A step begins."""
+        self._norms = {}
 
-    def _take(self, sums: Mapping[str, Tensor]) -> None:
-        if (self._optimizer.completed_steps + 1) % self._every or not sums:
+    def measured(self) -> dict[str, float]:
+        """Of this stage at the step that has ended; empty where none were due."""
+        return {f"grad_norm/{layer}": norm for layer, norm in self._norms.items()}
+
+    def _take(self, every: int, sums: Mapping[str, Tensor]) -> None:
+        if (self._optimizer.completed_steps + 1) % every or not sums:
             return
         # In one transfer: a device is waited for once, not once a parameter.
         squares = torch.stack([torch.linalg.vector_norm(g).double() ** 2 for g in sums.values()]).tolist()

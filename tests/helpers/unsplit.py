@@ -92,6 +92,11 @@ def with_multiplicative(model: Any, initial: dict[str, Tensor], scaling: float) 
     return leaves
 
 
+def keep_output(kept: dict[int, Tensor], index: int, module: Any, args: Any, output: Any) -> None:
+    """A forward hook of layer `index`: its hidden state [B, T, D] into `kept`."""
+    kept[index] = output[0] if isinstance(output, tuple) else output
+
+
 def in_full(model: Any, parts: tuple[str, ...] | None) -> dict[str, Tensor]:
     """The model's own weights, all or those with one of `parts` in their name; a tied head is its embedding, and comes once."""
     leaves = {n: p for n, p in model.named_parameters() if parts is None or set(parts) & set(n.split("."))}

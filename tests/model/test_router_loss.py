@@ -16,8 +16,9 @@ from pipeline.model import cut_check, router_loss
 from pipeline.model.adapters.base import trainable
 from pipeline.model.memory import activation
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
-from pipeline.model.router_loss import RouterLoss, pack, unpack
+from pipeline.model.router_loss import SCALE, RouterLoss
 from pipeline.model.stage import empty_model, read_model_config
+from pipeline.model.structure.carried import pack, unpack
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
 from tests.helpers.mixtures import LAYERS, config_of, randomise, save_mixture
@@ -143,10 +144,10 @@ def test_numbers_travel_exactly_both_ways(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     values = (torch.rand(37, generator=generator) * 10 ** torch.linspace(-2, 5, 37)).requires_grad_()
     hidden = torch.randn(2, 5, 8, generator=generator).to(dtype).requires_grad_()
-    packed = pack(hidden, values)
+    packed = pack(hidden, values, SCALE)
     assert packed.dtype == dtype
     leaf = packed.detach().requires_grad_()
-    back, found = unpack(leaf, 5, 37)
+    back, found = unpack(leaf, 5, 37, SCALE)
     assert torch.equal(back, hidden)
     assert torch.equal(found, values)
     weights = torch.rand(37, generator=generator) * 1e-7

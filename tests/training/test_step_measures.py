@@ -49,13 +49,19 @@ def test_norms_are_of_a_layer_before_clipping() -> None:
         gradients = {name: torch.randn(3, 4) for name in names}
         for name, parameter in parameters.items():
             (parameter * gradients[name]).sum().backward()
+        layers.begin_step()
         optimizer.step()
-        found = layers.taken()
+        found = layers.measured()
         if step != 2:
             assert found == {}
             continue
         two = math.sqrt(sum(gradients[name].double().square().sum().item() for name in names[:2]))
         # Each norm is one fp32 reduction of 12 numbers.
         assert found == pytest.approx(
-            {"002": two, "011": gradients[names[2]].norm().item(), "norm": gradients["norm"].norm().item()}, rel=1e-6
+            {
+                "grad_norm/002": two,
+                "grad_norm/011": gradients[names[2]].norm().item(),
+                "grad_norm/norm": gradients["norm"].norm().item(),
+            },
+            rel=1e-6,
         )

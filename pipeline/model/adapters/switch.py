@@ -4,12 +4,13 @@ Takes a stage with adapters of any family; inside a block each of its modules co
 trained in full beside the adapters stays as it is: of that there is no copy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
 from pipeline.model.stage import Stage
 
@@ -35,3 +36,20 @@ def adapters_off(stage: Stage) -> Iterator[None]:
             del module.forward
         for module, scaling in scalings.items():
             module.scaling = scaling
+
+
+@contextmanager
+def holding(stage: Stage, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, what is trained of `stage` has other values, given by global name; not for a forward whose backward is to come.
+
+    Tensors are exchanged, not written to, so what autograd holds of another micro-batch stays as it was.
+    """
+    trained = trainable(stage)
+    own = {name: parameter.data for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        parameter.data = values[name]
+    try:
+        yield
+    finally:
+        for name, parameter in trained.items():
+            parameter.data = own[name]

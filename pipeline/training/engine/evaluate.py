@@ -32,9 +32,15 @@ def evaluate(engine: PipelineEngine, objective: Objective, batches: EvaluationBa
 
 def scores(engine: PipelineEngine, objective: Objective, batches: EvaluationBatches, doing: str) -> list[Tensor]:
     """The objective's measures of each micro-batch of this replica's, fp32 [M, B], in order; on its last stage, else nothing."""
-    in_training = engine.module.loss_fn, engine.dynamic_shape
-    engine.module.loss_fn, engine.dynamic_shape = wires.row_sums(objective), batches.fixed_shape is None
-    engine.total_loss = None  # it adds up losses, and those of evaluation are per row
+    in_training, measured = (engine.module.loss_fn, engine.dynamic_shape), wires.row_sums(objective)
+
+    def losses(hidden_BTD: Tensor, given: tuple[Tensor, ...]) -> Tensor:
+        engine.total_loss = (
+            None  # it adds up losses, and those of evaluation are per row, of which there are more or fewer
+        )
+        return measured(hidden_BTD, given)
+
+    engine.module.loss_fn, engine.dynamic_shape = losses, batches.fixed_shape is None
     engine.reset_activation_shape()
     with progress(doing, len(batches)) as advance:
         outputs = engine.eval_batch(

@@ -57,9 +57,14 @@ def _nothing(engine: PipelineEngine, buffer_id: int) -> None:
 
 
 def _free_unless_gradient_comes(engine: PipelineEngine, kind: str, buffer_id: int) -> None:
-    """What DeepSpeed's SendGrad (inputs) or BackwardPass (outputs) will read, they free themselves."""
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(engine, kind, buffer_id))):
-        engine.pipe_buffers[kind][buffer_id] = None
+    """What DeepSpeed's SendGrad (inputs) or BackwardPass (outputs) will read, they free themselves: of a tuple the tensors that
+    require a gradient. What goes with these (positions, the reference's states) nobody reads again."""
+    buffers = engine.pipe_buffers[kind]
+    wanted = tuple(t for t in _tensors(engine, kind, buffer_id) if t.requires_grad and torch.is_grad_enabled())
+    if not wanted:
+        buffers[buffer_id] = None
+    elif isinstance(buffers[buffer_id], tuple):
+        buffers[buffer_id] = wanted
 
 
 def _tensors(engine: PipelineEngine, kind: str, buffer_id: int) -> tuple[Tensor, ...]:

@@ -21,7 +21,8 @@ Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # to the first stage, to
 def pack(batch: MicroBatch, objective: Objective) -> Inputs:
     """What DeepSpeed reads: a micro-batch's tensors for the first stage, and those that the objective reads."""
     tensors = batch.tensors()
-    return tuple(tensors[name] for name in FIRST_READS), tuple(tensors[name] for name in objective.reads)
+    first = (*FIRST_READS, *objective.first_reads)
+    return tuple(tensors[name] for name in first), tuple(tensors[name] for name in objective.reads)
 
 
 def pack_all(batches: Iterable[MicroBatch], objective: Objective) -> Iterable[Inputs]:

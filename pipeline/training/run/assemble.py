@@ -20,6 +20,7 @@ from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters.base import trainable, written
+from pipeline.model.adapters.switch import adapters_off
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.quantized import saved_bytes
@@ -29,6 +30,7 @@ from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.language_modelling import LanguageModelling
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import Preference, StepTotals
+from pipeline.objectives.representation import WithTaps
 from pipeline.objectives.with_router_loss import WithRouterLoss
 from pipeline.processes import launched_by
 from pipeline.publishing.report.beside import Reports
@@ -48,6 +50,7 @@ from pipeline.training.run.peers import UNHURRIED
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
+from pipeline.training.stage.tapping import Taps
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.objective import ObjectiveSpec
@@ -65,10 +68,8 @@ def trainer(
     resumed: run_folder.Resumed | None,
     command: list[str],
 ) -> Trainer:
-    """The run, ready to go. `resumed`: the checkpoint to go on from (the first process's counts) and its manifest.
-
-    `command`: the program and its arguments, for the line that resumes.
-    """
+    """The run, ready to go. `resumed`: the checkpoint to go on from (the first process's counts) and its manifest; `command`:
+    the program and its arguments, for the line that resumes."""
     run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.rank)
     with engine.agreement(place):
@@ -79,8 +80,8 @@ def trainer(
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
-    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals)
-    times = StepTimes()
+    taps, times = taps_of(stage, plan.objective), StepTimes()
+    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, taps)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher, times)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
@@ -89,16 +90,14 @@ def trainer(
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    if plan.objective and plan.objective.reference:
+    if plan.objective and plan.objective.cached:
         run = reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
         with watcher.phase(UNHURRIED):
             data, about["reference"] = reference.attached(data, run, opened.path, resumed and resumed[0].parent)
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
-    with engine.agreement(place):
-        trackers = Trackers(config.trackers, config.tracker_options, config.tracker_project, opened.path, recorded)
-    metrics = Metrics(opened.path, resumed_at or 0, progress.settled, trackers)
-    metrics.describe(to_toml(config))
+    trackers = partial(Trackers, config.trackers, config.tracker_options, config.tracker_project)
+    metrics = metrics_of(opened.path, resumed_at or 0, progress.settled, recorded, trackers, place)
     state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
     say_memory(place)
@@ -111,7 +110,7 @@ def trainer(
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
-        routers=routers,
+        measuring=[one for one in (routers, taps, LayerGradients(optimizer, config.grad_norm_steps)) if one],
         step_totals=totals,
         intervals=plan.intervals,
         epochs=plan.data.epochs,
@@ -123,7 +122,6 @@ def trainer(
         samples=samples_of(plan, data, stage, place, metrics, watcher),
         reports=Reports(opened.path, config.report_every_minutes),
         step_times=times,
-        layer_gradients=LayerGradients(optimizer, config.grad_norm_steps) if config.grad_norm_steps else None,
         memory=StepMemory(engine.held_tensors(pipeline_engine, optimizer)),
         watcher=watcher,
         resume_line=run_folder.resume_line(command, place.world, opened.path),
@@ -131,6 +129,20 @@ def trainer(
         first_step_done=partial(planned.say_overflow, run_plan, place, arena),
         outcome=partial(planned.say_outcome, run_plan, place, opened.path, arena),
     )
+
+
+def metrics_of(
+    run_dir: Path,
+    resumed_at: int,
+    settled: bool,
+    recorded: dict[str, Any],
+    trackers: Callable[[Path, dict[str, Any]], Trackers],
+    place: engine.Place,
+) -> Metrics:
+    """The files of a run, and what follows them; UserError on every process where a tracker does not begin."""
+    with engine.agreement(place):
+        following = trackers(run_dir, recorded)
+    return Metrics(run_dir, resumed_at, settled, following)
 
 
 def begin(
@@ -235,13 +247,25 @@ def objective_of(
     routers: RouterLoss | None = None,
     preference: ObjectiveSpec | None = None,
     totals: StepTotals | None = None,
+    taps: Taps | None = None,
 ) -> Objective:
     """The loss; only the last stage, which has the head, computes it. `totals`: of preference training."""
     head, transform = stage.head if stage.is_last else None, logit_transform(stage.model.config)
     objective: Objective = LanguageModelling(head, transform, train_logit_scale)
     if preference is not None and totals is not None:
-        objective = Preference(head, transform, preference.mixture, preference.slots, totals)
+        of_answers = None
+        if preference.mixture is not None:
+            objective = of_answers = Preference(head, transform, preference.mixture, preference.slots, totals)
+        if taps is not None:
+            objective = WithTaps(of_answers, preference.taps, preference.slots, totals, taps.take)
     return WithRouterLoss(objective, routers.coefficient, routers.take) if routers else objective
+
+
+def taps_of(stage: Stage, spec: ObjectiveSpec | None) -> Taps | None:
+    """The taps on our stage's layers, if the run has any."""
+    if spec is None or not spec.taps:
+        return None
+    return Taps(stage, spec.taps, spec.slots, partial(adapters_off, stage))
 
 
 def build_engine(

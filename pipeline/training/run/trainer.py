@@ -6,10 +6,10 @@ same loop; what one learns by itself (a signal, a file, the clock) is agreed on 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
-from pipeline.model.router_loss import RouterLoss
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import StepTotals
 from pipeline.publishing.report.beside import Reports
@@ -32,9 +31,19 @@ from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start.resolved import Intervals
-from pipeline.training.step_measures import LayerGradients, StepTimes
+from pipeline.training.step_measures import StepTimes
 
 SIGNAL_FILES = ("save", "save_quit")
+
+
+class Measuring(Protocol):
+    """What notes something of a step's micro-batches on its stage: routers their loads, taps their cosines."""
+
+    def begin_step(self) -> None:
+        """What was noted before is of another step."""
+
+    def measured(self) -> dict[str, float]:
+        """Of the step so far, by tag; over replicas their mean is logged."""
 
 
 @dataclass
@@ -49,7 +58,7 @@ class Trainer:
     objective: Objective
     learning_rate: Callable[[int, int], float]
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
-    routers: RouterLoss | None  # of this stage, where their loss is trained
+    measuring: Sequence[Measuring]  # of a step, on this stage
     step_totals: StepTotals | None  # what preference training measures on the last stage
     intervals: Intervals
     epochs: int | None  # the run ends after so many, or after max_steps
@@ -61,7 +70,6 @@ class Trainer:
     samples: Samples | None
     reports: Reports
     step_times: StepTimes
-    layer_gradients: LayerGradients | None
     memory: StepMemory
     watcher: Watcher
     resume_line: str
@@ -123,10 +131,10 @@ class Trainer:
         order = self.batches.order_hash(info.next_position.epoch)
         ahead = self.progress.after_step(info.next_position, order, info.tokens)
         self.state.ahead(ahead)
-        if self.routers:
-            self.routers.begin_step()
+        for one in self.measuring:
+            one.begin_step()
         if self.step_totals:
-            self.step_totals.taken()
+            self.step_totals.begin(self.step / total)
         clock.start()
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
@@ -155,9 +163,8 @@ class Trainer:
         own = (
             self.adapter_norms() if self.adapter_norms and self.place.replica == 0 else {},
             peak_memory(),
-            self.routers.measured() if self.routers else {},
+            {tag: value for one in self.measuring for tag, value in one.measured().items()},
             self.step_totals.taken() if self.step_totals else {},
-            self.layer_gradients.taken() if self.layer_gradients else {},
             self.step_times.taken() if logs else {},
         )
         gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
@@ -316,12 +323,11 @@ class Trainer:
 
 
 def _by_process(gathered: list[Any]) -> dict[str, float]:
-    """Norms of the gradient by layer, and of each process its peak memory and where its time went."""
+    """Of each process its peak memory and where its time went."""
     values: dict[str, float] = {}
     for rank, part in enumerate(gathered):
-        values |= {f"grad_norm/{layer}": norm for layer, norm in part[4].items()}
         values[f"memory_gib/rank{rank}"] = part[1] / 2**30
-        values |= {f"seconds/rank{rank}/{what}": seconds for what, seconds in part[5].items()}
+        values |= {f"seconds/rank{rank}/{what}": seconds for what, seconds in part[4].items()}
     return values
 
 

@@ -10,16 +10,26 @@ from pipeline.config.data_tables import UNITS, Dataset, EvalDataset
 from pipeline.config.objective_table import Objective, Rl
 from pipeline.console import CollectedErrors, UserError, log, warn
 from pipeline.objectives.preference_losses import LOSSES, Mixture, Settings
+from pipeline.objectives.representation import Tap
+from pipeline.training.stage.taps import BREAKERS, described_tap, taps_of
+
+OF_STATES = ("representation", BREAKERS)  # types that have taps
 
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """Preference training: the losses, the rows of a unit, and the reference: 'base', 'start' or a folder; None where no loss
-    reads one."""
+    """Preference training: the losses of answers (None: of hidden states alone), the rows of a unit, the reference ('base',
+    'start' or a folder; None where nothing reads one), and the taps on hidden states."""
 
-    mixture: Mixture
+    mixture: Mixture | None
     slots: int
     reference: str | None
+    taps: tuple[Tap, ...] = ()
+
+    @property
+    def cached(self) -> bool:
+        """Whether the reference's log-probabilities are computed before the first step."""
+        return self.mixture is not None and self.mixture.reads_reference
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,9 @@ class Around:
     train_logit_scale: float
     dropout: float
     start_from_weight: bool
+    layers: int = 0  # of the model
+    trained: tuple[int, ...] = ()  # those with an adapter
+    router_loss: bool = False
 
 
 def spec_of(
@@ -47,35 +60,51 @@ def spec_of(
         raise UserError("rl: [rl] is qlora-pipe's table for what [objective] says; remove one of them")
     if rl is not None:
         objective = Objective.model_validate({"type": "preference", "beta": rl.dpo_beta})
+    every: list[Dataset | EvalDataset] = [*datasets, *held_out]
     if objective is None or objective.type == "language_modelling":
-        _check_data([*datasets, *held_out], None)
+        _check_streams(datasets, held_out, objective)
+        _check_data(every, None)
         return None
     errors = CollectedErrors()
     with errors.collect():
-        mixture = mixture_of(objective)
-        _check_data([*datasets, *held_out], mixture.data)
+        _check_streams(datasets, held_out, objective)
+    with errors.collect():
+        mixture = mixture_of(objective) if objective.type not in OF_STATES or objective.loss_type else None
+        if objective.type != BREAKERS:
+            _check_data(every, mixture.data if mixture else "preference")
     errors.raise_all()
-    slots = sorted({dataset.ranks if mixture.data == "ranked" else 2 for dataset in [*datasets, *held_out]})
+    taps = _taps(objective, mixture, around)
+    ranked = mixture is not None and mixture.data == "ranked"
+    slots = sorted({dataset.ranks if ranked else 2 for dataset in every})
     if len(slots) > 1:
         raise UserError(f"datasets.ranks: all datasets of a run need the same number, and they have {slots}")
-    for problem in _problems(objective, mixture, around):
+    problems = [*_loss_problems(objective, mixture, around)] if mixture else []
+    reads = bool(taps) or (mixture is not None and mixture.reads_reference)
+    for problem in (*problems, *(_reference_problems(objective, around) if reads else ())):
         with errors.collect():
             raise UserError(problem)
     errors.raise_all()
-    reference = objective.reference.model if mixture.reads_reference else None
-    log(f"minimised: {described(mixture)}, of {mixture.data} data" + (f", against {reference}" if reference else ""))
+    reference = objective.reference.model if reads else None
+    data = mixture.data if mixture else "preference" if objective.type != BREAKERS else "circuit-breaker"
+    losses = [described(mixture)] if mixture else []
+    log(
+        f"minimised: {' + '.join([*losses, *map(described_tap, taps)])}, of {data} data"
+        + (f", against {reference}" if reference else "")
+    )
+    _say_unreached(taps, mixture, around)
     if around.dropout:
         warn(
             f"lora_dropout = {around.dropout:g}: TRL turns dropout off in preference training, as it is noise in every comparison"
         )
     if reference is None and "reference" in objective.model_fields_set:
         warn("objective.reference: none of these losses reads one")
-    return ObjectiveSpec(mixture, slots[0], reference)
+    return ObjectiveSpec(mixture, slots[0], reference, taps)
 
 
 def mixture_of(objective: Objective) -> Mixture:
     """The losses and their weights. UserError where these do not fit each other."""
-    names = objective.loss_type if isinstance(objective.loss_type, list) else [objective.loss_type]
+    given = objective.loss_type or "sigmoid"
+    names = given if isinstance(given, list) else [given]
     weights = objective.loss_weights or [1.0] * len(names)
     if len(weights) != len(names) or len(set(names)) < len(names):
         raise UserError(
@@ -120,7 +149,7 @@ def _check_data(datasets: Sequence[Dataset | EvalDataset], wanted: str | None) -
             )
 
 
-def _problems(objective: Objective, mixture: Mixture, around: Around) -> list[str]:
+def _loss_problems(objective: Objective, mixture: Mixture, around: Around) -> list[str]:
     """What the losses do not go with, a message each."""
     names, found = list(mixture.weights), []
     smoothing = mixture.settings.label_smoothing
@@ -140,7 +169,18 @@ def _problems(objective: Objective, mixture: Mixture, around: Around) -> list[st
         found.append(
             "train_logit_scale: the reference's logits are not scaled; remove it with [objective] type = 'preference'"
         )
-    if mixture.reads_reference and objective.reference.model == "base":
+    return found
+
+
+def _reference_problems(objective: Objective, around: Around) -> list[str]:
+    """Why the reference is not what it is called, a message each."""
+    found = []
+    if objective.tap and objective.reference.model != "base":
+        found.append(
+            f"objective.reference.model = '{objective.reference.model}': taps compare with the base, in the same step; a "
+            "reference that is an adapter is for losses of log-probabilities"
+        )
+    elif objective.reference.model == "base":
         if around.in_full:
             found.append(
                 "objective.reference.model: 'base' is the model with its adapters off, and full_fine_tune or trainable_modules "
@@ -157,6 +197,62 @@ def _problems(objective: Objective, mixture: Mixture, around: Around) -> list[st
                 "'start'"
             )
     return found
+
+
+def _taps(objective: Objective, mixture: Mixture | None, around: Around) -> tuple[Tap, ...]:
+    """The taps. UserError where there are none, or where they do not go with the rest."""
+    if objective.type not in OF_STATES:
+        if objective.tap:
+            raise UserError(
+                "objective.tap: taps on hidden states are of type = 'representation', which also takes loss_type, or of "
+                "'circuit_breaker'"
+            )
+        return ()
+    if not objective.tap:
+        raise UserError(f"objective.tap: type = '{objective.type}' needs one [[objective.tap]] or more")
+    if objective.type == BREAKERS and mixture is not None:
+        raise UserError("objective.loss_type: rows of two streams are not compared with each other; remove it")
+    if mixture is not None and mixture.data != "preference":
+        raise UserError(
+            f"objective.loss_type: with taps, losses are of pairs, and {described(mixture)} is of {mixture.data} data"
+        )
+    if around.router_loss:
+        raise UserError("load_balancing_loss_coef: not built together with [[objective.tap]]; set it to 0")
+    if around.in_full or not around.trained:
+        raise UserError(
+            "objective.tap: the reference is the model without its adapter, in the same step; full_fine_tune and "
+            "trainable_modules leave none"
+        )
+    return taps_of(objective.tap, objective.type, around.layers, around.trained)
+
+
+def _say_unreached(taps: Sequence[Tap], mixture: Mixture | None, around: Around) -> None:
+    """Warn of adapters above the last tap where nothing else is minimised: they get no gradient, and only decay."""
+    if not taps or mixture is not None:
+        return
+    last = max(tap.layers[-1] for tap in taps)
+    if max(around.trained) > last:
+        warn(
+            f"layers_to_transform: no gradient reaches the adapters above layer {last}, the last tap's, and nothing else is "
+            f"minimised: they learn nothing. Set layers_to_transform = '{min(around.trained)}:{last}'"
+        )
+
+
+def _check_streams(datasets: Sequence[Dataset], held_out: Sequence[EvalDataset], objective: Objective | None) -> None:
+    """UserError for rows of two streams without an objective for them, and for one without its streams."""
+    kind = objective.type if objective else "language_modelling"
+    if kind != BREAKERS:
+        if any(dataset.stream for dataset in datasets):
+            raise UserError("datasets.stream: rows of two streams are for [objective] type = 'circuit_breaker'")
+        return
+    if held_out:
+        raise UserError("eval_datasets: circuit breakers are measured on what both streams hold out (eval_size)")
+    for number, dataset in enumerate(datasets):
+        if dataset.stream is None or dataset.dataset_type in UNITS:
+            raise UserError(
+                f"datasets.{number}: circuit breakers take rows by themselves ('chat', 'completion', 'textfile', …), each "
+                "dataset with stream = 'breaker' or 'retain'"
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ from pipeline.data.store import ChunkStore
 from pipeline.data.units import build as unit_build
 from pipeline.data.units.formats import Names
 from pipeline.data.units.store import UnitRows
+from pipeline.data.units.streams import paired
 from pipeline.files import check_writable
 from pipeline.formats.base_model import config_ties, read_base, warn_of_remarks
 from pipeline.generation import positions
@@ -121,7 +122,25 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     for line in warnings:
         warn(line)
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
+    if spec.in_streams:
+        train, evaluation = streamed(spec, train, evaluation)
     return Data(train, evaluation, warnings, questions, tuple(sorted(stops)))
+
+
+def streamed(
+    spec: DataSpec, train: list[Selection], evaluation: dict[str, Selection]
+) -> tuple[list[Selection], dict[str, Selection]]:
+    """The datasets' rows as units of two streams, and what is held out of both."""
+    rows: dict[str, list[Selection]] = {}
+    held_out: dict[str, list[Selection]] = {}
+    for number, (dataset, chosen) in enumerate(zip(spec.datasets, train, strict=True)):
+        stream = str(dataset.stream)
+        rows.setdefault(stream, []).append(chosen)
+        if (held := evaluation.get(dataset.name or f"dataset{number}")) is not None:
+            held_out.setdefault(stream, []).append(held)
+    units = paired(rows)
+    log(f"data:     {len(units):,} units of a row to break and a row to retain")
+    return [units], {units.store.name: paired(held_out)} if held_out else {}
 
 
 def check_specials(report: Report, tokenizer: Any, plan: Resolved) -> None:
@@ -267,7 +286,7 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         data.train,
         seed=spec.seed,
         mode=spec.combination,
-        weights=[d.sample_weight for d in spec.datasets],
+        weights=[1.0] if spec.in_streams else [d.sample_weight for d in spec.datasets],
         stopping_strategy=spec.stopping,
         by=spec.mix_by or "rows",
         weigh_tokens=spec.mix_by is None and spec.batch_size_tokens is not None,

@@ -81,6 +81,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         log(f"          begins with the weights of {config.init_adapter}")
     check_groups(parameter_groups.specials(config.optimizer), meta_model, trained)
     data = replace(data_of(config), rope_switch=packing_check.switches_at(model_config))
+    router_weight = router_loss_of(config.load_balancing_loss_coef, model)
     around = Around(
         units_at_once=None if config.batch_size_tokens else config.micro_batch_size_per_gpu,
         in_full=config.full_fine_tune or bool(config.trainable_modules),
@@ -88,6 +89,9 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         train_logit_scale=config.train_logit_scale,
         dropout=config.lora_dropout,
         start_from_weight=config.init_lora_weights is not True,
+        layers=len(layers_of_model(model)),
+        trained=tuple(layers_of(trained.adapter.targets)) if trained.adapter else (),
+        router_loss=bool(router_weight),
     )
     objective = spec_of(config.objective, config.rl, config.datasets, config.eval_datasets, around)
     tokens, budget, slots = (
@@ -129,7 +133,6 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         checkpoint_on_save=config.checkpoint_on_save,
     )
     ranges = cut_into_stages(layout, model, trained)
-    router_weight = router_loss_of(config.load_balancing_loss_coef, model)
     return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
 

@@ -83,6 +83,11 @@ class DataSpec:
     samples: SampleSpec | None = None
     rope_switch: int | None = None
 
+    @property
+    def in_streams(self) -> bool:
+        """Whether rows of two streams are trained on together (data/units/streams.py)."""
+        return any(dataset.stream for dataset in self.datasets)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -5,6 +5,7 @@ it takes the formulas.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.data import tokenizer
 from pipeline.data.batches import Position
 from pipeline.objectives.preference_losses import LOSSES, Batch, Mixture, Settings
 from pipeline.training.start import prepare, resolve
-from tests.helpers import builders, stage_runs, unsplit
+from tests.helpers import builders, plain_distances, stage_runs, unsplit
 from tests.helpers.data import prose
 from tests.helpers.stage_runs import Case, Result
 from tests.helpers.unsplit import GRADIENT_TOLERANCE
@@ -31,8 +32,24 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "orpo": {"loss_type": "orpo"},
     "kto": {"loss_type": "kto"},
     "ranked": {"loss_type": "plackett_luce"},
+    "representation": {
+        "type": "representation",
+        "loss_type": "sigmoid",
+        "tap": [
+            {
+                "name": "reroute",
+                "of": "rejected",
+                "to": "chosen",
+                "layers": [1, 2],
+                "distance": "l2",
+                "schedule": "1 - p/2",
+            },
+            {"name": "retain", "of": "chosen", "layers": [1, 3], "distance": "l2", "weight": 2.0, "schedule": "p/2"},
+            {"name": "axis", "of": "chosen", "to": "rejected", "layers": [2], "distance": "projection", "weight": 0.3},
+        ],
+    },
 }
-QUICK = ("sigmoid", "kto")
+QUICK = ("sigmoid", "kto", "representation")
 KINDS = {"kto": "unpaired", "ranked": "ranked"}
 
 
@@ -134,6 +151,9 @@ class Oracle:
         needed = sorted({unit for step in self.steps for batch in step for unit in batch} | set(self.held_out))
         with torch.no_grad():
             self.reference = {unit: self.sums(unit) for unit in needed}
+        self.taps: list[dict[str, Any]] = OBJECTIVES[name].get("tap", [])
+        with torch.no_grad():
+            self.as_base = {unit: self.states(unit) for unit in needed} if self.taps else {}
         self.leaves = unsplit.with_multiplicative(self.model, initial, ALPHA / RANK)
 
     def sums(self, unit: int) -> Tensor:
@@ -146,6 +166,39 @@ class Oracle:
             found.append(logits[start - 1 : end - 1].gather(1, ids[start:end, None]).sum())
         return torch.stack(found)
 
+    def states(self, unit: int) -> list[dict[int, Tensor]]:
+        """By row and layer, [n, D]: those of the answer's tokens."""
+        found = []
+        for slot in self.store.slots:
+            own: dict[int, Tensor] = {}
+            hooks = [
+                layer.register_forward_hook(partial(unsplit.keep_output, own, i))
+                for i, layer in enumerate(self.model.model.layers)
+            ]
+            self.model(input_ids=torch.from_numpy(slot.ids(unit).copy()).long()[None], use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            ((start, end),) = slot.spans(unit)
+            found.append({i: state.reshape(-1, state.shape[-1])[start:end] for i, state in own.items()})
+        return found
+
+    def tapped(self, unit: int, progress: float) -> Tensor:
+        """What the taps add to the loss of one unit."""
+        policy, base, total = self.states(unit), self.as_base[unit], torch.zeros(())
+        schedules = {"constant": 1.0, "1 - p/2": 1 - progress / 2, "p/2": progress / 2}
+        for tap in self.taps:
+            of, to = (("chosen", "rejected").index(tap.get(key, tap["of"])) for key in ("of", "to"))
+            weight = tap.get("weight", 1.0) * schedules[tap.get("schedule", "constant")]
+            for layer in tap["layers"]:
+                if tap["distance"] == "projection":
+                    a, v = (rows[of][layer].mean(0) - rows[to][layer].mean(0) for rows in (policy, base))
+                    total = total + weight * plain_distances.projection(a, v)
+                else:
+                    n = min(len(policy[of][layer]), len(base[to][layer]))
+                    x, y = policy[of][layer][:n], base[to][layer][:n]
+                    total = total + weight * plain_distances.OF_ROWS[tap["distance"]](x, y)
+        return total
+
     def batch(self, units: list[int]) -> Batch:
         slots = self.store.slots
         return Batch(
@@ -156,19 +209,20 @@ class Oracle:
             self.mixture.settings,
         )
 
-    def loss(self, division: list[list[int]]) -> Tensor:
+    def loss(self, division: list[list[int]], progress: float = 0.5) -> Tensor:
         """Of a step whose micro-batches hold these units."""
         batches = [self.batch(units) for units in division if units]
         units = sum(len(batch.policy[0]) for batch in batches)
         words = sum(int(batch.tokens[0].sum()) for batch in batches)
         per_unit = sum(self.mixture.per_unit(batch).sum() for batch in batches) / units
+        per_unit = per_unit + sum(self.tapped(unit, progress) for own in division for unit in own if self.taps) / units
         return per_unit - self.mixture.nll * sum(batch.policy[0].sum() for batch in batches) / words  # type: ignore[return-value]
 
     def run(self) -> tuple[list[float], list[dict[str, Tensor]]]:
         optimizer = torch.optim.AdamW(self.leaves.values(), lr=LR, eps=EPS, weight_decay=0.1, betas=(0.9, 0.99))
         losses, gradients = [], []
-        for division in self.steps:
-            loss = self.loss(division)
+        for step, division in enumerate(self.steps):
+            loss = self.loss(division, step / STEPS)
             loss.backward()
             losses.append(loss.item())
             gradients.append({name: leaf.grad.clone() for name, leaf in self.leaves.items()})  # type: ignore[union-attr]

@@ -8,12 +8,23 @@ import pytest
 from pipeline.config.data_tables import Dataset
 from pipeline.config.objective_table import LossType, Objective, Rl
 from pipeline.console import UserError
+from pipeline.objectives.distances import DISTANCES
 from pipeline.objectives.preference_losses import LOSSES
 from pipeline.training.start.objective import Around, ObjectiveSpec, spec_of
 from tests.helpers.configs import problems, small
 from tests.helpers.paths import ROOT
 
-PLAIN = Around(2, in_full=False, starts_from=None, train_logit_scale=1.0, dropout=0.0, start_from_weight=False)
+RETAIN = {"name": "retain", "of": "chosen", "layers": [2], "distance": "l2"}
+PLAIN = Around(
+    2,
+    in_full=False,
+    starts_from=None,
+    train_logit_scale=1.0,
+    dropout=0.0,
+    start_from_weight=False,
+    layers=6,
+    trained=(1, 2, 3),
+)
 
 
 def dataset(kind: str, **keys: Any) -> Dataset:
@@ -28,8 +39,12 @@ def test_every_loss_is_in_the_config_and_on_the_page() -> None:
     assert set(get_args(LossType)) == set(LOSSES)
     page = (ROOT / "docs" / "preference.md").read_text(encoding="utf-8")
     table = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
-    assert set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))) == set(LOSSES) | {
-        "loss_type"
+    assert set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))) == {
+        *LOSSES,
+        *DISTANCES,
+    } | {
+        "loss_type",
+        "distance",
     }
 
 
@@ -92,6 +107,79 @@ def test_what_does_not_go_together_is_refused(keys: dict[str, Any], around: dict
         spec(around=PLAIN.__class__(**{**PLAIN.__dict__, **around}), **keys)
 
 
+def tapped(kind: str = "representation", around: Around = PLAIN, **keys: Any) -> ObjectiveSpec:
+    found = spec(around=around, **{"type": kind, "tap": [RETAIN], **keys})
+    assert found is not None
+    return found
+
+
+def test_taps_have_their_rows_and_layers_by_number(capsys: pytest.CaptureFixture[str]) -> None:
+    reroute = {"name": "reroute", "of": "rejected", "to": "chosen", "layers": ["0.5", 5], "distance": "l2"}
+    both = tapped(tap=[{**reroute, "schedule": "1 - p/2"}, {**RETAIN, "layers": "all", "weight": 5.0}])
+    assert (both.mixture, both.slots, both.reference, both.cached) == (None, 2, "base", False)
+    assert [(tap.of, tap.to, tap.layers) for tap in both.taps] == [(1, 0, (3, 5)), (0, 0, (1, 2, 3, 4, 5))]
+    said = capsys.readouterr()
+    assert "1 · (1 - p/2) · l2 at layers 3, 5 (reroute) + 5 · l2 at layers 1 to 5 (retain)" in said.out
+    assert "warning" not in said.err
+    with_head = tapped(loss_type="sigmoid")
+    assert with_head.mixture is not None
+    assert with_head.cached
+    capsys.readouterr()
+    tapped()
+    assert "no gradient reaches the adapters above layer 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "around", "said"),
+    [
+        ({"tap": []}, {}, "objective.tap: type = 'representation' needs one [[objective.tap]] or more"),
+        ({"type": "preference"}, {}, "objective.tap: taps on hidden states are of type = 'representation'"),
+        ({"tap": [RETAIN, RETAIN]}, {}, "each has a name of its own"),
+        ({"tap": [{**RETAIN, "layers": [0]}]}, {}, "layer 0 is below layer 1, the first that is trained"),
+        ({"tap": [{**RETAIN, "layers": [6]}]}, {}, "there is no layer 6; the model's are 0 to 5"),
+        ({"tap": [{**RETAIN, "layers": ["1.5"]}]}, {}, "'1.5' is no part of the depth"),
+        ({"tap": [{**RETAIN, "of": "breaker"}]}, {}, "'breaker' is no row of type = 'representation'"),
+        ({"tap": [{**RETAIN, "distance": "projection"}]}, {}, "is between two answers; name the other one"),
+        ({"tap": [{**RETAIN, "distance": "cosine", "relative": True}]}, {}, "'cosine' is not a length"),
+        ({"tap": [{**RETAIN, "k": 3}]}, {}, "objective.tap.0.k: has a meaning for distance = 'top_k' only"),
+        ({"loss_type": "kto"}, {}, "with taps, losses are of pairs"),
+        ({"reference": {"model": "start"}}, {}, "taps compare with the base, in the same step"),
+        ({}, {"in_full": True}, "full_fine_tune and trainable_modules leave none"),
+        ({}, {"router_loss": True}, "load_balancing_loss_coef: not built together with [[objective.tap]]"),
+        ({}, {"starts_from": "adapter"}, "objective.reference: init_adapter goes on from an adapter"),
+    ],
+)
+def test_taps_that_do_not_go_with_the_rest_are_refused(keys: dict[str, Any], around: dict[str, Any], said: str) -> None:
+    kind = "unpaired" if keys.get("loss_type") == "kto" else "preference"
+    with pytest.raises(UserError, match=re.escape(said)):
+        spec(
+            kind, PLAIN.__class__(**{**PLAIN.__dict__, **around}), **{"type": "representation", "tap": [RETAIN], **keys}
+        )
+
+
+def breaking(*datasets: Dataset, **keys: Any) -> ObjectiveSpec | None:
+    tap = {"name": "break", "of": "breaker", "layers": [2], "distance": "relu_cosine"}
+    table = Objective.model_validate({"type": "circuit_breaker", "tap": [tap], **keys})
+    return spec_of(table, None, list(datasets), [], PLAIN)
+
+
+def test_circuit_breakers_take_two_streams_of_rows() -> None:
+    bad, good = dataset("completion", stream="breaker"), dataset("textfile", stream="retain")
+    found = breaking(bad, good)
+    assert found is not None
+    assert (found.mixture, found.slots, found.taps[0].of) == (None, 2, 0)
+    for datasets, keys, said in (
+        ([bad, dataset("chat")], {}, "datasets.1: circuit breakers take rows by themselves"),
+        ([bad, dataset("preference")], {}, "datasets.1: circuit breakers take rows by themselves"),
+        ([bad, good], {"loss_type": "sigmoid"}, "rows of two streams are not compared"),
+        ([bad, good], {"tap": [{**RETAIN, "of": "breaker", "to": "retain"}]}, "has nothing to do with the other's"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            breaking(*datasets, **keys)
+    with pytest.raises(UserError, match="rows of two streams are for"):
+        spec_of(None, None, [bad], [], PLAIN)
+
+
 def test_losses_without_a_reference_go_with_all_of_it() -> None:
     found = spec(loss_type="simpo", around=Around(1, True, "adapter", 1.0, 0.0, True))
     assert found is not None
@@ -104,12 +192,18 @@ def test_losses_without_a_reference_go_with_all_of_it() -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"type": "circuit_breaker"}, "not built yet"),
-        ({"type": "representation"}, "not built yet"),
         ({"type": "preference", "loss_type": "dpo"}, "DPO is loss_type = 'sigmoid'"),
         ({"type": "preference", "loss_type": ["aot_pair"]}, "it is 'aot_unpaired'"),
         ({"type": "preference", "loss_type": "drpo"}, "not built"),
-        ({"type": "preference", "tap": [{"name": "a"}]}, "representation losses and circuit breakers are not built"),
+        ({"type": "preference", "loss_type": "reprpo"}, "type = 'representation', with [[objective.tap]]"),
+        (
+            {"type": "representation", "tap": [{**RETAIN, "distance": "cka"}]},
+            "it is not built: of one row against another",
+        ),
+        (
+            {"type": "representation", "tap": [{**RETAIN, "distance": "mse"}]},
+            "of the mean over the hidden size it is 'squared'",
+        ),
         ({"type": "preference", "ld_alpha": 0.5}, "LD-DPO weighs tokens"),
         ({"type": "preference", "use_weighting": True}, "WPO weighs tokens"),
         ({"type": "preference", "sync_ref_model": True}, "the reference stays as it was at the start"),
