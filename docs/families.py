@@ -169,7 +169,8 @@ whether there is an exact inverse; an adapter that erases a direction, or nearly
 
 ## PEFT's own types
 
-`adapter_type = 'peft'` trains a type of PEFT's that is local to a module, by PEFT's own layer, with PEFT's own keys:
+`adapter_type = 'peft'` trains a type of PEFT's whose modules need little of each other, by PEFT's own layer, with PEFT's own
+keys:
 
     adapter_type = 'peft'
     target_modules = ['q_proj', 'v_proj']
@@ -192,6 +193,12 @@ by the same layer, once in fp32 and, for its check, once in fp64; `--scale` and 
 singular vectors it turns: whoever loads it finds them again in the base, and another library of linear algebra may find them with
 other signs. Random numbers drawn in training (dropout, PVERA's vector) are those of each process, as dropout's always are.
 
+ADALORA shares out its budget among the modules of all stages: at each change of the budget (`deltaT` steps, between `tinit` and
+`total_step` − `tfinal`) the stages put together R numbers a module, and those triplets are dropped that PEFT's RankAllocator
+drops of the unsplit model. A step is an update of the weights, the first is 1. The gradient of its `orth_reg_weight` is added to
+that of the loss, and is not in `train/loss`. Scores and masks are in checkpoints. What is saved has PEFT's `rank_pattern` and no
+more than the triplets that are kept; one that is dropped may come back before the next change, and is not in a save made between.
+
 {refused}
 ## Mixtures of experts
 
@@ -206,6 +213,20 @@ On disk it is a type of our own, which PEFT refuses: the pair is named for the r
 (`….mlp.experts.peanut_A.weight`), and `experts` in the weights' metadata says what that writes with. The fold writes it into
 experts stored one by one, as one tensor, or as one transposed tensor, with their biases, an expert at a time; `--unmerge`
 takes it out. There is no additive export: an A' = A·W for each expert has a place in no file that servers read.
+
+`adapter_type = 'lora'` reaches the experts' own tensors by PEFT's key `target_parameters`:
+
+    adapter_type = 'lora'
+    target_modules = ['q_proj', 'v_proj']   # [] for none; default all-linear
+    target_parameters = ['experts.gate_up_proj', 'experts.down_proj']
+
+Each matrix of such a tensor gets a pair of its own, P' = P + s·B·A, or P + s·Aᵀ·Bᵀ where a module's inputs come first (gpt_oss):
+E·R·(D_in + D_out) numbers for E experts. PEFT's own layer makes the changed tensor of all experts for each forward, so a layer
+takes once more what its experts take in `model_weight_dtype`, however few tokens there are. Not over quantised experts (PEFT adds
+to the tensor itself), and without dropout, DoRA and starts from the weight. Stock PEFT loads the folder. `merge_lora.py` folds
+it, and what others made with PEFT, into experts stored one by one (gate and up apart), as one tensor, or transposed; that
+includes LoRAs whose `target_modules` name experts (`w1`, `gate_proj`), which PEFT turns into target_parameters. `--scale`,
+`--layers` and `--unmerge` work.
 
 `load_balancing_loss_coef`, or the model's own config.json with `output_router_logits = true`, adds transformers'
 load-balancing loss of the routers to that of each micro-batch, over all layers together, whatever the stages: `train/loss`

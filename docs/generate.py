@@ -74,6 +74,11 @@ TABLES = (
         "None by default. What the model says to prompts while it is trained (docs/samples.md).",
     ),
     (
+        "Sampling",
+        "`[sampling]`",
+        "None by default. How the model draws answers that it is trained on, `rejected = 'generate'` (docs/preference.md).",
+    ),
+    (
         "Objective",
         "`[objective]`",
         "None by default: the next token is trained. Preference training, and what it takes, is docs/preference.md's.",

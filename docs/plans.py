@@ -56,6 +56,12 @@ class Case(NamedTuple):
 
 
 AUTO = {"activation_checkpointing": "auto", "kernels": "all"}
+PAIRS = {
+    "batch_size_tokens": None,
+    "micro_batch_size_per_gpu": 1,
+    "objective": {"type": "preference"},
+    "datasets": [{"dataset_type": "preference", "dataset_path": "pairs/*.jsonl", "sequence_len": 8192}],
+}
 CASES = [
     Case("2 × 24 GiB, a 12B model (Mistral Nemo's dimensions)", NEMO, "2x3090", AUTO),
     Case("2 × 24 GiB, Command-R 35B", COMMAND_R, "2x3090", AUTO),
@@ -71,6 +77,12 @@ CASES = [
     ),
     Case(
         "2 × 48 GiB, Command-R 35B, with 64 GiB of host memory", COMMAND_R, "2xA6000", {**AUTO, "host_memory_gib": 64.0}
+    ),
+    Case(
+        "2 × 48 GiB, Command-R 35B, pairs of 2 × 8192 tokens (DPO, the reference cached), with 64 GiB of host memory",
+        COMMAND_R,
+        "2xA6000",
+        {**AUTO, "host_memory_gib": 64.0, **PAIRS},
     ),
     Case("1 × 80 GiB, Command-R 35B", COMMAND_R, "A100", AUTO),
     Case("1 × 80 GiB, Command-R 35B, with 64 GiB of host memory", COMMAND_R, "A100", {**AUTO, "host_memory_gib": 64.0}),

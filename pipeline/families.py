@@ -113,6 +113,7 @@ _LORA_HARMLESS = frozenset(
         "qalora_group_size",
         "r",
         "rank_pattern",
+        "target_parameters",
         "use_dora",
         "use_rslora",
     ]
@@ -165,7 +166,7 @@ _ROWS = (
         required=("lora_rank", "lora_alpha"),
         optional=(
             *("lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern"),
-            *("composite_weight_decay", "scale_weight_norms"),
+            *("composite_weight_decay", "scale_weight_norms", "target_parameters"),
         ),
         small=("A",),
         fast=("B",),

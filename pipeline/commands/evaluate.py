@@ -33,6 +33,7 @@ from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import DTYPES
 from pipeline.generation import adapter as adapters
 from pipeline.generation.adapter import Saved
+from pipeline.model.quantized import Scheme
 from pipeline.version import full as version
 
 
@@ -60,8 +61,10 @@ def evaluate(asked: argparse.Namespace) -> None:
         dtype=DTYPES[config.model_weight_dtype],
         attention=config.attn_implementation,
         layers_per_stage=config.layers_per_stage,
+        scheme=_scheme(config),
     )
     named = _adapters(config.adapters, found.base, asked.kind)
+    _check_beside_packed(found, named)
     tokenizer = tokenizers.load(found.folder)
     data = datasets.read(
         config.datasets, tokenizer, found.folder, found.whole, Path(config.output_dir) / "dataset_cache"
@@ -89,6 +92,25 @@ def evaluate(asked: argparse.Namespace) -> None:
     if rank() == 0:
         _written(config, scored, results, began)
     loading.part()
+
+
+def _scheme(config: Evaluation) -> Scheme | None:
+    """How the base is quantised, as it was in the training."""
+    if config.quantization is None:
+        return None
+    return Scheme.from_bnb(config.quantization.bnb.model_dump(), DTYPES[config.model_weight_dtype])
+
+
+def _check_beside_packed(found: loading.Found, named: list[Named]) -> None:
+    """UserError for an adapter that would have to be put into weights of 4 or 8 bits."""
+    if found.scheme is None:
+        return
+    for one in named:
+        if one.saved is not None and (inside := adapters.not_beside(one.saved)):
+            raise UserError(
+                f"quantization: adapter '{one.name}' changes the weight of {inside} itself, and there is none in "
+                f"{found.scheme.bits} bits; measure it over the base in 16 bits"
+            )
 
 
 def _tasks(config: Evaluation) -> dict[str, Any]:

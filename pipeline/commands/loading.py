@@ -23,7 +23,7 @@ from pipeline.formats.device import usable_device
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.formats.hub import model_folder
 from pipeline.generation.adapter import Saved
-from pipeline.model import cut_check, unsupported, weights
+from pipeline.model import cut_check, quantized, unsupported, weights
 from pipeline.model.stage import Stage, check_head, empty_model, read_model_config
 from pipeline.model.structure.parts import head_of_model, layers_of_model
 from pipeline.planning.cut import balanced, explicit
@@ -32,7 +32,8 @@ WAITS_AT_MOST = timedelta(days=7)  # for whoever sits at the terminal
 
 
 class Found(NamedTuple):
-    """A base that can be run. `whole`: without weights, for its structure. `ranges`: each stage's layers [first, end)."""
+    """A base that can be run. `whole`: without weights, for its structure. `ranges`: each stage's layers [first, end). `scheme`:
+    in which its weights are quantised as they are read."""
 
     folder: str
     base: Base
@@ -41,6 +42,7 @@ class Found(NamedTuple):
     dtype: torch.dtype
     attention: str | None
     ranges: list[tuple[int, int]]
+    scheme: quantized.Scheme | None = None
 
 
 def meet(device: str | None) -> torch.device:
@@ -75,6 +77,7 @@ def look(
     dtype: torch.dtype | None,
     attention: str | None = None,
     layers_per_stage: list[int] | None = None,
+    scheme: quantized.Scheme | None = None,
 ) -> Found:
     """All that can be known without reading a weight. `key`: what named the folder. `dtype`: None is the model's own.
 
@@ -88,10 +91,14 @@ def look(
         whole = empty_model(config, dtype, attention)
         weights.check_complete(whole, base)
     warn_of_remarks(base)
+    if scheme:
+        quantized.put_placeholders(whole, scheme)
+        if stacked := quantized.marked_within(whole):
+            quantized.check_experts(config, stacked)
     ranges = explicit(layers_per_stage, len(layers_of_model(whole))) if layers_per_stage else _ranges(whole, n_stages)
     with log_if_slow("trying out a tiny copy of the model"):
         cut_check.check(config, ranges)
-    return Found(str(folder), base, config, whole, dtype, attention, ranges)
+    return Found(str(folder), base, config, whole, dtype, attention, ranges, scheme)
 
 
 def warn_of_another_base(base: Base, saved: Saved) -> None:
@@ -116,7 +123,13 @@ def read_stage(found: Found, number: int, device: torch.device) -> Stage:
     """Stage `number`, with its weights, in eval mode."""
     with log_if_slow("reading the weights"), unsupported.named(found.config.model_type, "putting its stage together"):
         empty = empty_model(read_model_config(found.folder), found.dtype, found.attention)
+        if found.scheme:
+            quantized.put_placeholders(empty, found.scheme)
         stage = Stage(empty, *found.ranges[number])
+        if found.scheme:
+            from pipeline.model import quantized_bnb
+
+            quantized_bnb.put_in(stage)
         weights.load(stage, found.folder, found.dtype, device)
         stage.to(device)
         if stage.is_last:

@@ -149,12 +149,19 @@ class Dataset(_Data):
     sample_weight: PositiveFloat = Field(
         1.0, description="weight of this dataset when datasets are interleaved; of what, says mix_by"
     )
+    rejected: Literal["given", "generate"] = Field(
+        "given", description="preference: 'given' is in field_rejected; 'generate': before each step the model itself, as it then is, answers the prompts of the step, with [sampling], and these are the rejected answers (docs/preference.md)")  # fmt: skip
     num_repeats: PositiveFloat = Field(
         1.0, description="how many times an epoch goes through this dataset; of 0.5 two epochs together have every row, of 2.5 five times")  # fmt: skip
     stream: Literal["breaker", "retain"] | None = Field(
         None, description="of [objective] type = 'circuit_breaker', for all types but preference data: whether the rows' hidden states are to be broken or to stay as they are")  # fmt: skip
     max_tokens: PositiveInt | None = Field(
         None, description="most tokens of this dataset's rows to train on (one pass); which rows, a seeded shuffle decides")  # fmt: skip
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model gives the rejected answers itself."""
+        return self.rejected == "generate"
 
 
 class EvalDataset(_Data):
@@ -177,6 +184,7 @@ MEANT_FOR = {
     **dict.fromkeys(("too_long", "packing"), _ROWS),
     **dict.fromkeys(("deduplicate", "max_bad_rows"), _ROWS + UNITS),
     **dict.fromkeys(("field_chosen", "field_rejected", "field_label"), ("preference", "unpaired")),
+    "rejected": ("preference",),
     "score_weights": ("preference", "ranked"),
     **dict.fromkeys(("field_answers", "ranks"), ("ranked",)),
     **dict.fromkeys(("conversational", "truncation_mode"), UNITS),
@@ -197,6 +205,8 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
         yield f"{table}.conversational: needs a chat template, and chat_template = 'none' is none; remove one of them"
     if kind == "preference" and dataset.score_weights and dataset.field_label:
         yield f"{table}.field_label: with score_weights the score says which answer is better; remove one of them"
+    if isinstance(dataset, Dataset) and dataset.generates:
+        yield from _conflicts_of_generated(table, dataset)
     if kind == "pretokenized" and dataset.too_long == "truncate_left":
         yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"
     if kind not in _BOOKS and dataset.document_mask is not None and dataset.packing == "none":
@@ -207,3 +217,15 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
                 yield f"{table}.{key}: has no meaning for one of two streams (stream = '{dataset.stream}'); remove it"
     if isinstance(dataset, EvalDataset) and dataset.packing == "stream":
         yield f"{table}.packing: 'stream' would score what it cuts without its beginning; use 'best_fit'"
+
+
+def _conflicts_of_generated(table: str, dataset: Dataset) -> Iterator[str]:
+    """What does not go with rejected = 'generate'."""
+    why = {
+        "score_weights": "a pair of scored answers has both",
+        "field_label": "which answer is better is known: the one that is there",
+        "eval_size": "an answer that the model gives tells nothing of a set that is held out; give [[eval_datasets]] with both answers",
+    }
+    for key, reason in why.items():
+        if getattr(dataset, key):
+            yield f"{table}.{key}: does not go with rejected = 'generate': {reason}"

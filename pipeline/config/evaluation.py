@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from pipeline.config import data_tables, toml
 from pipeline.config.data_tables import MEANT_FOR, EvalDataset
 from pipeline.config.loading import Vocabulary, find, overridden, validate_as
-from pipeline.config.tables import Section
+from pipeline.config.tables import Bnb, Quantization, Section, conflicts_of_bits
 from pipeline.formats.choices import Dtype
 
 Role = Literal["in-sample", "test", "ood", "unrelated"]
@@ -26,14 +26,14 @@ SHARED = ("field_prompt", "chat_template", "chat_template_kwargs", "max_bad_rows
 class EvaluatedDataset(EvalDataset):
     """[[datasets]] of an evaluation"""
 
-    dataset_type: Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "multiple_choice"] = Field(  # type: ignore[assignment]
-        description="as in a run's [[datasets]], scored by the log-probability of what would be trained ('preference': of both answers); or 'multiple_choice': rows with a question, its options and which is right")  # fmt: skip
+    dataset_type: Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "unpaired", "ranked", "multiple_choice"] = Field(  # type: ignore[assignment]
+        description="as in a run's [[datasets]], scored by the log-probability of what would be trained (of pairs: of both answers; of ranked ones: of all); or 'multiple_choice': rows with a question, its options and which is right")  # fmt: skip
     role: Role = Field(
         "test", description="what its rows are to the training: 'in-sample' was trained on; 'test' was not, but is like it; 'ood' asks for the same in another place; 'unrelated' should stay as it was")  # fmt: skip
     field_prompt: str = Field(
         "prompt",
         min_length=1,
-        description="completion, preference: the field with what is read; multiple_choice: with the question",
+        description="completion, preference, unpaired, ranked: the field with what is read; multiple_choice: with the question",
     )
     field_choices: str = Field(
         "choices", min_length=1, description="multiple_choice: the field with the options, a list of texts, or ARC's { text, label }"
@@ -44,7 +44,7 @@ class EvaluatedDataset(EvalDataset):
     permutations: int = Field(
         2, ge=2, description="multiple_choice: orders in which each question's options are listed, at most as many as it has options; in each the right one stands elsewhere")  # fmt: skip
     chat_template: str | None = Field(
-        None, min_length=1, description="chat, completion's instructions, preference, multiple_choice: a file, a text of Jinja, 'chatml', 'llama3', 'gemma' or 'alpaca'; default the tokenizer's own. 'none' (not for chat) takes text as it is, as does multiple_choice where the tokenizer has no template")  # fmt: skip
+        None, min_length=1, description="chat, completion's instructions, preference, unpaired, ranked, multiple_choice: a file, a text of Jinja, 'chatml', 'llama3', 'gemma' or 'alpaca'; default the tokenizer's own. 'none' (not for chat) takes text as it is, as does multiple_choice where the tokenizer has no template")  # fmt: skip
 
 
 class Evaluation(Section):
@@ -64,6 +64,10 @@ class Evaluation(Section):
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
     attn_implementation: str | None = Field(
         None, description="attention by transformers' name: 'flash_attention_2', 'sdpa', 'eager', …; default: sdpa where the model supports it")  # fmt: skip
+    quantization: Quantization | None = Field(
+        None,
+        description="of the base weights, as in the training; default none. Over it adapters are measured that stand beside a weight: multiplicative ones and LoRA",
+    )
     micro_batch_size_per_gpu: PositiveInt = Field(
         1, description="rows per micro-batch and replica; not used with batch_size_tokens"
     )
@@ -123,6 +127,8 @@ class Evaluation(Section):
             problems.append(
                 f"layers_per_stage: has {len(self.layers_per_stage)} entries, but pipeline_stages = {stages}"
             )
+        if self.quantization is not None:
+            problems += conflicts_of_bits(self.quantization.bnb)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -143,7 +149,7 @@ def _conflicts(table: str, dataset: EvaluatedDataset) -> Iterator[str]:
 
 WORDS = Vocabulary(
     Evaluation,
-    {"datasets": EvaluatedDataset},
+    {"datasets": EvaluatedDataset, "quantization": Quantization, "quantization.bnb": Bnb},
     {
         "model": "-",
         "output_dir": "-",

@@ -20,7 +20,7 @@ from pipeline.config import peers, toml
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.schema import Config
-from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Peft, Quantization, Samples, Section
+from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Peft, Quantization, Samples, Sampling, Section
 from pipeline.config.warnings import warnings_of
 from pipeline.console import UserError, warn
 from pipeline.foreign import DEPTH_LIMIT, printable, read_object, toml_value
@@ -41,6 +41,7 @@ SECTIONS: dict[str, type[Section]] = {
     "quantization.bnb": Bnb,
     "optimizer.groups": ParameterGroup,
     "samples": Samples,
+    "sampling": Sampling,
     "peft": Peft,
 }
 UNKNOWN = "unknown key."

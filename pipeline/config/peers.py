@@ -69,6 +69,7 @@ INSTEAD: dict[str, str] = {
     "rank": "lora_rank",
     "alpha": "lora_alpha",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
     "router_aux_loss_coef": "load_balancing_loss_coef",
     "lora_target": "target_modules",
     "target_module": "target_modules",

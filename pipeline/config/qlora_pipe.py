@@ -1,4 +1,4 @@
-"""Keys of qlora-pipe that are not built, or have no sound meaning here, each with the reason."""
+"""Keys of qlora-pipe that are not built or have no sound meaning here, each with the reason, and what others of its keys mean here."""
 
 from typing import Any
 
@@ -13,11 +13,25 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "loss_type": (("cross_entropy_loss",), "only 'cross_entropy_loss' is built"),
     "focal_loss_gamma": ((0, 0.0), "focal losses are not built"),
     "offload_mlp_to_cpu": ((False, 0), "not built; use more stages or activation_checkpointing = 'unsloth'"),
-    "rejected_sampling": ((False,), "answers that are sampled while training is under way are not built yet"),
-    "rejected_sampling_max_new_tokens": ((), "answers that are sampled while training is under way are not built yet"),
-    "sampling": ((), "answers that are sampled while training is under way are not built yet"),
     "optimizer.kahan_sum": (
         (True,),
         "adamw_kahan always sums with compensation; use type = 'AdamW' for an optimizer without",
     ),
 }
+
+
+def with_rejected_sampling(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with what rejected_sampling and its number of tokens mean in this project's keys, where those say nothing else."""
+    found = dict(raw)
+    datasets = raw.get("datasets")
+    if raw.get("rejected_sampling") is True and isinstance(datasets, list):
+        found["datasets"] = [
+            {"rejected": "generate", **one}
+            if isinstance(one, dict) and one.get("dataset_type") == "preference"
+            else one
+            for one in datasets
+        ]
+    most, sampling = raw.get("rejected_sampling_max_new_tokens"), raw.get("sampling") or {}
+    if most is not None and isinstance(sampling, dict):
+        found["sampling"] = {"max_new_tokens": most, **sampling}
+    return found

@@ -97,6 +97,8 @@ def family_conflicts(
         yield f"optimizer.loraplus_lr_ratio: adapter_type = '{family}' has no B to learn faster; it is for {fast}"
     if values["init_lora_weights"] is not True:
         yield from _start_conflicts(values, quantised)
+    if values["target_parameters"] and "target_parameters" in row.optional:
+        yield from _parameter_conflicts(values)
 
 
 def _start_conflicts(values: Mapping[str, Any], quantised: bool) -> Iterator[str]:
@@ -117,6 +119,22 @@ def _start_conflicts(values: Mapping[str, Any], quantised: bool) -> Iterator[str
             "init_adapter: what such a run saves is a plain LoRA of twice the rank; to go on from it leave "
             "init_lora_weights out, and give twice the lora_rank and the lora_alpha with which s is the same"
         )
+
+
+def _parameter_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
+    """What does not go with LoRAs of parameters, which change the parameter itself and see nothing of what the module reads."""
+    beside = {
+        "use_dora": "PEFT has no DoRA of a parameter",
+        "lora_dropout": "what is added to a parameter has no input of its own to drop",
+        **dict.fromkeys(
+            OF_PRODUCTS, "is of one product s·B·A a module, and a parameter has one for each of its matrices"
+        ),
+    }
+    for key, reason in beside.items():
+        if values[key]:
+            yield f"{key}: not with target_parameters: {reason}; remove one of them"
+    if values["init_lora_weights"] is not True:
+        yield "init_lora_weights: not with target_parameters, whose A begins at random and B at zero; remove one of them"
 
 
 def full_fine_tune_conflicts(values: Mapping[str, Any], *, loraplus: bool) -> Iterator[str]:

@@ -24,14 +24,17 @@ from pydantic import (
 from pipeline.config import data_tables, rules
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.objective_table import Objective, Rl
+from pipeline.config.qlora_pipe import with_rejected_sampling
 from pipeline.config.tables import (
     Bnb,
     Optimizer,
     Peft,
     Quantization,
     Samples,
+    Sampling,
     Section,
     Tracker,
+    conflicts_of_bits,
     not_built,
     regular_expression,
 )
@@ -80,6 +83,8 @@ class Config(Section):
         None, description="of 'ia3': those of target_modules with a factor for each input instead of each output; default down_proj")  # fmt: skip
     target_modules: list[str] | Literal["all-linear"] | None = Field(
         None, description="names of the modules to adapt ('experts': what a layer's routed experts write, for multiplicative_lora and control_adapter; on a mixture 'down_proj' means that too); default ['down_proj'] for multiplicative_lora and control_adapter, ['k_proj', 'v_proj', 'down_proj'] for ia3, everything for full_fine_tune, 'all-linear' for the others")  # fmt: skip
+    target_parameters: list[str] = Field(
+        [], description="of 'lora': parameters that are no linear module's weight, above all a mixture's experts (['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']), by a name or its end after a dot, as in PEFT: each matrix of them gets a pair of its own; beside target_modules, of which [] names none")  # fmt: skip
     layers_to_transform: str | None = Field(
         None, description="decoder layers to adapt, both ends included: '0:38' is layers 0 to 38, '0:3,7' is 0, 1, 2, 3 and 7; default all")  # fmt: skip
     trainable_modules: list[str] = Field(
@@ -225,6 +230,17 @@ class Config(Section):
     samples: Samples | None = Field(None, description="what the model says while it is trained; default none")
     objective: Objective | None = Field(None, description="what is minimised; default the next token")
     rl: Rl | None = Field(None, description="qlora-pipe's name for [objective]; one of the two")
+    sampling: Sampling | None = Field(
+        None,
+        description="how answers are drawn that are trained on (rejected = 'generate'); default all of their defaults",
+    )
+    rejected_sampling: bool = Field(
+        False,
+        description="qlora-pipe's: rejected = 'generate' for each of [[datasets]] that is of pairs and says nothing else",
+    )
+    rejected_sampling_max_new_tokens: PositiveInt | None = Field(
+        None, description="qlora-pipe's name for sampling.max_new_tokens"
+    )
     datasets: list[Dataset] = Field(min_length=1)
     eval_datasets: list[EvalDataset] = Field([])
 
@@ -233,12 +249,10 @@ class Config(Section):
     def _home_is_known(cls, value: str) -> str:
         return os.path.expanduser(value)
 
-    @field_validator("target_modules")
+    @model_validator(mode="before")
     @classmethod
-    def _targets_are_named(cls, value: Any) -> Any:
-        if value == []:
-            raise ValueError("names no module; leave the key out for the default")
-        return value
+    def _rejected_sampling_is_of_datasets(cls, raw: Any) -> Any:
+        return with_rejected_sampling(raw) if isinstance(raw, dict) else raw
 
     @field_validator("layers_to_transform")
     @classmethod
@@ -295,7 +309,7 @@ class Config(Section):
                     dtypes=(self.lora_weight_dtype, self.model_weight_dtype),
                 )
         else:
-            for key in ("layers_to_transform", "adapter_type", "use_dora", "peft"):
+            for key in ("layers_to_transform", "adapter_type", "use_dora", "peft", "target_parameters"):
                 if key in self.model_fields_set and getattr(self, key):
                     yield f"{key}: has no meaning with full_fine_tune = true; remove one of them"
             yield from rules.full_fine_tune_conflicts(values, loraplus=loraplus)
@@ -305,6 +319,9 @@ class Config(Section):
                 self.samples.model_dump(), full_fine_tune=self.full_fine_tune, in_full=self.trainable_modules
             )
         yield from rules.tracker_conflicts(self.trackers, self.tracker_options)
+        if self.target_modules == [] and not self.target_parameters:
+            yield "target_modules: names no module; leave the key out for the default"
+        yield from self._conflicts_of_generation()
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
@@ -342,10 +359,15 @@ class Config(Section):
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
 
+    def _conflicts_of_generation(self) -> Iterator[str]:
+        if self.rejected_sampling and not any(dataset.generates for dataset in self.datasets):
+            yield "rejected_sampling: none of [[datasets]] is of pairs (dataset_type = 'preference') whose rejected answer could be given"
+        if self.sampling is not None and not any(dataset.generates for dataset in self.datasets):
+            yield "sampling: has a meaning with rejected = 'generate' of a dataset only; [samples] shows what the model says"
+
     def _conflicts_of_quantization(self, bnb: Bnb) -> Iterator[str]:
         if self.full_fine_tune:
             yield "quantization: 4-bit and 8-bit weights cannot be trained; remove it or full_fine_tune"
-        if bnb.load_in_4bit == bnb.load_in_8bit:
-            yield "quantization.bnb: needs one of load_in_4bit = true and load_in_8bit = true"
+        yield from conflicts_of_bits(bnb)
         if bnb.load_in_8bit and self.activation_checkpointing == "auto":
             yield "activation_checkpointing: 'auto' is not built over 8-bit weights; write true, false or 'unsloth'"

@@ -1,4 +1,4 @@
-"""The tables of a config, [optimizer], [quantization.bnb] and [samples], and what all tables share; those of data are data_tables.py's.
+"""The tables of a config, [optimizer], [quantization.bnb], [samples] and [sampling], and what all tables share; those of data are data_tables.py's.
 
 Every key with its default, unit, bound and meaning, as in pipeline/config/schema.py, which has the top level.
 """
@@ -123,6 +123,13 @@ class Quantization(Section):
     bnb: Bnb
 
 
+def conflicts_of_bits(bnb: Bnb) -> list[str]:
+    """What is wrong with the table, a line each."""
+    if bnb.load_in_4bit == bnb.load_in_8bit:
+        return ["quantization.bnb: needs one of load_in_4bit = true and load_in_8bit = true"]
+    return []
+
+
 class Peft(Section):
     """[peft]; every other key of it is PEFT's own, and checked by PEFT when the model is known."""
 
@@ -131,6 +138,24 @@ class Peft(Section):
     type: Annotated[str, AfterValidator(known_type)] = Field(
         json_schema_extra={"enum": list(LOCAL)}, description="PEFT's name of the type: " + ", ".join(LOCAL)
     )
+
+
+Temperature = Annotated[
+    NonNegativeFloat, Field(description="divides the logits; 0 is greedy: always the likeliest token")
+]
+TopK = Annotated[int, Field(ge=0, description="choose among the k likeliest tokens; 0 for all")]
+TopP = Annotated[float, Field(gt=0, le=1, description="choose among the likeliest tokens that together have this much")]
+MinP = Annotated[
+    float,
+    Field(ge=0, le=1, description="leave out tokens that are less likely than this times the likeliest"),
+]
+TemperatureLast = Annotated[
+    bool,
+    Field(
+        description="filter first and divide by temperature then, as qlora-pipe and llama.cpp; transformers divides first"
+    ),
+]
+NoiseSeed = Annotated[int, Field(ge=0, le=2**32 - 1, description="of what is drawn, with the step and the prompt")]
 
 
 class Samples(Section):
@@ -147,16 +172,25 @@ class Samples(Section):
     at_start: bool = Field(True, description="before the first step")
     at_end: bool = Field(True, description="after the last step")
     max_new_tokens: PositiveInt = Field(200, description="tokens of an answer at most")
-    temperature: NonNegativeFloat = Field(
-        1.0, description="divides the logits; 0 is greedy: always the likeliest token"
-    )
-    top_k: int = Field(0, ge=0, description="choose among the k likeliest tokens; 0 for all")
-    top_p: float = Field(1.0, gt=0, le=1, description="choose among the likeliest tokens that together have this much")
-    min_p: float = Field(
-        0.01, ge=0, le=1, description="leave out tokens that are less likely than this times the likeliest"
-    )
-    temperature_last: bool = Field(
-        False, description="filter first and divide by temperature then, as qlora-pipe and llama.cpp; transformers divides first")  # fmt: skip
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="of what is drawn, with the step and the prompt")
+    temperature: Temperature = 1.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.01
+    temperature_last: TemperatureLast = False
+    seed: NoiseSeed = 0
     compare: bool | None = Field(
         None, description="also show what the base says, with the same noise; default: true with an adapter alone")  # fmt: skip
+
+
+class Sampling(Section):
+    """[sampling]"""
+
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="tokens of an answer at most; default: what sequence_len leaves after its prompt"
+    )
+    temperature: Temperature = 1.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    temperature_last: TemperatureLast = False
+    seed: NoiseSeed = 0

@@ -107,43 +107,44 @@ class MicroBatches:
             steps += self.steps_left(position if epoch == position.epoch else Position(epoch))
         return steps if at_most is None else min(steps, at_most)
 
-    def step(self, position: Position) -> tuple[list[MicroBatch], StepInfo]:
+    def step(self, position: Position, stores: Sequence[RowStore] | None = None) -> tuple[list[MicroBatch], StepInfo]:
         """This rank's micro-batches (one for each accumulation step) of the step at `position`, and the step's facts.
+        `stores`: in place of the run's, the same rows with what has become known of them since they were planned.
 
         Micro-batches go to the ranks in turn. `loss_scale` is micro_batches_per_step / targets of the step: averaged over
         accumulation steps and ranks, the loss is the mean over the step's targets, however divided; of units there is also
         micro_batches_per_step / units of the step, and the targets are those of first slots. UserError for a step without
         targets, which has no mean.
         """
-        info = self.info(position)
+        layout = self._layout if stores is None else self._layout.over(stores)
+        info = self.info(position, layout)
         if not info.targets:
             raise UserError(
                 f"rows {position.rows:,} and on of epoch {position.epoch}: none of the step's {len(info.rows):,} rows, the "
                 f"first of them of dataset '{self.stores[info.rows[0][0]].name}', has a token to train on: leave them out"
             )
         plan, starts = self._epoch(position.epoch), self._edges(position)
-        scale = self.micro_batches_per_step / self._layout.first_targets(np.array(info.rows, np.int64))
+        scale = self.micro_batches_per_step / layout.first_targets(np.array(info.rows, np.int64))
         unit_scale = self.micro_batches_per_step / len(info.rows)
         batches = []
         for index in range(self.dp_rank, self.micro_batches_per_step, self.dp_world):
             if index < len(starts) - 1:
-                batches.append(
-                    self._layout.micro_batch(plan.rows[starts[index] : starts[index + 1]], scale, unit_scale)
-                )
+                batches.append(layout.micro_batch(plan.rows[starts[index] : starts[index + 1]], scale, unit_scale))
             else:
-                batches.append(self._layout.micro_batch(plan.rows[:0], loss_scale=0.0))
+                batches.append(layout.micro_batch(plan.rows[:0], loss_scale=0.0))
         return batches, info
 
-    def info(self, position: Position) -> StepInfo:
+    def info(self, position: Position, layout: Layout | None = None) -> StepInfo:
         """The facts of the step at `position`, without reading its data."""
+        layout = layout or self._layout
         plan = self._epoch(position.epoch)
         end = int(self._edges(position)[-1])
         rows = plan.rows[position.rows : end]
         ended = end == len(plan.rows)
         return StepInfo(
             rows=row_ids(rows),
-            tokens=self._layout.tokens(rows),
-            targets=int(self._layout.targets(rows).sum()),
+            tokens=layout.tokens(rows),
+            targets=int(layout.targets(rows).sum()),
             next_position=Position(position.epoch + 1) if ended else Position(position.epoch, end),
             epochs_done=position.epoch + end / len(plan.rows),
         )

@@ -119,6 +119,10 @@ class Layout:
                     "batch_size_tokens"
                 )
 
+    def over(self, stores: Sequence[RowStore]) -> "Layout":
+        """The same of other stores."""
+        return Layout(stores, self.micro_batch_size, self.batch_size_tokens, self.switch)
+
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of each of `rows` [N, 2], int64 [N]."""
         return self._gathered([store.lengths for store in self.stores], rows)

@@ -17,7 +17,7 @@ from pipeline.data.chat.template import Template
 from pipeline.data.rows.build import PLAIN
 from pipeline.data.units.store import UnitRows
 from pipeline.evaluation import multiple_choice
-from pipeline.evaluation.units import Decode, UnitSet, subsampled, units_of_pairs, units_of_rows
+from pipeline.evaluation.units import Decode, UnitSet, subsampled, units_of_answers, units_of_rows
 from pipeline.formats import base_model
 from pipeline.generation import positions
 from pipeline.training.start import data_fits
@@ -58,9 +58,8 @@ def _rows(
 ) -> UnitSet:
     store = read_streams(f"datasets.{number}", table, name, tokenizer, places, model).train
     if isinstance(store, UnitRows):
-        return UnitSet(
-            name, "preference", table.role, subsampled(units_of_pairs(store, _decode(tokenizer)), table.subsample)
-        )
+        kind: Any = store.kind
+        return UnitSet(name, kind, table.role, subsampled(units_of_answers(store, _decode(tokenizer)), table.subsample))
     return UnitSet(name, "rows", table.role, subsampled(units_of_rows(store, _decode(tokenizer)), table.subsample))
 
 

@@ -45,6 +45,21 @@ def measures(kind: Kind, beta: float) -> list[Measure]:
         return [nll, Measure("bits_per_byte", _bits_per_byte, better=-1)]
     if kind == "multiple_choice":
         return [Measure("mc_acc", _mc_acc, counts=True), Measure("mc_prob", _mc_prob), Measure(COVERAGE, _mc_coverage)]
+    if kind == "unpaired":
+        return [
+            Measure("rated_lp_mean", _rated(lambda lp, base, n: lp / n)),
+            Measure("reward_acc", _rated(lambda lp, base, n: lp - base, right=True), beside=True),
+            Measure("margin", _rated(lambda lp, base, n: beta * (lp - base)), beside=True),
+            nll,
+        ]
+    if kind == "ranked":
+        return [
+            Measure("rank_acc_mean", _ranked(lambda lp, base, n: _best(lp / n)), counts=True),
+            Measure("rank_pairs_mean", _ranked(lambda lp, base, n: _in_order(lp / n))),
+            Measure("reward_acc", _ranked(lambda lp, base, n: _best(lp - base)), beside=True),
+            Measure("margin", _ranked(lambda lp, base, n: beta * _over_others(lp - base)), beside=True),
+            nll,
+        ]
     return [
         Measure("pref_acc_mean", _pairs(lambda p: p.mean > 0), counts=True),
         Measure("pref_prob_mean", _pairs(lambda p: 1 / (1 + np.exp(-p.mean)))),
@@ -78,10 +93,56 @@ def _pairs(of: Callable[[_Pairs], NDArray]) -> Callable[[Sequence[Record], Seque
     return values
 
 
+def _rated(
+    of: Callable[[Numbers, Numbers, Numbers], Numbers], right: bool = False
+) -> Callable[[Sequence[Record], Sequence[Record]], Values]:
+    """Of answers that are good or bad by themselves: a number of lp, the base's and the tokens, its sign turned for bad ones;
+    with `right` whether that is above 0."""
+
+    def values(mine: Sequence[Record], base: Sequence[Record]) -> Values:
+        sign = np.array([1.0 if record.unit.desirable else -1.0 for record in mine])
+        lp, ref = (np.array([record.logprobs[0] for record in records]) for records in (mine, base))
+        found = sign * of(lp, ref, np.array([record.unit.rows[0].n_targets for record in mine], np.float64))
+        return _each(found > 0 if right else found)
+
+    return values
+
+
+def _ranked(of: Callable[[Numbers, Numbers, Numbers], float]) -> Callable[[Sequence[Record], Sequence[Record]], Values]:
+    """Of answers in order, the best first: a number of their lp, the base's and their tokens, [K] each."""
+
+    def values(mine: Sequence[Record], base: Sequence[Record]) -> Values:
+        each = (
+            of(np.array(m.logprobs), np.array(b.logprobs), np.array([row.n_targets for row in m.unit.rows], np.float64))
+            for m, b in zip(mine, base, strict=True)
+        )
+        return _each(np.array(list(each)))
+
+    return values
+
+
+def _best(values: Numbers) -> float:
+    """Whether the first is the largest."""
+    return float(values[0] > values[1:].max())
+
+
+def _in_order(values: Numbers) -> float:
+    """The part of all pairs of which the earlier has more."""
+    return float(np.mean([values[i] > values[j] for i in range(len(values)) for j in range(i + 1, len(values))]))
+
+
+def _over_others(values: Numbers) -> float:
+    """The first less the mean of the others."""
+    return float(values[0] - values[1:].mean())
+
+
 def _nll(mine: Sequence[Record], _: Sequence[Record]) -> Values:
-    """By token, of the wanted row."""
+    """By token, of the wanted row; bad answers are not wanted, unless there are no others."""
+    some = any(record.unit.desirable for record in mine)
+    wanted = np.array([float(record.unit.desirable or not some) for record in mine])
     lost = np.array([-record.logprobs[record.unit.right] for record in mine])
-    return Values(lost, np.array([record.unit.rows[record.unit.right].n_targets for record in mine], np.float64))
+    tokens = np.array([record.unit.rows[record.unit.right].n_targets for record in mine], np.float64)
+    return Values(wanted * lost, wanted * tokens)
 
 
 def _bits_per_byte(mine: Sequence[Record], _: Sequence[Record]) -> Values:

@@ -1,7 +1,8 @@
 """What is kept of each unit under each adapter: a row of records.parquet, from which every figure is made.
 
 Takes units and their rows' scores; gives records. Columns of the rejected row are null where a unit has one row only; of a
-question, `lp_w` is the right option's and `lp_l` the likeliest wrong one's, and `lp_options` has all, as they were listed.
+question, `lp_w` is the right option's and `lp_l` the likeliest wrong one's, and `lp_options` has all, as they were listed; of
+ranked answers it has all, the best first.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ SCHEMA = pa.schema(
         ("order", pa.list_(pa.int32())),  # of a question's options
         ("right", pa.int32()),  # where the right one is listed
         ("lp_options", pa.list_(pa.float64())),
+        ("desirable", pa.bool_()),  # of unpaired answers
     ]
 )
 
@@ -106,7 +108,8 @@ def _row(scored: Scored, mine: Record, base: Record) -> dict[str, object]:
         "truncated": unit.truncated,
         "order": list(unit.order) or None,
         "right": unit.right if unit.order else None,
-        "lp_options": list(mine.logprobs) if unit.order else None,
+        "lp_options": list(mine.logprobs) if unit.order or scored.data.kind == "ranked" else None,
+        "desirable": unit.desirable if scored.data.kind == "unpaired" else None,
     }
 
 

@@ -1,7 +1,8 @@
 """What is scored: units of rows that are compared with each other, each row with the run of tokens whose probability counts.
 
 Takes stores of rows (data/row_store.py); gives units. A unit of `rows` is one row, of 'preference' the chosen and the
-rejected completion of a prompt, of 'multiple_choice' a question's options in one order.
+rejected completion of a prompt, of 'ranked' several, the best first, of 'unpaired' one that is good or bad, of 'multiple_choice'
+a question's options in one order.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from pipeline.data.units.store import UnitRows
 
 SEED = 42  # of `subsample`, as in training
 
-Kind = Literal["rows", "preference", "multiple_choice"]
+Kind = Literal["rows", "preference", "unpaired", "ranked", "multiple_choice"]
 Decode = Callable[[list[int]], str]
 
 
@@ -36,7 +37,8 @@ class Unit(NamedTuple):
     """Rows that are compared, of which number `right` is the wanted one.
 
     `prompt` and `content`: hashes of what comes before the scored tokens, shared by all units of a prompt, and of everything.
-    `place`: file and line. `order`: of a question's options, as the file numbers them.
+    `place`: file and line. `order`: of a question's options, as the file numbers them. `desirable`: of an answer by
+    itself.
     """
 
     prompt: str
@@ -46,6 +48,7 @@ class Unit(NamedTuple):
     right: int = 0
     truncated: bool = False
     order: tuple[int, ...] = ()
+    desirable: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,19 @@ def units_of_rows(store: RowStore, decode: Decode) -> list[Unit]:
     return units
 
 
-def units_of_pairs(store: UnitRows, decode: Decode) -> list[Unit]:
-    """Each pair is a unit, the chosen answer first. Pairs of one prompt have the prompt of the first."""
+def units_of_answers(store: UnitRows, decode: Decode) -> list[Unit]:
+    """Pairs and ranked answers as they are, the best first; of unpaired ones the answer alone. Those of one prompt have the
+    prompt of the first."""
+    slots = store.slots[:1] if store.kind == "unpaired" else store.slots
     prompts: dict[int, str] = {}
     units = []
     for number in range(len(store)):
-        chosen, rejected = (row_of(slot.ids(number).tolist(), slot.spans(number), decode) for slot in store.members)
-        prompt = prompts.setdefault(int(store.groups[number]), digest(chosen.ids[: chosen.spans[0][0]]))
-        content, place = digest(chosen.ids, [chosen.spans[0][0]], rejected.ids), store.documents(number)[0].name
-        units.append(Unit(prompt, content, place, (chosen, rejected), truncated=bool(store.cut[number].any())))
+        rows = tuple(row_of(slot.ids(number).tolist(), slot.spans(number), decode) for slot in slots)
+        start, good = rows[0].spans[0][0], bool(store.desirable[number])
+        prompt = prompts.setdefault(int(store.groups[number]), digest(rows[0].ids[:start]))
+        content = digest(rows[0].ids, [start] if good else [start, 0], *(row.ids for row in rows[1:]))
+        truncated = bool(store.cut[number][: len(rows)].any())
+        units.append(Unit(prompt, content, store.documents(number)[0].name, rows, truncated=truncated, desirable=good))
     return units
 
 

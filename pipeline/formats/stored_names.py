@@ -44,18 +44,62 @@ def stacked_names(base: Base) -> dict[str, tuple[str, ...]]:
     together of several tensors an expert (gate and up) is none of them, nor is one of which an expert lacks. No weight is read.
     """
     model = _empty_model(base)
+    return {} if model is None else {name: names for name, (names, _) in _stacked(model, base).items()}
+
+
+@dataclass(frozen=True)
+class RunningParameter:
+    """A parameter of the running model.
+
+    `inputs_first`: whether its module says that of its last two dimensions the inputs come first (transformers' `is_transposed`).
+    Where it holds a matrix for each expert: `tensors`, of each expert the stored matrices that lie one below the other in its
+    own, or one tensor of all; `turned`, whether these are stored with their last two dimensions exchanged.
+    """
+
+    shape: tuple[int, ...]
+    inputs_first: bool
+    tensors: tuple[tuple[str, ...], ...] = ()
+    turned: bool = False
+
+
+def running_parameters(base: Base) -> dict[str, RunningParameter]:
+    """Every parameter of the running model, in the order in which modules hold them; empty where this transformers cannot build
+    it. One of all experts that is stored in a form other than those of `RunningParameter` has no `tensors`. No weight is read.
+    """
+    model = _empty_model(base)
     if model is None:
         return {}
+    stacked, pieces, found = _stacked(model, base), _pieces(model, base), {}
+    for holder, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            name, shape = f"{holder}.{own}".removeprefix("."), tuple(parameter.shape)
+            tensors, turned = pieces.get(name, ()), False
+            if name in stacked:
+                names, turned = stacked[name]
+                tensors = tuple((one,) for one in names)
+            of_experts = len(shape) == 3
+            found[name] = RunningParameter(
+                shape, bool(getattr(module, "is_transposed", False)), tensors if of_experts else (), turned
+            )
+    return found
+
+
+def _stacked(model: Any, base: Base) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """{parameter: the stored tensors it is made of, in order; whether their last two dimensions are exchanged}."""
     found: dict[str, list[str]] = {}
     counts: dict[str, tuple[int, int]] = {}
+    turned: dict[str, bool] = {}
     for name, running, converter, _, shapes in _renamed(model, base):
-        kinds = [type(one).__name__ for one in converter.operations] if converter else []
+        operations = converter.operations if converter else []
+        kinds = [type(one).__name__ for one in operations]
         stacking = set(kinds) <= {"MergeModulelist", "Transpose"} and (not kinds or len(converter.source_patterns) == 1)
         if stacking and running in shapes:
             found.setdefault(running, []).append(name)
             counts[running] = (1, shapes[running][0])
+            exchanged = any(type(one).__name__ == "Transpose" and not one.check_dims for one in operations)
+            turned[running] = exchanged or base.tensors[name].shape[-2:] != shapes[running][-2:]
     return {
-        running: tuple(sorted(names, key=natural_order))
+        running: (tuple(sorted(names, key=natural_order)), turned[running])
         for running, names in found.items()
         if len(names) in counts[running]
     }
@@ -65,8 +109,10 @@ def expert_pieces(base: Base) -> dict[str, tuple[tuple[str, ...], ...]]:
     """{parameter of the running model that holds all experts: of each expert the stored matrices, in order, that lie one
     below the other in its own}: of experts that are stored one by one, gate and up apart or not. No weight is read."""
     model = _empty_model(base)
-    if model is None:
-        return {}
+    return {} if model is None else _pieces(model, base)
+
+
+def _pieces(model: Any, base: Base) -> dict[str, tuple[tuple[str, ...], ...]]:
     found: dict[str, dict[int, list[str]]] = {}
     right: dict[str, tuple[int, int]] = {}
     for name, running, converter, pattern, shapes in _renamed(model, base):

@@ -16,15 +16,20 @@ from torch import Tensor, nn
 
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.artifacts.adapter.maps import RowFactors, WholeWeight
+from pipeline.artifacts.adapter.parameters import Placed, placed
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.fold.match import match
 from pipeline.artifacts.fold.ties import settled
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.base_model import Base
+from pipeline.formats.stored_names import running_parameters
 from pipeline.model.adapters.base import owned, trainable, wrap
 from pipeline.model.adapters.lora import inject_lora
 from pipeline.model.adapters.multiplicative import MultiplicativeLoRA
+from pipeline.model.adapters.parameters import inject as inject_parameters
+from pipeline.model.adapters.parameters import wrapper_of
+from pipeline.model.quantized import PackedLinear
 from pipeline.model.stage import Stage
 from pipeline.model.structure.parts import layers_of_model
 from pipeline.names import HEAD, is_embedding, layer_of
@@ -50,11 +55,13 @@ class Folded(nn.Module):
 class Saved(NamedTuple):
     """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say.
 
-    `widest`: of PEFT's own types, the most outputs and inputs of its modules."""
+    `widest`: of PEFT's own types, the most outputs and inputs of its modules. `parameters`: LoRAs of parameters, by their
+    names."""
 
     adapter: Adapter
     kind: str
     widest: tuple[int, int]
+    parameters: dict[str, Placed]
 
 
 def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
@@ -72,7 +79,9 @@ def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
     if table and not apart and HEAD not in base.tensors:  # the head is the embedding, also where it is on another stage
         adapter = replace(adapter, full={**adapter.full, HEAD: adapter.full[table]})
     widest = [one.widest for maps in part.adapter.maps.values() for one in maps if isinstance(one, WholeWeight)]
-    return Saved(adapter, part.kind, widest[0] if widest else (0, 0))
+    running = running_parameters(base) if adapter.of_parameters else {}
+    of_parameters = placed(adapter, {name: parameter.shape for name, parameter in running.items()})
+    return Saved(adapter, part.kind, widest[0] if widest else (0, 0), of_parameters)
 
 
 @torch.no_grad()
@@ -88,6 +97,8 @@ def put(stage: Stage, saved: Saved) -> None:
         _put_lora(stage, pairs)
     rest = [name for name in mine if name not in pairs]
     wrap(stage, rest, lambda name, layer: Folded(layer, *_folded(layer, saved, name)))
+    for name in owned(stage, list(saved.parameters)):
+        _put_on_parameter(stage, saved, name)
 
 
 @contextmanager
@@ -96,7 +107,8 @@ def worn(stage: Stage, saved: Saved | None) -> Iterator[None]:
     if saved is None:
         yield
         return
-    modules = {name: stage.model.get_submodule(name) for name in owned(stage, list(saved.adapter.modules))}
+    holders = [name.rpartition(".")[0] for name in saved.parameters]
+    modules = {name: stage.model.get_submodule(name) for name in owned(stage, [*saved.adapter.modules, *holders])}
     weights = [(*place, getattr(*place)) for name in saved.adapter.full for place in _places(stage, name)]
     try:
         put(stage, saved)
@@ -109,6 +121,12 @@ def worn(stage: Stage, saved: Saved | None) -> Iterator[None]:
         )  # by which PEFT would take the next one for a second
         for owner, own, weight in weights:
             setattr(owner, own, weight)
+
+
+def not_beside(saved: Saved) -> str | None:
+    """A module whose weight the adapter changes itself, rather than standing beside it; None where there is none."""
+    pairs = saved.adapter.pairs
+    return next((name for name in saved.adapter.modules if name not in pairs or pairs[name].bias is not None), None)
 
 
 def _trains_so(stage: Stage, name: str, saved: Saved, pair: Pair) -> bool:
@@ -142,8 +160,22 @@ def _put_lora(stage: Stage, pairs: dict[str, Pair]) -> None:
         module.requires_grad_(False)
 
 
+def _put_on_parameter(stage: Stage, saved: Saved, name: str) -> None:
+    """PEFT's LoRA of a parameter. UserError where the base is quantised there."""
+    one, of = saved.parameters[name], saved.adapter.of_parameters
+    assert of is not None, "what is placed was of parameters"
+    inject_parameters(stage, [name], one.rank, one.rank, one.A.dtype, seed=0)
+    trained = trainable(stage)
+    trained[f"{name}.A"].copy_(one.A)
+    trained[f"{name}.B"].copy_(one.B)
+    wrapper: Any = wrapper_of(stage.model, name)
+    wrapper.scaling["default"], _ = of.scaling(name, one.rank)
+    wrapper.requires_grad_(False)
+
+
 def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]:
     """The layer's weight and bias with the adapter in them."""
+    _check_plain(layer, name)
     device = layer.weight.device
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     for one in saved.adapter.maps.get(name, ()):
@@ -166,8 +198,18 @@ def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]
 def _replace(stage: Stage, name: str, tensor: Tensor) -> None:
     """`tensor` in the place of the parameter, where the stage has it; a tied one is no longer tied."""
     for owner, own in _places(stage, name):
+        _check_plain(owner, name)
         there = getattr(owner, own)
         setattr(owner, own, nn.Parameter(tensor.to(there.device, there.dtype), requires_grad=False))
+
+
+def _check_plain(layer: nn.Module, name: str) -> None:
+    """UserError where the weight that is to be another is packed."""
+    if isinstance(layer, PackedLinear):
+        raise UserError(
+            f"the adapter changes the weight of {name} itself, and of a quantised base there is none in 16 bits to change; "
+            "measure it without [quantization]"
+        )
 
 
 def _places(stage: Stage, name: str) -> Iterator[tuple[nn.Module, str]]:

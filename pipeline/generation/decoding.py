@@ -41,25 +41,32 @@ class Memory:
 
 
 class Asked(NamedTuple):
-    """A prompt's ids, at least one, and the noise that its answer is drawn with. `memory`: of the conversation that it is of."""
+    """A prompt's ids, at least one, and the noise that its answer is drawn with. `memory`: of the conversation that it is of;
+    `most`: tokens that its answer may have, where that is less than all may have."""
 
     ids: Sequence[int]
     noise: torch.Generator
     memory: Memory | None = None
+    most: int | None = None
 
 
 class Answer(NamedTuple):
-    """The tokens said, without the stop; and whether a stop ended them, or the limit."""
+    """The tokens said, without the stop; and the stop that ended them, None where it was the limit."""
 
     tokens: list[int]
-    stopped: bool
+    stop: int | None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the model ended its answer itself."""
+        return self.stop is not None
 
 
 class Turn:
     """A prompt under way: what was said so far, and what the stages of this process keep of it."""
 
     def __init__(self, number: int, asked: Asked, new_caches: Callable[[], list[Cache]]) -> None:
-        self.number, self.noise, self.memory = number, asked.noise, asked.memory
+        self.number, self.noise, self.memory, self.most = number, asked.noise, asked.memory, asked.most
         self.said: list[int] = []
         known = asked.memory.of(asked.ids) if asked.memory is not None else None
         self._at = len(asked.memory.ids) if asked.memory is not None and known is not None else 0
@@ -139,13 +146,13 @@ def answers(
             if token == NOT_FINITE:
                 raise UserError("the model's logits are not finite: it cannot say anything; its weights are damaged")
             if token in stops:
-                found[turn.number] = Answer(turn.said, stopped=True)
+                found[turn.number] = Answer(turn.said, token)
                 turn.remember()
                 continue
             turn.says(token)
             said(turn.number, token)
-            if len(turn.said) == max_new_tokens:
-                found[turn.number] = Answer(turn.said, stopped=False)
+            if len(turn.said) == min(max_new_tokens, turn.most or max_new_tokens):
+                found[turn.number] = Answer(turn.said, None)
                 turn.remember()
                 continue
         else:

@@ -7,7 +7,7 @@ transformers.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Answer = tuple[list[int], bool]  # decoding.Answer's: the tokens, and whether a stop ended them
+Answer = tuple[list[int], int | None]  # decoding.Answer's: the tokens, and the stop that ended them, if one did
 # prompt, text, tokens, stopped; and for the base's answer, where it was asked too, the last three once more under "base".
 Sample = dict[str, Any]
 
@@ -43,8 +43,8 @@ def ending(said: Sample) -> str:
 
 def entry(answer: Answer, text: Callable[[list[int]], str]) -> Sample:
     """An answer by itself."""
-    tokens, stopped = answer
-    return {"text": text(tokens), "tokens": len(tokens), "stopped": stopped}
+    tokens, stop = answer
+    return {"text": text(tokens), "tokens": len(tokens), "stopped": stop is not None}
 
 
 def _indented(mark: str, text: str) -> str:

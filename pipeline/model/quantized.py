@@ -6,9 +6,9 @@ them, and the bytes that they will take are known. `quantized_bnb.put_in` puts b
 places; bitsandbytes itself is not needed here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from pipeline import patterns
 from pipeline.console import UserError
-from pipeline.formats.dtypes import dtype_name
+from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
 from pipeline.kernels.packed_experts import PackedExperts
 from pipeline.model.structure.parts import layers_of_model, parts_of, reads_weight
@@ -37,6 +37,19 @@ class Scheme(NamedTuple):
     compute_dtype: torch.dtype
     outlier_threshold: float
     skip: tuple[str, ...]  # modules left alone: the beginning or end of a name, or a regular expression
+
+    @classmethod
+    def from_bnb(cls, settings: Mapping[str, Any], dtype: torch.dtype) -> "Scheme":
+        """As bitsandbytes' keys have it (load_in_4bit, bnb_4bit_quant_type, …). `dtype`: of products, where they do not say."""
+        compute = settings["bnb_4bit_compute_dtype"]
+        return cls(
+            bits=4 if settings["load_in_4bit"] else 8,
+            quant_type=settings["bnb_4bit_quant_type"],
+            double_quant=settings["bnb_4bit_use_double_quant"],
+            compute_dtype=DTYPES[compute] if compute else dtype,
+            outlier_threshold=settings["llm_int8_threshold"],
+            skip=tuple(settings["llm_int8_skip_modules"]),
+        )
 
     def __str__(self) -> str:
         if self.bits == 8:
@@ -109,6 +122,11 @@ def _foreseen(module: nn.Module) -> Iterator[Quantised]:
 def marked(module: nn.Module) -> dict[str, QuantizedExperts]:
     """The marked parameters of this module itself, by name."""
     return getattr(module, MARK, {})
+
+
+def marked_within(module: nn.Module) -> list[str]:
+    """The names of all marked parameters in `module`."""
+    return [f"{name}.{leaf}" for name, part in module.named_modules() for leaf in marked(part)]
 
 
 def is_packed(module: nn.Module) -> bool:

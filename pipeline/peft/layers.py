@@ -27,6 +27,7 @@ from pipeline.peft.types import LOCAL, OURS, PATTERNS
 
 ADAPTER = "default"  # PEFT's name of an adapter where there is one
 WIDEST = "widest"  # a module that stands for the widest of all
+KEPT = "lora_kept"  # beside a module's tensors, while it trains: which of its triplets a budget has left
 Shape = tuple[int, int]  # D_out, D_in
 
 
@@ -54,6 +55,24 @@ def check_settings(peft_type: str, settings: Mapping[str, Any], where: str) -> N
             lines.append(f"{where}type = '{peft_type}': PEFT refuses these keys: {error}")
     if lines:
         raise UserError("\n".join(lines))
+
+
+def settings_of_file(peft_type: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Those keys of an adapter's configuration that say what it computes. UserError for one that another type of PEFT's has, and
+    that may change it."""
+    row = LOCAL[peft_type]
+    given = {key: value for key, value in config.items() if key not in OURS and value is not None}
+    if not row.keys:
+        return given | dict(row.own)
+    own = {key: given[key] for key in row.keys if key in given}
+    check_settings(peft_type, own, where)
+    usual = as_json(peft_type, own)
+    for key in given.keys() - {*row.keys, *row.refused}:
+        if given[key] and given[key] != usual.get(key):
+            raise UserError(
+                f"{where}{key} = {given[key]!r} is not known of PEFT's {peft_type}, and may change what it computes."
+            )
+    return {key: given.get(key, usual.get(key)) for key in row.keys} | dict(row.own)
 
 
 def of_module(settings: Mapping[str, Any], module: str, where: str) -> dict[str, Any]:
@@ -120,7 +139,41 @@ def written(layer: nn.Module, config: PeftConfig) -> dict[str, Tensor]:
     found = get_peft_model_state_dict(alone, save_embedding_layers=False)
     row = LOCAL[config.peft_type]  # type: ignore[index]
     names = {name.removeprefix("m."): tensor for name, tensor in found.items()}
-    return {name: tensor for name, tensor in names.items() if not name.startswith((*row.projections, "base_model."))}
+    names = {name: tensor for name, tensor in names.items() if not name.startswith((*row.projections, "base_model."))}
+    kept = vars(layer).get("kept", lambda: None)()  # of triplets, where a budget has dropped some
+    return names if kept is None else {**names, KEPT: kept}
+
+
+def kept_only(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[bool]] | None]:
+    """Of all modules' tensors, as `written` names them: without the triplets that are not kept, and PEFT's rank_pattern."""
+    masks = {name.removesuffix(f".{KEPT}"): t.bool() for name, t in tensors.items() if name.endswith(f".{KEPT}")}
+    left = {}
+    for name, tensor in tensors.items():
+        module, _, own = name.rpartition(".")
+        if own != KEPT:
+            mask = masks.get(module)
+            left[name] = tensor if mask is None else tensor[:, mask] if own == "lora_B" else tensor[mask]
+    return left, {f"{module}.lora_E": mask.tolist() for module, mask in masks.items()} or None
+
+
+def in_full(tensors: Mapping[str, Tensor], kept: Any, rank: int) -> dict[str, Tensor]:
+    """A module's tensors with zeros for the triplets that were not kept: the same function, of the rank it began with.
+
+    `kept`: what PEFT's rank_pattern has of the module, None where it has nothing. ValueError where that is no such list.
+    """
+    if kept is None:
+        return dict(tensors)
+    if not isinstance(kept, list) or len(kept) != rank or not all(isinstance(one, bool) for one in kept):
+        raise ValueError(f"its rank_pattern is no list of {rank} times true or false")
+    mask, full = torch.tensor(kept), {}
+    for name, tensor in tensors.items():
+        columns = tensor.T if name == "lora_B" else tensor
+        if columns.dim() != 2 or len(columns) != sum(kept):
+            raise ValueError(f"{name} is {list(tensor.shape)}, and its rank_pattern keeps {sum(kept)} triplets")
+        wide = columns.new_zeros(rank, columns.shape[1])
+        wide[mask] = columns
+        full[name] = wide.T if name == "lora_B" else wide
+    return full
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ class PeftType:
     `quantised`: over 4- and 8-bit weights it computes what it does over the dequantised ones. `dtype`: of its trained numbers;
     'base' where it multiplies them with the layer's states as they are. `projections`: frozen tensors that all its modules
     share, made from a key and as wide as the widest of them. `only_fp32`: PEFT does not make it of fp64, which then cannot
-    check its fold.
+    check its fold. `ranked`: its budget of ranks is shared out among all modules while it trains (training/optim/adalora.py), and
+    what is left of each is in its rank_pattern. `keys`: PEFT's that have a meaning for it, where its configuration has more;
+    `of_training`: those that say nothing about a trained adapter.
     """
 
     name: str
@@ -38,6 +40,9 @@ class PeftType:
     own: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     only_fp32: bool = False
+    ranked: bool = False
+    keys: tuple[str, ...] = ()
+    of_training: tuple[str, ...] = ()
 
 
 class Asked(NamedTuple):
@@ -85,7 +90,19 @@ OURS = {
     "save_projection": "the trainer: the projections are made from projection_prng_key wherever the adapter is loaded",
 }
 _FROM_KEY: Mapping[str, Any] = {"save_projection": False}
+_SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 _ROWS = (
+    PeftType(
+        "ADALORA",
+        "W + α/R·B·diag(E)·A, triplets dropped by a budget",
+        "lora_",
+        dropout="lora_dropout",
+        quantised=True,
+        refused={"r": "its rank at first is init_r", "rank_pattern": "which triplets are kept is decided in training"},
+        ranked=True,
+        keys=("init_r", "lora_alpha", "lora_dropout", "init_lora_weights", *_SCHEDULE),
+        of_training=("init_lora_weights", *_SCHEDULE),
+    ),
     PeftType("BEFT", "h + b", "beft_", quantised=True, changes="bias"),
     PeftType(
         "C3A",
@@ -194,7 +211,6 @@ REFUSED: Mapping[str, str] = {
     "OFT": "set adapter_type = 'oft', which runs PEFT's layer",
     "BOFT": "set adapter_type = 'boft', which is saved as PEFT's",
     "HRA": "set adapter_type = 'hra', which is saved as PEFT's",
-    "ADALORA": "its budget of ranks is shared out among all layers, and no stage has the scores of the others",
     "ADAMSS": "it needs scikit-learn, and its subspaces are shared out among all layers",
     "FROD": "its frozen basis is made of all layers' weights, and a stage has its own alone",
     "LILY": "its layers share A and B, whichever stage they are on, and PEFT cannot merge it",
@@ -242,6 +258,8 @@ def conflicts(table: Mapping[str, Any], *, quantised: bool, dropout: float, dtyp
             yield f"peft.{key}: {reason}; remove it"
         elif key == row.dropout:
             yield f"peft.{key}: set lora_dropout above the tables instead"
+        elif row.keys and key not in (*row.keys, "type"):
+            yield f"peft.{key}: has no meaning for PEFT's {row.name}, which takes {', '.join(row.keys)}; remove it"
     if row.name == "PEANUT" and table.get("depth", 0) == 0 and table.get("act_fn", "relu") == "linear":
         yield "peft.type: PEANUT of depth 0 with act_fn = 'linear' is adapter_type = 'multiplicative_lora'"
     if quantised and not row.quantised:

@@ -10,7 +10,7 @@ all. A part that fails leaves the training as it is: the error says what is left
 import gc
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,20 +46,23 @@ def check(
     full: Sequence[str] = (),
     experts: Mapping[str, ExpertWeights] = NO_EXPERTS,
     width: int = 0,
+    parameters: Collection[str] = (),
 ) -> None:
     """Raise UserError where a part that is asked for cannot be done.
 
     `kind`: what pipeline/artifacts calls the adapter that will be saved, None for a model. `targets`: the full names of
     the modules it is on; `biased_targets`: whether any of them has a bias; `trained_in_full`: modules beside it; `full`: the
-    names of the tensors that these are. `experts`: those of `targets` that are a layer's experts, which write `width` numbers.
+    names of the tensors that these are. `experts`: those of `targets` that are a layer's experts, which write `width` numbers;
+    `parameters`: those that are parameters.
     """
     if kind is not None and any(part in asked for part in PARTS_OF_ADAPTERS):
         _check_kind(asked, kind)
         model = read_base(base, "model")
-        _check_names(asked, model, targets, full, experts, width)
-        if experts and (part := next((part for part in asked if part in ("export:peft", "export:gguf")), None)):
+        _check_names(asked, model, targets, full, experts, width, parameters)
+        exports = [part for part in asked if part in ("export:peft", "export:gguf")]
+        if exports and (of_experts := [*experts, *parameters]):
             raise UserError(
-                f"after_training: '{part}' cannot be done: {next(iter(experts))} is a layer's experts, of which no file of "
+                f"after_training: '{exports[0]}' cannot be done: {of_experts[0]} is a layer's experts, of which no file of "
                 "adapters that servers read has a form. Remove it; 'merge' writes them."
             )
         if "export:gguf" in asked:
@@ -95,11 +98,12 @@ def _check_names(
     full: Sequence[str],
     experts: Mapping[str, ExpertWeights],
     width: int,
+    parameters: Collection[str],
 ) -> None:
     """What is trained has to be a tensor, or rows of one, in the model's folder."""
     first = next(part for part in PARTS_OF_ADAPTERS if part in asked)
     try:
-        check_names(model, targets, full, experts, width)
+        check_names(model, targets, full, experts, width, parameters)
     except UserError as error:
         raise UserError(
             f"after_training: '{first}' cannot be done: {error} Remove it; PEFT loads the adapter.", error.exit_code

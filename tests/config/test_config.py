@@ -16,7 +16,7 @@ from pipeline.config import loading
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.qlora_pipe import REFUSED
 from pipeline.config.schema import Config, layer_ranges
-from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples
+from pipeline.config.tables import Bnb, Optimizer, Quantization, Samples, Sampling
 from pipeline.console import UserError
 from tests.helpers.configs import problems, small, with_key
 from tests.helpers.paths import ROOT
@@ -233,6 +233,7 @@ SECTIONS = {
     "quantization": Quantization,
     "quantization.bnb": Bnb,
     "samples": Samples,
+    "sampling": Sampling,
 }
 KEYS = [(table, key) for table, keys in QLORA_PIPE_KEYS.items() for key in keys]
 
@@ -388,6 +389,7 @@ def test_reference_has_every_key_and_every_key_has_a_meaning() -> None:
                 "objective",
                 "rl",
                 "reference",
+                "sampling",
             ):
                 assert f"\n| `{key}` | " in reference, key
                 assert field.description, key

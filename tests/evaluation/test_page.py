@@ -50,7 +50,7 @@ def test_the_launched_command_is_one() -> None:
     assert evaluate_lora.parser().parse_args(shlex.split(TASKS)[1:]).tasks == ["arc_easy", "hellaswag"]
 
 
-@pytest.mark.parametrize("kind", ["rows", "preference", "multiple_choice"])
+@pytest.mark.parametrize("kind", ["rows", "preference", "unpaired", "ranked", "multiple_choice"])
 def test_every_measure_is_on_the_page(kind: measures.Kind) -> None:
     for measure in measures.measures(kind, 0.1):
         assert f"| `{measure.name}` |" in PAGE

@@ -137,8 +137,8 @@ def test_it_ends_at_a_stop_or_at_the_limit(models: dict) -> None:
     stages, sampling = [build(models["llama"][0], 0, 4)], Sampling()
     said = ours(stages, [7, 8, 9], sampling).tokens
     at = next(n for n, token in enumerate(said) if n > 2 and token not in said[:n])
-    assert ours(stages, [7, 8, 9], sampling, stops={said[at]}) == Answer(said[:at], stopped=True)
-    assert ours(stages, [7, 8, 9], sampling, max_new_tokens=at) == Answer(said[:at], stopped=False)
+    assert ours(stages, [7, 8, 9], sampling, stops={said[at]}) == Answer(said[:at], stop=said[at])
+    assert ours(stages, [7, 8, 9], sampling, max_new_tokens=at) == Answer(said[:at], stop=None)
 
 
 def test_logits_that_are_not_finite_end_it(models: dict) -> None:
@@ -202,7 +202,7 @@ def test_a_conversation_goes_on_from_its_cache_as_if_it_were_read_again(models: 
         said = answers(
             InOneProcess(stages, CPU), [Asked([*ids, *new], GREEDY.noise(0, ""), memory)], GREEDY, stops, LENGTH
         )[0]
-        assert said == (fresh.tokens[:until], bool(stops))
+        assert said == (fresh.tokens[:until], fresh.tokens[4] if stops else None)
         # The last token of an answer that reached the limit has not been through the stages yet.
         assert read[0] == length + (turn == 1)
         ids += [*new, *said.tokens]

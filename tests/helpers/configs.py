@@ -45,6 +45,9 @@ def with_key(raw: dict[str, Any], table: str, key: str, value: Any) -> dict[str,
     for part in table.split(".") if table else ():
         where = where[part]
     (where[0] if isinstance(where, list) else where)[key] = value
+    if "sampling" in key:
+        pairs = {"dataset_type": "preference", "dataset_path": "a.jsonl", "sequence_len": 64, "rejected": "generate"}
+        raw |= {"datasets": [pairs], "rl": {"method": "dpo"}}
     if key == "use_dora":
         raw["adapter_type"] = "lora"
     if key == "lr_min":

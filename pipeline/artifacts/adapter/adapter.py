@@ -8,7 +8,7 @@ Two kinds are pairs of A and B for each module, with s = alpha / rank:
 The other families are maps of a weight's rows (maps.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Pair:
-    """One module's adapter: A [R, D_in] or, multiplicative, [R, D_out]; B [D_out, R]; s, and where s comes from."""
+    """One module's adapter: A [R, D_in] or, multiplicative, [R, D_out]; B [D_out, R]; s, and where s comes from.
+
+    Of a tensor with a matrix for each of E experts, of a LoRA only: A [E, R, D_in], B [E, D_out, R]."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -38,6 +40,19 @@ class Pair:
     origin: str  # such as "alpha / rank = 32 / 64"
     bias: torch.Tensor | None = None  # PEFT's lora_bias: of lora_B [D_out], so that b' = b + s·bias
     of_embedding: bool = False  # PEFT's lora_embedding_A and _B: of an embedding's [V, D], A is their Bᵀ and B their Aᵀ
+
+
+@dataclass(frozen=True)
+class OfParameters:
+    """LoRAs of parameters (PEFT's target_parameters) as a file has them, which does not name the parameter (parameters.py).
+
+    `names`: of the parameters, or the ends of these; `pairs`: A and B by the module that the file names; `scaling`: of a
+    parameter's full name and the rank of its pairs, s and where it comes from.
+    """
+
+    names: tuple[str, ...]
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scaling: Callable[[str, int], tuple[float, str]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class Adapter:
     resized or one of the two is adapted, mostly the base's own values. `base_fingerprint`: of the base that an adapter of ours
     was trained on (formats/fingerprint.py), where it says. `experts`: those modules that are a layer's experts, with what these
     write with in the running model; `stops`: ids at which the model learned to stop, beside those at which its base does;
-    `stacks`: where that lies, once the adapter is in the form of its base (stored_form.py).
+    `stacks`: where that lies, once the adapter is in the form of its base (stored_form.py). `of_parameters`: LoRAs of which the
+    base has to say what they are of.
     """
 
     folder: Path
@@ -72,6 +88,7 @@ class Adapter:
     experts: dict[str, ExpertWeights] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     stops: tuple[int, ...] = ()
+    of_parameters: OfParameters | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -81,7 +98,7 @@ class Adapter:
 def adapter_norms(tensors: Mapping[str, torch.Tensor], scaling: float) -> dict[str, float]:
     """‖s·B·A‖_F of every module, `tensors` as for `write_adapter`, all on one device. One transfer to the host.
 
-    ‖BA‖² = tr(AᵀBᵀBA) = Σ (BᵀB) ⊙ (AAᵀ): two R×R products, never a D×D one.
+    ‖BA‖² = tr(AᵀBᵀBA) = Σ (BᵀB) ⊙ (AAᵀ): two R×R products, never a D×D one. Of pairs [E, R, D] and [E, D, R] of all E together.
     """
     pairs = adapter_pairs(tensors)
     if not pairs:
@@ -89,7 +106,7 @@ def adapter_norms(tensors: Mapping[str, torch.Tensor], scaling: float) -> dict[s
     squares = []
     for A, B in pairs.values():
         A32, B32 = A.detach().float(), B.detach().float()
-        squares.append(((B32.T @ B32).double() * (A32 @ A32.T).double()).sum())
+        squares.append(((B32.mT @ B32).double() * (A32 @ A32.mT).double()).sum())
     norms = torch.stack(squares).clamp(min=0).sqrt() * abs(scaling)
     return dict(zip(pairs, norms.tolist(), strict=True))
 

@@ -35,7 +35,6 @@ COMMON = {
 UNFOLDABLE = {
     "trainable_token_indices": "single token embeddings were trained beside the adapter",
     "layer_replication": "layers were repeated",
-    "target_parameters": "it targets parameters that are not a Linear module's weight",
     "alora_invocation_tokens": "it is active on some tokens only, which no fold can express",
     "use_qalora": "QA-LoRA pools the input",
     "megatron_config": "it was trained on Megatron's parallel layers",

@@ -10,16 +10,26 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE, PEFT_PREFIX, WEIGHTS_FILE, Adapter, Pair
+from pipeline.artifacts.adapter.adapter import (
+    CONFIG_FILE,
+    OWN_TYPE,
+    PEFT_PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    OfParameters,
+    Pair,
+)
 from pipeline.artifacts.adapter.family_maps import MAPS, MAPS_OF_PAIRS, maps_of
 from pipeline.artifacts.adapter.full import read_full
 from pipeline.artifacts.adapter.keys import check_config, check_peanut_config
 from pipeline.artifacts.adapter.maps import Added, RowMap, WeightMap, WholeWeight
+from pipeline.artifacts.adapter.parameters import of_a_parameter
 from pipeline.artifacts.adapter.schema import OF_PAIRS, own_facts, read_config
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, KINDS, LORA, MULTIPLICATIVE, Family, Kind, chosen
@@ -29,7 +39,7 @@ from pipeline.formats.experts import ExpertWeights
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
 from pipeline.names import natural_order
 from pipeline.patterns import matches
-from pipeline.peft.types import LOCAL, OURS, PEFT, REFUSED
+from pipeline.peft.types import LOCAL, PEFT, REFUSED
 
 Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
@@ -70,9 +80,10 @@ def load_adapter(folder: Path) -> Adapter:
     peft_type, lora = config.get("peft_type"), chosen(LORA, config)
     pairs: dict[str, Pair] = {}
     maps: dict[str, tuple[WeightMap, ...]] = {}
+    of_parameters = None
     if peft_type == LORA_TYPE:
         check_config(folder, config)
-        grouped, rest, pairs = _lora(folder, tensors, lora, config, own)
+        grouped, rest, pairs, of_parameters = _lora(folder, tensors, lora, config, own)
     elif is_by_peft(config) and own.get("kind") != MULTIPLICATIVE:
         grouped, rest, maps = _by_peft(folder, tensors, config)
     elif peft_type in (PEANUT_TYPE, OWN_TYPE):
@@ -96,7 +107,7 @@ def load_adapter(folder: Path) -> Adapter:
     _check_agreement(folder, own, pairs)
     return Adapter(
         folder,
-        _kind(folder, str(peft_type), own, family),
+        LORA if of_parameters else _kind(folder, str(peft_type), own, family),
         pairs,
         # Stock PEANUT changes the weight alone; ours, and the hacked LORA, were trained on the output with its bias.
         moves_bias=bool(own) or peft_type == LORA_TYPE,
@@ -111,6 +122,7 @@ def load_adapter(folder: Path) -> Adapter:
         base_fingerprint=own.get("base_fingerprint"),
         stops=tuple(own.get("stops", ())),
         experts={m: ExpertWeights(f["weight"], f["bias"], f["transposed"]) for m, f in _experts(folder, own, pairs)},
+        of_parameters=of_parameters,
     )
 
 
@@ -126,6 +138,11 @@ def load_pairs(folder: Path) -> Adapter:
         raise UserError(
             f"{folder}: lora_bias: lora_B of {biased[0]} has a bias of its own beside A and B. Such an adapter can be "
             "folded into the base (merge_lora.py) or loaded with PEFT."
+        )
+    if adapter.of_parameters:
+        raise UserError(
+            f"{folder}: {next(iter(adapter.of_parameters.pairs))} is adapted by PEFT's target_parameters, a pair for each of its "
+            "experts. Such an adapter can be folded into the base (merge_lora.py) or loaded with PEFT."
         )
     if of_embedding := [module for module, pair in adapter.pairs.items() if pair.of_embedding]:
         raise UserError(
@@ -212,10 +229,10 @@ def _by_peft(
     folder: Path, tensors: dict[str, torch.Tensor], config: Facts
 ) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, tuple[WeightMap, ...]]]:
     """Of a type of PEFT's own: the tensors by module, the rest, and the maps. UserError where PEFT refuses its configuration."""
-    from pipeline.peft.layers import check_settings, of_module
+    from pipeline.peft.layers import check_settings, in_full, of_module, settings_of_file
 
     where, row = f"{folder}/{CONFIG_FILE}: ", LOCAL[config["peft_type"]]
-    settings = {key: value for key, value in config.items() if key not in OURS and value is not None} | dict(row.own)
+    settings = settings_of_file(row.name, config, where)
     check_settings(row.name, settings, where)
     pattern = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.+?)\.({row.prefix}.+)")
     grouped: Grouped = {}
@@ -232,6 +249,13 @@ def _by_peft(
             if tensor.is_floating_point():
                 _check_numbers(folder, match.group(1), match.group(2), tensor)
     grouped = {module: grouped[module] for module in sorted(grouped, key=natural_order)}
+    if row.ranked:
+        for module, group in grouped.items():
+            try:
+                kept = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+                grouped[module] = in_full(group, kept, settings["init_r"])
+            except ValueError as error:
+                raise UserError(f"{folder}: {module}: {error}.") from None
     maps = {
         module: (WholeWeight(row.name, of_module(settings, module, where), group, projections),)
         for module, group in grouped.items()
@@ -241,18 +265,29 @@ def _by_peft(
 
 def _lora(
     folder: Path, tensors: dict[str, torch.Tensor], row: Family, config: Facts, own: Facts
-) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, Pair]]:
-    """Of a LoRA or a variant of it: the tensors by module, the rest, and the pairs; those of an embedding are among them."""
+) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, Pair], OfParameters | None]:
+    """Of a LoRA or a variant of it: the tensors by module, the rest, the pairs, those of an embedding among them, and LoRAs of
+    parameters."""
     if config.get("use_dora") and (of_one := next((name for name in tensors if name.endswith(OF_EMBEDDING)), None)):
         raise UserError(f"{folder}: use_dora on an embedding ({of_one}). That is not folded: load it with PEFT.")
     ends = (*row.tensors.values(), *([BIAS] if config.get("lora_bias") else []))
     grouped, rest = _grouped(folder, tensors, ends)
-    pairs = _pairs(folder, grouped, row, config, own)
+    of_modules = {m: group for m, group in grouped.items() if not of_a_parameter(folder, m, config)}
+    pairs = _pairs(folder, of_modules, row, config, own)
     if any(name.endswith(OF_EMBEDDING) for name in rest):
         of_embedding, rest = _grouped(folder, rest, OF_EMBEDDING)
         pairs |= _embedding_pairs(folder, of_embedding, config, own)
         grouped = grouped | of_embedding
-    return grouped, rest, pairs
+    A, B = row.tensors["A"], row.tensors["B"]
+    others = {m: (group[A], group[B]) for m, group in grouped.items() if m not in pairs}
+    if not others:
+        return grouped, rest, pairs, None
+    if len(ends) > 2:
+        raise UserError(
+            f"{folder}: {next(iter(others))}: target_parameters with {ends[-1]}. That is not folded: load it with PEFT."
+        )
+    names = tuple(config["target_parameters"])
+    return grouped, rest, pairs, OfParameters(names, others, partial(_checked_scaling, folder, config=config, own=own))
 
 
 def _pairs(folder: Path, grouped: Grouped, row: Family, config: Facts, own: Facts) -> dict[str, Pair]:
@@ -280,16 +315,22 @@ def _pair(
         raise UserError(f"{folder}: {module}: {shapes} are not R × D and D × R.")
     if bias is not None and bias.shape != B.shape[:1]:
         raise UserError(f"{folder}: {module}: the bias of lora_B is {tuple(bias.shape)}, {shapes}.")
-    rank = A.shape[0]
-    scaling, origin = _scaling(folder, module, rank, config, own)
-    declared = _matching(folder, config, "rank_pattern", module) or [config["r"]]
+    scaling, origin = _checked_scaling(folder, module, A.shape[0], config=config, own=own)
+    return Pair(A, B, scaling, origin, bias)
+
+
+def _checked_scaling(folder: Path, name: str, rank: int, *, config: Facts, own: Facts) -> tuple[float, str]:
+    """s of a module or parameter whose pair has this rank, and where it comes from. UserError where the configuration has another
+    rank, or s is 0."""
+    scaling, origin = _scaling(folder, name, rank, config, own)
+    declared = _matching(folder, config, "rank_pattern", name) or [config["r"]]
     if rank not in declared:
-        raise UserError(f"{folder}: {module} has rank {rank} ({shapes}), but {CONFIG_FILE} says {declared[0]}.")
+        raise UserError(f"{folder}: {name} has rank {rank} by its tensors, but {CONFIG_FILE} says {declared[0]}.")
     if scaling == 0:
         raise UserError(
-            f"{folder}/{CONFIG_FILE}: the scaling of {module} is 0 ({origin}): the adapter does nothing there."
+            f"{folder}/{CONFIG_FILE}: the scaling of {name} is 0 ({origin}): the adapter does nothing there."
         )
-    return Pair(A, B, scaling, origin, bias)
+    return scaling, origin
 
 
 def _maps_of_pairs(

@@ -59,6 +59,7 @@ class AdapterConfig(_Foreign):
 
 
 class LoraConfig(AdapterConfig):
+    target_parameters: list[Name] | None = None
     r: Count
     lora_alpha: float
     lora_dropout: float | None = None

@@ -53,10 +53,12 @@ def as_matrix(base: Base, place: Place, module: str) -> StoredTensor:
 
 
 def stacks(base: Base, adapter: Adapter) -> dict[str, Stack]:
-    """Where the weights of those modules that are a layer's experts lie. UserError where the base has none such."""
+    """Where the weights of those modules that are a layer's experts lie, and of pairs of all experts' tensors these. UserError
+    where the base has none such."""
     if not adapter.experts:
-        return {}
-    return find_stacks(base, adapter.experts, {module: len(adapter.pairs[module].B) for module in adapter.experts})
+        return adapter.stacks
+    widths = {module: len(adapter.pairs[module].B) for module in adapter.experts}
+    return {**adapter.stacks, **find_stacks(base, adapter.experts, widths)}
 
 
 def in_stored_form(

@@ -37,6 +37,7 @@ from pipeline.artifacts.adapter.adapter import (
     WEIGHTS_FILE,
     adapter_pairs,
 )
+from pipeline.artifacts.adapter.parameters import file_stems
 from pipeline.families import FAMILIES, KINDS, MULTIPLICATIVE, Kind
 from pipeline.families import settings as settings_of
 from pipeline.files import atomic_folder, write_json
@@ -44,7 +45,7 @@ from pipeline.formats.dtypes import CODES
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import holders, layers_of, loadable_name, natural_order, public_name
-from pipeline.peft.types import PEFT, Asked
+from pipeline.peft.types import LOCAL, PEFT, Asked
 
 Tensors = Mapping[str, torch.Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -92,17 +93,19 @@ def write_adapter(
     facts: Mapping[str, Any] = NOTHING,
     use_rslora: bool = False,
     experts: Mapping[str, ExpertWeights] = NO_EXPERTS,
+    parameters: Mapping[str, int] = NOTHING,
     **training: Unpack[Training],
 ) -> None:
     """Write the two files of an adapter that is pairs into `folder`, which exists and is the caller's to put in place.
 
     `tensors`: `<module>.A` and `<module>.B` for every module, floating point, with R = `rank`. `biased_targets`: whether
     any of the modules has a bias. `facts`: more for the metadata (JSON values). `use_rslora`: s = alpha / √rank (rsLoRA,
-    arXiv 2312.03732); of a LoRA only. `experts`: those of the modules that are a layer's experts. Raises ValueError where a pair
-    is incomplete or misshapen, or not finite.
+    arXiv 2312.03732); of a LoRA only. `experts`: those of the modules that are a layer's experts. `parameters`: of a LoRA, those
+    that are parameters, each module's in the order in which it holds them, with how many matrices each is: A [R·E, D] and B [D,
+    R·E] as PEFT has them. Raises ValueError where a pair is incomplete or misshapen, or not finite.
     """
     pairs = adapter_pairs(tensors)
-    _check_pairs(pairs, kind, rank)
+    _check_pairs(pairs, kind, rank, parameters)
     scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
     values = {
         "lora_rank": rank,
@@ -124,7 +127,7 @@ def write_adapter(
         "experts": {module: form._asdict() for module, form in experts.items()},
         "layers": layers_of(pairs),
     }
-    _write(folder, tensors, list(pairs), kind, config, own, **training)
+    _write(folder, tensors, list(pairs), kind, config, own, list(parameters), **training)
 
 
 def write_family(
@@ -165,6 +168,11 @@ def write_by_peft(
         if tensor.is_floating_point() and not math.isfinite(float(tensor.float().abs().sum())):
             raise ValueError(f"{name}: the adapter holds NaN or infinite values")
     own = {"settings": {"type": asked.type, **asked.settings}}
+    if LOCAL[asked.type].ranked:
+        from pipeline.peft.layers import kept_only
+
+        tensors, pattern = kept_only(tensors)
+        config = {**config, "rank_pattern": pattern}
     stored = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
     _write_files(folder, stored, modules, PEFT, {**config, "peft_type": asked.type}, own, **training)
 
@@ -176,11 +184,15 @@ def _write(
     family: str,
     config: Mapping[str, Any],
     own: Mapping[str, Any],
+    parameters: list[str] | None = None,
     **training: Unpack[Training],
 ) -> None:
-    """Both files, of a family whose tensors its row names."""
+    """Both files, of a family whose tensors its row names. `parameters`: those of `modules` that are none."""
+    stems = file_stems(parameters or [])
+    if parameters:
+        config = {**config, "target_modules": [m for m in modules if m not in stems], "target_parameters": parameters}
     stored = {
-        f"{PEFT_PREFIX}{module}.{in_file}": tensors[f"{module}.{key}"].contiguous()
+        f"{PEFT_PREFIX}{stems.get(module, module)}.{in_file}": tensors[f"{module}.{key}"].contiguous()
         for module in modules
         for key, in_file in FAMILIES[family].tensors.items()
     }
@@ -224,13 +236,15 @@ def _write_files(
     write_json(folder / CONFIG_FILE, {**head, **config, **full_tensors.for_config(full, tied, config["peft_type"])})
 
 
-def _check_pairs(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: Kind, rank: int) -> None:
+def _check_pairs(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], kind: Kind, rank: int, parameters: Mapping[str, int]
+) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {KINDS}")
     if not pairs or rank < 1:
         raise ValueError("an adapter needs a module and a rank of at least 1")
     for module, (A, B) in pairs.items():
-        fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == rank
+        fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == rank * parameters.get(module, 1)
         if kind == MULTIPLICATIVE:
             fits = fits and A.shape[1] == B.shape[0]
         if not fits or not (A.is_floating_point() and B.is_floating_point()):

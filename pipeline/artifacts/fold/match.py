@@ -13,6 +13,7 @@ import torch
 
 from pipeline.artifacts.adapter.adapter import Adapter, Pair
 from pipeline.artifacts.adapter.maps import Added, WholeWeight, shape_of
+from pipeline.artifacts.adapter.parameters import check_stored, in_stored_tensors
 from pipeline.artifacts.adapter.stored_form import as_matrix, in_stored_form, is_transposed, places, stacks
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE, Kind
@@ -57,6 +58,7 @@ def match(
     them. Raises UserError where a module or a shape does not fit, where `layers` leaves nothing, and for a `scale` of
     what has no strength.
     """
+    adapter = in_stored_tensors(base, adapter)
     stacked = stacks(base, adapter)
     linear = [f"{module}.weight" for module in adapter.modules if module not in stacked]
     found = places(base, linear + list(adapter.full))
@@ -93,13 +95,15 @@ def check_names(
     full: Collection[str],
     experts: Mapping[str, ExpertWeights] = NO_EXPERTS,
     width: int = 0,
+    parameters: Collection[str] = (),
 ) -> None:
     """Raise UserError, before anything is trained, where a module's weight, or a tensor to be trained in full, is not one
     that a fold into `base` can change. Names are the running model's; `full`: of tensors; `experts`: those of the modules
-    that are a layer's experts, which write `width` numbers."""
+    that are a layer's experts, which write `width` numbers; `parameters`: those of the modules that are parameters."""
+    check_stored(base, list(parameters))
     for stack in find_stacks(base, dict(experts), dict.fromkeys(experts, width)).values() if experts else ():
         _check_weight(matrix_of(base, stack), stack.weights[0])
-    modules = [module for module in modules if module not in experts]
+    modules = [module for module in modules if module not in experts and module not in parameters]
     found = places(base, [f"{module}.weight" for module in modules] + list(full))
     lost = [name for name in [*(f"{module}.weight" for module in modules), *full] if name not in found]
     if lost:
@@ -160,7 +164,7 @@ def _check_maps(adapter: Adapter, weights: dict[str, StoredTensor]) -> None:
 
 
 def _too_wide(adapter: Adapter, weights: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    pairs = [(module, pair.A.shape[0]) for module, pair in adapter.pairs.items()]
+    pairs = [(module, pair.A.shape[-2]) for module, pair in adapter.pairs.items()]
     pairs += [(m, one.A.shape[0]) for m, maps in adapter.maps.items() for one in maps if isinstance(one, Added)]
     return tuple(module for module, rank in pairs if rank > min(weights[module].shape))
 
@@ -237,9 +241,9 @@ def possible_kinds(adapter: Adapter, weights: dict[str, StoredTensor]) -> set[Ki
     for module, pair in adapter.pairs.items():
         rows, columns = weights[module].shape
         fitting: set[Kind] = set()
-        if pair.B.shape[0] == rows:
-            fitting |= {LORA} if pair.A.shape[1] == columns else set()
-            fitting |= {MULTIPLICATIVE} if pair.A.shape[1] == rows else set()
+        if pair.B.shape[-2] == rows:
+            fitting |= {LORA} if pair.A.shape[-1] == columns else set()
+            fitting |= {MULTIPLICATIVE} if pair.A.shape[-1] == rows else set()
         if not possible & fitting:
             raise UserError(_misfit(adapter, weights, module, possible, fitting))
         possible &= fitting

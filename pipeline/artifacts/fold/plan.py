@@ -106,6 +106,8 @@ class Change:
 
 def _of_expert(step: Step, expert: int) -> Step:
     """The step on one expert's matrix."""
+    if isinstance(step, PairStep) and step.pair.A.dim() == 3:
+        return replace(step, pair=replace(step.pair, A=step.pair.A[expert], B=step.pair.B[expert]))
     if not isinstance(step, RowStep):
         return step
     maps = tuple(Replaced(one.values[expert]) if isinstance(one, Replaced) else one for one in step.maps)
@@ -299,8 +301,12 @@ def _module_steps(base: Base, part: Part, number: int, module: str, unmerge: boo
 
 
 def _expert_steps(base: Base, part: Part, number: int, module: str, unmerge: bool) -> Iterator[tuple[str, Step]]:
-    """The same of a layer's experts: their matrices and vectors, each multiplied by the pair from the side of its outputs."""
+    """The same of a layer's experts: their matrices and vectors, each multiplied by the pair from the side of its outputs; or, of
+    a LoRA, one tensor of all with a pair for each matrix."""
     stack, step = part.adapter.stacks[module], _pair_step(part, number, module, unmerge)
+    if step.kind == LORA:
+        yield stack.weights[0], step
+        return
     by_rows = RowStep(number, (Multiplied(step.pair.A, step.pair.B, step.scaling),), step.scaling)
     for name in stack.weights:
         yield name, by_rows if stack.transposed else step

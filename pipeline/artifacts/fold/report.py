@@ -38,7 +38,7 @@ def plan_lines(plan: FoldPlan, *, keep_logit_scale: bool) -> list[str]:
         adapter = part.adapter
         lines.append(
             f"{'adapter' + _index(plan, number):<8} {adapter.folder}: {part.kind}, {len(part.modules)} modules"
-            + _span([one.A.shape[0] for one in _strong(part)])
+            + _span([one.A.shape[-2] for one in _strong(part)])
             + (f", trained on {adapter.base_model}" if adapter.base_model else "")
             + (f", {_strength(part)}" if len(plan.parts) > 1 and _strength(part) else "")
         )

@@ -162,7 +162,7 @@ def _write(
         notes = met.lines(spec.deduplicate)
         if template and template.prints_the_date:
             notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
-        ends = _ends_beyond_stops(template) if writer.rows and spec.rules.train_on_eos != "none" else None
+        ends = ends_beyond_stops(template) if writer.rows and spec.rules.train_on_eos != "none" else None
         warnings = list(_will_not_stop(spec.name, writer, ends))
         writer.close(
             name=spec.name,
@@ -204,7 +204,7 @@ def _add(writer: RowWriter, met: Tally, one: Prepared) -> None:
     met.note(one.where, one.notes)
 
 
-def _ends_beyond_stops(template: Template | None) -> str | None:
+def ends_beyond_stops(template: Template | None) -> str | None:
     """The token with which the template ends a turn, where the model does not stop at it."""
     if template is None or not template.end_of_turn:
         return None

@@ -22,7 +22,7 @@ from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
 from pipeline.data.reading.records import Record
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
-from pipeline.data.rows.build import PLAIN, counted, is_new
+from pipeline.data.rows.build import PLAIN, counted, ends_beyond_stops, is_new
 from pipeline.data.rows.prepared import AT_ONCE, content, digest_of
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
@@ -32,7 +32,7 @@ from pipeline.data.units.scored import Grouped, by_prompt
 from pipeline.data.units.store import UnitRows, UnitWriter
 from pipeline.foreign import printable
 
-FORMAT = 1  # goes into the key: raise it when the same input would give other units
+FORMAT = 2  # goes into the key: raise it when the same input would give other units
 MANY_STRADDLE = 0.2  # of the units: then it is a warning
 
 
@@ -149,6 +149,8 @@ def _write(
         notes.insert(0, f"{writer.units:,} units ({spec.kind}) of {len(writer._groups):,} prompts")
         if template and template.prints_the_date:
             notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
+        end = ends_beyond_stops(template)
+        end_id = None if end is None else int(tokenizer.convert_tokens_to_ids(end))
         writer.close(
             name=spec.name,
             kind=spec.kind,
@@ -158,6 +160,7 @@ def _write(
             bad=met.bad,
             duplicates=met.duplicates,
             notes=notes,
+            ends=end_id if end_id is not None and writer.rows.holds(end_id) else None,
             warnings=_warnings(spec.name, writer.units, met, straddling),
         )
 

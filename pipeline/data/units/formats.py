@@ -22,12 +22,13 @@ TRUE_OR_FALSE |= {"true": True, "false": False, "True": True, "False": False, "1
 
 @dataclass(frozen=True)
 class Names:
-    """How a dataset calls what its rows hold. `label`: of unpaired data whether the answer is good, 'label' by itself; of pairs
-    whether `chosen` is the better of the two. `chat`: texts are messages of user and assistant. `messages`: of messages."""
+    """How a dataset calls what its rows hold. `rejected`: None where the model gives that answer itself. `label`: of unpaired
+    data whether the answer is good, 'label' by itself; of pairs whether `chosen` is the better of the two. `chat`: texts are
+    messages of user and assistant. `messages`: of messages."""
 
     prompt: str = "prompt"
     chosen: str = "chosen"
-    rejected: str = "rejected"
+    rejected: str | None = "rejected"
     completion: str = "completion"
     label: str | None = None
     answers: str = "answers"
@@ -54,7 +55,7 @@ def units(value: Any, kind: Kind, names: Names, ranks: int) -> list[Unit]:
         good = _flag(value, names.label or "label")
         unit = _unit(value, [value[names.completion]], names)
         return [Unit(unit.prompt, unit.answers, good)]
-    sides = [_field(value, names.chosen), _field(value, names.rejected)]
+    sides = [_field(value, name) for name in (names.chosen, names.rejected) if name is not None]
     if kind == "preference" and names.label is not None and not _flag(value, names.label):
         sides.reverse()
     unit = _unit(value, sides, names)

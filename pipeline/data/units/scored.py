@@ -71,6 +71,7 @@ def by_prompt(
         if kind == "ranked":
             yield Record(prompt.where, row | {names.answers: [answer for _, answer in chosen]})
             continue
+        assert names.rejected is not None, "of scored answers both are given"
         best, lower = chosen[0], [pair for pair in _in_order(prompt.answers) if pair[0] < chosen[0][0]]
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
         other = lower[int(np.random.PCG64(seed).random_raw() % len(lower))]

@@ -4,9 +4,10 @@ On disk it is a store of rows (rows/store.py), those of a unit after each other,
 answer is desirable, and of each of its rows whether it was cut.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -147,16 +148,17 @@ class UnitRows:
     of log-probabilities under the reference, None where none was computed.
     """
 
-    def __init__(self, folder: Path, reference: NDArray[np.float32] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         """UserError if a file is missing or has not the size it was written with."""
-        self.folder, self.reference = folder, reference
+        self.folder = folder
+        self.reference: NDArray[np.float32] | None = None
         rows = UnequalRows(folder)
         units = opened(folder / "units.arrow").read_all()
         self.report, self.kind = rows.report, rows.report.kind
         self.desirable: NDArray[np.bool_] = np.array(units["desirable"].to_pylist(), dtype=bool)
         self.cut: NDArray[np.bool_] = np.array(units["cut"].to_pylist(), dtype=bool)
         of = len(rows) // max(1, len(self.desirable))
-        self.members = tuple(SlotRows(rows, slot, of, self.kind) for slot in range(of))
+        self.members: tuple[RowStore, ...] = tuple(SlotRows(rows, slot, of, self.kind) for slot in range(of))
         self.name, self.bos, self.eos, self.content_hash = rows.name, rows.bos, rows.eos, rows.content_hash
         self.lengths: NDArray[np.int64] = np.max([slot.lengths for slot in self.members], axis=0, initial=0)
         self.reaches, self.width = self.lengths, None
@@ -168,11 +170,13 @@ class UnitRows:
         """The rows of units by their place in them: chosen, rejected; answers by rank; an answer and a mismatched one."""
         return self.members
 
-    def with_reference(self, reference: NDArray[np.float32]) -> "UnitRows":
+    def with_reference(self, reference: NDArray[np.float32]) -> Self:
         """The same units with what the reference says of them, fp32 [U, S]."""
         if reference.shape != (len(self), len(self.members)):
             raise ValueError(f"{reference.shape} numbers for {len(self)} units of {len(self.members)} rows")
-        return UnitRows(self.folder, reference)
+        known = copy.copy(self)
+        known.reference = reference
+        return known
 
     def __len__(self) -> int:
         return len(self.desirable)
@@ -195,4 +199,4 @@ class UnitRows:
 
     def facts(self) -> dict[str, Any]:
         """For run.json: what a store of rows says, and the number of units."""
-        return {**self.members[0].rows.facts(), "units": len(self), "rows_of_a_unit": len(self.members)}
+        return {**self.members[0].facts(), "units": len(self), "rows_of_a_unit": len(self.members)}

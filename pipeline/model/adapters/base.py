@@ -82,8 +82,16 @@ def wrap(stage: Stage, targets: list[str], make: Callable[[str, nn.Module], nn.M
 
 
 def trainable(stage: Stage) -> dict[str, nn.Parameter]:
-    """Trained parameters by their name in the whole model; those of a LoRA end in '.A' and '.B'."""
-    return {_plain(name): p for name, p in stage.model.named_parameters() if p.requires_grad}
+    """Trained parameters by their name in the whole model; those of a LoRA end in '.A' and '.B', and of one of a parameter begin
+    with that one's name."""
+    holders = {f"{n}.": m.parameter_name for n, m in stage.model.named_modules() if hasattr(m, "parameter_name")}
+    found = {}
+    for name, parameter in stage.model.named_parameters():
+        if parameter.requires_grad:
+            holder, lora, rest = name.partition("lora_")
+            wrapper = holders.get(holder) if lora else None
+            found[_plain(name) if wrapper is None else _of_parameter(holder, wrapper, rest)] = parameter
+    return found
 
 
 def written(stage: Stage) -> dict[str, Tensor]:
@@ -148,6 +156,12 @@ def draw_normal(parameter: Tensor, name: str, seed: int, deviation: float) -> No
 def _generator(name: str, seed: int) -> torch.Generator:
     # One 32-bit number: torch's CPU generator ignores the upper half of a seed.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
+def _of_parameter(holder: str, own: str, rest: str) -> str:
+    """'x.base_layer.', 'down_proj', 'A.default.weight' → 'x.down_proj.A'."""
+    module = re.sub(r"(\.base_layer)*\.$", "", holder)
+    return f"{module}.{own}.{rest.partition('.')[0]}"
 
 
 def _plain(name: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.console import UserError
 from pipeline.families import LORA
-from pipeline.model.adapters.base import Injector, Settings, device_of, draw, draw_normal, inject_peft, wrap
+from pipeline.model.adapters import parameters
+from pipeline.model.adapters.base import Injector, Settings, device_of, draw, draw_normal, inject_peft, owned, wrap
 from pipeline.model.stage import Stage
 
 OVERSAMPLED = 10  # probes beyond the rank (Halko, Martinsson & Tropp 2011, §4.2)
@@ -125,12 +126,14 @@ def inject_lora(
     seed: int,
     use_rslora: bool = False,
 ) -> None:
-    """PEFT's LoRA on those of `targets` that the stage owns, in `dtype`; s = alpha/R, or alpha/√R with `use_rslora`."""
+    """PEFT's LoRA on those of `targets`, modules and parameters, that the stage owns, in `dtype`; s = alpha/R, or alpha/√R with
+    `use_rslora`."""
     from peft import LoraConfig
 
+    of_parameters = parameters.among(stage.model, owned(stage, targets))
     mine = inject_peft(
         stage,
-        targets,
+        [name for name in targets if name not in of_parameters],
         lambda names: LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -145,6 +148,7 @@ def inject_lora(
         module.lora_A.to(dtype)
         module.lora_B.to(dtype)
         draw(module.lora_A["default"].weight, f"{name}.A", seed)
+    parameters.inject(stage, of_parameters, rank, alpha, dtype, seed, use_rslora)
 
 
 def inject_moslora(

@@ -5,7 +5,7 @@ that say what was chosen.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
-from pipeline.model.adapters import experts
+from pipeline.model.adapters import experts, parameters
 from pipeline.model.structure.parts import layers_of_model, parts_of, reads_weight
 from pipeline.names import layer_of, within_layer
 
@@ -87,11 +87,12 @@ def describe_targets(
     targets: list[str],
     layers: list[int],
     mixture: Mapping[str, ExpertWeights] = NO_EXPERTS,
+    of_parameters: Sequence[str] = (),
 ) -> list[str]:
     """Lines: how many of the chosen `layers` have an adapter in each kind of module, and the share of weights in these.
 
     'in 3 of 4 layers: mlp.down_proj; in 1: mlp.shared_expert.down_proj', 'on 12.3 % of the weights of all layers'. `mixture`:
-    the modules of experts among `targets`, by their full names.
+    the modules of experts among `targets`, by their full names; `of_parameters`: the parameters that are adapted beside them.
     """
     layers_with: dict[str, set[int | None]] = {}
     for full in targets:
@@ -101,16 +102,19 @@ def describe_targets(
         kinds_in.setdefault(len(those), []).append(name)
     counts = [f"{n} of {len(layers)} layers: {', '.join(kinds_in[n])}" for n in sorted(kinds_in, reverse=True)]
     weights = [f"{name}.{mixture[name].weight if name in mixture else 'weight'}" for name in targets]
-    held = sum(model.get_parameter(name).numel() for name in weights)
+    held = sum(model.get_parameter(name).numel() for name in [*weights, *of_parameters])
     share = held / sum(p.numel() for p in layers_of_model(model).parameters())
-    lines = [f"in {'; in '.join(counts)}", f"on {100 * share:.3g} % of the weights of all layers"]
+    lines = [f"in {'; in '.join(counts)}"] if counts else []
+    if of_parameters:
+        lines.append(parameters.describe(parameters.shapes(model, of_parameters)))
+    lines += [f"on {100 * share:.3g} % of the weights of all layers"]
     if mixture:
         kinds = ", ".join(sorted({_kind(within_layer(name)) for name in mixture}))
         written = ", ".join(sorted({experts.leaf(form) for form in mixture.values()}))
         lines.append(
             f"{kinds}: one pair a layer on what its experts write, which changes the {written} of each of them"
         )
-    elif in_experts := experts.share(model):
+    elif not of_parameters and (in_experts := experts.share(model)):
         lines.append(f"{100 * in_experts:.3g} % are in the experts' own tensors, which this adapter does not reach")
     return lines
 

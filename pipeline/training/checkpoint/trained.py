@@ -47,7 +47,7 @@ def save_adapter(
 
     def write_part(temporary: Path) -> None:
         if place.replica == 0 and tensors:
-            own = {name: t.detach().to("cpu", dtype) for name, t in tensors.items()}
+            own = {n: t.detach().to("cpu", dtype if t.is_floating_point() else None) for n, t in tensors.items()}
             write_tensors(temporary / PART.format(place.stage), own)
 
     def finish(temporary: Path) -> None:

@@ -7,6 +7,7 @@ the set keeps all stages busy; with a call per micro-batch they would take turns
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,9 @@ def evaluate(engine: PipelineEngine, objective: Objective, batches: EvaluationBa
     return objective.means(dict(zip(objective.measures, totals_M.tolist(), strict=True)), batches.targets)
 
 
-def scores(engine: PipelineEngine, objective: Objective, batches: EvaluationBatches, doing: str) -> list[Tensor]:
-    """The objective's measures of each micro-batch of this replica's, fp32 [M, B], in order; on its last stage, else nothing."""
+def scores(engine: PipelineEngine, objective: Objective, batches: EvaluationBatches, doing: str | None) -> list[Tensor]:
+    """The objective's measures of each micro-batch of this replica's, fp32 [M, B], in order; on its last stage, else nothing.
+    `doing`: over a bar, None for none."""
     in_training, measured = (engine.module.loss_fn, engine.dynamic_shape), wires.row_sums(objective)
 
     def losses(hidden_BTD: Tensor, given: tuple[Tensor, ...]) -> Tensor:
@@ -42,7 +44,7 @@ def scores(engine: PipelineEngine, objective: Objective, batches: EvaluationBatc
 
     engine.module.loss_fn, engine.dynamic_shape = losses, batches.fixed_shape is None
     engine.reset_activation_shape()
-    with progress(doing, len(batches)) as advance:
+    with progress(doing, len(batches)) if doing else nullcontext(lambda n: None) as advance:
         outputs = engine.eval_batch(
             _fed(batches, objective, advance, engine.device),
             reduce_output=None,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,9 @@ from pipeline.artifacts.adapter.adapter import WEIGHTS_FILE
 from pipeline.console import UserError, log
 from pipeline.data.arrow_files import ArrowFile, opened
 from pipeline.data.batches import EvaluationBatches
+from pipeline.data.row_store import RowStore
 from pipeline.data.selection import Selection
+from pipeline.data.units.generated import GeneratedPairs
 from pipeline.data.units.store import UnitRows
 from pipeline.files import rename
 from pipeline.formats.base_model import read_base
@@ -45,6 +47,7 @@ from pipeline.training.start.resolved import Resolved
 FORMAT = 1
 START = "start"
 Numbers = NDArray[np.float32]
+Units = TypeVar("Units", bound=UnitRows)
 _SCHEMA = pa.schema([("log_probs", pa.list_(pa.float32()))])
 
 
@@ -67,13 +70,15 @@ def attached(data: Data, run: Pass, run_dir: Path, came_from: Path | None) -> tu
     stores: dict[int, UnitRows] = {}
     rows: dict[int, list[NDArray[np.int64]]] = {}
     for chosen in (*data.train, *data.evaluation.values()):
+        if isinstance(chosen.store, GeneratedPairs):  # scored when its answers are known (on_policy.py)
+            continue
         assert isinstance(chosen.store, UnitRows)
         stores[id(chosen.store)] = chosen.store
         rows.setdefault(id(chosen.store), []).append(chosen.rows)
     at_start = run.spec.reference == START
     with agreement(run.place):
         about = _about(run)
-    known: dict[int, UnitRows] = {}
+    known: dict[int, RowStore] = {}
     kept: dict[str, str] = {}
     for key, store in stores.items():
         name = f"reference-{_digest([*about, store.content_hash])}.arrow"
@@ -84,10 +89,15 @@ def attached(data: Data, run: Pass, run_dir: Path, came_from: Path | None) -> tu
         kept |= {name: _digest_of(numbers)} if at_start else {}
 
     def with_numbers(chosen: Selection) -> Selection:
-        return replace(chosen, store=known[id(chosen.store)])
+        return replace(chosen, store=known.get(id(chosen.store), chosen.store))
 
     train = [with_numbers(chosen) for chosen in data.train]
     return replace(data, train=train, evaluation={n: with_numbers(c) for n, c in data.evaluation.items()}), kept
+
+
+def scored(run: Pass, store: Units, rows: NDArray[np.int64]) -> Units:
+    """`store` with the reference's numbers of the units `rows`, computed now, with nothing said. All processes must come here."""
+    return store.with_reference(_computed(run, store, rows, doing=None))
 
 
 def check_kept(folder: Path, manifest: dict[str, Any], reference: str | None) -> None:
@@ -111,7 +121,7 @@ def _numbers(run: Pass, store: UnitRows, rows: NDArray[np.int64], source: Path, 
     dist.broadcast_object_list(told)
     numbers: Numbers | None = told[0]
     if numbers is None:
-        numbers = _computed(run, store, rows)
+        numbers = _computed(run, store, rows, f"the reference on {store.name}")
         log(f"reference: {len(rows):,} units of '{store.name}' scored by {run.spec.reference}")
     else:
         log(f"reference: what {run.spec.reference} says of '{store.name}' is in {source}")
@@ -121,7 +131,7 @@ def _numbers(run: Pass, store: UnitRows, rows: NDArray[np.int64], source: Path, 
     return numbers
 
 
-def _computed(run: Pass, store: UnitRows, rows: NDArray[np.int64]) -> Numbers:
+def _computed(run: Pass, store: UnitRows, rows: NDArray[np.int64], doing: str | None) -> Numbers:
     """By one pass through the stages, every replica its part."""
     spec, place = run.plan.data, run.place
     batches = EvaluationBatches(
@@ -135,7 +145,7 @@ def _computed(run: Pass, store: UnitRows, rows: NDArray[np.int64]) -> Numbers:
     objective = RowScores(head, logit_transform(run.stage.model.config), run.spec.slots)
     sums_US = torch.zeros(len(store), run.spec.slots, device=place.device)
     with _as_reference(run):
-        outputs = evaluate.scores(run.engine, objective, batches, f"the reference on {store.name}")
+        outputs = evaluate.scores(run.engine, objective, batches, doing)
     rows_of = (batch.rows for batch in batches) if outputs else ()
     for sums_SU, units in zip(outputs, rows_of, strict=True):
         for place_in_batch, unit in enumerate(units):

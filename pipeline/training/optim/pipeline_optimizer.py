@@ -54,6 +54,7 @@ class PipelineOptimizer(Optimizer):
         self.tied: frozenset[str] = frozenset()
         self.counts_tied = True
         self.on_gradients: Callable[[dict[str, Tensor]], None] | None = None
+        self.before_norm: list[Callable[[dict[str, Tensor]], object]] = []  # each step, with the sums of gradients
         self.before_update: list[Callable[[], object]] = []  # each step, when the gradients are known to be finite
         self.after_update: list[Callable[[], object]] = []
         self._sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
@@ -82,6 +83,8 @@ class PipelineOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Reduce, measure, clip, round, update. Raises NonFiniteError before anything is changed."""
         self._reduce()
+        for add in self.before_norm:
+            add(self._sums)
         self.grad_norm = math.sqrt(self._sum_of_squares())
         if not math.isfinite(self.grad_norm):
             raise NonFiniteError(f"the gradient's norm is {self.grad_norm}")
@@ -91,14 +94,16 @@ class PipelineOptimizer(Optimizer):
         with self.update_lock:
             for name, parameter in self.parameters_by_name.items():
                 parameter.grad = self._sums[name].mul_(self.clip_coefficient).to(parameter.dtype)
+            for call in self.before_update:
+                call()
             if self.parameters_by_name:
-                for call in self.before_update:
-                    call()
                 self.inner.step()
-                for call in self.after_update:
-                    call()
-                if next(iter(self.parameters_by_name.values())).is_cuda:
-                    self.updated = torch.cuda.current_stream().record_event()
+            for (
+                call
+            ) in self.after_update:  # on a stage that trains nothing, too: others may wait for what it has to say
+                call()
+            if self.parameters_by_name and next(iter(self.parameters_by_name.values())).is_cuda:
+                self.updated = torch.cuda.current_stream().record_event()
             self.completed_steps += 1
         for name, parameter in self.parameters_by_name.items():
             parameter.grad = None
@@ -121,10 +126,15 @@ class PipelineOptimizer(Optimizer):
         )
         if self.pipe_group is None or dist.get_world_size(self.pipe_group) == 1:
             return float(squares)
-        device = next(iter(self._sums.values())).device if self._sums else _communication_device()
+        device = next(iter(self._sums.values())).device if self._sums else communication_device()
         total = torch.as_tensor(squares, dtype=torch.float64).to(device)
-        dist.all_reduce(total, group=self.pipe_group)
+        self.sum_over_stages(total)
         return float(total)
+
+    def sum_over_stages(self, tensor: Tensor) -> None:
+        """In place; all stages must come."""
+        if self.pipe_group is not None and dist.get_world_size(self.pipe_group) > 1:
+            dist.all_reduce(tensor, group=self.pipe_group)
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:
@@ -137,5 +147,7 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
     return add
 
 
-def _communication_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+def communication_device() -> torch.device:
+    """Where tensors are that go between processes."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -24,6 +24,7 @@ def check(asked: list[Part], model: str, output_dir: str, plan: Resolved, module
         output_dir=Path(output_dir),
         kind=families.saved_kind(adapter) if adapter else None,
         targets=trained.targets,
+        parameters=adapter.matrices if adapter else (),
         biased_targets=bool(adapter and adapter.biased_targets),
         trained_in_full=modules,
         full=[name for name in trained.in_full if name not in trained.tied],

@@ -38,6 +38,8 @@ from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState, restore
 from pipeline.training.engine import engine, reference
+from pipeline.training.engine.asking import RunAsker
+from pipeline.training.engine.on_policy import Negatives
 from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
@@ -77,6 +79,7 @@ def trainer(
     with watcher.phase(UNHURRIED):
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
     optimizer = build_optimizer(plan.updates, stage, place)
+    families.share_ranks(stage, optimizer, plan.trained.adapter)
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
@@ -90,10 +93,9 @@ def trainer(
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    if plan.objective and plan.objective.cached:
-        run = reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
+    if (against := against_of(plan, pipeline_engine, stage, place)) is not None:
         with watcher.phase(UNHURRIED):
-            data, about["reference"] = reference.attached(data, run, opened.path, resumed and resumed[0].parent)
+            data, about["reference"] = reference.attached(data, against, opened.path, resumed and resumed[0].parent)
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
     trackers = partial(Trackers, config.trackers, config.tracker_options, config.tracker_project)
@@ -120,6 +122,7 @@ def trainer(
         state=state,
         metrics=metrics,
         samples=samples_of(plan, data, stage, place, metrics, watcher),
+        negatives=negatives_of(plan, data, stage, place, against, opened.path, progress.step, watcher),
         reports=Reports(opened.path, config.report_every_minutes),
         step_times=times,
         memory=StepMemory(engine.held_tensors(pipeline_engine, optimizer)),
@@ -162,6 +165,30 @@ def samples_of(
     if plan.data.samples is None or data.questions is None:
         return None
     return Samples(plan.data.samples, data.questions, stage, place, plan.base.dtype, metrics, watcher.doing)
+
+
+def against_of(plan: Resolved, built: PipelineEngine, stage: Stage, place: engine.Place) -> reference.Pass | None:
+    """What scores rows by the reference, where a loss reads that."""
+    if plan.objective is None or not plan.objective.cached:
+        return None
+    return reference.Pass(plan, plan.objective, built, stage, place)
+
+
+def negatives_of(
+    plan: Resolved,
+    data: prepare.Data,
+    stage: Stage,
+    place: engine.Place,
+    against: reference.Pass | None,
+    run_dir: Path,
+    step: int,
+    watcher: Watcher,
+) -> Negatives | None:
+    """What gives the rejected answers, where the model does. `step`: the last completed one."""
+    if plan.data.generation is None or data.spoken is None:
+        return None
+    asker = RunAsker(stage, place, plan.base.dtype, partial(watcher.doing, "writing rejected answers", True))
+    return Negatives(plan.data.generation, data.spoken, asker, against, run_dir, step)
 
 
 def build_stage(

@@ -17,6 +17,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
 from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
+from pipeline.data.microbatch import MicroBatch
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import StepTotals
 from pipeline.publishing.report.beside import Reports
@@ -24,6 +25,7 @@ from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
 from pipeline.training.engine import evaluate, prefetch, wires
 from pipeline.training.engine.engine import Place, held_tensors
+from pipeline.training.engine.on_policy import Negatives
 from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
@@ -68,6 +70,7 @@ class Trainer:
     saver: Saver
     metrics: Metrics
     samples: Samples | None
+    negatives: Negatives | None
     reports: Reports
     step_times: StepTimes
     memory: StepMemory
@@ -124,8 +127,9 @@ class Trainer:
 
     def _train_step(self, clock: Clock, total: int) -> None:
         """One optimizer step; NonFiniteError names the documents it came from."""
+        clock.start()
         with self.step_times.part("data"):
-            micro_batches, info = self.batches.step(self.progress.position)
+            micro_batches, info = self._read()
         lr = self.learning_rate(self.step, total)
         self.optimizer.set_lr(lr)
         order = self.batches.order_hash(info.next_position.epoch)
@@ -135,7 +139,6 @@ class Trainer:
             one.begin_step()
         if self.step_totals:
             self.step_totals.begin(self.step / total)
-        clock.start()
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
             with self.step_times.step():
@@ -154,6 +157,14 @@ class Trainer:
             self.memory.reset(held_tensors(self.engine, self.optimizer))
         self._completed(ahead)
         self._report(clock, loss, lr, info, info.tokens / seconds, last=self.step == total)
+
+    def _read(self) -> tuple[list[MicroBatch], StepInfo]:
+        """The next step's micro-batches, for which the model may have to give answers first."""
+        position, stores = self.progress.position, None
+        if self.negatives is not None:
+            rows = self.batches.info(position).rows
+            stores = self.negatives.stores(self.batches.stores, rows, self.step + 1)
+        return self.batches.step(position, stores)
 
     def _report(self, clock: Clock, loss: float, lr: float, info: StepInfo, tokens_per_s: float, last: bool) -> None:
         logs = self.step % self.intervals.logging_steps == 0 or last
@@ -182,6 +193,7 @@ class Trainer:
                     "train/tokens": self.progress.tokens,
                     **_means([part[2] for part in gathered or []]),
                     **self._measured([part[3] for part in gathered or []]),
+                    **(self.negatives.measured() if self.negatives else {}),
                     **norms,
                     **_by_process(gathered or []),
                 },

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pipeline.artifacts.adapter.adapter import adapter_norms
+from pipeline.artifacts.adapter.parameters import per_expert
 from pipeline.artifacts.adapter.schema import TrainedOver
 from pipeline.artifacts.adapter.write import NOTHING, write_adapter, write_by_peft, write_family
 from pipeline.console import UserError, warn
@@ -23,12 +24,14 @@ from pipeline.formats.base_model import read_base
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters import by_peft, control, lora, multiplicative, rotations
-from pipeline.model.adapters.base import Injector, Settings, outputs_of, written
+from pipeline.model.adapters.base import Injector, Settings, outputs_of, owned, written
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft.types import Asked
+from pipeline.peft.types import LOCAL, Asked
+from pipeline.training.optim import adalora
 from pipeline.training.optim.inner import add, value
+from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.stage import initial_adapter, patterns
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Size
 
@@ -54,9 +57,13 @@ def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
         by_peft.check_fits(model, adapter.targets, adapter.by_peft)
     row, block, too_wide = adapter.row, adapter.block_size, []
     for name, size in adapter.sizes.items():
-        module: Any = model.get_submodule(name)
-        outputs, rank = outputs_of(model, module), size.rank
-        inputs = getattr(module, "in_features", outputs)
+        rank = size.rank
+        if name in adapter.parameters:
+            inputs, outputs = adapter.parameters[name][-2:]
+        else:
+            module: Any = model.get_submodule(name)
+            outputs = outputs_of(model, module)
+            inputs = getattr(module, "in_features", outputs)
         if block and inputs % block:
             raise UserError(f"{row.block_size} = {block} does not divide the {inputs} inputs of {name}")
         if row.not_above_outputs and rank > outputs:
@@ -133,13 +140,14 @@ def saved(adapter: AdapterSpec, folder: str) -> dict[str, Tensor]:
         if not {"A", "B"} <= set(form.tensors):
             return tensors
         ranks = {module: size.rank for module, size in adapter.sizes.items()}
-        return patterns.from_one_rank(tensors, ranks, adapter.factors)
+        return patterns.from_one_rank(tensors, ranks, adapter.factors, adapter.matrices)
     return initial_adapter.read_pairs(
         folder,
         {module: (size.rank, size.s) for module, size in adapter.sizes.items()},
         uniform=(adapter.saved_size.rank, adapter.saved_size.s),
         on_the_output=form.on_output,
         biased_targets=adapter.biased_targets,
+        parameters=adapter.parameters,
     )
 
 
@@ -168,9 +176,23 @@ def orthonormalise(directions: list[nn.Parameter], optimizer: Optimizer) -> None
         add(optimizer, Q, control.newton_step(value(optimizer, Q)))
 
 
+def share_ranks(stage: Stage, optimizer: PipelineOptimizer, adapter: AdapterSpec | None) -> None:
+    """Have `optimizer` share out the ranks of all stages' modules, where the family does."""
+    if adapter is None or adapter.by_peft is None or not LOCAL[adapter.by_peft.type].ranked:
+        return
+    layers = {name: stage.model.get_submodule(name) for name in owned(stage, adapter.targets)}
+    places = {name: place for place, name in enumerate(adapter.targets)}
+    adalora.attach(optimizer, layers, places, _peft_config(adapter.by_peft))
+
+
 def norms(stage: Stage, adapter: AdapterSpec) -> dict[str, float]:
     """‖s·B·A‖_F of every module of the stage; nothing for families that are no pair of A and B."""
     pairs = {name: t for name, t in written(stage).items() if name.endswith((".A", ".B"))}
+    for name, experts in adapter.matrices.items():
+        if f"{name}.A" in pairs:
+            pairs |= zip(
+                (f"{name}.A", f"{name}.B"), per_expert(pairs[f"{name}.A"], pairs[f"{name}.B"], experts), strict=True
+            )
     return {module: norm * abs(adapter.sizes[module].s) for module, norm in adapter_norms(pairs, 1.0).items()}
 
 
@@ -223,6 +245,7 @@ def _writer(
         dropout=adapter.dropout,
         biased_targets=adapter.biased_targets,
         experts=adapter.experts,
+        parameters=adapter.matrices,
         facts={"family": adapter.family, "init_lora_weights": adapter.start},
         **common,
     )
@@ -233,7 +256,7 @@ def _of_one_size(adapter: AdapterSpec, tensors: dict[str, Tensor]) -> dict[str, 
     if set(adapter.sizes.values()) == {adapter.common}:
         return tensors
     return patterns.to_one_rank(
-        tensors, adapter.saved_size.rank * (2 if adapter.start is not True else 1), adapter.factors
+        tensors, adapter.saved_size.rank * (2 if adapter.start is not True else 1), adapter.factors, adapter.matrices
     )
 
 

@@ -10,54 +10,69 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts.adapter.adapter import PEFT_PREFIX, WEIGHTS_FILE, Pair
-from pipeline.artifacts.adapter.read import load_pairs
+from pipeline.artifacts.adapter.adapter import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE, Pair
+from pipeline.artifacts.adapter.parameters import placed
+from pipeline.artifacts.adapter.read import load_adapter, load_pairs
 from pipeline.artifacts.adapter.schema import own_facts
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA, MULTIPLICATIVE
-from pipeline.foreign import printable
+from pipeline.foreign import printable, read_object
 from pipeline.formats.safetensors import Header, load_tensors, read_header
 from pipeline.model.adapters.base import frozen, trainable
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.model.adapters.lora import MosLoRA
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft.types import PEFT, Asked
+from pipeline.peft.types import LOCAL, PEFT, Asked
 from pipeline.training.stage import patterns
 
 Size = tuple[int, float]  # rank R, s
+NO_PARAMETERS: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 OF_PAIRS = re.compile(r".+\.(lora|peanut)_[AB]\.weight")  # of an adapter that says nothing of itself: PEFT's own
 
 
 def read_pairs(
-    folder: str, sizes: Mapping[str, Size], *, uniform: Size, on_the_output: bool, biased_targets: bool
+    folder: str,
+    sizes: Mapping[str, Size],
+    *,
+    uniform: Size,
+    on_the_output: bool,
+    biased_targets: bool,
+    parameters: Mapping[str, tuple[int, ...]] = NO_PARAMETERS,
 ) -> dict[str, Tensor]:
     """`<module>.A` and `<module>.B` of an adapter that is pairs, for each module of `sizes`.
 
     `sizes`: the rank and s with which each is trained. A pair has these, as PEFT saves patterns, or those of `uniform`, the
     form in which we save them (stage/patterns.py). `on_the_output`: whether it must be multiplicative (h + s·B·A·h), else it
-    is a LoRA. UserError naming what the two differ in.
+    is a LoRA. `parameters`: those of `sizes` that are no modules, with their shapes. UserError naming what the two differ in.
     """
-    where, adapter = f"init_adapter = '{folder}'", load_pairs(_existing(folder))
+    where = f"init_adapter = '{folder}'"
+    adapter = load_adapter(_existing(folder)) if parameters else load_pairs(_existing(folder))
     kind = MULTIPLICATIVE if on_the_output else LORA
     if adapter.kind not in (None, kind):
         raise UserError(f"{where}: it is a {adapter.kind}, and this run trains a {kind}; set adapter_type")
-    _check_modules(where, adapter.pairs, sizes)
+    pairs = {module: (pair, len(pair.A), 1) for module, pair in adapter.pairs.items()}
+    for name, one in placed(adapter, parameters).items():
+        scaling = adapter.of_parameters.scaling(name, one.rank) if adapter.of_parameters else (1.0, "")
+        pairs[name] = Pair(one.A, one.B, *scaling), one.rank, one.experts
+    _check_modules(where, pairs, sizes)
     if on_the_output and biased_targets and not adapter.moves_bias:
         raise UserError(
             f"{where}: it was trained on the modules' products without their biases, and here it would move those too"
         )
     tensors: dict[str, Tensor] = {}
-    for module, pair in adapter.pairs.items():
+    for module, (pair, rank, matrices) in pairs.items():
         halves, own = {f"{module}.A": pair.A, f"{module}.B": pair.B}, sizes[module]
-        if not _has(pair, own):
-            _check_size(f"{where}: {module}", pair, own, uniform)
-            halves = patterns.from_one_rank(halves, {module: own[0]}, {module: own[1] / uniform[1]})
+        if not _has(pair, rank, own):
+            _check_size(f"{where}: {module}", pair, rank, own, uniform)
+            factors = {module: own[1] / uniform[1]}
+            halves = patterns.from_one_rank(halves, {module: own[0]}, factors, {module: matrices})
         tensors |= halves
     return tensors
 
@@ -90,6 +105,7 @@ def read_family(folder: str, targets: Collection[str], family: Any, settings: di
 def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[str, Tensor]:
     """The tensors of an adapter that write_by_peft wrote, by the names of training. UserError naming what differs."""
     where, path = f"init_adapter = '{folder}'", _existing(folder) / WEIGHTS_FILE
+    row = LOCAL[asked.type]
     if not path.is_file():
         raise UserError(f"{where}: there is no {WEIGHTS_FILE} in it")
     header = read_header(path)
@@ -101,7 +117,7 @@ def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[st
     _check_modules(where, own.get("modules", []), targets)
     ours, theirs = {"type": asked.type, **asked.settings}, own.get("settings", {})
     for key in sorted(ours.keys() | theirs.keys()):
-        if theirs.get(key) != ours.get(key) and not key.endswith("dropout"):
+        if theirs.get(key) != ours.get(key) and not key.endswith("dropout") and key not in row.of_training:
             raise UserError(
                 f"{where}: it was trained with {key} = {printable(theirs.get(key), 60)}, this run has {ours.get(key)}; set it in "
                 "[peft] as it was"
@@ -109,7 +125,25 @@ def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[st
     modules = set(targets)
     stored = {t.name.removeprefix(PEFT_PREFIX): t.name for t in header.tensors}
     tensors = load_tensors(header, [t for name, t in stored.items() if not modules.isdisjoint(holders(name))])
-    return {name: tensors[source] for name, source in stored.items() if source in tensors}
+    found = {name: tensors[source] for name, source in stored.items() if source in tensors}
+    return _of_full_rank(where, path.with_name(CONFIG_FILE), found) if row.ranked else found
+
+
+def _of_full_rank(where: str, config: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With zeros for triplets that a budget has dropped."""
+    from pipeline.peft.layers import in_full
+
+    facts = read_object(config, where)
+    kept = facts.get("rank_pattern") or {}
+    found: dict[str, Tensor] = {}
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+        own = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
+        try:
+            full = in_full(own, kept.get(f"{module}.lora_E"), facts["init_r"])
+        except ValueError as error:
+            raise UserError(f"{where}: {module}: {error}.") from None
+        found |= {f"{module}.{name}": tensor for name, tensor in full.items()}
+    return found
 
 
 def read_in_full(folder: str, names: Collection[str], tied: Mapping[str, str]) -> dict[str, Tensor]:
@@ -181,16 +215,16 @@ def _as_trained(name: str, module: nn.Module | None, written: dict[str, Tensor])
     return written
 
 
-def _has(pair: Pair, size: Size) -> bool:
-    return pair.A.shape[0] == size[0] and math.isclose(pair.scaling, size[1], rel_tol=1e-6)
+def _has(pair: Pair, rank: int, size: Size) -> bool:
+    return rank == size[0] and math.isclose(pair.scaling, size[1], rel_tol=1e-6)
 
 
-def _check_size(where: str, pair: Pair, own: Size, uniform: Size) -> None:
-    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair has those of `uniform`."""
-    found = pair.A.shape[0]
+def _check_size(where: str, pair: Pair, found: int, own: Size, uniform: Size) -> None:
+    """UserError, in terms of the module's `own` rank and s where that is nearer, unless the pair, of rank `found`, has those of
+    `uniform`."""
     if found not in (own[0], uniform[0]):
         raise UserError(f"{where} has rank {found}, this run's has rank {own[0]}; set lora_rank accordingly")
-    if not _has(pair, uniform):
+    if not _has(pair, found, uniform):
         s = own[1] if found == own[0] else uniform[1]
         raise UserError(
             f"{where} was trained with s = {pair.scaling:g} ({pair.origin}), this run has s = {s:g}, "

@@ -8,8 +8,8 @@ function, and one that every reader of adapters knows: PEANUT has no patterns, a
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipeline.console import UserError
 from pipeline.patterns import matches
@@ -42,32 +42,42 @@ def check(patterns: Mapping[str, Iterable[str]], targets: Iterable[str]) -> None
                 raise UserError(f"{key}: '{pattern}' matches none of the modules that are trained")
 
 
-def to_one_rank(tensors: Mapping[str, Tensor], rank: int, factors: Mapping[str, float]) -> dict[str, Tensor]:
+def to_one_rank(
+    tensors: Mapping[str, Tensor], rank: int, factors: Mapping[str, float], matrices: Mapping[str, int]
+) -> dict[str, Tensor]:
     """A [r, D] and B [D, r] of each module → [rank, D] and [D, rank] with zeros, B times the module's factor.
 
-    Other tensors of a module stay as they are. A factor that is no power of two rounds B once, to its dtype.
+    Of a parameter with E `matrices`, A [r·E, D] and B [D, r·E], those of each. Other tensors of a module stay as they are. A
+    factor that is no power of two rounds B once, to its dtype.
     """
     out = dict(tensors)
     for module, factor in factors.items():
-        A, B = tensors[f"{module}.A"], tensors[f"{module}.B"]
-        out[f"{module}.A"] = torch.cat([A, A.new_zeros(rank - A.shape[0], A.shape[1])])
+        A, B = _by_matrix(tensors, module, matrices)
+        lacking = rank - A.shape[1]
         scaled = (B.float() * factor).to(B.dtype)
-        out[f"{module}.B"] = torch.cat([scaled, B.new_zeros(B.shape[0], rank - B.shape[1])], dim=1)
+        out[f"{module}.A"] = pad(A, (0, 0, 0, lacking)).flatten(0, 1)
+        out[f"{module}.B"] = pad(scaled, (0, 0, 0, lacking)).flatten(1)
     return out
 
 
 def from_one_rank(
-    tensors: Mapping[str, Tensor], ranks: Mapping[str, int], factors: Mapping[str, float]
+    tensors: Mapping[str, Tensor], ranks: Mapping[str, int], factors: Mapping[str, float], matrices: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """The inverse of `to_one_rank`. UserError if what is cut off is not zero."""
     out = dict(tensors)
     for module, rank in ranks.items():
-        A, B = tensors[f"{module}.A"], tensors[f"{module}.B"]
-        if A[rank:].any() and B[:, rank:].any():
+        A, B = _by_matrix(tensors, module, matrices)
+        if A[:, rank:].any() and B[:, rank:].any():
             raise UserError(f"init_adapter: {module} makes use of more than rank {rank}, which this run gives it")
-        out[f"{module}.A"] = A[:rank]
-        out[f"{module}.B"] = (B[:, :rank].float() / factors[module]).to(B.dtype)
+        out[f"{module}.A"] = A[:, :rank].flatten(0, 1)
+        out[f"{module}.B"] = (B[:, :rank].float() / factors[module]).to(B.dtype).flatten(1)
     return out
+
+
+def _by_matrix(tensors: Mapping[str, Tensor], module: str, matrices: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """A [E, r, D] and B [D, r, E], as PEFT has them of a parameter with E matrices; of a module E is 1."""
+    E = matrices.get(module, 1)
+    return tensors[f"{module}.A"].unflatten(0, (E, -1)), tensors[f"{module}.B"].unflatten(1, (-1, E))
 
 
 def _first(key: str, patterns: Mapping[str, float], module: str) -> float | None:

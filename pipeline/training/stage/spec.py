@@ -51,7 +51,9 @@ class AdapterSpec:
     `common`: of lora_rank and lora_alpha, which rank_pattern and alpha_pattern change for some modules. `start`: how A and B
     begin, True (A random, B zero) or init_lora_weights' name of another. `block_size`: of families with blocks.
     `feedforward`: the modules with a factor for each input. `biased_targets`: whether any of the modules has a bias.
-    `experts`: those of the modules that are a layer's experts, with what these write with. `by_peft`: of a type of PEFT's own.
+    `experts`: those of the modules that are a layer's experts, with what these write with. `parameters`: those that are no
+    modules but parameters, with their shapes, each module's in the order in which it holds them. `by_peft`: of a type of PEFT's
+    own.
     """
 
     family: str
@@ -67,6 +69,7 @@ class AdapterSpec:
     block_size: int | None = None
     feedforward: tuple[str, ...] = ()
     experts: dict[str, ExpertWeights] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
     by_peft: Asked | None = None
 
     @property
@@ -78,6 +81,11 @@ class AdapterSpec:
     def targets(self) -> list[str]:
         """Full names of the modules that are adapted."""
         return list(self.sizes)
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """Of each parameter that is adapted, how many matrices it holds."""
+        return {name: shape[0] if len(shape) == 3 else 1 for name, shape in self.parameters.items()}
 
     @property
     def saved_size(self) -> Size:

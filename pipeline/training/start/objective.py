@@ -80,7 +80,8 @@ def spec_of(
         raise UserError(f"datasets.ranks: all datasets of a run need the same number, and they have {slots}")
     problems = [*_loss_problems(objective, mixture, around)] if mixture else []
     reads = bool(taps) or (mixture is not None and mixture.reads_reference)
-    for problem in (*problems, *(_reference_problems(objective, around) if reads else ())):
+    generates = any(dataset.generates for dataset in datasets)
+    for problem in (*problems, *(_reference_problems(objective, around, generates) if reads else ())):
         with errors.collect():
             raise UserError(problem)
     errors.raise_all()
@@ -172,8 +173,8 @@ def _loss_problems(objective: Objective, mixture: Mixture, around: Around) -> li
     return found
 
 
-def _reference_problems(objective: Objective, around: Around) -> list[str]:
-    """Why the reference is not what it is called, a message each."""
+def _reference_problems(objective: Objective, around: Around, generates: bool) -> list[str]:
+    """Why the reference is not what it is called, a message each. `generates`: whether the model gives answers itself."""
     found = []
     if objective.tap and objective.reference.model != "base":
         found.append(
@@ -196,6 +197,11 @@ def _reference_problems(objective: Objective, around: Around) -> list[str]:
                 "objective.reference.model: with this init_lora_weights the base without its adapters is another model; write "
                 "'start'"
             )
+    if objective.reference.model == "start" and generates:
+        found.append(
+            "objective.reference.model: 'start' cannot say anything of answers that are given later (rejected = 'generate'), as "
+            "the adapter is another then; write 'base', the folder in init_adapter, or take a loss without a reference"
+        )
     return found
 
 

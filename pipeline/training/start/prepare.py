@@ -5,6 +5,7 @@ same outcome; the first to come builds the data cache, the others find it.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipeline.data.selection import Selection, Streams, repeated, split, whole
 from pipeline.data.store import ChunkStore
 from pipeline.data.units import build as unit_build
 from pipeline.data.units.formats import Names
+from pipeline.data.units.generated import GeneratedPairs
 from pipeline.data.units.store import UnitRows
 from pipeline.data.units.streams import paired
 from pipeline.files import check_writable
@@ -47,11 +49,19 @@ from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
 
 
+class Spoken(NamedTuple):
+    """What answers that are trained on need: the ids at which they end, and how ids are spelled."""
+
+    stops: frozenset[int]
+    text: Callable[[Sequence[int]], str]
+
+
 @dataclass(frozen=True)
 class Data:
     """Rows for training, by dataset, and for evaluation, by name; what the model is asked while it is trained.
 
     `warnings`: said at the start and again at the end. `stops`: ids at which it learns to stop, beside those at which it does.
+    `spoken`: where it gives answers itself that it is trained on.
     """
 
     train: list[Selection]
@@ -59,14 +69,17 @@ class Data:
     warnings: list[str] = field(default_factory=list)
     questions: Questions | None = None
     stops: tuple[int, ...] = ()
+    spoken: Spoken | None = None
 
 
 class Places(NamedTuple):
-    """What reading a dataset needs beside it: ids at which the model stops, the cache's folder, how many processes prepare."""
+    """What reading a dataset needs beside it: ids at which the model stops, the cache's folder, how many processes prepare, and
+    tokens of an answer that the model gives at most."""
 
     stops: list[int]
     cache: Path
     processes: int | None = None
+    max_new_tokens: int | None = None
 
 
 def check_files(model: str, output_dir: str, meta_model: MetaModel) -> None:
@@ -97,7 +110,8 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     """
     train, evaluation, warnings = list[Selection](), dict[str, Selection](), list[str]()
     stops: set[Any] = set()
-    places, shared = Places(spec.stops, spec.cache, spec.processes), plan and plan.meta_model.shared
+    most = spec.generation.max_new_tokens if spec.generation else None
+    places, shared = Places(spec.stops, spec.cache, spec.processes, most), plan and plan.meta_model.shared
     pack = partial(packed, switch=spec.rope_switch)
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
@@ -124,7 +138,12 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
     if spec.in_streams:
         train, evaluation = streamed(spec, train, evaluation)
-    return Data(train, evaluation, warnings, questions, tuple(sorted(stops)))
+    learnt = tuple(sorted(stops))
+    spoken = None
+    if spec.generation is not None:
+        ends = frozenset({tokenizer.eos_token_id, *spec.stops, *learnt})
+        spoken = Spoken(ends, partial(tokenizer.decode, clean_up_tokenization_spaces=False))
+    return Data(train, evaluation, warnings, questions, learnt, spoken)
 
 
 def streamed(
@@ -193,8 +212,9 @@ def read_streams(
     else:
         made = _rows_of(dataset, name, tokenizer, places)
         if model is not None:
-            what = f"dataset '{name}': its longest row's number of tokens, {made.report.longest:,},"
-            positions.check(what, made.report.longest, model, lower=key)
+            longest = int(made.lengths.max())
+            what = f"dataset '{name}': its longest row's number of tokens, {longest:,},"
+            positions.check(what, longest, model, lower=key)
         streams = Streams(made)
     for store in streams.stores:
         log(f"data:     {store.report}")
@@ -206,8 +226,16 @@ def read_streams(
 def _rows_of(dataset: Dataset | EvalDataset, name: str, tokenizer: Any, places: Places) -> UnequalRows | UnitRows:
     """A dataset of rows, or of units."""
     if dataset.dataset_type in UNITS:
-        return unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache)
+        made = unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache)
+        if generates(dataset):
+            return GeneratedPairs(made.folder, dataset.sequence_len, places.max_new_tokens)
+        return made
     return build.build(row_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
+
+
+def generates(dataset: Dataset | EvalDataset) -> bool:
+    """Whether the model gives the rejected answers itself."""
+    return isinstance(dataset, Dataset) and dataset.generates
 
 
 def unit_spec(dataset: Dataset | EvalDataset, name: str) -> unit_build.UnitSpec:
@@ -222,7 +250,7 @@ def unit_spec(dataset: Dataset | EvalDataset, name: str) -> unit_build.UnitSpec:
         names=Names(
             dataset.field_prompt,
             dataset.field_chosen,
-            dataset.field_rejected,
+            None if generates(dataset) else dataset.field_rejected,
             dataset.field_completion,
             dataset.field_label,
             dataset.field_answers,

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
 from pipeline.config.tables import Samples
+from pipeline.config.tables import Sampling as TableOfSampling
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
@@ -26,7 +27,7 @@ from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
 from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
-from pipeline.model.adapters import by_peft, experts
+from pipeline.model.adapters import by_peft, experts, parameters
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
@@ -40,7 +41,7 @@ from pipeline.training.stage import families, initial_adapter, parts, patterns
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
 from pipeline.training.start.objective import Around, spec_of
-from pipeline.training.start.resolved import DataSpec, Intervals, Layout, Resolved, SampleSpec, Updates
+from pipeline.training.start.resolved import DataSpec, GenerationSpec, Intervals, Layout, Resolved, SampleSpec, Updates
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -71,7 +72,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     check_apart(config, model)
     if base.scheme:
         linear = sum(isinstance(part, quantized.QuantizedPlaceholder) for part in model.modules())
-        stacked = [f"{name}.{leaf}" for name, part in model.named_modules() for leaf in quantized.marked(part)]
+        stacked = quantized.marked_within(model)
         log(f"base:     {linear} linear layers{', the experts of each layer' if stacked else ''} in {base.scheme}")
         if stacked:
             quantized.check_experts(model_config, stacked)
@@ -156,7 +157,17 @@ def data_of(config: Config) -> DataSpec:
         epochs=config.epochs,
         max_steps=config.max_steps,
         samples=samples_of(config.samples, config.model, config.datasets, keeps_base),
+        generation=generation_of(config.sampling, config.datasets),
     )
+
+
+def generation_of(s: TableOfSampling | None, datasets: Sequence[Dataset]) -> GenerationSpec | None:
+    """How the model answers prompts that it is trained on; None where it does not."""
+    if not any(dataset.generates for dataset in datasets):
+        return None
+    s = s or TableOfSampling.model_validate({})
+    drawn = Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.temperature_last, s.seed)
+    return GenerationSpec(drawn, s.max_new_tokens)
 
 
 def samples_of(s: Samples | None, folder: str, datasets: Sequence[Dataset], keeps_base: bool) -> SampleSpec | None:
@@ -189,15 +200,7 @@ def base_of(config: Config) -> BaseModel:
     """The base model as the config has it."""
     dtype, scheme = DTYPES[config.model_weight_dtype], None
     if config.quantization is not None:
-        b = config.quantization.bnb
-        scheme = quantized.Scheme(
-            bits=4 if b.load_in_4bit else 8,
-            quant_type=b.bnb_4bit_quant_type,
-            double_quant=b.bnb_4bit_use_double_quant,
-            compute_dtype=DTYPES[b.bnb_4bit_compute_dtype] if b.bnb_4bit_compute_dtype else dtype,
-            outlier_threshold=b.llm_int8_threshold,
-            skip=tuple(b.llm_int8_skip_modules),
-        )
+        scheme = quantized.Scheme.from_bnb(config.quantization.bnb.model_dump(), dtype)
     name = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
     return BaseModel(config.model, dtype, config.attn_implementation, scheme, name)
 
@@ -222,11 +225,14 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
     if not config.full_fine_tune:
-        names = config.target_modules or families.default_targets(config.adapter_type)
+        names = wanted_modules(config)
         with errors.collect():
             layers = resolve_layers(config.layers_to_transform, n_layers)
+        if names:
+            with errors.collect():
+                resolve_targets(model, names, layers, mixture_of(config.adapter_type, names, model))
         with errors.collect():
-            resolve_targets(model, names, layers, mixture_of(config.adapter_type, names, model))
+            parameters.resolve(model, config.target_parameters, layers)
         with errors.collect():
             trained_modules.resolve(model, config.trainable_modules, [])
     with errors.collect():
@@ -248,6 +254,9 @@ def check_tiny(resolved: Resolved, ranges: list[tuple[int, int]]) -> None:
     cut_check.check(resolved.meta_model.config, ranges, put, router_loss=bool(resolved.router_loss))
     if resolved.data.samples is not None:
         cache_check.check(resolved.meta_model.config, ranges, "[samples]: leave it out")
+    elif resolved.data.generation is not None:
+        wanted_by = "datasets.rejected = 'generate': give the rejected answers in the rows"
+        cache_check.check(resolved.meta_model.config, ranges, wanted_by)
 
 
 def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:
@@ -292,25 +301,32 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     """The adapter on this model's modules, which it fits; says it in words."""
     n_layers = len(layers_of_model(model))
     layers = resolve_layers(config.layers_to_transform, n_layers)
-    names = config.target_modules or families.default_targets(config.adapter_type)
+    names = wanted_modules(config)
     mixture = mixture_of(config.adapter_type, names, model)
-    targets = resolve_targets(model, names, layers, mixture)
-    experts_of = {name: mixture[within_layer(name)] for name in targets if within_layer(name) in mixture}
-    biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in targets)
+    modules = resolve_targets(model, names, layers, mixture) if names else []
+    of_parameters = parameters.shapes(model, parameters.resolve(model, config.target_parameters, layers))
+    targets = [*modules, *of_parameters]
+    experts_of = {name: mixture[within_layer(name)] for name in modules if within_layer(name) in mixture}
+    biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in modules)
     biased = biased or any(form.bias for form in experts_of.values())
     table = config.peft.model_dump() if config.peft else None
     asked = asked_of(table, config.lora_dropout, targets, model)
-    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked)
+    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked, parameters=of_parameters)
     families.check_fits(adapter, model)
     where = "the output of" if adapter.row.on_output else "the weights of"
-    modules = "all linear modules" if names == "all-linear" else ", ".join(names)
-    log(f"training: {adapter.family} on {where} {modules}, {describe_layers(layers_of(targets), n_layers)}")
-    for line in describe_targets(model, targets, layers, experts_of):
+    named = "all linear modules" if names == "all-linear" else ", ".join(names) or "no linear module"
+    log(f"training: {adapter.family} on {where} {named}, {describe_layers(layers_of(targets), n_layers)}")
+    for line in describe_targets(model, modules, layers, experts_of, list(of_parameters)):
         log(f"          {line}")
     if names == "all-linear" and (left_out := routers(model, layers)):
         log(f"          without {', '.join(left_out)}, which only choose")
     log(f"          {families.describe(adapter)}")
     return adapter
+
+
+def wanted_modules(config: Config) -> list[str] | str:
+    """target_modules, or the family's default; none where it says so beside target_parameters."""
+    return families.default_targets(config.adapter_type) if config.target_modules is None else config.target_modules
 
 
 def mixture_of(adapter_type: str, names: list[str] | str, model: PreTrainedModel) -> dict[str, ExpertWeights]:

@@ -57,12 +57,21 @@ class SampleSpec:
 
 
 @dataclass(frozen=True)
+class GenerationSpec:
+    """How the model answers prompts that it is trained on. `max_new_tokens`: None is what sequence_len leaves."""
+
+    sampling: Sampling
+    max_new_tokens: int | None
+
+
+@dataclass(frozen=True)
 class DataSpec:
     """What is read, evaluated on and asked, how it is mixed and put into micro-batches, and for how long.
 
     `cache`: a folder. `processes`: how many prepare the data, None is one a core. `mix_by`: None is by rows, and by tokens in
     the mean with `batch_size_tokens`. `stops`: ids at which the model stops beside the tokenizer's EOS. `rope_switch`: tokens
-    beyond which the model's rotary embedding is another, if it is of such a kind.
+    beyond which the model's rotary embedding is another, if it is of such a kind. `generation`: where the model
+    gives rejected answers.
     """
 
     datasets: list[Dataset]
@@ -81,6 +90,7 @@ class DataSpec:
     epochs: int | None
     max_steps: int | None
     samples: SampleSpec | None = None
+    generation: GenerationSpec | None = None
     rope_switch: int | None = None
 
     @property

@@ -209,6 +209,16 @@ def test_a_template_that_rewrites_its_prompt_goes_by_ids(tmp_path: Path) -> None
     assert any("straddles" in note for note in store.report.notes)
 
 
+def test_an_answer_is_what_it_says_to_its_last_newline_and_its_prompt_is_its_own(tmp_path: Path) -> None:
+    """Where axolotl renders the answer by itself and strips it, and reads another field than `field_prompt` without a system."""
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Yes.\n\n", "  No. "))
+    store = stored(tmp_path, [{"question": USER, "chosen": chosen, "rejected": rejected}], prompt="question")
+    assert shown(store) == [[f"{ASKED}«Yes.\n\n{STOP}»", f"{ASKED}«  No. {STOP}»"]]
+    texts = [{"question": "Tea?", "prompt": "Milk?", "chosen": "Yes.", "rejected": "No."}]
+    store = stored(tmp_path / "texts", texts, prompt="question", chat=True)
+    assert shown(store) == [[f"{ASKED}«Yes.{STOP}»", f"{ASKED}«No.{STOP}»"]]
+
+
 def test_two_bos_are_a_bad_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begins with two BOS"):
         stored(tmp_path, [{"prompt": USER, "chosen": ANSWER, "rejected": NO}], template="two_bos")

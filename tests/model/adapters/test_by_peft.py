@@ -33,6 +33,7 @@ from tests.helpers.stages import build, hidden, token_ids
 WEIGHT_TOLERANCE, TOLERANCE = 7e-6, 3e-5
 KEYS: dict[str, dict[str, Any]] = {
     **{name: {"r": 4} for name in LOCAL},
+    "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10, "lora_alpha": 8},
     "BEFT": {},
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 10},
@@ -192,9 +193,14 @@ def _check_one_step(model: Any, stages: list[Stage], ours: Tensor) -> None:
 
 # What [peft] has otherwise than {"type": "LOHA", "r": 4}; what is said of it.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown type": ({"type": "LOOHA"}, "peft.type.*local to a module: BEFT"),
+    "unknown type": ({"type": "LOOHA"}, "peft.type.*local to a module: ADALORA, BEFT"),
     "ours already": ({"type": "hra"}, "peft.type.*adapter_type = 'hra'"),
     "needs all layers": ({"type": "vb-lora"}, "peft.type"),
+    "of a LoRA only": (
+        {"type": "ADALORA", "total_step": 9, "use_rslora": True},
+        "peft.use_rslora: has no meaning for PEFT.s ADALORA",
+    ),
+    "no end": ({"type": "ADALORA"}, "PEFT refuses these keys: AdaLoRA does not work when .total_step. is None"),
     "unknown key": ({"alfa": 4}, r"peft.alfa: PEFT's LOHA has no such key; did you mean 'alpha'\?"),
     "wrong type": ({"r": "4"}, "peft.r = '4': input should be a valid integer"),
     "no number for a bool": ({"r": True}, "peft.r = True: input should be a valid integer"),
@@ -270,3 +276,35 @@ def test_a_change_of_biases_needs_biases(folder: Path, on_meta: PreTrainedModel,
     with pytest.raises(UserError, match=r"down_proj\.bias to take it, so PEFT cannot merge it"):
         merge(folder, save(config, adapter, stages, tmp_path / "adapter"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_budget_has_dropped_is_saved_as_peft_saves_it(
+    folder: Path, on_meta: PreTrainedModel, tmp_path: Path
+) -> None:
+    """A rank_pattern from which stock PEFT makes smaller modules, also one of nothing; the fold; a run that begins with it."""
+    config = config_of(folder, "ADALORA")
+    adapter = spec_of(config, on_meta)
+    stages = stages_with(folder, adapter, [0, 2, 4])
+    move(stages)
+    masks = {name: torch.rand(4, generator=torch.Generator().manual_seed(n)) > 0.5 for n, name in enumerate(TARGETS)}
+    masks[TARGETS[1]] = torch.zeros(4, dtype=torch.bool)
+    for stage in stages:
+        for name, layer in stage.model.named_modules():
+            if name in masks:
+                layer.kept = masks[name].to(torch.uint8).clone
+                with torch.no_grad():
+                    layer.lora_E["default"][~masks[name]] = 0.0
+    with torch.no_grad():
+        ours = hidden(stages, token_ids())
+    saved = save(config, adapter, stages, tmp_path / "adapter")
+    tensors = tensors_of(saved)
+    assert all(tensors[f"base_model.model.{name}.lora_A"].shape[0] == int(mask.sum()) for name, mask in masks.items())
+    model = stock(folder, saved)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(model.base_model.model), ours, rtol=0, atol=TOLERANCE)
+    merged = model.merge_and_unload().state_dict()
+    merge(folder, saved, tmp_path / "out")
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert (tensor - merged[name]).abs().max() < WEIGHT_TOLERANCE, name
+    again = config_of(folder, "ADALORA", peft={"type": "ADALORA", **KEYS["ADALORA"], "tinit": 3})
+    _check_begins_with(folder, again, spec_of(again, on_meta), saved, ours)

@@ -74,6 +74,23 @@ def test_stopped_and_resumed_is_bit_equal_whatever_the_reference(root: Path) -> 
         reference.check_kept(Path(runs[1]), manifest, "start")
 
 
+@pytest.mark.slow
+def test_killed_half_way_through_a_save_and_resumed_is_bit_equal(root: Path) -> None:
+    """Whatever the reference; 'start' has been written before the first step."""
+    toml = str(config(root, "sigmoid"))
+    common = [f"max_steps={STEPS}", "epochs=9", "lora_dropout=0.2", "save_steps=1", "checkpoint_on_save=true"]
+    first = run_plan(root, 2, [{"config": toml, "overrides": common}], name="first")["runs"][0]
+    start = [f"init_adapter='{first}/step{STEPS}'", 'objective.reference.model="start"']
+    for name, more in (("base", []), ("start", start)):
+        case = {"config": toml, "overrides": [*common, *more, f"output_dir='{root / name}'"]}
+        run_plan(root, 2, [{**case, "fault": "die_in_save:3"}], expect=-9 & 0xFF, name=f"{name}_killed")
+        (killed,) = [p for p in (root / name).iterdir() if (p / "config.toml").exists()]
+        assert sorted(p.name for p in killed.glob("global_step*")) == ["global_step1", "global_step2"]
+        both = run_plan(root, 2, [{**case, "resume": str(killed)}, case], name=f"{name}_resumed")["runs"]
+        assert_equal(final_state(both[0], STEPS), final_state(both[1], STEPS))
+        assert numbers(both[0]) == numbers(both[1])
+
+
 def test_a_start_that_is_not_the_runs_is_refused(tmp_path: Path) -> None:
     values = np.array([[-1.5, -2.0], [np.nan, np.nan]], np.float32)
     reference._write(tmp_path / "reference-a.arrow", values)

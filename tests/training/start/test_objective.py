@@ -189,6 +189,16 @@ def test_losses_without_a_reference_go_with_all_of_it() -> None:
     assert start.reference == "start"
 
 
+def test_answers_that_come_later_cannot_be_compared_with_the_start() -> None:
+    generated = [dataset("preference", rejected="generate")]
+    start = {"type": "preference", "reference": {"model": "start"}}
+    with pytest.raises(UserError, match=r"objective.reference.model: 'start' cannot say anything of answers"):
+        spec_of(Objective.model_validate(start), None, generated, [], PLAIN)
+    without = spec_of(Objective.model_validate({**start, "loss_type": "simpo"}), None, generated, [], PLAIN)
+    assert without is not None
+    assert without.reference is None
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
