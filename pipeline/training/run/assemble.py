@@ -70,8 +70,7 @@ def trainer(
     resumed: run_folder.Resumed | None,
     command: list[str],
 ) -> Trainer:
-    """The run, ready to go. `resumed`: the checkpoint to go on from (the first process's counts) and its manifest; `command`:
-    the program and its arguments, for the line that resumes."""
+    """The run, ready to go. `resumed`: a checkpoint (the first process's counts) and its manifest; `command`: what was typed."""
     run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.rank)
     with engine.agreement(place):

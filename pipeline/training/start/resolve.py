@@ -225,7 +225,7 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
     if not config.full_fine_tune:
-        names = wanted_modules(config)
+        names = wanted_modules(config.adapter_type, config.target_modules)
         with errors.collect():
             layers = resolve_layers(config.layers_to_transform, n_layers)
         if names:
@@ -301,7 +301,7 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     """The adapter on this model's modules, which it fits; says it in words."""
     n_layers = len(layers_of_model(model))
     layers = resolve_layers(config.layers_to_transform, n_layers)
-    names = wanted_modules(config)
+    names = wanted_modules(config.adapter_type, config.target_modules)
     mixture = mixture_of(config.adapter_type, names, model)
     modules = resolve_targets(model, names, layers, mixture) if names else []
     of_parameters = parameters.shapes(model, parameters.resolve(model, config.target_parameters, layers))
@@ -324,9 +324,9 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     return adapter
 
 
-def wanted_modules(config: Config) -> list[str] | str:
-    """target_modules, or the family's default; none where it says so beside target_parameters."""
-    return families.default_targets(config.adapter_type) if config.target_modules is None else config.target_modules
+def wanted_modules(adapter_type: str, given: list[str] | str | None) -> list[str] | str:
+    """target_modules as `given`, which may be none beside target_parameters; else the family's default."""
+    return families.default_targets(adapter_type) if given is None else given
 
 
 def mixture_of(adapter_type: str, names: list[str] | str, model: PreTrainedModel) -> dict[str, ExpertWeights]:
