@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.commands import arguments
 from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
-from pipeline.formats.choices import DTYPE_NAMES
+from pipeline.formats.choices import DTYPE_NAMES, RUN_QUANTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
     arguments.add_device(command, "where one process runs the model", prefers_gpu=True)
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights (default: the model's own)")
+    command.add_argument(
+        "--base-quant", choices=RUN_QUANTS, help="the base in 4 or 8 bits, as [quantization.bnb] trains over it"
+    )
     arguments.add_kind(command)
     arguments.add_version(command)
     command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher

@@ -112,8 +112,8 @@ def space_message(error: BaseException, where: Path, needed: str = "") -> str:
 
 
 def rank() -> int:
-    """This process's global rank as the launcher set it; 0 when there is no launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's global rank as the launcher set it (srun alone: its task); 0 when there is no launcher."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def debug(text: str) -> None:
@@ -241,10 +241,10 @@ def leave_on_sigterm() -> None:
 def run_command(main: Callable[[], int]) -> None:
     """Run a command's `main` and exit with its code; a `UserError` becomes one message and its own exit code.
 
-    Every rank raises the same UserError; the first one says it. The others leave it time to: the launcher ends all
-    processes as soon as one has failed. A RankError is said where it is raised, and ends the process at once: other
-    threads and libraries may be waiting for peers. Only who has lost the others leaves them time too: the launcher ends
-    with the code it sees first, and theirs says why.
+    Every rank raises the same UserError; the first one says it, and the first of each other node, which may have one of its
+    own. The others leave it time to: the launcher ends all processes as soon as one has failed. A RankError is said where it
+    is raised, and ends the process at once: other threads and libraries may be waiting for peers. Only who has lost the
+    others leaves them time too: the launcher ends with the code it sees first, and theirs says why.
     """
     try:
         code = main()
@@ -254,7 +254,7 @@ def run_command(main: Callable[[], int]) -> None:
             time.sleep(OTHER_RANKS_WAIT_S)
         os._exit(error.exit_code)
     except UserError as error:
-        complain(str(error), shown=rank() == 0)
+        complain(str(error), shown=rank() == 0 or os.environ.get("LOCAL_RANK") == "0")
         if rank() != 0:
             time.sleep(OTHER_RANKS_WAIT_S)
         code = error.exit_code

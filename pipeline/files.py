@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,8 @@ from typing import IO, Any
 from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, rank, space_message
 
 ROOM_TO_BEGIN = 64 * 1024  # bytes: configuration, rendezvous and first lines of a run
+SEEN_S = 75.0  # NFS remembers for up to a minute what was in a folder
+LOOK_AGAIN_S = 0.05
 
 
 @contextmanager
@@ -85,6 +88,21 @@ def atomic_file(output: Path, *, replace: bool = False) -> Iterator[Path]:
                 raise error
         finally:
             os.close(descriptor)
+
+
+def appears(path: Path, within_s: float = SEEN_S) -> bool:
+    """Whether `path` is there, or comes within so many seconds: another node may have made it just now.
+
+    Its folder is listed: over NFS that asks the server, where a name that was not there is remembered as such.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        with suppress(FileNotFoundError):
+            if path.name in os.listdir(path.parent):
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_AGAIN_S)
 
 
 def check_file_free(output: Path, *, replace: bool) -> None:

@@ -148,6 +148,17 @@ def read_front_matter(file: Path) -> dict[str, Any]:
     return value or {}
 
 
+def yaml_object(file: Path, what: str, limit_bytes: int) -> dict[str, Any]:
+    """The YAML mapping in `file`. Raises UserError, saying `what` the file is for, where there is none."""
+    raw = read_bytes(file, what, limit_bytes)
+    with read_by_library(f"{printable(file)}: it does not read as YAML"):
+        value = yaml.safe_load(raw.decode("utf-8-sig"))
+        _check(value, DEPTH_LIMIT)
+        if not isinstance(value, dict):
+            raise ValueError("it is not a mapping")
+    return value
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

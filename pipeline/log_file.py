@@ -2,7 +2,8 @@
 
 Takes the records of `console.LOGGER`, from `debug` on whatever the terminal shows; gives lines such as
 `2026-11-28T20:15:10Z warning rank 1: …`: all of the first rank, warnings and errors of the others. What is said before
-the run has a folder waits for it. Resuming appends. A file that cannot be written never ends a run.
+the run has a folder waits for it. Resuming appends. Another node than the first has a file of its own,
+`log-node<N>.txt`. A file that cannot be written never ends a run.
 """
 
 import logging
@@ -12,13 +13,15 @@ from collections import deque
 from pathlib import Path
 
 from pipeline.console import LOGGER, rank, warn
+from pipeline.processes import node
 
 FILE = "log.txt"
+OF_NODE = "log-node{}.txt"  # appends from several machines to one file would overwrite each other
 MOST_WAITING = 10_000  # records before there is a folder
 
 
 class LogFile(logging.Handler):
-    """Listens from its making on; `open` gives it the folder, in which every rank writes to the same file."""
+    """Listens from its making on; `open` gives it the folder, in which all ranks of a node write to the same file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class LogFile(logging.Handler):
 
     def open(self, run_dir: Path) -> None:
         """Append to the file in `run_dir` from here on, first what was said before. Warns where that is impossible."""
-        file = run_dir / FILE
+        file = run_dir / (OF_NODE.format(node()) if node() else FILE)
         try:
             self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:

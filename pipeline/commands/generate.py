@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.commands import loading
 from pipeline.console import UserError, duration, log, log_if_slow, plain, rank
 from pipeline.data import tokenizer as tokenizers
 from pipeline.formats.dtypes import DTYPES
+from pipeline.formats.hub import model_folder
 from pipeline.generation import adapter as adapters
 from pipeline.generation import cache_check, positions, shown
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, Memory, OverProcesses, Stages, answers, speaking
@@ -26,7 +28,8 @@ from pipeline.generation.prompts import Asker, asker, keys_of_noise, read_prompt
 from pipeline.generation.sampling import Sampling
 from pipeline.model import unsupported
 from pipeline.model.adapters.switch import adapters_off
-from pipeline.model.stage import Stage
+from pipeline.model.quantized import Scheme
+from pipeline.model.stage import Stage, read_model_config
 
 
 class Speaker(NamedTuple):
@@ -84,9 +87,10 @@ def _check(asked: argparse.Namespace) -> Sampling:
 
 def load(asked: argparse.Namespace, sampling: Sampling, device: torch.device) -> Speaker:
     """Check all there is, then read the weights and the adapter."""
-    found = loading.look(
-        asked.model, "--model", loading.processes(), dtype=DTYPES[asked.dtype] if asked.dtype else None
-    )
+    folder = Path(model_folder(asked.model, "--model"))
+    dtype = DTYPES[asked.dtype] if asked.dtype else read_model_config(str(folder)).dtype or torch.float32
+    scheme = Scheme.named(asked.base_quant, dtype) if asked.base_quant else None
+    found = loading.look(folder, "--model", loading.processes(), dtype=dtype, scheme=scheme)
     with log_if_slow("trying out a tiny copy of the model"):
         cache_check.check(found.config, found.ranges, "generate.py")
     tokenizer = tokenizers.load(found.folder)

@@ -15,7 +15,6 @@ _CONVERT = "books are read from .txt and .md files, dataset_type = 'textfile': c
 _OTHER_TYPES = {
     ("chat_template", "sharegpt", "messages", "conversations", "chatml", "instruct"): "write dataset_type = 'chat'",
     ("alpaca", "instruction", "input_output"): "write dataset_type = 'completion'",
-    ("axolotl",): "write dataset_type = 'chat', 'completion' or 'pretokenized', with axolotl's names of fields",
     ("csv", "tsv", "table", "arrow", "json", "jsonl", "parquet"): (
         "write what the rows are: dataset_type = 'doclist' (texts), 'chat', 'completion' or 'pretokenized'; each reads .json, "
         ".jsonl, .parquet, .csv and .arrow"
@@ -42,7 +41,7 @@ _OTHER_TYPES = {
 
 
 DatasetType = Literal["textfile", "doclist", "chat", "completion", "pretokenized", "preference", "unpaired", "ranked"]
-_BOOKS = ("textfile", "doclist")
+BOOKS = ("textfile", "doclist")
 
 
 def _other_types(value: Any) -> Any:
@@ -59,7 +58,7 @@ class _Data(Section):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="prefix of its metrics; default dataset0, dataset1, …, or eval0, eval1, …")  # fmt: skip
     dataset_type: Annotated[DatasetType, BeforeValidator(_other_types)] = Field(
-        description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours); 'preference' pairs of answers, 'unpaired' answers that are good or bad, 'ranked' several answers in order (docs/data-preference.md)")  # fmt: skip
+        description="'textfile': .txt and .md files, one document each. The others are rows of .json, .jsonl, .parquet, .csv or .arrow, also packed (.gz, .zst): 'doclist' a document each, 'chat' conversations, 'completion' prompts with their completion or instructions, 'pretokenized' token ids (docs/data-chat.md and its neighbours); 'preference' pairs of answers, 'unpaired' answers that are good or bad, 'ranked' several answers in order (docs/data-preference.md). 'axolotl' stands for the datasets that the YAML file at dataset_path names (docs/data-chat.md)")  # fmt: skip
     dataset_path: str = Field(
         description="a file or a glob, ** descends into folders; for all types but 'textfile' also a folder, with all that fits in it, or one written by save_to_disk; hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT] on the Hub, or an address (s3://, gs://, hf://, https://): docs/data-text.md")  # fmt: skip
     sequence_len: int = Field(
@@ -131,7 +130,7 @@ class _Data(Section):
     @property
     def keeps_apart(self) -> bool:
         """Whether documents that share a row must not see each other."""
-        if self.dataset_type in _BOOKS:
+        if self.dataset_type in BOOKS:
             return bool(self.document_mask)
         return self.packing != "none" and self.document_mask is not False
 
@@ -157,6 +156,11 @@ class Dataset(_Data):
         None, description="of [objective] type = 'circuit_breaker', for all types but preference data: whether the rows' hidden states are to be broken or to stay as they are")  # fmt: skip
     max_tokens: PositiveInt | None = Field(
         None, description="most tokens of this dataset's rows to train on (one pass); which rows, a seeded shuffle decides")  # fmt: skip
+    streaming: bool = Field(
+        False, description="rows are read as they are trained on, in windows of which a few are on disk, and are shuffled within a window; for a dataset that shall not be stored. The run's only dataset; needs max_steps (docs/data-streaming.md)")  # fmt: skip
+    window_rows: PositiveInt = Field(
+        10_000, description="with streaming: rows, or documents of 'textfile' and 'doclist', of a window"
+    )
 
     @property
     def generates(self) -> bool:
@@ -173,8 +177,9 @@ _TEXTS, _ROWS = ("chat", "completion"), ("chat", "completion", "pretokenized")
 UNITS = ("preference", "unpaired", "ranked")
 # Key → the types for which it has a meaning.
 MEANT_FOR = {
-    "join_lines": _BOOKS,
-    "eval_split": _BOOKS,
+    "streaming": (*BOOKS, *_ROWS),
+    "join_lines": BOOKS,
+    "eval_split": BOOKS,
     "field_text": ("doclist",),
     **dict.fromkeys(("message_property_mappings", "roles", "field_system", "merge_system"), _CHAT + UNITS),
     **dict.fromkeys(("field_messages", "field_tools", "train_on", "history"), _CHAT),
@@ -209,14 +214,29 @@ def conflicts(table: str, dataset: Dataset | EvalDataset) -> Iterator[str]:
         yield from _conflicts_of_generated(table, dataset)
     if kind == "pretokenized" and dataset.too_long == "truncate_left":
         yield f"{table}.too_long: 'truncate_left' needs to know where turns begin, which 'pretokenized' does not; use 'drop'"
-    if kind not in _BOOKS and dataset.document_mask is not None and dataset.packing == "none":
+    if kind not in BOOKS and dataset.document_mask is not None and dataset.packing == "none":
         yield f"{table}.document_mask: has a meaning with packing only: without it every row is alone; remove it, or pack"
     if isinstance(dataset, Dataset) and dataset.stream is not None:
         for key, plain in (("packing", "none"), ("num_repeats", 1), ("sample_weight", 1)):
             if getattr(dataset, key) != plain:
                 yield f"{table}.{key}: has no meaning for one of two streams (stream = '{dataset.stream}'); remove it"
+    if isinstance(dataset, Dataset):
+        yield from _streaming_conflicts(table, dataset)
     if isinstance(dataset, EvalDataset) and dataset.packing == "stream":
         yield f"{table}.packing: 'stream' would score what it cuts without its beginning; use 'best_fit'"
+
+
+def _streaming_conflicts(table: str, dataset: Dataset) -> Iterator[str]:
+    """What does not go with a dataset of which nobody knows how many rows it has."""
+    if not dataset.streaming:
+        if dataset.window_rows != Dataset.model_fields["window_rows"].default:
+            yield f"{table}.window_rows: has a meaning with streaming = true only; remove it"
+        return
+    if dataset.eval_size:
+        yield f"{table}.eval_size: nothing is held out of a stream; give what to evaluate on as [[eval_datasets]]"
+    for key in ("subsample", "num_repeats", "max_tokens"):
+        if getattr(dataset, key) != Dataset.model_fields[key].default:
+            yield f"{table}.{key}: is of a dataset's rows together, which a stream does not know; remove it"
 
 
 def _conflicts_of_generated(table: str, dataset: Dataset) -> Iterator[str]:

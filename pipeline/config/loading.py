@@ -19,6 +19,8 @@ from pydantic import ValidationError
 from pipeline.config import peers, toml
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.qlora_pipe import REFUSED
+from pipeline.config.qlora_pipe import TYPE as AXOLOTL
+from pipeline.config.qlora_pipe import expanded as expand
 from pipeline.config.schema import Config
 from pipeline.config.tables import Bnb, Optimizer, ParameterGroup, Peft, Quantization, Samples, Sampling, Section
 from pipeline.config.warnings import warnings_of
@@ -101,8 +103,34 @@ def find(path: str) -> Path:
 def validate(raw: dict[str, Any], where: str, problems: list[str] | None = None) -> Config:
     """`raw` as a `Config`; one `UserError` naming every problem otherwise."""
     problems = list(problems or [])
-    config: Config = validate_as(RUN, _without_refused(raw, problems), where, problems)
+    kept = _without_refused(raw, problems)
+    for key in ("datasets", "eval_datasets"):
+        _expand_axolotl(kept, key, problems)
+    config: Config = validate_as(RUN, kept, where, problems)
     return config
+
+
+def _expand_axolotl(raw: dict[str, Any], key: str, problems: list[str]) -> None:
+    """Put what their files name in the place of tables with qlora-pipe's dataset_type = 'axolotl'."""
+    tables = raw.get(key)
+    if not isinstance(tables, list):
+        return
+    found: list[Any] = []
+    for number, table in enumerate(tables):
+        if not isinstance(table, dict) or table.get("dataset_type") != AXOLOTL:
+            found.append(table)
+            continue
+        expanded = expand(table, f"{key}.{number}")
+        problems += expanded.problems
+        for line in expanded.notes:
+            warn(line)
+        if len(expanded.tables) > 1 and raw.get("dataset_combination_mode") == "interleave":
+            problems.append(
+                f"{key}.{number}.dataset_path: has {len(expanded.tables)} datasets, which interleaving would weigh one by one; give "
+                "each a file and a table of its own"
+            )
+        found += expanded.tables or [{**table, "dataset_type": "chat"}]  # so that its other keys are looked at
+    raw[key] = found
 
 
 def validate_as(words: Vocabulary, raw: dict[str, Any], where: str, problems: list[str]) -> Any:

@@ -141,11 +141,18 @@ class Config(Section):
     layers_per_stage: list[PositiveInt] | None = Field(
         None, description="decoder layers per stage, e.g. [21, 19]; default: balanced by a cost model"
     )
-    use_column_major_topology: bool = Field(False, description="neighbouring stages on neighbouring ranks")
+    use_column_major_topology: bool | None = Field(
+        None,
+        description="neighbouring stages on neighbouring ranks, so that they are on one node as far as it goes, and replicas across nodes; false: the replicas of a stage are neighbours; default true on several nodes. No number depends on it",
+    )
+    link_gbit_per_s: PositiveFloat | None = Field(
+        None,
+        description="Gbit/s of the network between two nodes, for plans; default: measured at the start of a run over nodes, 10 for --plan",
+    )
     activation_checkpointing: Annotated[bool | Literal["unsloth", "auto"], BeforeValidator(not_built)] = Field(
         False, description="true recomputes each decoder layer in backward; 'unsloth' also keeps the layer inputs in pinned host memory; 'auto' lets the planner choose the stages' layers and what each layer keeps, recomputes or puts into host memory (--plan shows it)")  # fmt: skip
     host_memory_gib: NonNegativeFloat = Field(
-        0.0, description="GiB of pinned host memory for kept activations, all processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
+        0.0, description="GiB of pinned host memory for kept activations, of each node, all its processes together; for 'auto', and for 'unsloth' a limit (0: what it needs)")  # fmt: skip
     kernels: Literal["auto", "all", "none"] | list[Literal["norm", "rope", "swiglu", "multiplicative", "parallel_block", "shared_input"]] = Field(
         "auto", description="our own forward and backward of norms, rotary embeddings, gated MLPs, MLPs with a multiplicative adapter and, with those, the sum of a parallel block, and of linear layers that read one input, which keep the least an exact backward needs (172 KB a token and layer of Command-R where transformers keeps 284); 'auto': 'all' on devices on which they were checked (the CPU; a GPU once `make gpu-check` has passed on its kind and its results are committed), else 'none'")  # fmt: skip
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
@@ -321,7 +328,7 @@ class Config(Section):
         yield from rules.tracker_conflicts(self.trackers, self.tracker_options)
         if self.target_modules == [] and not self.target_parameters:
             yield "target_modules: names no module; leave the key out for the default"
-        yield from self._conflicts_of_generation()
+        yield from (*self._conflicts_of_generation(), *self._conflicts_of_streaming())
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
@@ -358,6 +365,20 @@ class Config(Section):
             yield from data_tables.conflicts(f"eval_datasets.{number}", held_out)
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"datasets.name: '{name}' is used more than once; metrics need one name per dataset"
+
+    def _conflicts_of_streaming(self) -> Iterator[str]:
+        if not any(dataset.streaming for dataset in self.datasets):
+            return
+        if len(self.datasets) > 1:
+            yield "datasets: one with streaming = true is a run's only one; remove the others, or have all of them prepared"
+        if self.max_steps is None:
+            yield "max_steps: required with streaming = true, as nobody knows how many rows there are"
+        if self.epochs is not None:
+            yield "epochs: with streaming = true nobody knows where an epoch ends; remove it: max_steps ends the run"
+        if self.save_every_n_epochs != 1:
+            yield "save_every_n_epochs: with streaming = true there are no epochs; use save_steps"
+        if 0 < self.warmup_steps < 1:
+            yield f"warmup_steps: {self.warmup_steps} is a part of an epoch, and with streaming = true there are none; give a number of steps"
 
     def _conflicts_of_generation(self) -> Iterator[str]:
         if self.rejected_sampling and not any(dataset.generates for dataset in self.datasets):

@@ -60,6 +60,9 @@ class MicroBatches:
     `Layout`.
     """
 
+    unit = "epoch"  # what a position counts beside rows
+    at_hand = Position()  # one whose data is there
+
     def __init__(
         self,
         stores: Sequence[RowStore],

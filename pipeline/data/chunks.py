@@ -52,9 +52,7 @@ def build(
     """
     if eval_split not in EVAL_SPLITS:
         raise UserError(f"dataset '{name}': eval_split = '{eval_split}' is not known; use {' or '.join(EVAL_SPLITS)}")
-    marks = special_ids(tokenizer, name)
-    if sequence_len < 2 + (marks.bos is not None):
-        raise UserError(f"dataset '{name}': sequence_len = {sequence_len} leaves nothing to predict; use 3 or more")
+    marks = checked_marks(tokenizer, name, sequence_len)
     sources = find(dataset_type, dataset_path)
     held_out = eval_size if eval_split == "document" else 0
     settings = [*marks, sequence_len, held_out, join_lines, field_text]
@@ -71,6 +69,14 @@ def load(path: Path, kind: type[ChunkStore] = ChunkStore) -> Streams[ChunkStore]
     if (path / "all").exists():
         return Streams(kind(path / "all"))
     return Streams(kind(path / "train"), kind(path / "eval"))
+
+
+def checked_marks(tokenizer: Any, name: str, sequence_len: int) -> Marks:
+    """The ids that mark the stream. UserError as for `special_ids`, and where chunks of this length have nothing to predict."""
+    marks = special_ids(tokenizer, name)
+    if sequence_len < 2 + (marks.bos is not None):
+        raise UserError(f"dataset '{name}': sequence_len = {sequence_len} leaves nothing to predict; use 3 or more")
+    return marks
 
 
 def special_ids(tokenizer: Any, name: str) -> Marks:
@@ -130,8 +136,20 @@ def _write(
                 number += last
             advance_by(total)
         for writer in writers:
-            writer.close(findings)
+            writer.close(findings).check()
     journal.clear()
+
+
+def write(
+    staging: Path, name: str, documents: Iterator[Document], sequence_len: int, tokenizer: Any, findings: Findings
+) -> None:
+    """Tokenise and cut these documents into `staging`: chunks that may be none. `findings`: of the text so far."""
+    writer = ChunkWriter(staging, name, "all", sequence_len, special_ids(tokenizer, name))
+    with ExitStack() as clearing:
+        clearing.callback(writer.let_go)
+        for document, ids, last in tokens(tokenizer, documents):
+            writer.add(document, ids, last)
+        writer.close(findings)
 
 
 def _ids(

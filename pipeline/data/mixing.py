@@ -77,7 +77,7 @@ def mix(
 
 def _concatenated(sets: Sequence[Selection], seed: int) -> Mixture:
     def everything(epoch: int) -> NDArray[np.int64]:
-        return np.concatenate([_pairs(index, _of_epoch(rows, epoch, seed, index)) for index, rows in enumerate(sets)])
+        return np.concatenate([pairs(index, _of_epoch(rows, epoch, seed, index)) for index, rows in enumerate(sets)])
 
     if all(rows.repeats % 1 == 0 for rows in sets):  # the same in every epoch
         always = everything(0)
@@ -180,12 +180,13 @@ def _in_turn(sets: Sequence[Selection], epoch: int, seed: int) -> list[NDArray[n
 
 def _drawn(draws: NDArray[np.int64], in_turn: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """The rows, int64 [N, 2], when at each step the drawn dataset gives its next one."""
-    pairs = np.empty((len(draws), 2), dtype=np.int64)
+    taken = np.empty((len(draws), 2), dtype=np.int64)
     for index, rows in enumerate(in_turn):
         drawn = np.flatnonzero(draws == index)
-        pairs[drawn] = _pairs(index, rows[np.arange(len(drawn)) % len(rows)])
-    return pairs
+        taken[drawn] = pairs(index, rows[np.arange(len(drawn)) % len(rows)])
+    return taken
 
 
-def _pairs(index: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def pairs(index: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [N, 2]: `rows` [N] of the dataset number `index`."""
     return np.stack([np.full(len(rows), index, dtype=np.int64), rows], axis=1)

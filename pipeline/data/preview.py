@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.batches import MicroBatches, Position
 from pipeline.data.row_store import RowId, RowStore
+from pipeline.data.streaming.batches import StreamedBatches
 
 
 class Piece(NamedTuple):
@@ -24,12 +25,12 @@ class Piece(NamedTuple):
     trained: bool | None = None
 
 
-def preview(batches: MicroBatches, tokenizer: Any, count: int) -> list[str]:
+def preview(batches: MicroBatches | StreamedBatches, tokenizer: Any, count: int) -> list[str]:
     """Lines of text showing the first `count` rows (or as many as there are) of this rank's first epoch."""
     return [line for row in rows(batches, tokenizer, count) for line in as_lines(row)]
 
 
-def rows(batches: MicroBatches, tokenizer: Any, count: int) -> Iterator[list[Piece]]:
+def rows(batches: MicroBatches | StreamedBatches, tokenizer: Any, count: int) -> Iterator[list[Piece]]:
     """The first `count` rows (or as many as there are) of this rank's first epoch, each in pieces, its heading first."""
     position, shown = Position(), 0
     while position.epoch == 0:

@@ -52,6 +52,17 @@ class Report:
     sha256: str  # of the chunks
     findings: Findings  # of the whole dataset's text
 
+    def check(self) -> None:
+        """UserError if the text does not fill one chunk."""
+        if self.chunks:
+            return
+        of_stream = "" if self.stream == "all" else f" held for '{self.stream}'"
+        raise UserError(
+            f"dataset '{self.name}': {self.documents:,} documents{of_stream} give {self.tail_tokens:,} tokens, fewer than "
+            f"the {self.sequence_len - (self.bos is not None):,} that one chunk of sequence_len = {self.sequence_len:,} "
+            f"needs: add text or lower sequence_len"
+        )
+
     def __str__(self) -> str:
         """One line, as an equation."""
         stream = "" if self.stream == "all" else f" ({self.stream})"
@@ -128,7 +139,7 @@ class ChunkWriter:
             self.in_document = 0
 
     def close(self, findings: Findings | None = None) -> Report:
-        """Write what is left, make the files durable; UserError if the stream does not fill one chunk.
+        """Write what is left, make the files durable.
 
         `findings`: what was met in reading the text, for the report.
         """
@@ -148,13 +159,6 @@ class ChunkWriter:
             findings=findings or Findings(),
             **self.counts,
         )
-        if not report.chunks:
-            of_stream = "" if self.stream == "all" else f" held for '{self.stream}'"
-            raise UserError(
-                f"dataset '{self.name}': {report.documents:,} documents{of_stream} give {tail:,} tokens, fewer than "
-                f"the {self.body:,} that one chunk of sequence_len = {self.sequence_len:,} needs: add text or lower "
-                f"sequence_len"
-            )
         sizes = {file.name: file.stat().st_size for file in self.folder.glob("*.arrow")}
         write_json(self.folder / "report.json", {"report": asdict(report), "sizes": sizes}, indent=1)
         return report

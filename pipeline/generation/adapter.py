@@ -208,7 +208,7 @@ def _check_plain(layer: nn.Module, name: str) -> None:
     if isinstance(layer, PackedLinear):
         raise UserError(
             f"the adapter changes the weight of {name} itself, and of a quantised base there is none in 16 bits to change; "
-            "measure it without [quantization]"
+            "leave [quantization], or --base-quant, out"
         )
 
 

@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from pipeline import patterns
 from pipeline.console import UserError
+from pipeline.formats.choices import RunQuant
 from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
 from pipeline.kernels.packed_experts import PackedExperts
@@ -56,6 +57,11 @@ class Scheme(NamedTuple):
             return "8-bit (LLM.int8())"
         double = ", its scales quantised too" if self.double_quant else ""
         return f"4-bit {self.quant_type}{double}, computing in {dtype_name(self.compute_dtype)}"
+
+    @staticmethod
+    def named(name: RunQuant, compute_dtype: torch.dtype) -> "Scheme":
+        """What a command line calls so, with the defaults of [quantization.bnb] (config/tables.Bnb)."""
+        return Scheme(8 if name == "int8" else 4, "nf4", name == "nf4-double", compute_dtype, 6.0, ())
 
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Of a weight [rows, columns]: codes, scales and tables as bitsandbytes stores them."""

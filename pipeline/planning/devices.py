@@ -5,10 +5,11 @@ published figures times what is usually reached of them, and `Rates.source` says
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.console import UserError
-from pipeline.planning.quantities import Rates
+from pipeline.planning.quantities import Link, Rates
 
 GIB = 2**30
 
@@ -24,8 +25,9 @@ GEMM_SHARE = 0.7
 MEMORY_SHARE = 0.85
 # Pinned copies over PCIe ×16, per direction: what bandwidth tests typically show (32 and 64 GB/s are the link's own).
 PCIE_BYTES_PER_S = {4: 24e9, 5: 50e9}
+NETWORK_GBIT_PER_S = 10.0  # between nodes, where nobody has said or measured it
 
-EXAMPLES = "give for example 2x48GiB, 2xA6000 or 24GiB,48GiB"
+EXAMPLES = "give for example 2x48GiB, 2xA6000, 24GiB,48GiB or, for two nodes, 2x48GiB+2x48GiB"
 
 
 class Gpu(NamedTuple):
@@ -65,6 +67,7 @@ class Device(NamedTuple):
     usable_bytes: int
     name: str
     gpu: Gpu  # whose figures are taken
+    node: int = 0
 
 
 def usable(total_bytes: float) -> int:
@@ -73,19 +76,20 @@ def usable(total_bytes: float) -> int:
 
 
 def parse(text: str) -> list[Device]:
-    """Devices of `--devices`, in order: comma-separated `[COUNTx]SIZE` or `[COUNTx]NAME`. GB is 10⁹ bytes, GiB 2³⁰.
+    """Devices of `--devices`, in order: comma-separated `[COUNTx]SIZE` or `[COUNTx]NAME`, nodes with a `+` between them. GB is
+    10⁹ bytes, GiB 2³⁰.
 
     Raises UserError for anything else, and for a device too small to hold its own reserve.
     """
     devices: list[Device] = []
-    for part in text.split(","):
+    for node, part in ((node, part) for node, own in enumerate(text.split("+")) for part in own.split(",")):
         found = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(.+?)\s*", part, re.IGNORECASE)
         if found is None:
             raise UserError(f"--devices '{text}': there is an empty part; {EXAMPLES}")
         count = int(found[1]) if found[1] is not None else 1
         if not 1 <= count <= 1024:
             raise UserError(f"--devices '{text}': {count} devices; from 1 to 1024 are possible")
-        devices += [_device(found[2], text)] * count
+        devices += [_device(found[2], text)._replace(node=node)] * count
     return devices
 
 
@@ -135,6 +139,12 @@ def published_rates(devices: list[Device]) -> Rates:
         f"typical of PCIe {gpu.pcie}.0 ×16"
     )
     return slowest._replace(source=source + (f"; {gpu.name} because of the memory size" if by_memory else ""))
+
+
+def links_between(crosses: Sequence[bool], within: Rates, network_bytes_per_s: float, source: str) -> list[Link]:
+    """A link for each of `crosses`: over the network at its rate, or `within` a node at that of the devices."""
+    network, inside = Link(network_bytes_per_s, True, source), Link(within.link_bytes_per_s, False, within.source)
+    return [network if over else inside for over in crosses]
 
 
 def _rates(gpu: Gpu) -> Rates:

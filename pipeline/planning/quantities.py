@@ -90,6 +90,15 @@ class Rates(NamedTuple):
     source: str
 
 
+class Link(NamedTuple):
+    """Between two stages that follow on each other. `over_network`: they are on two nodes. `source`: of the rate, as in
+    `Rates`."""
+
+    bytes_per_s: float
+    over_network: bool
+    source: str
+
+
 class Shape(NamedTuple):
     """A step of the run: micro-batches of one replica, and tokens of one micro-batch."""
 

@@ -18,12 +18,12 @@ import bisect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning.cut import Choice, Ranges, best_split, check_possible, undominated
-from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, StagePlan
+from pipeline.planning.quantities import Link, ModelCost, Plan, Rates, Shape, StagePlan
 from pipeline.planning.stage_cost import (
     compute_seconds,
     copied,
@@ -105,20 +105,23 @@ def solve(
     rates: Rates,
     shape: Shape,
     host_bytes: int,
+    host_bytes_each: int | None = None,
     *,
+    links: Sequence[Link] | None = None,
     ranges: Ranges | None = None,
     keeping: ActivationPolicy | None = None,
 ) -> Plan:
     """The fastest plan that fits; where none does, the one that exceeds the devices' memory least, with `fits` False.
 
-    devices: usable bytes of each stage's device. host_bytes: for kept tensors, of all stages together. ranges: the layers
-    of each stage, first and one past the last; None chooses them. keeping: of every layer; None chooses for each.
+    devices: usable bytes of each stage's device. host_bytes: for kept tensors, of all stages together, and
+    at most host_bytes_each of one. links: between each stage and the next; None for the rates' own. ranges: the layers of
+    each stage, first and one past the last; None chooses them. keeping: of every layer; None chooses for each.
     Raises UserError where there are more stages than layers.
     """
     if len(devices) != shape.stages or (ranges is not None and len(ranges) != shape.stages):
         raise ValueError(f"{shape.stages} stages, {len(devices)} devices, ranges {ranges}")
     check_possible(None, shape.stages, len(model.layers))
-    search = _Search(model, devices, rates, shape, host_bytes, keeping)
+    search = _Search(model, devices, rates, shape, host_bytes, keeping, host_bytes_each, links)
     if (plan := _fastest(search, ranges)) is not None:
         return plan
     for memory in (host_bytes, math.inf):
@@ -138,10 +141,10 @@ def _fastest(search: "_Search", ranges: Ranges | None) -> Plan | None:
 
 
 def _plan(search: "_Search", split: list[tuple[int, int, _Choice]], fits: bool) -> Plan:
-    model, rates, shape = search.model, search.rates, search.shape
+    model, shape = search.model, search.shape
     stages = [search.stage_plan(stage, *cut) for stage, cut in enumerate(split)]
     first = first_trained_stage(model, [(s.first, s.end) for s in stages])
-    link_s = model.hidden_bytes * shape.tokens / rates.link_bytes_per_s
+    link_s = [model.hidden_bytes * shape.tokens / link.bytes_per_s for link in search.links]
     time = simulate([s.forward_s for s in stages], [s.backward_s for s in stages], link_s, shape.micro_batches, first)
     least = sum(c.forward.flops + c.backward.flops for c in model.layers) + model.head.work.flops
     tokens_per_s = shape.tokens * shape.micro_batches / time.step_s if time.step_s else math.inf
@@ -159,9 +162,13 @@ class _Search:
         shape: Shape,
         host_bytes: int,
         keeping: ActivationPolicy | None,
+        host_bytes_each: int | None = None,
+        links: Sequence[Link] | None = None,
     ) -> None:
         self.model, self.devices, self.rates, self.shape = model, devices, rates, shape
         self.host_bytes, self.keeping = host_bytes, keeping
+        self.links = links or [Link(rates.link_bytes_per_s, False, rates.source)] * (shape.stages - 1)
+        self.host_bytes_each = math.inf if host_bytes_each is None else host_bytes_each
         kinds, classes = _numbered(model.layers), _numbered([layer.levels for layer in model.layers])
         self.kind_of = kinds  # alike in everything
         self.class_of = classes  # alike in what may be kept
@@ -174,7 +181,7 @@ class _Search:
 
     def fitting(self, stage: int, first: int, end: int) -> list[_Choice]:
         """By host memory, the fastest that fits the device: more host memory, fewer seconds."""
-        return self._kept_choices(stage, first, end, self._fitting)
+        return [c for c in self._kept_choices(stage, first, end, self._fitting) if c.host_bytes <= self.host_bytes_each]
 
     def least(self, stage: int, first: int, end: int) -> list[_Choice]:
         """By host memory, the one that needs least of the device; values are bytes above its memory."""

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from pipeline.console import duration, gib
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
-from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, StagePlan
+from pipeline.planning.quantities import Link, ModelCost, Plan, Rates, Shape, StagePlan
 
 GIB = 2**30
 WIDTH = 120
@@ -35,13 +35,17 @@ def describe(
     total_steps: int | None,
     replicas: int = 1,
     nearest: str | None = None,
+    links: Sequence[Link] = (),
 ) -> str:
     """The plan in full.
 
     device_names: one for each stage. total_steps: optimizer steps of the run, None where that is not known. replicas:
-    pipelines that share a step. nearest: the sentence of what would fit, where the plan does not.
+    pipelines that share a step. nearest: the sentence of what would fit, where the plan does not. links: between the stages,
+    said where one of them goes over the network.
     """
     parts = [_table(plan, device_names), _what_is_kept(plan, model), _figures(plan, shape, total_steps, replicas)]
+    if any(link.over_network for link in links):
+        parts += [_links(plan, model, shape, links, replicas)]
     parts += [_wrapped(f"Rates: {rates.source}.")]
     if not plan.fits:
         parts += [_wrapped(misfit(plan, nearest))]
@@ -166,6 +170,30 @@ def _figures(plan: Plan, shape: Shape, total_steps: int | None, replicas: int) -
         textwrap.fill(value, WIDTH, initial_indent=f"{name:{left}}  ", subsequent_indent=" " * (left + 2))
         for name, value in rows
     )
+
+
+def _links(plan: Plan, model: ModelCost, shape: Shape, links: Sequence[Link], replicas: int) -> str:
+    n_bytes = model.hidden_bytes * shape.tokens
+    rows = [["link", "", "Gbit/s", "forward", "backward", "a transfer"]]
+    for stage, link in enumerate(links):
+        rows.append(
+            [
+                f"stage {stage} to {stage + 1}",
+                "between nodes" if link.over_network else "within a node",
+                f"{link.bytes_per_s * 8 / 1e9:.3g}",
+                gib(n_bytes),
+                gib(n_bytes) if model.first_trained < plan.stages[stage].end else "nothing",
+                f"{n_bytes / link.bytes_per_s:.3g} s",
+            ]
+        )
+    network = next(link.source for link in links if link.over_network)
+    note = (
+        "For each micro-batch: a hidden state forward, and its gradient back where a layer below is trained. "
+        f"Between nodes: {network}."
+    )
+    if replicas > 1:
+        note += f" Between the {replicas} replicas, once a step: the gradients of what is trained, in fp32."
+    return f"{_aligned(rows)}\n{_wrapped(note)}"
 
 
 def _layers(first: int, last: int) -> str:

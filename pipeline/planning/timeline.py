@@ -93,18 +93,22 @@ def instructions(stage: int, stages: int, micro_batches: int, first_trained_stag
 def simulate(
     forward_s: Sequence[float],
     backward_s: Sequence[float],
-    link_s: float,
+    link_s: float | Sequence[float],
     micro_batches: int,
     first_trained_stage: int = 0,
 ) -> Timeline:
     """One step of `len(forward_s)` stages.
 
     forward_s, backward_s: seconds of one micro-batch on each stage; backward_s below `first_trained_stage` is not used.
-    link_s: seconds of one transfer of a hidden state or of its gradient. Raises ValueError for lists of unlike length.
+    link_s: seconds of one transfer of a hidden state or of its gradient, between all stages alike or between each and the
+    next. Raises ValueError for lists of unlike length.
     """
     stages = len(forward_s)
     if len(backward_s) != stages or not stages or micro_batches < 1:
         raise ValueError(f"{stages} forward and {len(backward_s)} backward times, {micro_batches} micro-batches")
+    links = [link_s] * (stages - 1) if isinstance(link_s, float | int) else link_s
+    if len(links) != stages - 1:
+        raise ValueError(f"{stages} stages with {len(links)} links between them")
     todo = [instructions(s, stages, micro_batches, first_trained_stage) for s in range(stages)]
     seconds = [{Do.FORWARD: forward_s[s], Do.BACKWARD: backward_s[s]} for s in range(stages)]
     clock, at = [0.0] * stages, [0] * stages
@@ -122,7 +126,7 @@ def simulate(
         peer = stage + step
         if at[peer] == len(todo[peer]) or todo[peer][at[peer]] != Instruction(wanted, micro_batch):
             return False
-        clock[stage] = clock[peer] = max(clock[stage], clock[peer]) + link_s
+        clock[stage] = clock[peer] = max(clock[stage], clock[peer]) + links[min(stage, peer)]
         at[stage] += 1
         at[peer] += 1
         return True

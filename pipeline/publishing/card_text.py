@@ -97,7 +97,9 @@ def data(facts: Facts) -> str:
 
 
 def _rows(entry: dict[str, Any]) -> str:
-    """Chunks of one length, or rows up to one, with the part that is trained."""
+    """Chunks of one length, or rows up to one, with the part that is trained; the windows of a stream."""
+    if streamed := entry.get("streaming"):
+        return f"streamed, {streamed['windows']:,} windows of {streamed['window_rows']:,}"
     if "chunks" in entry:
         return f"{entry['chunks']:,} × {entry['sequence_len']:,}"
     packed = entry.get("packed")
@@ -106,6 +108,8 @@ def _rows(entry: dict[str, Any]) -> str:
 
 
 def _used(entry: dict[str, Any]) -> str:
+    if "streaming" in entry:
+        return "all that was read"
     repeated = entry["rows"] != entry["different"]
     return f"{entry['rows']:,}" + (f" an epoch, {entry['different']:,} different" if repeated else "")
 

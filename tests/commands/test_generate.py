@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 from pipeline.commands import generate as command
 from pipeline.console import UserError
+from pipeline.model.quantized import Scheme
+from tests.helpers import quantization
 from tests.helpers.builders import save_model
 from tests.helpers.families import by_peft
 
@@ -86,6 +88,33 @@ def test_prompts_are_answered_with_an_adapter_and_without(
             assert shown.split("?")[0] in text
         assert f"  > {prompt}" in lines
     assert text.count("[reached the limit]") + text.count("[stopped after ") == 4
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-double", "int8"])
+def test_a_base_in_few_bits_says_what_transformers_own_says(
+    tmp_path: Path, quant: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = quantization.save_model(tmp_path / "base", "llama", num_hidden_layers=2)
+    whole = quantization.theirs(folder, Scheme.named(quant, torch.float32)).eval()
+    given = ["--temperature", "0", "--max-new-tokens", "8", "--base-quant", quant, "--dtype", "float32"]
+    text = "\n".join(run(monkeypatch, capsys, "--model", folder, "--prompt", PROMPTS[0], *given))
+    right = "".join(c if c.isprintable() else "?" for c in said(whole, folder, PROMPTS[0], 8)).split("?")[0]
+    assert right
+    assert right in text
+    if quant != "int8":  # which is too near to say something else in so few tokens
+        assert right not in "\n".join(run(monkeypatch, capsys, "--model", folder, "--prompt", PROMPTS[0], *given[:4]))
+
+
+def test_what_changes_a_weight_is_refused_over_a_base_in_few_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantization.save_model(tmp_path / "base", "llama", num_hidden_layers=2)
+    monkeypatch.setattr("tests.helpers.families.load_model", AutoModelForCausalLM.from_pretrained)
+    by_peft(folder, tmp_path / "adapter", "hra", size=0.3)
+    given = ["--model", folder, "--lora", tmp_path / "adapter", "--prompt", "x", "--base-quant", "nf4"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, given)])
+    with pytest.raises(UserError, match=r"changes the weight of .* itself, .* leave .*--base-quant, out"):
+        generate.main()
 
 
 def test_a_conversation_keeps_what_was_said(

@@ -73,7 +73,7 @@ def test_all_problems_at_once() -> None:
         'activation_checkpointing = "cpu"': "'unsloth'",
         'layers_to_transform = "5:2"': "'2:5'",
         "optimizer.lrr": "Did you mean 'lr'",
-        'datasets.0.dataset_type = "axolotl"': "'chat', 'completion' or 'pretokenized'",
+        "datasets.0.dataset_path": "x",
         "datasets.0.sequence_len = 1": "greater than or equal to 2",
         # rules between keys, in the same message
         "lora_alpha": "required unless full_fine_tune",

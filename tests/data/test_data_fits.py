@@ -182,7 +182,6 @@ def test_a_model_with_a_vector_for_each_position_is_refused() -> None:
     [
         ("sharegpt", "write dataset_type = 'chat'"),
         ("alpaca", "write dataset_type = 'completion'"),
-        ("axolotl", "write dataset_type = 'chat', 'completion' or 'pretokenized'"),
         ("csv", "write what the rows are: dataset_type = 'doclist'"),
         ("epub", "books are read from .txt and .md files"),
         ("jsonl", "write what the rows are: dataset_type = 'doclist'"),

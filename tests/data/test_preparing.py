@@ -58,7 +58,7 @@ def test_rows_that_were_made_before_a_kill_are_not_made_again(
     for file in tmp_path.glob("*.jsonl"):
         file.rename(tmp_path / "again" / file.name)
     path, made = tmp_path / "again" / "*.jsonl", tmp_path / "made"
-    make = prepared._made
+    make = prepared.made_of
 
     def noting(*arguments: Any) -> Any:
         with open(made, "a") as file:
@@ -72,7 +72,7 @@ def test_rows_that_were_made_before_a_kill_are_not_made_again(
         if met.read == 300:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(prepared, "_made", noting)
+    monkeypatch.setattr(prepared, "made_of", noting)
     with monkeypatch.context() as patch:
         patch.setattr(rows_build, "_add", killed_at_300)
         assert in_a_process(lambda: stored(path, processes=processes)) == -signal.SIGKILL

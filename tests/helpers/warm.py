@@ -41,17 +41,25 @@ LIBRARIES = (
 
 
 def run(
-    processes: int, script: Path, arguments: tuple[str, ...], environment: Mapping[str, str], timeout: float
+    processes: int,
+    script: Path,
+    arguments: tuple[str, ...],
+    environment: Mapping[str, str],
+    timeout: float,
+    nodes: tuple[Path, ...] = (),
 ) -> Any:
     """Run `script` in so many processes to its end; its exit code and what it printed.
 
-    Raises TimeoutError, with what was printed, when it takes longer than `timeout` seconds; nothing of it is left then.
+    With `nodes`, a working folder for each, every one has a launcher of its own, with so many processes: as
+    `deepspeed --hostfile … --no_ssh` starts them. Raises TimeoutError, with what was printed, when it takes longer than
+    `timeout` seconds; nothing of it is left then.
     """
+    count, port = max(1, len(nodes)), free_port() if nodes else 29500
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
         request = {
-            "arguments": [*_launcher(processes), str(script), *arguments],
+            "launchers": [[*_launcher(processes, count, node, port), str(script), *arguments] for node in range(count)],
             "environment": dict(environment),
-            "folder": str(Path.cwd()),
+            "folders": [str(folder) for folder in nodes or (Path.cwd(),)],
             "output": output.name,
         }
         connection = _server()
@@ -66,10 +74,24 @@ def run(
         return code, output.read()
 
 
-def _launcher(processes: int) -> list[str]:
-    """The launcher's own arguments, as `deepspeed --quiet --num_gpus N` gives them to its part on this node."""
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
-    return [f"--world_info={world}", "--master_addr=127.0.0.1", "--master_port=29500", "--quiet"]
+def _launcher(processes: int, nodes: int, node: int, port: int) -> list[str]:
+    """The launcher's own arguments, as `deepspeed --quiet --num_gpus N` gives them to its part on a node."""
+    hosts = {f"node{number}" if nodes > 1 else "localhost": list(range(processes)) for number in range(nodes)}
+    world = base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
+    return [
+        f"--world_info={world}",
+        f"--node_rank={node}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+        "--quiet",
+    ]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
 
 
 @cache
@@ -139,18 +161,33 @@ def _launch(request: dict[str, Any]) -> list[str]:
     from deepspeed.launcher import launch
 
     os.setsid()
-    os.chdir(request["folder"])
+    node, others = _fork_for_others(len(request["folders"]))
+    itself = os.getpid()
+    os.chdir(request["folders"][node])
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     _put(request["environment"])
-    sys.argv = [launch.__file__, *request["arguments"]]
+    sys.argv = [launch.__file__, *request["launchers"][node]]
     try:
         with mock.patch.object(subprocess, "Popen", _Forked):
             launch.main()
     except _Script as script:
         return list(script.args)
+    finally:
+        for other in others if os.getpid() == itself else ():
+            os.waitpid(other, 0)
     sys.exit()
+
+
+def _fork_for_others(nodes: int) -> tuple[int, list[int]]:
+    """A process for every node but the first, which knows the others; the node of this one."""
+    others = []
+    for node in range(1, nodes):
+        if not (other := os.fork()):
+            return node, []
+        others.append(other)
+    return 0, others
 
 
 def main() -> NoReturn:

@@ -2,6 +2,7 @@
 figures of devices come from."""
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pipeline.console import UserError
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning import nearest as nearest_file
 from pipeline.planning import rates
-from pipeline.planning.devices import parse, published_rates, usable
+from pipeline.planning.devices import links_between, parse, published_rates, usable
 from pipeline.planning.nearest import nearest
 from pipeline.planning.quantities import Plan, Shape, StagePlan, Work
 from pipeline.planning.solve import solve
@@ -239,3 +240,39 @@ def test_calibration_on_the_cpu_is_plausible() -> None:
     assert all(1e6 < figure < 1e15 for figure in found[:5])
     with pytest.raises(ValueError, match="no products"):
         rates.measure(torch.device("cpu"), [], 256, torch.float32)
+
+
+# Nodes
+
+
+def test_links_between_nodes_have_their_own_rate_and_are_shown() -> None:
+    """Two nodes of two: stage 1 to 2 goes over 1 Gbit/s, 128 MiB a transfer. Nothing goes back to stages that train nothing."""
+    named = parse("2x80GiB+2x80GiB")
+    assert [d.node for d in named] == [0, 0, 1, 1]
+    crosses = [a.node != b.node for a, b in pairwise(named)]
+    links = links_between(crosses, A6000, 1e9 / 8, "1 Gbit/s, as link_gbit_per_s says")
+    model, shape, memory = command_r(), SHAPE._replace(stages=4), [d.usable_bytes for d in named]
+    near, far = (solve(model, memory, A6000, shape, 0, links=given) for given in (None, links))
+    transfer_s = model.hidden_bytes * shape.tokens * 8 / 1e9
+    assert transfer_s == pytest.approx(2**27 * 8 / 1e9)
+    assert far.step_s > near.step_s + shape.micro_batches * transfer_s, "each micro-batch crosses, there and back"
+    text = describe(far, model, shape, A6000, device_names=["80 GiB"] * 4, total_steps=None, replicas=2, links=links)
+    shown = [cells(line) for line in text.splitlines() if line.startswith("stage ") and " to " in line]
+    assert shown[1] == ["stage 1 to 2", "between nodes", "1", "128 MiB", "128 MiB", "1.07 s"]
+    assert [line[1] for line in shown] == ["within a node", "between nodes", "within a node"]
+    assert "Between the 2 replicas, once a step: the gradients" in " ".join(text.split())
+    frozen = [c._replace(levels={}, backward=Work(0.0)) for c in model.layers[:30]]
+    last = model._replace(layers=[*frozen, *model.layers[30:]], first_trained=30)
+    text = describe(far, last, shape, A6000, device_names=["80 GiB"] * 4, total_steps=None, links=links)
+    assert next(cells(line)[4] for line in text.splitlines() if " to " in line and "a node" in line) == "nothing"
+    assert "link" not in describe(near, model, shape, A6000, device_names=["80 GiB"] * 4, total_steps=None)
+
+
+def test_no_stage_takes_more_host_memory_than_its_part_of_its_node() -> None:
+    """Pooled, the first stage would take all; each may have half."""
+    shape = SHAPE._replace(micro_batches=16)
+    pooled = solve(command_r(), [48 * GIB] * 2, A6000, shape, 24 * GIB)
+    apart = solve(command_r(), [48 * GIB] * 2, A6000, shape, 24 * GIB, 12 * GIB)
+    assert max(s.host_bytes for s in pooled.stages) > 12 * GIB
+    assert max(s.host_bytes for s in apart.stages) <= 12 * GIB
+    assert apart.fits

@@ -13,7 +13,7 @@ from pipeline.console import UserError
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning import quantities
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Plan, Rates, Shape, StagePlan, Work
-from pipeline.planning.solve import solve
+from pipeline.planning.solve import _Search, solve
 from tests.helpers.planning import A6000, GIB, L, command_r
 
 LEVELS = (RecomputeLevel.INPUT, RecomputeLevel.ATTENTION, RecomputeLevel.EVERYTHING)
@@ -328,3 +328,26 @@ def test_stages_below_the_first_adapter_run_forward_only() -> None:
     assert four.stages[0].backward_s == 0
     assert four.stages[0].in_flight == 1
     assert four.fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_stages", [8, 16])
+def test_what_is_reckoned_for_many_layers_grows_with_layers_times_stages(
+    monkeypatch: pytest.MonkeyPatch, n_stages: int
+) -> None:
+    """A stage's choices for so many like layers are reckoned once, wherever they begin: for 80 and 200 layers."""
+    runs = []
+    fitting = _Search._fitting
+
+    def counted(self: _Search, stage: int, first: int, end: int) -> Iterator[object]:
+        runs.append((stage, end - first))
+        return fitting(self, stage, first, end)
+
+    monkeypatch.setattr(_Search, "_fitting", counted)
+    for n in (80, 200):
+        runs.clear()
+        model = command_r()
+        model = model._replace(layers=[model.layers[0], *[model.layers[1]] * (n - 2), model.layers[-1]])
+        given = ActivationPolicy(RecomputeLevel.INPUT)
+        solve(model, [140 * GIB] * n_stages, A6000, Shape(8192, 32, n_stages), 0, keeping=given)
+        assert len(runs) <= n * n_stages * 1.1

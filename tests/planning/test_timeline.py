@@ -43,7 +43,7 @@ def cut(todo: list[Instruction], stage: int, first_trained: int) -> list[Instruc
     return [i for i in todo if i.do not in dropped]
 
 
-def longest_path(f: list[float], b: list[float], link: float, m: int, first_trained: int) -> float:
+def longest_path(f: list[float], b: list[float], links: list[float], m: int, first_trained: int) -> float:
     """Length of the longest chain of instructions. A transfer is one node of two lists; each follows its list's last."""
     node_seconds: dict[tuple, float] = {}
     after: dict[tuple, set[tuple]] = defaultdict(set)
@@ -57,7 +57,7 @@ def longest_path(f: list[float], b: list[float], link: float, m: int, first_trai
                 activation = do in (Do.SEND_ACTIVATION, Do.RECEIVE_ACTIVATION)
                 below = stage if do in (Do.SEND_ACTIVATION, Do.RECEIVE_GRADIENT) else stage - 1
                 node = ("activation" if activation else "gradient", below, micro_batch)
-                node_seconds[node] = link
+                node_seconds[node] = links[below]
             if previous is not None:
                 after[previous].add(node)
             previous = node
@@ -124,12 +124,16 @@ stages = st.integers(1, 5).flatmap(
 )
 
 
-@given(stages, seconds, st.integers(1, 9))
+@given(stages, st.lists(seconds, min_size=4, max_size=4), st.integers(1, 9))
 def test_time_is_the_longest_path_through_deepspeeds_schedule(
-    work: tuple[list[float], list[float], int], link: float, m: int
+    work: tuple[list[float], list[float], int], links: list[float], m: int
 ) -> None:
+    """Each link with a time of its own, and all alike."""
     f, b, first = work
-    assert simulate(f, b, link, m, first).step_s == longest_path(f, b, link, m, first)
+    links = links[: len(f) - 1]
+    assert simulate(f, b, links, m, first).step_s == longest_path(f, b, links, m, first)
+    alike = links[:1] * (len(f) - 1)
+    assert simulate(f, b, links[0] if links else 0.0, m, first).step_s == longest_path(f, b, alike, m, first)
 
 
 @given(stages, seconds, st.integers(1, 9))
@@ -163,3 +167,5 @@ def test_more_work_never_ends_sooner(
 def test_unlike_lists_are_an_error() -> None:
     with pytest.raises(ValueError, match="2 forward and 1 backward"):
         simulate([1.0, 1.0], [1.0], 0.0, 4)
+    with pytest.raises(ValueError, match="2 stages with 3 links"):
+        simulate([1.0, 1.0], [1.0, 1.0], [0.0] * 3, 4)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.training.engine.records import Mapped
 from pipeline.training.run import peers, stop
 
 HELD = stop.hold_signals()
@@ -20,7 +21,7 @@ peers.SILENT_S = 1.0
 def main(folder: Path, rank: int, world: int, does: str) -> None:
     """The run."""
     watcher = stop.Watcher(HELD)
-    watcher.meet(folder / "peers", rank, world, timeout_minutes=2 / 60)
+    watcher.meet(Mapped(folder / "peers", peers.RECORD, world), rank, world, timeout_minutes=2 / 60)
     watcher.attach(folder, lambda: (folder / f"saved{rank}").touch(), "the line")
     step = 0
     while not watcher.requested():

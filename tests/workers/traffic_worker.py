@@ -3,6 +3,7 @@
 Takes and gives what that does; a rank's facts also have `steps` and `evaluated`, a list of counts each:
 
     sent         (stage, dtype, shape) of every tensor sent to another stage
+    reduced      (bytes, ranks) of every sum over a group of processes
     saved        tensors that autograd kept for backward
     backward     calls of backward
     asked        whether the hidden state (or ids) given to the stage asked for a gradient, by forward pass
@@ -20,6 +21,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
@@ -52,12 +54,17 @@ def counted_train(case: Any, config: Any, place: Any, watcher: Any, facts: dict[
 @contextlib.contextmanager
 def counting(into: list[dict[str, Any]], engine: Callable[[], PipelineEngine]) -> Iterator[None]:
     """Append what happens inside to `into`."""
-    counts: dict[str, Any] = {"sent": [], "saved": 0, "backward": 0, "asked": [], "ticks": []}
+    counts: dict[str, Any] = {"sent": [], "reduced": [], "saved": 0, "backward": 0, "asked": [], "ticks": []}
     send, backward, execute, forward = p2p.send, Tensor.backward, PipelineEngine._exec_schedule, Stage.forward
+    reduce = dist.all_reduce
 
     def counted_send(tensor: Tensor, stage: int) -> None:
         counts["sent"].append([stage, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
         send(tensor, stage)
+
+    def counted_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        counts["reduced"].append([tensor.nbytes, dist.get_process_group_ranks(group)])
+        return reduce(tensor, op=op, group=group, async_op=async_op)
 
     def counted_backward(self: Tensor, *given: Any, **named: Any) -> None:
         counts["backward"] += 1
@@ -77,6 +84,7 @@ def counting(into: list[dict[str, Any]], engine: Callable[[], PipelineEngine]) -
 
     with (
         mock.patch.object(p2p, "send", counted_send),
+        mock.patch.object(dist, "all_reduce", counted_reduce),
         mock.patch.object(Tensor, "backward", counted_backward),
         mock.patch.object(PipelineEngine, "_exec_schedule", counted_execute),
         mock.patch.object(Stage, "forward", counted_forward),

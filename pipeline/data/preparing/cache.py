@@ -6,6 +6,7 @@ rows are whole, or not at all. The other processes wait for the one that builds.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -31,7 +32,12 @@ def folder(cache_dir: Path, name: str, sources: list[Source], content: list[Any]
     with progress(f"checking {name}", total) if total > 2**30 else nullcontext(lambda n: None) as advance:
         hashed = sha256_of([path for path, _ in sources], statuses, advance)
     files = [(file_name, digest) for (_, file_name), digest in zip(sources, hashed, strict=True)]
-    digest = hashlib.sha256(json.dumps([name, files, content]).encode()).hexdigest()[:20]
+    return keyed(cache_dir, name, [name, files, content])
+
+
+def keyed(cache_dir: Path, name: str, content: list[Any]) -> Path:
+    """A folder of the cache for what is made of dataset `name`, told from others by `content` (JSON)."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
     return cache_dir / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:64] or 'dataset'}-{digest}"
 
 
@@ -41,6 +47,7 @@ def alone(path: Path) -> Iterator[None]:
     with explain_out_of_space(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with explain_out_of_space(path), one_at_a_time(path.parent / ".lock", path.exists):
+        os.listdir(path.parent)  # over NFS, what another node has built meanwhile is seen by this
         yield
 
 

@@ -54,11 +54,6 @@ def read_sources(
     `join_lines`: line breaks inside paragraphs are joined where they can be the wrapping's. `field`: a row's, with its text.
     """
     met = Findings() if findings is None else findings
-
-    def text(where: str, pieces: Callable[[], Iterator[str]]) -> Iterator[str]:
-        noted = line_breaks.noted(checked(pieces(), where, met), met)
-        return line_breaks.joined(noted, met) if join_lines else noted
-
     for path, name in sources:
         match ending(path):
             case ".json":
@@ -75,8 +70,24 @@ def read_sources(
             case _:
                 rows = iter([(name, printable(path), partial(file_text, path, met))])
         for title, where, pieces in rows:
-            yield Document(title, partial(text, where, pieces))
+            yield Document(title, partial(_text, where, pieces, join_lines, met))
             del pieces  # a row may be a whole book: hold it once
+
+
+def of_records(found: Iterator[records.Record], field: str, join_lines: bool, findings: Findings) -> Iterator[Document]:
+    """A document for each record (records.py) that was read, with its text in `field`; UserError at the first without."""
+    for where, value in found:
+        if isinstance(value, json_rows.Broken):
+            raise UserError(f"{where} {value.sentence}")
+        yield Document(
+            where, partial(_text, where, partial(_slices, _field(value, field, where)), join_lines, findings)
+        )
+        del value
+
+
+def _text(where: str, pieces: Callable[[], Iterator[str]], join_lines: bool, findings: Findings) -> Iterator[str]:
+    noted = line_breaks.noted(checked(pieces(), where, findings), findings)
+    return line_breaks.joined(noted, findings) if join_lines else noted
 
 
 def text_bytes(sources: list[Source], field: str = "text") -> int:
@@ -101,22 +112,26 @@ Row = tuple[str, str, Callable[[], Iterator[str]]]  # a document's name, where i
 def _rows(path: Path, name: str, rows: Iterator[tuple[int, Any]], field: str) -> Iterator[Row]:
     """A document for each (row number, object with its text in `field`)."""
     for number, row in rows:
-        text = row.get(field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            is_object = isinstance(row, dict)
-            holds = f"an object with the fields {some(list(row))}" if is_object else printable(repr(row), 80)
-            raise UserError(
-                f"{printable(path)}: row {number} has no field '{field}' that holds a string; it is {holds}{_advice(row, field)}"
-            )
-        if half := _SURROGATE.search(text):
-            raise UserError(
-                f"{printable(path)}: the text of row {number} has half a surrogate pair (\\u{ord(half[0]):04x}) at "
-                f"character {half.start()}, which is not a character: write the pair whole or remove it"
-            )
+        where = f"{printable(path)}: row {number}"
+        text = _field(row, field, where)
         del row
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
         yield f"{name}#{number}", f"{printable(path)}: the text of row {number}", partial(_slices, text)
         del text
+
+
+def _field(row: Any, field: str, where: str) -> str:
+    """The text in a row's `field`, with \\n ends of lines. UserError where there is none."""
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        is_object = isinstance(row, dict)
+        holds = f"an object with the fields {some(list(row))}" if is_object else printable(repr(row), 80)
+        raise UserError(f"{where} has no field '{field}' that holds a string; it is {holds}{_advice(row, field)}")
+    if half := _SURROGATE.search(text):
+        raise UserError(
+            f"{where}: its text has half a surrogate pair (\\u{ord(half[0]):04x}) at character {half.start()}, which is not a "
+            "character: write the pair whole or remove it"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _slices(text: str) -> Iterator[str]:

@@ -1,9 +1,11 @@
-"""Takes the name of a dataset on the Hub; gives the files of one of its splits, downloaded into the Hub's own cache.
+"""Takes the name of a dataset on the Hub; gives the files of one of its splits, downloaded into the Hub's own cache, or where
+they are on the Hub.
 
 `hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT]`. Which file is of which split is `datasets`' to say, by the repository's card and the
 names of its files; the rows are read by our own readers. Where the Hub cannot be asked, what the cache has is taken.
 """
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -14,8 +16,10 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from pipeline.console import UserError, is_out_of_space, log, warn
-from pipeline.foreign import printable, read_by_library
-from pipeline.formats.hub import first_of_launch, literally, note_commit, reason
+from pipeline.files import write_json
+from pipeline.foreign import parse_json, printable, read_by_library
+from pipeline.formats.hub import OURS, first_of_launch, literally, note_commit, reason
+from pipeline.processes import launched_by
 
 PREFIX, CARD = "hub:", "README.md"
 _NAME = re.compile(
@@ -49,7 +53,7 @@ def files(path: str) -> tuple[Path, list[str]]:
     UserError: no such dataset, revision or split, not to be had and not in the cache, downloaded in part.
     """
     asked, where = parsed(path), f"dataset_path = '{printable(path)}'"
-    locks = Path(constants.HF_HUB_CACHE) / ".locks" / f"datasets--{asked.repository.replace('/', '--')}"
+    locks = _locks(asked)
     with first_of_launch(locks, locks / "none"):  # the first downloads, the others find it
         try:
             return _downloaded(asked, where)
@@ -75,26 +79,61 @@ def files(path: str) -> tuple[Path, list[str]]:
     return folder, found
 
 
-def _downloaded(asked: Asked, where: str) -> tuple[Path, list[str]]:
+def addresses(path: str) -> list[str]:
+    """The files of the split as fsspec knows them, hf://datasets/OWNER/NAME@COMMIT/…, in the split's order; none is downloaded.
+
+    UserError: no such dataset, revision or split, not to be had.
+    """
+    asked, where = parsed(path), f"dataset_path = '{printable(path)}'"
+    locks = _locks(asked)
+    answer = locks / f"{OURS}{launched_by()}-stream"
+    with first_of_launch(locks, answer):  # processes that ask one by one might be told of two commits
+        if "WORLD_SIZE" in os.environ and answer.is_file():
+            known = parse_json(answer.read_text(encoding="utf-8"), str(answer))
+            if known["given"] == path:
+                return [str(address) for address in known["addresses"]]
+        try:
+            commit, found = _listed(asked, where)
+        except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled) as error:
+            raise UserError(f"{where}: {reason(error, asked.repository, asked.revision, 'dataset')}") from error
+        except HFValidationError as error:
+            raise UserError(f"{where}: {printable(error)}") from error
+        there = [f"hf://datasets/{asked.repository}@{commit}/{name}" for name in found]
+        if "WORLD_SIZE" in os.environ and locks.is_dir():
+            write_json(answer, {"given": path, "addresses": there})
+    return there
+
+
+def _locks(asked: Asked) -> Path:
+    return Path(constants.HF_HUB_CACHE) / ".locks" / f"datasets--{asked.repository.replace('/', '--')}"
+
+
+def _listed(asked: Asked, where: str) -> tuple[str, list[str]]:
+    """The commit that is meant, and the files of the split; of the repository the card alone is downloaded."""
     listed = HfApi().dataset_info(asked.repository, revision=asked.revision)
     names = sorted(sibling.rfilename for sibling in listed.siblings or ())
-
-    def fetched(wanted: list[str]) -> Path:
-        patterns = [literally(name) for name in wanted]
-        return Path(
-            snapshot_download(
-                asked.repository,
-                repo_type="dataset",
-                revision=listed.sha,
-                allow_patterns=patterns,
-                cache_dir=constants.HF_HUB_CACHE,
-            )
-        )
-
-    card = fetched([CARD]) if CARD in names else None
+    commit = str(listed.sha)
+    card = _fetched([CARD], asked, commit) if CARD in names else None
     found = _of_split(names, asked, where, card)
-    log(f"data:     {where}: commit {str(listed.sha)[:12]}, {len(found):,} files")
-    folder = fetched(found)
+    log(f"data:     {where}: commit {commit[:12]}, {len(found):,} files")
+    return commit, found
+
+
+def _fetched(names: list[str], asked: Asked, commit: str) -> Path:
+    return Path(
+        snapshot_download(
+            asked.repository,
+            repo_type="dataset",
+            revision=commit,
+            allow_patterns=[literally(name) for name in names],
+            cache_dir=constants.HF_HUB_CACHE,
+        )
+    )
+
+
+def _downloaded(asked: Asked, where: str) -> tuple[Path, list[str]]:
+    commit, found = _listed(asked, where)
+    folder = _fetched(found, asked, commit)
     note_commit(folder, asked.revision or "main")
     return folder, found
 

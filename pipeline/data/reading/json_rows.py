@@ -20,6 +20,7 @@ from pipeline.data.reading.packed import ending
 from pipeline.foreign import printable
 
 LONGEST_INTEGER = 4000  # digits: Python refuses to read more than 4300
+_LINE = "\n"
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _TOO_DEEP = "nests lists or objects hundreds deep, which is not read: leave that field out"
 
@@ -108,15 +109,19 @@ def listed(path: Path, findings: Findings) -> Iterator[tuple[int, Any]]:
         opening.append(piece)
         if piece.strip():
             break
-    text = "".join(opening).lstrip()
+    whole = "".join(opening)
+    text = whole.lstrip()
+    line = 1 + whole.count("\n", 0, len(whole) - len(text))
+    del whole
     if inside := _LIST_INSIDE.match(text):
         del opening
-        yield from _elements(text[inside.end() :], pieces, printable(path), in_object=True)
+        line += text.count("\n", 0, inside.end())
+        yield from _elements(text[inside.end() :], pieces, printable(path), line, in_object=True)
     elif text.startswith("{"):
         yield from _object_or_lines(path, itertools.chain(opening, pieces))
     elif text.startswith("["):
         del opening
-        yield from _elements(text, pieces, printable(path))
+        yield from _elements(text, pieces, printable(path), line)
     else:
         raise UserError(f"{printable(path)}: {_FORM}; it begins with {printable(repr(text[:40]))}")
 
@@ -150,9 +155,16 @@ def _object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _elements(text: str, pieces: Iterator[str], where: str, *, in_object: bool = False) -> Iterator[tuple[int, Any]]:
-    """The elements of the list that begins `text` and goes on in `pieces`; `in_object`: its object ends after it."""
+def _elements(
+    text: str, pieces: Iterator[str], where: str, line: int, *, in_object: bool = False
+) -> Iterator[tuple[int, Any]]:
+    """The elements of the list that begins `text`, on line number `line`, and goes on in `pieces`; `in_object`: its object ends
+    after it."""
     place, number = 1, 0
+
+    def at(end: int) -> str:
+        return f"{where}: line {line + text.count(_LINE, 0, end)}"
+
     while True:
         place = _past_blanks(text, place)
         try:
@@ -164,21 +176,22 @@ def _elements(text: str, pieces: Iterator[str], where: str, *, in_object: bool =
             if end == len(text):
                 raise json.JSONDecodeError("the list does not end", text, end)
         except RecursionError:
-            raise UserError(f"{where}: element {number + 1} {_TOO_DEEP}") from None
+            raise UserError(f"{at(place)}: element {number + 1} {_TOO_DEEP}") from None
         except json.JSONDecodeError as error:
             # Either the element is not all here yet or it is wrong. Doubling what is held keeps the retries linear.
-            text, place = text[place:], 0
+            wrong = at(error.pos)
+            line, text, place = line + text.count(_LINE, 0, place), text[place:], 0
             more = "".join(itertools.islice(pieces, 1 + len(text) // encodings.READ_BYTES))
             if not more:
-                raise UserError(f"{where}: element {number + 1} is not valid JSON: {error.msg}") from None
+                raise UserError(f"{wrong}: element {number + 1} is not valid JSON: {error.msg}") from None
             text += more
             continue
         if text[end] not in ",]":
             found = printable(repr(text[end : end + 20]))
-            raise UserError(f"{where}: after element {number + 1} there should be ',' or ']', not {found}")
+            raise UserError(f"{at(end)}: after element {number + 1} there should be ',' or ']', not {found}")
         number, place, ended = number + 1, end + 1, text[end] == "]"
         if place > encodings.READ_BYTES:  # an element may be a whole book: hold it once
-            text, place = text[place:], 0
+            line, text, place = line + text.count(_LINE, 0, place), text[place:], 0
         yield number, value
         del value
         if ended:

@@ -3,7 +3,7 @@
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,11 @@ def ending(path: Path) -> str:
 def is_packed(path: Path) -> bool:
     """Whether the name says so."""
     return path.suffix.lower() in PACKED
+
+
+def text_bytes(files: Iterable[tuple[Path, str]]) -> int:
+    """Bytes that these files (path, name) hold, about, once they are unpacked."""
+    return sum(path.stat().st_size * (TYPICAL_RATIO if is_packed(path) else 1) for path, _ in files)
 
 
 @contextmanager

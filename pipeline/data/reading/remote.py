@@ -33,11 +33,24 @@ def files(address: str, reads: Callable[[Path], bool]) -> list[tuple[Path, str]]
     UserError: nothing there, no such kind of address, not to be reached.
     """
     where = f"dataset_path = '{printable(address)}'"
-    with _explained(where), one_at_a_time(machine_cache() / "files.lock", lambda: False):  # the first fetches
+    with explained(where), one_at_a_time(machine_cache() / "files.lock", lambda: False):  # the first fetches
         if urlsplit(address).scheme in ("http", "https"):
             return [_fetched_by_http(address)]
         found = _listed(address, reads, where)
         return [(_fetched(fs, path), name) for fs, path, name in found]
+
+
+def addresses(address: str, reads: Callable[[Path], bool]) -> list[tuple[str, str]]:
+    """(address, what tells its content from another's) of each file that `reads` takes, sorted; none is fetched.
+
+    UserError: as for `files`.
+    """
+    where = f"dataset_path = '{printable(address)}'"
+    with explained(where):
+        if urlsplit(address).scheme in ("http", "https"):
+            return [(address, "")]
+        found = _listed(address, reads, where)
+        return [(str(fs.unstrip_protocol(path)), str(fs.ukey(path))) for fs, path, _ in found]
 
 
 def _listed(address: str, reads: Callable[[Path], bool], where: str) -> list[tuple[Any, str, str]]:
@@ -99,7 +112,7 @@ def _copy(key: list[Any], name: str, path: str, fetch: Callable[[Path], None]) -
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def explained(where: str) -> Iterator[None]:
     """What libraries raise, as one UserError. A full disk is files.py's to say."""
     try:
         yield

@@ -19,11 +19,11 @@ from pipeline.data.chat.template import Template
 from pipeline.data.chunks import special_ids
 from pipeline.data.preparing import cache, workers
 from pipeline.data.preparing.journal import Journal
-from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
+from pipeline.data.reading.packed import text_bytes
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
 from pipeline.data.rows.makers import Chat, Completion, Maker, Pretokenized
-from pipeline.data.rows.prepared import Prepared, prepared
+from pipeline.data.rows.prepared import Prepared, RowWork, prepared
 from pipeline.data.rows.store import RowWriter, UnequalRows
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
@@ -56,6 +56,41 @@ class RowSpec:
     most_bad: float = 0.01
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How rows of a dataset are made of what stands in its files. `stops`: ids at which the model stops beside the
+    tokenizer's EOS. `template`: where there is one."""
+
+    spec: RowSpec
+    tokenizer: Any
+    stops: list[int]
+    template: Template | None
+
+    @property
+    def content(self) -> list[Any]:
+        """All that decides the rows beside the files (JSON): the tokenizer, the template and all settings but the day."""
+        beside = ("name", "path", "most_bad", "chat_template")
+        settings = {key: value for key, value in asdict(self.spec).items() if key not in beside}
+        source = self.template.source if self.template else self.spec.chat_template
+        return [FORMAT, fingerprint(self.tokenizer), settings, source, sorted(self.stops)]
+
+    @property
+    def maker(self) -> Maker:
+        """What makes the rows."""
+        return maker(self.spec, self.tokenizer, self.template)
+
+
+def recipe(spec: RowSpec, tokenizer: Any, stops: list[int], day: str | None = None) -> Recipe:
+    """What makes the dataset's rows, on a `day` in ISO form (today). UserError: a tokenizer without EOS, no template in
+    `chat_template`."""
+    special_ids(tokenizer, spec.name)
+    try:
+        template = _template(spec, tokenizer, stops, day or datetime.date.today().isoformat())
+    except UserError as error:
+        raise UserError(f"dataset '{spec.name}': {error}") from None
+    return Recipe(spec, tokenizer, stops, template)
+
+
 def build(
     spec: RowSpec, tokenizer: Any, stops: list[int], cache_dir: Path, processes: int | None = None
 ) -> UnequalRows:
@@ -65,40 +100,17 @@ def build(
     `stops`: ids at which the model stops beside the tokenizer's EOS. UserError: no files, a file that cannot be read, a
     template that is none, too many bad rows, no row left.
     """
-    special_ids(tokenizer, spec.name)
+    how = recipe(spec, tokenizer, stops)
     sources = find(spec.kind, spec.path)
-    today = datetime.date.today().isoformat()
-    try:
-        template = _template(spec, tokenizer, stops, today)
-    except UserError as error:
-        raise UserError(f"dataset '{spec.name}': {error}") from None
-    settings = {
-        key: value for key, value in asdict(spec).items() if key not in ("name", "path", "most_bad", "chat_template")
-    }
-    content = [
-        FORMAT,
-        fingerprint(tokenizer),
-        settings,
-        template.source if template else spec.chat_template,
-        sorted(stops),
-    ]
-    path = cache.folder(cache_dir, spec.name, sources, content)
+    path = cache.folder(cache_dir, spec.name, sources, how.content)
     with cache.alone(path):
         if not path.exists():
-            total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
+            total = text_bytes(sources)
             with cache.whole(path, f"about {gib(4 * total)}") as staging:
-                _write(path, staging, spec, sources, tokenizer, template, stops, total, processes)
+                _prepare(path, staging, how, sources, total, processes)
             Journal(path).clear()
     store = UnequalRows(path)
-    report = store.report
-    tally.check(
-        spec.name, report.read, report.bad, [line for line in report.notes if line.startswith("bad")], spec.most_bad
-    )
-    if not len(store):
-        raise UserError(
-            f"dataset '{spec.name}': none of its {report.read:,} rows is left to train on:\n  "
-            + "\n  ".join(report.notes)
-        )
+    tally.check_report(store.report, spec.most_bad)
     return store
 
 
@@ -136,27 +148,24 @@ def maker(spec: RowSpec, tokenizer: Any, template: Template | None) -> Maker:
     )
 
 
-def _write(
-    path: Path,
-    staging: Path,
-    spec: RowSpec,
-    sources: list[Source],
-    tokenizer: Any,
-    template: Template | None,
-    stops: list[int],
-    total: int,
-    processes: int | None,
-) -> None:
+def _prepare(path: Path, staging: Path, how: Recipe, sources: list[Source], total: int, processes: int | None) -> None:
     """Make all rows, or take them from the journal of `path`, and write them into `staging`."""
-    met, journal = Tally(), Journal(path)
+    journal = Journal(path)
     with ExitStack() as clearing:
-        writer = RowWriter(staging, frozenset({tokenizer.eos_token_id, *stops}))
-        clearing.callback(writer.let_go)
         clearing.callback(journal.let_go)
+        advance = clearing.enter_context(progress(f"preparing {how.spec.name}", total))
+        made = prepared(RowWork(how.maker), Prepared, sources, journal, workers.processes_for(total, processes))
+        write(staging, how, counted(made, total, advance, lambda one: one.size))
+
+
+def write(staging: Path, how: Recipe, made: Iterator[Prepared]) -> None:
+    """Write the store of these rows into `staging`, with the report of what was met in them."""
+    met, spec, tokenizer, template = Tally(), how.spec, how.tokenizer, how.template
+    with ExitStack() as clearing:
+        writer = RowWriter(staging, frozenset({tokenizer.eos_token_id, *how.stops}))
+        clearing.callback(writer.let_go)
         seen: set[str] = set()
-        advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
-        made = prepared(maker(spec, tokenizer, template), sources, journal, workers.processes_for(total, processes))
-        for one in counted(made, total, advance, lambda one: one.size):
+        for one in made:
             if is_new(one.digest, met, seen, spec.deduplicate):
                 _add(writer, met, one)
         notes = met.lines(spec.deduplicate)
@@ -169,9 +178,7 @@ def _write(
             kind=spec.kind,
             bos=tokenizer.bos_token_id,
             eos=tokenizer.eos_token_id,
-            read=met.read,
-            bad=met.bad,
-            duplicates=met.duplicates,
+            **met.counts,
             notes=notes,
             ends=None if ends is None else int(tokenizer.convert_tokens_to_ids(ends)),
             specials=[

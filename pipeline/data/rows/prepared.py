@@ -1,15 +1,16 @@
 """Takes rows as they stand in their files, a few at a time; gives what was made of each, in the form in which it is kept.
 
 This is the work of preparing that several processes share (preparing/workers.py) and that is not done twice
-(preparing/journal.py). What depends on the rows before, such as what is a duplicate, is build.py's.
+(preparing/journal.py), for rows as for units (units/prepared.py). What depends on the rows before, such as what is a duplicate,
+is build.py's.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,9 +70,24 @@ class Prepared:
         return cls(where, digest, size, made, notes, None if refused is None else (refused[0], refused[1]))
 
 
-def prepared(make: Maker, sources: list[Source], journal: Journal, processes: int) -> Iterator[Prepared]:
-    """What becomes of every row of the files, in order: what the journal has, then the rest, which goes into it."""
-    yield from map(Prepared.of, journal.kept())
+class Kept(Protocol):
+    """What a journal can keep of a row."""
+
+    def entry(self) -> Entry:
+        """As a journal keeps it."""
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        """As a journal kept it."""
+
+
+Of = TypeVar("Of", bound=Kept)
+Work = Callable[[list[Record]], list[Of]]
+
+
+def prepared(work: Work[Of], kind: type[Of], sources: list[Source], journal: Journal, processes: int) -> Iterator[Of]:
+    """What becomes by `work` of every row of the files, in order: what the journal has, then the rest, which goes into it."""
+    yield from map(kind.of, journal.kept())
     file, done = journal.place or (0, 0)
     places: list[Place] = []
 
@@ -80,11 +96,18 @@ def prepared(make: Maker, sources: list[Source], journal: Journal, processes: in
             places.append(place)
             yield batch
 
-    for number, results in enumerate(in_order(_Work(make), batches(), processes)):
+    for number, results in enumerate(in_order(work, batches(), processes)):
         for result in results:
             journal.add(*result.entry())
             yield result
         journal.reached(places[number])
+
+
+def of_records(work: Work[Of], found: Iterator[Record], processes: int = 1) -> Iterator[Of]:
+    """What becomes by `work` of records that were read already, in order."""
+    batches = iter(lambda: list(itertools.islice(found, AT_ONCE)), [])
+    for results in in_order(work, batches, processes):
+        yield from results
 
 
 def _batches(sources: list[Source], file: int, done: int) -> Iterator[tuple[list[Record], Place]]:
@@ -105,8 +128,8 @@ def _batches(sources: list[Source], file: int, done: int) -> Iterator[tuple[list
         yield batch, place
 
 
-class _Work:
-    """What a process does with a batch."""
+class RowWork:
+    """What a process does with a batch of rows."""
 
     def __init__(self, make: Maker) -> None:
         self._make = make
@@ -114,7 +137,7 @@ class _Work:
     def __call__(self, batch: list[Record]) -> list[Prepared]:
         looked_at = [content(record) for record in batch]
         sound = [record for record, found in zip(batch, looked_at, strict=True) if isinstance(found, bytes)]
-        made = iter(_made(self._make, sound))
+        made = iter(made_of(self._make, sound))
         results = []
         for record, found in zip(batch, looked_at, strict=True):
             if isinstance(found, str):
@@ -145,8 +168,9 @@ def digest_of(found: bytes) -> str:
     return hashlib.blake2b(found, digest_size=8).hexdigest()
 
 
-def _made(make: Maker, sound: Sequence[Record]) -> list[Any]:
-    """Results for all records; an error that ends it all is said with the place of the row that it is about."""
+def made_of(make: Callable[[list[Any]], list[Any]], sound: Sequence[Record]) -> list[Any]:
+    """Results of `make` for the values of all records; an error that ends it all is said with the place of the row that it is
+    about."""
     if not sound:
         return []
     try:

@@ -59,6 +59,11 @@ class Report:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def bad_lines(self) -> list[str]:
+        """Of the notes those on bad rows."""
+        return [line for line in self.notes if line.startswith("bad")]
+
     def __str__(self) -> str:
         """What was read and what it is now, then a line for each thing that was met."""
         share = f"{self.targets / self.tokens:.1%}" if self.tokens else "none"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from pipeline.console import UserError
 from pipeline.data.chat.derive import NOTES
+from pipeline.data.rows.store import Report
 from pipeline.foreign import printable
 
 PLACES, REASONS = 3, 12  # named in a report
@@ -31,6 +32,11 @@ class Tally:
     reasons: dict[str, _Bad] = field(default_factory=dict)
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)  # a key of `words` → how often, where first
     words: Mapping[str, str] = field(default_factory=lambda: NOTES)  # what is counted, as the report calls it
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For the report: rows of the files, bad ones, those that are the same as an earlier one."""
+        return {"read": self.read, "bad": self.bad, "duplicates": self.duplicates}
 
     def refuse(self, where: str, reason: str, advice: str = "") -> None:
         """A bad row."""
@@ -78,4 +84,14 @@ def check(name: str, read: int, bad: int, lines: list[str], most: float) -> None
         raise UserError(
             f"dataset '{name}': {bad:,} of {read:,} rows are bad ({bad / read:.1%}), more than max_bad_rows = {most:g} "
             "allows:\n  " + "\n  ".join(lines)
+        )
+
+
+def check_report(report: Report, most: float) -> None:
+    """UserError where more than the part `most` of a dataset's rows is bad, or none is left."""
+    check(report.name, report.read, report.bad, report.bad_lines, most)
+    if not report.rows:
+        raise UserError(
+            f"dataset '{report.name}': none of its {report.read:,} rows is left to train on:\n  "
+            + "\n  ".join(report.notes)
         )

@@ -1,9 +1,8 @@
 """Takes a dataset of units (preference, unpaired, ranked) and the tokenizer; gives its store, from the cache if it is there."""
 
 import datetime
-import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,21 +12,21 @@ from pipeline.console import UserError, gib, progress
 from pipeline.data.chat import encode as chat_encode
 from pipeline.data.chat import load
 from pipeline.data.chat.template import Template
-from pipeline.data.chat.turns import Refused
 from pipeline.data.chunks import special_ids
-from pipeline.data.preparing import cache
+from pipeline.data.preparing import cache, workers
+from pipeline.data.preparing.journal import Journal
 from pipeline.data.reading import records
 from pipeline.data.reading.encodings import Findings
-from pipeline.data.reading.packed import TYPICAL_RATIO, is_packed
-from pipeline.data.reading.records import Record
+from pipeline.data.reading.packed import text_bytes
 from pipeline.data.reading.sources import Source, find
 from pipeline.data.rows import tally
 from pipeline.data.rows.build import PLAIN, counted, ends_beyond_stops, is_new
-from pipeline.data.rows.prepared import AT_ONCE, content, digest_of
+from pipeline.data.rows.prepared import of_records, prepared
 from pipeline.data.rows.tally import Tally
 from pipeline.data.tokenizer import fingerprint
 from pipeline.data.units.encode import NOTES, Rows, UnitEncoder
-from pipeline.data.units.formats import Kind, Names, Unit, units
+from pipeline.data.units.formats import Kind, Names
+from pipeline.data.units.prepared import PreparedUnits, UnitWork
 from pipeline.data.units.scored import Grouped, by_prompt
 from pipeline.data.units.store import UnitRows, UnitWriter
 from pipeline.foreign import printable
@@ -59,9 +58,11 @@ class UnitSpec:
     most_bad: float = 0.01
 
 
-def build(spec: UnitSpec, tokenizer: Any, stops: list[int], cache_dir: Path) -> UnitRows:
+def build(spec: UnitSpec, tokenizer: Any, stops: list[int], cache_dir: Path, processes: int | None = None) -> UnitRows:
     """The units of a dataset, made now or found in `cache_dir`. One process at a time builds, the others wait.
 
+    A preparation that was killed goes on where it was, but for scored answers, which are read to the end before any is made into
+    a unit. `processes`: how many make units; None is one a core for large files.
     `stops`: ids at which the model stops beside the tokenizer's EOS. UserError: no files, a file that cannot be read, a
     template that is none, too many bad rows, no unit left.
     """
@@ -80,18 +81,12 @@ def build(spec: UnitSpec, tokenizer: Any, stops: list[int], cache_dir: Path) -> 
     )
     with cache.alone(path):
         if not path.exists():
-            total = sum(p.stat().st_size * (TYPICAL_RATIO if is_packed(p) else 1) for p, _ in sources)
+            total = text_bytes(sources)
             with cache.whole(path, f"about {gib(3 * total)}") as staging:
-                _write(staging, spec, sources, tokenizer, template, stops, total)
+                _prepare(path, staging, spec, sources, tokenizer, template, stops, total, processes)
+            Journal(path).clear()
     store = UnitRows(path)
-    report = store.report
-    bad_lines = [line for line in report.notes if line.startswith("bad")]
-    tally.check(spec.name, report.read, report.bad, bad_lines, spec.most_bad)
-    if not len(store):
-        raise UserError(
-            f"dataset '{spec.name}': none of its {report.read:,} rows is left to train on:\n  "
-            + "\n  ".join(report.notes)
-        )
+    tally.check_report(store.report, spec.most_bad)
     return store
 
 
@@ -120,7 +115,8 @@ def unit_encoder(spec: UnitSpec, tokenizer: Any, template: Template | None) -> U
     )
 
 
-def _write(
+def _prepare(
+    path: Path,
     staging: Path,
     spec: UnitSpec,
     sources: list[Source],
@@ -128,25 +124,45 @@ def _write(
     template: Template | None,
     stops: list[int],
     total: int,
+    processes: int | None,
 ) -> None:
-    """Make all units and write them into `staging`."""
-    met, findings, grouped = Tally(words=NOTES), Findings(), Grouped()
-    straddling: list[str] = []
+    """Make all units, or take them from the journal of `path`, and write them into `staging`."""
+    work = UnitWork(spec.kind, spec.names, spec.ranks, unit_encoder(spec, tokenizer, template))
+    count, journal, grouped = workers.processes_for(total, processes), Journal(path), Grouped()
+    with ExitStack() as clearing:
+        clearing.callback(journal.let_go)
+        advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
+        if spec.score_weights:
+            read = counted(records.read(sources, Findings()), total, advance, lambda one: len(str(one.value)))
+            found = by_prompt(read, spec.kind, spec.names, spec.score_weights, spec.ranks, grouped)
+            made = of_records(work, found, count)
+        else:
+            made = prepared(work, PreparedUnits, sources, journal, count)
+            made = counted(made, total, advance, lambda one: one.size)
+        _write(staging, spec, made, grouped, tokenizer, template, stops)
+
+
+def _write(
+    staging: Path,
+    spec: UnitSpec,
+    made: Iterator[PreparedUnits],
+    grouped: Grouped,
+    tokenizer: Any,
+    template: Template | None,
+    stops: list[int],
+) -> None:
+    """Write the units into `staging`, with the report of what was met. `grouped`: of scored answers, once they are read."""
+    met, straddling = Tally(words=NOTES), list[str]()
     with ExitStack() as clearing:
         writer = UnitWriter(staging, frozenset({tokenizer.eos_token_id, *stops}))
         clearing.callback(writer.let_go)
-        advance = clearing.enter_context(progress(f"preparing {spec.name}", total))
-        read = records.read(sources, findings)
-        found: Iterable[Record] = counted(read, total, advance, lambda record: len(str(record.value)))
-        if spec.score_weights:
-            found = by_prompt(found, spec.kind, spec.names, spec.score_weights, spec.ranks, grouped)
-        rows = _rows(spec, unit_encoder(spec, tokenizer, template), found, met)
+        rows = _rows(made, met, spec.deduplicate)
         for place, unit in _with_mismatched(rows, spec.limit, met) if spec.kind == "unpaired" else rows:
             writer.add(unit, place)
             if unit.straddles:
                 straddling = straddling or [place, unit.straddles]
         notes = ([str(grouped)] if spec.score_weights else []) + met.lines(spec.deduplicate)
-        notes.insert(0, f"{writer.units:,} units ({spec.kind}) of {len(writer._groups):,} prompts")
+        notes.insert(0, f"{writer.units:,} units ({spec.kind}) of {writer.prompts:,} prompts")
         if template and template.prints_the_date:
             notes.insert(0, f"the template prints the date: {template.day} in every row, the day of this preparation")
         end = ends_beyond_stops(template)
@@ -156,9 +172,7 @@ def _write(
             kind=spec.kind,
             bos=tokenizer.bos_token_id,
             eos=tokenizer.eos_token_id,
-            read=met.read,
-            bad=met.bad,
-            duplicates=met.duplicates,
+            **met.counts,
             notes=notes,
             ends=end_id if end_id is not None and writer.rows.holds(end_id) else None,
             warnings=_warnings(spec.name, writer.units, met, straddling),
@@ -176,35 +190,16 @@ def _warnings(name: str, units: int, met: Tally, straddling: list[str]) -> list[
     ]
 
 
-def _rows(spec: UnitSpec, encoder: UnitEncoder, read: Iterable[Record], met: Tally) -> Iterator[tuple[str, Rows]]:
-    """(place in the files, unit) of all records; counts what is wrong with the others."""
+def _rows(made: Iterator[PreparedUnits], met: Tally, deduplicate: bool) -> Iterator[tuple[str, Rows]]:
+    """(place in the files, unit) of all; counts what is wrong with the others."""
     seen: set[str] = set()
-    source = iter(read)
-    while batch := list(itertools.islice(source, AT_ONCE)):
-        made: list[tuple[str, Unit]] = []
-        for record in batch:
-            found = content(record)
-            if not is_new(digest_of(found) if isinstance(found, bytes) else None, met, seen, spec.deduplicate):
-                continue
-            if isinstance(found, str):
-                met.refuse(record.where, found)
-                continue
-            try:
-                made += [(record.where, unit) for unit in units(record.value, spec.kind, spec.names, spec.ranks)]
-            except Refused as refused:
-                met.refuse(record.where, refused.reason, refused.detail)
-        try:
-            results = encoder([unit for _, unit in made])
-        except UserError as error:
-            raise UserError(f"dataset '{spec.name}', {made[0][0]} and on: {error}") from None
-        for (place, _), result in zip(made, results, strict=True):
-            if isinstance(result, Refused):
-                met.refuse(place, result.reason, result.detail)
-                continue
-            rows, notes = result
-            met.note(place, notes)
-            if rows is not None:
-                yield place, rows
+    for one in made:
+        if not is_new(one.digest, met, seen, deduplicate):
+            continue
+        for reason, remedy in one.refused:
+            met.refuse(one.where, reason, remedy)
+        met.note(one.where, dict(one.notes))
+        yield from ((one.where, unit) for unit in one.units)
 
 
 def _with_mismatched(rows: Iterator[tuple[str, Rows]], limit: int, met: Tally) -> Iterator[tuple[str, Rows]]:

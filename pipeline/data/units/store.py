@@ -47,6 +47,11 @@ class UnitWriter:
         self._cut.append(unit.cut)
         self.units += 1
 
+    @property
+    def prompts(self) -> int:
+        """Prompts of the units so far."""
+        return len(self._groups)
+
     def close(self, **facts: Any) -> Report:
         """Write what is left, make the files durable. `facts`: the rest of the report."""
         file = ArrowFile(self._folder / "units.arrow", _UNITS)

@@ -12,6 +12,7 @@ next older checkpoint.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline import processes
 from pipeline.console import EXIT_CHECKPOINT, EXIT_DISK_FULL, gib, is_out_of_space, space_message, warn
-from pipeline.files import rename
+from pipeline.files import SEEN_S, rename
 from pipeline.formats.safetensors import write_tensors
 from pipeline.training.checkpoint import manifest as manifests
 from pipeline.training.checkpoint import retention
@@ -96,6 +98,7 @@ def _commit(staging: Path, final: Path, world: int, step: int) -> None:
     """The first process: wait for all sidecars, write the manifest, rename."""
     sidecars: dict[int, dict[str, Any]] = {}
     for _ in _waiting(staging, step, "the other processes' parts of the checkpoint"):
+        os.listdir(staging)  # asks an NFS server anew, which a look at a name that was not there does not
         for rank in range(world):
             if rank not in sidecars and (found := manifests.read_note(staging / f"rank-{rank}.json")) is not None:
                 sidecars[rank] = found
@@ -105,7 +108,7 @@ def _commit(staging: Path, final: Path, world: int, step: int) -> None:
             break
     files = {f"rank-{rank}.safetensors": {"sha256": s["sha256"], "size": s["size"]} for rank, s in sidecars.items()}
     for (name, known), sidecar in zip(files.items(), sidecars.values(), strict=True):
-        if sidecar["step"] != step or (staging / name).stat().st_size != known["size"]:
+        if sidecar["step"] != step or not _has_size(staging / name, known["size"]):
             raise CheckpointError(f"{staging / name} is not the shard of step {step} that its process has written")
     manifests.write(staging / MANIFEST, {"format": FORMAT, "step": step, "files": files, **sidecars[0]["facts"]})
     replaced = retention.put_away(final) if final.exists() else None
@@ -125,8 +128,20 @@ def _await(staging: Path, rank: int, step: int) -> None:
                 missing_ok=True
             )  # nobody commits it: it must not keep its room
             raise _failure(failed)
-        if not staging.exists():
+        if staging.name not in os.listdir(staging.parent):
             return
+
+
+def _has_size(shard: Path, size: int) -> bool:
+    """Whether the file has all its bytes, or has them soon: its writer has synced it, but maybe on another node."""
+    deadline = time.monotonic() + SEEN_S
+    while True:
+        with contextlib.suppress(FileNotFoundError), shard.open("rb") as opened:  # a look at the name may be remembered
+            if os.fstat(opened.fileno()).st_size == size:
+                return True
+        if not processes.over_nodes() or time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
 
 
 def _failure(note: dict[str, Any]) -> CheckpointError:

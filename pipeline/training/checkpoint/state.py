@@ -66,14 +66,20 @@ class Progress(NamedTuple):
 
 
 class RunState:
-    """Snapshots of the last completed step. `writes_weights` is true on one replica of each stage."""
+    """Snapshots of the last completed step. `number`: whose random states are which (`Place.number`); `writes_weights` is true
+    on one replica of each stage."""
 
     def __init__(
-        self, optimizer: PipelineOptimizer, device: torch.device, rank: int, writes_weights: bool, facts: dict[str, Any]
+        self,
+        optimizer: PipelineOptimizer,
+        device: torch.device,
+        number: int,
+        writes_weights: bool,
+        facts: dict[str, Any],
     ) -> None:
         self.optimizer = optimizer
         self.device = device
-        self.rank = rank
+        self.number = number
         self.writes_weights = writes_weights
         self.facts = facts
         self._progress: dict[int, Progress] = {}
@@ -100,7 +106,7 @@ class RunState:
         with self.optimizer.update_lock:
             step = self.optimizer.completed_steps
             rng = self._rng.get(step) or rng_state(self.device)
-            tensors = {f"rng/{self.rank}/{name}": state for name, state in rng.items()}
+            tensors = {f"rng/{self.number}/{name}": state for name, state in rng.items()}
             if self.writes_weights:
                 tensors |= self._trained()
             progress = self._progress[step]._asdict()
@@ -142,7 +148,7 @@ def restore(
     manifest: dict[str, Any],
     optimizer: PipelineOptimizer,
     device: torch.device,
-    rank: int,
+    number: int,
     *,
     aliases: dict[str, str],
     optimizer_states: bool,
@@ -159,7 +165,7 @@ def restore(
     rng: dict[str, Tensor] = {}
     for key, value in checkpoint.read(folder, manifest):
         kind, _, rest = key.partition("/")
-        if kind == "rng" and rest.startswith(f"{rank}/"):
+        if kind == "rng" and rest.startswith(f"{number}/"):
             rng[rest.split("/")[1]] = value()
             continue
         name, _, state_key = rest.partition("/") if kind == "optimizer" else (rest, "", "")

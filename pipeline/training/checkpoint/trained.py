@@ -17,18 +17,20 @@ from torch import Tensor
 
 from pipeline.artifacts import saved_at
 from pipeline.console import UserError, gib
-from pipeline.files import atomic_folder, size_of, write_json
+from pipeline.files import SEEN_S, appears, atomic_folder, size_of, write_json
 from pipeline.foreign import read_object
 from pipeline.formats.base_model import WITH_STOPS, config_ties, files_to_copy, untie, with_stops
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.safetensors import read_header, write_tensors
 from pipeline.model.stage import Stage, tied_head
+from pipeline.processes import host
 from pipeline.training.checkpoint.commit import explained
 from pipeline.training.checkpoint.manifest import CheckpointError
 from pipeline.training.engine.engine import Place
 
 Write = Callable[[Path], None]
 PART = ".stage-{}.safetensors"  # what a stage contributes, while an adapter is put together
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 
 def save_adapter(
@@ -45,14 +47,18 @@ def save_adapter(
     on the first GPU, once for every process.
     """
 
+    contributes = [(0, False)] * place.world
+    dist.all_gather_object(contributes, (place.stage, place.replica == 0 and bool(tensors)))
+    stages = sorted(stage for stage, has in contributes if has)
+
     def write_part(temporary: Path) -> None:
         if place.replica == 0 and tensors:
             own = {n: t.detach().to("cpu", dtype if t.is_floating_point() else None) for n, t in tensors.items()}
             write_tensors(temporary / PART.format(place.stage), own)
 
     def finish(temporary: Path) -> None:
-        files = [temporary / PART.format(stage) for stage in range(place.stages)]
-        files = [file for file in files if file.exists()]
+        files = [temporary / PART.format(stage) for stage in stages]
+        _await_all(files)
         with contextlib.ExitStack() as opened:
             parts = [opened.enter_context(safe_open(file, framework="pt")) for file in files]
             write(temporary, {name: part.get_tensor(name) for part in parts for name in part.keys()})  # noqa: SIM118
@@ -75,7 +81,7 @@ def save_model(
 
     `stops`: ids at which the model has learned to stop, beside those at which it did.
     """
-    shard_name = f"model-{place.stage + 1:05d}-of-{place.stages:05d}.safetensors"
+    shard_name = SHARD.format(place.stage + 1, place.stages)
 
     def write_shard(temporary: Path) -> None:
         if place.replica == 0:
@@ -87,7 +93,8 @@ def save_model(
             write_tensors(temporary / shard_name, tensors, {"format": "pt"})
 
     def finish(temporary: Path) -> None:
-        shards = [read_header(path) for path in sorted(temporary.glob("model-*.safetensors"))]
+        _await_all(shard_files := [temporary / SHARD.format(stage + 1, place.stages) for stage in range(place.stages)])
+        shards = [read_header(path) for path in shard_files]
         index = {
             "metadata": {"total_size": sum(t.n_bytes for shard in shards for t in shard.tensors)},
             "weight_map": {t.name: t.file.name for shard in shards for t in shard.tensors},
@@ -125,9 +132,21 @@ def _together(folder: Path, step: int, place: Place, each: Write, first: Write) 
     with output:
         _all_well(place, open_folder, folder, told)
         dist.broadcast_object_list(told)
-        _all_well(place, lambda: each(Path(told[0])), folder, told)
+        _all_well(place, lambda: each(_seen(Path(told[0]))), folder, told)
         _all_well(place, finish, folder, told)
         _all_well(place, output.close, folder, told)  # puts the folder in place
+
+
+def _seen(path: Path) -> Path:
+    """`path`, which another process has made; CheckpointError if this node does not see it."""
+    if not appears(path):
+        raise CheckpointError(f"{path} is not seen from {host()} after {SEEN_S:.0f} s; do all nodes share that disk?")
+    return path
+
+
+def _await_all(files: Sequence[Path]) -> None:
+    for file in files:
+        _seen(file)
 
 
 def _all_well(place: Place, write: Callable[[], None], folder: Path, temporary: list[str]) -> None:

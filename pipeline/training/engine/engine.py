@@ -10,7 +10,6 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +23,15 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTop
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline.console import UserError, log_if_slow
+from pipeline import processes
+from pipeline.console import UserError, log_if_slow, rank
 from pipeline.objectives.objective import Objective
-from pipeline.processes import launched_by, remove_of_dead_launches
+from pipeline.training.engine import meeting, wires
 from pipeline.training.engine import schedule as schedule_cuts
-from pipeline.training.engine import wires
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.start import launch
 
 MINIMUM_DEEPSPEED = (0, 19, 3)
-# Of a collective. Longer than any pause of a whole run (Ctrl-Z, a container that is paused) and any step: who hangs is
-# found out by peers.py, who has died by the connection.
-TIMEOUT = timedelta(days=7)
 # DeepSpeed's instructions, and whether they wait for another process.
 IN_WORDS = {
     schedule.LoadMicroBatch: ("reading a micro-batch", False),
@@ -52,7 +48,7 @@ IN_WORDS = {
 
 
 class Place(NamedTuple):
-    """Where this process stands: its rank, stage and replica, and how many there are of each."""
+    """Where this process stands: its rank, stage and replica, and how many there are of each; `nodes`: of each rank, its node."""
 
     rank: int
     world: int
@@ -62,6 +58,27 @@ class Place(NamedTuple):
     replicas: int
     topology: ProcessTopology
     device: torch.device
+    nodes: tuple[int, ...] = (0,)
+
+    @property
+    def number(self) -> int:
+        """The same for a stage of a replica in any order of the ranks: what is random goes by it."""
+        return self.stage * self.replicas + self.replica
+
+    @property
+    def node(self) -> int:
+        """The node of this process."""
+        return self.nodes[self.rank]
+
+    @property
+    def over_nodes(self) -> bool:
+        """Whether there are processes on another node."""
+        return len(set(self.nodes)) > 1
+
+    @property
+    def here(self) -> int:
+        """Processes on this node."""
+        return self.nodes.count(self.node)
 
 
 def check_version() -> None:
@@ -72,36 +89,45 @@ def check_version() -> None:
 
 
 @log_if_slow("starting: waiting for the other processes")
-def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
-    """Start the process group over `rendezvous` (a file: opens no port, so two runs cannot collide) and find our place."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def initialise(stages: int, rendezvous: Path | dist.Store, column_major: bool | None) -> Place:
+    """Start the process group over `rendezvous`, a file on one node or the launcher's store over several, and find our place.
+
+    `column_major`: neighbouring stages on neighbouring ranks, which are one node's as far as it goes, so that replicas are
+    what lies across nodes; otherwise the replicas of a stage are neighbours. None: on several nodes.
+    """
+    world = processes.world()
     launch.check_processes(stages)
     os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("LOCAL_SIZE", str(world))
+    os.environ.setdefault("LOCAL_SIZE", str(processes.here()))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     accelerator = get_accelerator()
     local = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local)
-    rank = int(os.environ.get("RANK", "0"))
+    backend = accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo"
     with _quiet(), without_shared_memory_extension():
+        if not isinstance(rendezvous, Path):
+            meeting.join(rendezvous, backend, world)  # which DeepSpeed then takes as it is
         deepspeed.init_distributed(
-            accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
-            init_method=f"file://{rendezvous}",
-            rank=rank,
+            backend,
+            init_method=f"file://{rendezvous}" if isinstance(rendezvous, Path) else None,
+            rank=rank(),
             world_size=world,
             auto_mpi_discovery=False,
-            timeout=TIMEOUT,
+            timeout=meeting.TIMEOUT,
             verbose=False,
         )
+    nodes = [0] * world
+    if not isinstance(rendezvous, Path):
+        dist.all_gather_object(nodes, processes.node())
     replicas = world // stages
-    if column_major:
+    if column_major if column_major is not None else len(set(nodes)) > 1:
         topology = ProcessTopology(axes=["data", "pipe"], dims=[replicas, stages])
     else:
         topology = PipeDataParallelTopology(num_pp=stages, num_dp=replicas)
-    coordinate = topology.get_coord(rank)
+    coordinate = topology.get_coord(rank())
     return Place(
-        rank,
+        rank(),
         world,
         coordinate.pipe,
         stages,
@@ -109,6 +135,7 @@ def initialise(stages: int, rendezvous: Path, column_major: bool) -> Place:
         replicas,
         topology,
         torch.device(accelerator.device_name(local)),
+        tuple(nodes),
     )
 
 
@@ -217,14 +244,6 @@ def let_go(engine: PipelineEngine) -> None:
     """Clear what DeepSpeed's engine keeps of its last step: the graph of it has hooks that hold the engine, where Python's
     garbage collector does not see it, and with the engine all weights of the stage."""
     engine.loss, engine.total_loss, engine.pipe_buffers = None, None, {}
-
-
-def rendezvous_in(folder: Path) -> Path:
-    """The file through which this launch's processes find each other; removes those of launches that have died."""
-    folder.mkdir(parents=True, exist_ok=True)
-    own = folder.resolve() / f".rendezvous-{launched_by()}"
-    remove_of_dead_launches(own.parent, ".rendezvous-")
-    return own
 
 
 @contextlib.contextmanager

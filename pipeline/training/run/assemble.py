@@ -16,7 +16,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from pipeline.config.loading import to_toml
 from pipeline.config.schema import Config
 from pipeline.console import UserError, gib, log, log_if_slow
-from pipeline.data.batches import MicroBatches
 from pipeline.formats.dtypes import DTYPES
 from pipeline.model import neftune, unsupported, weights
 from pipeline.model.adapters.base import trainable, written
@@ -32,7 +31,6 @@ from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import Preference, StepTotals
 from pipeline.objectives.representation import WithTaps
 from pipeline.objectives.with_router_loss import WithRouterLoss
-from pipeline.processes import launched_by
 from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
@@ -72,14 +70,13 @@ def trainer(
 ) -> Trainer:
     """The run, ready to go. `resumed`: a checkpoint (the first process's counts) and its manifest; `command`: what was typed."""
     run_plan = planned.for_run(plan, place)
-    torch.manual_seed(config.seed + place.rank)
+    torch.manual_seed(config.seed + place.number)
     with engine.agreement(place):
         arena = planned.arena(run_plan, place.stage, place.device)
     with watcher.phase(UNHURRIED):
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
-    optimizer = build_optimizer(plan.updates, stage, place)
-    families.share_ranks(stage, optimizer, plan.trained.adapter)
-    batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+    optimizer = optimizer_of(plan, stage, place)
+    batches = batches_of(plan, data, place, watcher)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
     taps, times = taps_of(stage, plan.objective), StepTimes()
@@ -99,7 +96,7 @@ def trainer(
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
     trackers = partial(Trackers, config.trackers, config.tracker_options, config.tracker_project)
     metrics = metrics_of(opened.path, resumed_at or 0, progress.settled, recorded, trackers, place)
-    state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
+    state = RunState(optimizer, place.device, place.number, place.replica == 0, about)
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
     say_memory(place)
     return Trainer(
@@ -109,7 +106,7 @@ def trainer(
         batches=batches,
         evaluations=prepare.evaluation_batches(plan.data, data, place.replica, place.replicas),
         objective=objective,
-        learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
+        learning_rate=schedule(plan.updates, batches.steps_per_epoch(batches.at_hand.epoch)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         measuring=[one for one in (routers, taps, LayerGradients(optimizer, config.grad_norm_steps)) if one],
         step_totals=totals,
@@ -117,7 +114,7 @@ def trainer(
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
         folder=opened,
-        saver=Saver(opened.path, launched_by(), place, state, metrics, write, config.keep_states, resumed_at),
+        saver=Saver(opened.path, opened.launch, place, state, metrics, write, config.keep_states, resumed_at),
         state=state,
         metrics=metrics,
         samples=samples_of(plan, data, stage, place, metrics, watcher),
@@ -126,7 +123,7 @@ def trainer(
         step_times=times,
         memory=StepMemory(engine.held_tensors(pipeline_engine, optimizer)),
         watcher=watcher,
-        resume_line=run_folder.resume_line(command, place.world, opened.path),
+        resume_line=run_folder.resume_line(command, opened.path),
         progress=progress,
         first_step_done=partial(planned.say_overflow, run_plan, place, arena),
         outcome=partial(planned.say_outcome, run_plan, place, opened.path, arena),
@@ -148,13 +145,20 @@ def metrics_of(
 
 
 def begin(
-    plan: Resolved, init_adapter: str | None, stage: Stage, place: engine.Place, batches: MicroBatches
+    plan: Resolved, init_adapter: str | None, stage: Stage, place: engine.Place, batches: prepare.TrainBatches
 ) -> Progress:
     """A new run: the adapter it goes on from into the stage, if there is one."""
     if init_adapter:
         with engine.agreement(place):
             initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, init_adapter))
     return Progress(order=batches.order_hash(0))
+
+
+def batches_of(plan: Resolved, data: prepare.Data, place: engine.Place, watcher: Watcher) -> prepare.TrainBatches:
+    """The micro-batches of this replica; to make a window of a stream counts as getting on."""
+    if data.stream:
+        data.stream.windows.alive = lambda count: watcher.doing(f"making a window, {count:,} rows read")
+    return prepare.micro_batches(plan.data, data, place.replica, place.replicas)
 
 
 def samples_of(
@@ -234,6 +238,13 @@ def check_room(stage: Stage, place: engine.Place) -> None:
         )
 
 
+def optimizer_of(plan: Resolved, stage: Stage, place: engine.Place) -> PipelineOptimizer:
+    """Over this stage's trained parameters; a family that shares ranks out among all stages does so after its updates."""
+    optimizer = build_optimizer(plan.updates, stage, place)
+    families.share_ranks(stage, optimizer, plan.trained.adapter)
+    return optimizer
+
+
 def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> PipelineOptimizer:
     """Over this stage's trained parameters, which may be none."""
     table = updates.optimizer
@@ -300,7 +311,7 @@ def build_engine(
     stage: Stage,
     optimizer: PipelineOptimizer,
     objective: Objective,
-    batches: MicroBatches,
+    batches: prepare.TrainBatches,
     watcher: Watcher,
     times: StepTimes,
 ) -> PipelineEngine:
@@ -347,7 +358,7 @@ def put_back(
     stage: Stage,
     optimizer: PipelineOptimizer,
     place: engine.Place,
-    batches: MicroBatches,
+    batches: prepare.TrainBatches,
     objective: ObjectiveSpec | None,
 ) -> Progress:
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration.
@@ -374,13 +385,13 @@ def put_back(
             manifest,
             optimizer,
             place.device,
-            place.rank,
+            place.number,
             aliases=aliases,
             optimizer_states=recorded["load_optimizer_states"],
             same_layout=same_layout,
         )
     if not same_layout:
-        torch.manual_seed(recorded["seed"] + place.rank + 1000003 * progress.step)
+        torch.manual_seed(recorded["seed"] + place.number + 1000003 * progress.step)
     log(f"resumed:  after step {progress.step}, from {folder}")
     return progress._replace(order=order)
 

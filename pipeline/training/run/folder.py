@@ -7,29 +7,35 @@ first process decides; the others are told.
 import fcntl
 import json
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch.distributed as dist
 
-from pipeline.console import UserError, log, log_if_slow
-from pipeline.files import explain_out_of_space, write_text
+from pipeline.console import EXIT_STOPPED, UserError, log, log_if_slow
+from pipeline.files import SEEN_S, appears, explain_out_of_space, write_text
+from pipeline.processes import host, is_first_here, launched_by, launcher
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.checkpoint import retention
-from pipeline.training.engine.engine import Place
+from pipeline.training.engine.engine import Place, agreement
 from pipeline.training.optim.parameter_groups import ParamGroupOverride, values_of
 from pipeline.training.run.stop import STOP_FILE
 from pipeline.training.start import launch
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
 LOCK = ".lock"
+LAUNCH = ".launch"  # the launchers, of all nodes, whose processes are at work in the folder: torchrun may restart them
 
 
 class RunFolder(NamedTuple):
-    """A run's folder, and the open file that locks it (the first process's alone): closing it would free the lock."""
+    """A run's folder, the name of this launch in it, and the open file that locks it (the first process's alone): closing it
+    would free the lock."""
 
     path: Path
+    launch: str
     lock: TextIO | None
 
 
@@ -46,9 +52,32 @@ OF_A_START = (
 RESUME = "--resume_from_checkpoint"
 
 
+def of_this_launch(output_dir: Path) -> list[Path]:
+    """Runs in which processes of this launch were at work before torchrun restarted them (`--max-restarts`), the newest first."""
+    if not launch.is_torchrun():
+        return []
+    own, found = launcher(), []
+    for note in output_dir.glob(f"*/{LAUNCH}"):
+        if own in note.read_text(encoding="utf-8").splitlines():
+            found.append(note.parent)
+    return sorted(found, reverse=True)
+
+
+def was_stopped(runs: Sequence[Path]) -> bool:
+    """Whether the newest was stopped on purpose: then a restart is not wanted."""
+    stop = runs[0] / STOP_FILE if runs else None
+    return stop is not None and stop.is_file() and stop.read_text() in ("", str(EXIT_STOPPED))
+
+
 @log_if_slow("starting: verifying the checkpoint")
-def find_checkpoint(output_dir: Path, resume: bool | str) -> Resumed | None:
-    """What `resume_from_checkpoint` means: None, or a verified checkpoint and its manifest. CheckpointError if there is none."""
+def find_checkpoint(output_dir: Path, resume: bool | str, restarted: Sequence[Path] = ()) -> Resumed | None:
+    """What `resume_from_checkpoint` means: None, or a verified checkpoint and its manifest. CheckpointError if there is none.
+
+    `restarted`: runs of this launch, whose newest checkpoint goes before it.
+    """
+    for run in restarted:
+        with suppress(checkpoint.CheckpointError):
+            return checkpoint.find(run, newest_run=False)
     if not resume:
         return None
     return checkpoint.find(output_dir if resume is True else Path(resume), newest_run=resume is True)
@@ -122,24 +151,51 @@ def _optimizer_types(optimizer: dict[str, Any]) -> str:
     return ", ".join([optimizer["type"], *own])
 
 
+@log_if_slow("starting: looking whether all nodes have one output_dir")
+def check_shared(output_dir: Path, place: Place) -> None:
+    """UserError, everywhere, if a node does not see within SEEN_S what the first process writes to `output_dir`."""
+    if not place.over_nodes:
+        return
+    told: list[Any] = [(f".probe-{launched_by()}", host())]
+    dist.broadcast_object_list(told)
+    probe, first = output_dir / told[0][0], told[0][1]
+    try:
+        with agreement(place):
+            if place.rank == 0:
+                write_text(probe, first)
+            elif is_first_here() and not appears(probe, SEEN_S):
+                raise UserError(
+                    f"output_dir = '{output_dir}' is not one folder on all nodes: {host()} has not seen within {SEEN_S:.0f} s "
+                    f"what {first} wrote there; give a folder on a disk that all nodes share, by its whole path"
+                )
+    finally:
+        if place.rank == 0:
+            probe.unlink(missing_ok=True)
+
+
 def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_toml: str) -> RunFolder:
     """The run's folder, locked, the same on all processes. Call when nothing can be wrong with the checkpoint any more:
     later saves than its step are put aside. Raises UserError, everywhere, if another run is at work in the folder.
     """
     told: list[Any] = [None, None]
-    lock = None
+    launchers = [""] * place.world
+    dist.all_gather_object(launchers, launcher())
+    taken = None
     if place.rank == 0:
         try:
             with explain_out_of_space(output_dir / "a run's folder"):
-                path, lock = _take_folder(output_dir, resumed, config_toml)
-            told = [str(path), None]
+                taken = _take_folder(output_dir, resumed, config_toml)
+                if launch.is_torchrun():
+                    write_text(taken.path / LAUNCH, "\n".join(sorted({*launchers})) + "\n")
+            told = [(str(taken.path), taken.launch), None]
         except UserError as error:
             told = [None, (str(error), error.exit_code)]
     dist.broadcast_object_list(told)
     if told[1] is not None:
         raise UserError(*told[1])
-    log(f"run:      {told[0]}")
-    return RunFolder(Path(told[0]), lock)
+    path, name = told[0]
+    log(f"run:      {path}")
+    return taken or RunFolder(Path(path), name, None)
 
 
 def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) -> RunFolder:
@@ -153,7 +209,7 @@ def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) ->
     if resumed and (abandoned := retention.abandon_after(run_dir, resumed[1]["step"])):
         log(f"later than the checkpoint, renamed to abandoned-…: {', '.join(abandoned)}")
     write_text(run_dir / "config.toml", config_toml)
-    return RunFolder(run_dir, lock)
+    return RunFolder(run_dir, launched_by(), lock)
 
 
 def _new_folder(output_dir: Path) -> Path:
@@ -187,7 +243,7 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return lines
 
 
-def resume_line(command: list[str], processes: int, run_dir: Path) -> str:
+def resume_line(command: list[str], run_dir: Path) -> str:
     """The command that goes on with this run: the one it was started with (program and arguments), and where to resume."""
     program, *arguments = command
     kept: list[str] = []
@@ -199,4 +255,4 @@ def resume_line(command: list[str], processes: int, run_dir: Path) -> str:
         skip = argument == RESUME
         if not skip and not argument.startswith(f"{RESUME}="):
             kept.append(argument)
-    return launch.command(processes, [program, *kept, RESUME, str(run_dir)])
+    return launch.command_again([program, *kept, RESUME, str(run_dir)])

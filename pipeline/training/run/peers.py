@@ -1,13 +1,13 @@
 """Where each process of a run is and when it last got on, for all to read: who hangs, who waits for whom, who has died.
 
-Takes a file that all processes map into memory (it has no name as soon as they have met); each writes a record of its
-own. The main thread says what it is about to do. A second thread (stop.py's) says that the process is alive, counts the
-time without progress, and reads the others' records: a collective that waits for ever does not say for whom.
+Takes records that all processes read (engine/records.py); each writes its own. The main thread says what it is about to
+do. A second thread (stop.py's) says that the process is alive, counts the time without progress, and reads the others'
+records: a collective that waits for ever does not say for whom. What one learns of a stop, or of a death on its host, all
+read there too.
 """
 
 import contextlib
 import math
-import mmap
 import os
 import signal
 import struct
@@ -22,16 +22,21 @@ from typing import NamedTuple
 import psutil
 
 from pipeline.console import duration
+from pipeline.training.engine.records import Records
 
 # Times the timeout for what the run has not done before, where nobody knows how long it takes; no less than two minutes.
 FIRST_TIME, FIRST_TIMEOUT_S = 6.0, 20.0
 SLOWEST = 3.0  # times the longest so far
+UNHEARD_S = 2.5  # without a record of another host, where a connection was lost
 SILENT_S = 5.0  # without a sign of life from a process's second thread
 UNHURRIED = "reading weights"  # takes as long as the disk takes
 WORDS = 64
 MAIN = struct.Struct(f"<q?{WORDS}s")  # step, whether it waits for others, what it does in words
 SIGN = struct.Struct("<qd?")  # process id (0: not here yet), its last sign of life, whether it is overdue
-RECORD = MAIN.size + SIGN.size
+LEARNT = struct.Struct(
+    "<qq256s"
+)  # code that a stop asked for is to end with, and a rank that died, each plus one; its end
+RECORD = MAIN.size + SIGN.size + LEARNT.size
 
 
 class Peer(NamedTuple):
@@ -44,6 +49,7 @@ class Peer(NamedTuple):
     step: int
     waits: bool
     doing: str
+    host: str = ""
 
     @property
     def silent(self) -> bool:
@@ -52,7 +58,8 @@ class Peer(NamedTuple):
 
     def __str__(self) -> str:
         where = f"step {self.step}, {self.doing}" if self.step and self.doing != "step" else self.doing
-        return f"rank {self.rank} (process {self.pid}): {where}"
+        on = f" on {self.host}" if self.host else ""
+        return f"rank {self.rank}{on} (process {self.pid}): {where}"
 
 
 class Hang(NamedTuple):
@@ -64,17 +71,11 @@ class Hang(NamedTuple):
 
 
 class Peers:
-    """This process's record and the others'. `timeout_s`: 0 never calls anything a hang. OSError if `file` cannot be mapped."""
+    """This process's record and the others'. `timeout_s`: 0 never calls anything a hang."""
 
-    def __init__(self, file: Path, rank: int, world: int, timeout_s: float) -> None:
+    def __init__(self, records: Records, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            os.posix_fallocate(descriptor, 0, RECORD * world)  # a hole written to on a full disk would be SIGBUS
-            self._memory = mmap.mmap(descriptor, RECORD * world)
-        finally:
-            os.close(descriptor)
-        self._file: Path | None = file
+        self._records, self._memory, self._met = records, records.memory, False
         self._running_s = 0.0
         self._kind, self._step = "starting", 0
         self._longest: dict[str, float] = {}
@@ -108,9 +109,9 @@ class Peers:
         self._seen = self._places
         overdue = self._stalled_s > self.patience_s()
         SIGN.pack_into(self._memory, self.rank * RECORD + MAIN.size, os.getpid(), time.monotonic(), overdue)
-        if self._file is not None and self.rank == 0 and all(peer.pid for peer in self.all()):
-            self._file.unlink(missing_ok=True)  # all have met; nothing is left behind, however the run ends
-            self._file = None
+        if not self._met and self.rank == 0 and all(peer.pid for peer in self.all()):
+            self._records.met()
+            self._met = True
 
     def patience_s(self) -> float:
         """How long the main thread may be without progress in what it does now."""
@@ -122,12 +123,13 @@ class Peers:
 
     def all(self) -> list[Peer]:
         """What every process says, by rank."""
-        now, found = time.monotonic(), []
+        now, found, hosts = time.monotonic(), [], self._records.hosts
         for rank in range(self.world):
             step, waits, words = MAIN.unpack_from(self._memory, rank * RECORD)
             pid, seen, overdue = SIGN.unpack_from(self._memory, rank * RECORD + MAIN.size)
             doing = words.rstrip(b"\0").decode(errors="ignore")
-            found.append(Peer(rank, pid, now - seen if pid else 0.0, overdue, step, waits, doing))
+            silent_s = now - self._records.seen(rank, seen) if pid else 0.0
+            found.append(Peer(rank, pid, silent_s, overdue, step, waits, doing, hosts[rank] if hosts else ""))
         return found
 
     def hang(self) -> Hang | None:
@@ -138,21 +140,70 @@ class Peers:
         silent = [p for p in everyone if p.silent]
         guilty = silent or [p for p in everyone if not p.waits] or everyone
         lines = [f"no progress for {duration(self._stalled_s)}. {_verb(guilty)}:"]
-        lines += [f"  {peer}{_how(peer)}" for peer in guilty]
+        lines += [f"  {peer}{_how(peer, self._is_here(peer))}" for peer in guilty]
         others = [p for p in everyone if p not in guilty]
         lines += ["the others wait:", *(f"  {peer}" for peer in others)] if others else []
         speaker = next(p.rank for p in everyone if not p.silent)
         return Hang("\n".join(lines), speaker, [p.rank for p in silent])
 
     def dead(self) -> list[str]:
-        """What became of every other process that has ended, as far as the system still knows. Those that only lost others
-        come last."""
+        """What became of every other process that has ended, as far as its system still knows, or another process has said.
+        Those that only lost others come last."""
         for peer in self.all():
             if peer.rank != self.rank and peer.pid and peer.rank not in self._dead and (how := self._end_of(peer)):
                 self._dead[peer.rank] = f"{peer}: {how}"
+                self._learn(lost=(peer.rank, self._dead[peer.rank]))
+        for rank in range(self.world):
+            _, lost, words = self._learnt_by(rank)
+            if lost and lost - 1 != self.rank:
+                self._dead.setdefault(lost - 1, words.rstrip(b"\0").decode(errors="ignore"))
         return sorted(self._dead.values(), key=lambda text: "exit code 6" in text)
 
+    @property
+    def over_hosts(self) -> bool:
+        """Whether there are processes whose end this host does not see."""
+        return len(set(self._records.hosts)) > 1
+
+    def unheard(self) -> list[str]:
+        """Processes on other hosts of which nothing has come for a while: they or their host have died, or the network."""
+        return [
+            f"{peer}: no sign of life for {duration(peer.silent_s)}" for peer in self.all() if self._is_unheard(peer)
+        ]
+
+    def tell_stop(self, code: int) -> None:
+        """All processes of the run are to save, and end with `code`."""
+        self._learn(stop=code)
+
+    def told_stop(self) -> int | None:
+        """The code that some process said to stop with, if one did."""
+        return next((code - 1 for rank in range(self.world) if (code := self._learnt_by(rank)[0])), None)
+
+    def close(self) -> None:
+        """The run is over."""
+        self._records.close()
+
+    def _is_unheard(self, peer: Peer) -> bool:
+        return not self._is_here(peer) and peer.silent_s > UNHEARD_S
+
+    def _is_here(self, peer: Peer) -> bool:
+        """Whether its process id is one of this host's."""
+        return not peer.host or peer.host == self._records.hosts[self.rank]
+
+    def _learnt_by(self, rank: int) -> tuple[int, int, bytes]:
+        return LEARNT.unpack_from(self._memory, rank * RECORD + MAIN.size + SIGN.size)
+
+    def _learn(self, stop: int | None = None, lost: tuple[int, str] | None = None) -> None:
+        """Say it in this process's record: of the stops the first, of the dead the last."""
+        code, dead, words = self._learnt_by(self.rank)
+        if stop is not None:
+            code = code or stop + 1
+        if lost is not None:
+            dead, words = lost[0] + 1, lost[1].encode()[:256]
+        LEARNT.pack_into(self._memory, self.rank * RECORD + MAIN.size + SIGN.size, code, dead, words)
+
     def _end_of(self, peer: Peer) -> str | None:
+        if not self._is_here(peer):
+            return None
         try:
             if peer.rank not in self._processes:
                 self._processes[peer.rank] = psutil.Process(peer.pid)
@@ -189,10 +240,10 @@ def _verb(guilty: list[Peer]) -> str:
     return f"{names} {'hangs' if len(guilty) == 1 else 'hang'}"
 
 
-def _how(peer: Peer) -> str:
+def _how(peer: Peer, here: bool) -> str:
     if not peer.silent:
         return ""
     with contextlib.suppress(psutil.Error):
-        if psutil.Process(peer.pid).status() == psutil.STATUS_STOPPED:
+        if here and psutil.Process(peer.pid).status() == psutil.STATUS_STOPPED:
             return f"; stopped by a signal {duration(peer.silent_s)} ago"
     return f"; no sign of life for {duration(peer.silent_s)}"

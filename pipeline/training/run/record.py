@@ -72,10 +72,13 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 
 def describe(data: Data) -> list[dict[str, Any]]:
-    """For every set, in training's order and then evaluation's: its name, documents, tokens, chunks and those used."""
+    """For every set, in training's order and then evaluation's: its name, documents, tokens, chunks and those used; of a stream
+    what was read of it."""
     sets = [("training", rows.store.name, rows) for rows in data.train]
     sets += [("evaluation", name, rows) for name, rows in data.evaluation.items()]
-    return [_described(use, name, rows) for use, name, rows in sets]
+    windows = data.stream and data.stream.windows
+    streamed = [{"use": "training", "name": windows.name, **windows.facts()}] if windows else []
+    return streamed + [_described(use, name, rows) for use, name, rows in sets]
 
 
 def _described(use: str, name: str, rows: Selection) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.console import EXIT_ABORTED, EXIT_PEER_LOST, EXIT_STOPPED, OTHER_RANKS_WAIT_S, UserError, complain, warn
+from pipeline.console import EXIT_ABORTED, EXIT_PEER_LOST, EXIT_STOPPED, OTHER_RANKS_WAIT_S, UserError, complain
+from pipeline.training.engine.records import Records
 from pipeline.training.run.peers import Hang, Peers, stands_at
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -34,6 +35,7 @@ SAVE_LIMIT_S = 600.0
 # error waits for the others.
 LOST_GRACE_S = OTHER_RANKS_WAIT_S + 2.0
 LOOK_S = 2.0  # the system may need a moment to say that a process has died
+LOOK_FAR_S = 4.0  # and so many more pass until nothing has come of another host for long enough
 POLL_S = 0.25
 
 
@@ -66,12 +68,9 @@ class Watcher:
         self._thread = threading.Thread(target=self._watch, name="stop-watcher", daemon=True)
         self._thread.start()
 
-    def meet(self, file: Path, rank: int, world: int, timeout_minutes: float) -> None:
+    def meet(self, records: Records, rank: int, world: int, timeout_minutes: float) -> None:
         """From here on all processes see where each of them is. `timeout_minutes` without progress are a hang; 0: never."""
-        try:
-            self._peers = Peers(file, rank, world, timeout_minutes * 60)
-        except OSError as error:
-            warn(f"{file}: {error.strerror}; a process that hangs will not be noticed")
+        self._peers = Peers(records, rank, world, timeout_minutes * 60)
 
     def phase(self, kind: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
         """What the main thread does inside; `step` is the one that is under way, 0 for none."""
@@ -98,13 +97,19 @@ class Watcher:
         self._save = None
         self._over = True
 
+    def part(self) -> None:
+        """Nothing more is said to the others, nor read of them: they leave."""
+        if self._peers is not None:
+            self._peers.close()
+
     def lost(self) -> str:
         """Which processes have died, and how, with what there is to resume from; empty if none has."""
-        deadline = time.monotonic() + LOOK_S
+        began = time.monotonic()
         while self._peers is not None:
-            if dead := self._peers.dead():
+            passed_s = time.monotonic() - began
+            if dead := self._peers.dead() or (self._peers.unheard() if passed_s > LOOK_S else []):
                 return f"lost {'; '.join(dead)}\n{self._kept()}"
-            if time.monotonic() > deadline:
+            if passed_s > LOOK_S + (LOOK_FAR_S if self._peers.over_hosts else 0):
                 break
             time.sleep(POLL_S / 5)
         return ""
@@ -123,7 +128,9 @@ class Watcher:
 
     def requested(self) -> bool:
         """Whether any process of the run has been told to stop."""
-        return self._told or (self._run_dir is not None and (self._run_dir / STOP_FILE).exists())
+        if self._told or self._run_dir is None:
+            return self._told
+        return (self._run_dir / STOP_FILE).exists() or (self._peers is not None and self._peers.told_stop() is not None)
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -203,6 +210,8 @@ class Watcher:
         self._told = True
         if self._run_dir is None:  # the others look nowhere yet, and have nothing to save: the launcher ends them
             return
+        if self._peers is not None:  # another node may see the file late, or not at all
+            self._peers.tell_stop(int(code or EXIT_STOPPED))
         with contextlib.suppress(OSError):  # a full disk: then this process alone knows, and the step boundary tells
             (self._run_dir / STOP_FILE).write_text(code)
 
@@ -210,7 +219,8 @@ class Watcher:
         """What the process that asked for the stop said to end with."""
         with contextlib.suppress(OSError, ValueError):
             return int((self._run_dir / STOP_FILE).read_text())  # type: ignore[operator]
-        return EXIT_STOPPED
+        told = self._peers.told_stop() if self._peers is not None else None
+        return EXIT_STOPPED if told is None else told
 
     def _save_and_end(self, code: int | None = None) -> None:
         """Save and end: with `code`; or without one with that of the stop or of an error. Whatever happens while saving,

@@ -10,12 +10,16 @@ from pathlib import Path
 
 from pipeline.artifacts import saved_at
 from pipeline.config.schema import Config
-from pipeline.console import EXIT_DONE, log, rank, warn
+from pipeline.console import EXIT_DONE, EXIT_STOPPED, log, rank, warn
+from pipeline.formats.base_model import read_base
+from pipeline.formats.fingerprint import fingerprint
 from pipeline.log_file import LogFile
 from pipeline.publishing import next_steps
 from pipeline.training import trackers
-from pipeline.training.engine import engine, selftest
+from pipeline.training.engine import engine, meeting, selftest
+from pipeline.training.engine.records import Exchanged, Mapped, Records
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
+from pipeline.training.run.peers import RECORD
 from pipeline.training.run.record import RunRecord
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
@@ -24,22 +28,32 @@ from pipeline.training.start import prepare, resolve
 
 def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_file: LogFile, times: StartTimes) -> int:
     """The run; its exit code."""
-    engine.check_version()
-    resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
-    plan = resolve.resolve(config, resumes=bool(resume))
-    prepare.check_files(config.model, config.output_dir, plan.meta_model)
-    after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
-    trackers.check(config.trackers)
-    times.ended("checks")
-    data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
-    times.ended("data")
-    resumed = folder.find_checkpoint(Path(config.output_dir), resume) if rank() == 0 else None
-    rendezvous = engine.rendezvous_in(Path(config.output_dir))
+    restarted = folder.of_this_launch(Path(config.output_dir))
+    if folder.was_stopped(restarted):
+        log(f"{restarted[0]} was stopped, and is not restarted")
+        return EXIT_STOPPED
+    store = meeting.launchers_store()
+    with meeting.telling(store):
+        engine.check_version()
+        resume = arguments.resume_from_checkpoint or config.resume_from_checkpoint
+        plan = resolve.resolve(config, resumes=bool(resume))
+        prepare.check_files(config.model, config.output_dir, plan.meta_model)
+        after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
+        trackers.check(config.trackers)
+        times.ended("checks")
+        data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
+        times.ended("data")
+        resumed = folder.find_checkpoint(Path(config.output_dir), resume, restarted) if rank() == 0 else None
+    file = meeting.file_in(Path(config.output_dir))
     try:
-        place = engine.initialise(config.pipeline_stages, rendezvous, config.use_column_major_topology)
-        watcher.meet(Path(f"{rendezvous}-peers"), place.rank, place.world, config.hang_timeout_minutes)
+        place = engine.initialise(config.pipeline_stages, store or file, config.use_column_major_topology)
+        watch(watcher, place, file, config.hang_timeout_minutes)
+        folder.check_shared(Path(config.output_dir), place)
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+        if place.over_nodes:
+            model = fingerprint(read_base(Path(config.model), "model"))
+            meeting.check_same({"the model's folder": model, "the training data": batches.order_hash(0)})
         prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
@@ -56,6 +70,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             record.end(run.step)
         for line in data.warnings if code == EXIT_DONE else ():
             warn(line)
+        watcher.part()
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
             run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked
@@ -85,4 +100,17 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         return code
     finally:
         if rank() == 0:
-            rendezvous.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
+
+
+def watch(watcher: Watcher, place: engine.Place, file: Path, hang_timeout_minutes: float) -> None:
+    """From here on every process sees where the others are; on one node through memory mapped from beside `file`."""
+    try:
+        if place.over_nodes:
+            records: Records = Exchanged(meeting.store_for_a_thread(), RECORD, place.rank, place.world)
+        else:
+            records = Mapped(file.with_name(f"{file.name}-peers"), RECORD, place.world)
+    except OSError as error:
+        warn(f"{file.parent}: {error.strerror}; a process that hangs will not be noticed")
+        return
+    watcher.meet(records, place.rank, place.world, hang_timeout_minutes)

@@ -7,7 +7,7 @@ same loop; what one learns by itself (a signal, a file, the clock) is agreed on 
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
-from pipeline.data.batches import EvaluationBatches, MicroBatches, StepInfo
+from pipeline.data.batches import EvaluationBatches, StepInfo
 from pipeline.data.microbatch import MicroBatch
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import StepTotals
@@ -31,7 +31,8 @@ from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.start_times import StartTimes
-from pipeline.training.run.stop import Watcher
+from pipeline.training.run.stop import STOP_FILE, Watcher
+from pipeline.training.start.prepare import TrainBatches
 from pipeline.training.start.resolved import Intervals
 from pipeline.training.step_measures import StepTimes
 
@@ -55,7 +56,7 @@ class Trainer:
     engine: PipelineEngine
     place: Place
     optimizer: PipelineOptimizer
-    batches: MicroBatches
+    batches: TrainBatches
     evaluations: dict[str, EvaluationBatches]
     objective: Objective
     learning_rate: Callable[[int, int], float]
@@ -189,7 +190,7 @@ class Trainer:
                     "train/lr": lr,
                     "train/grad_norm": self.optimizer.grad_norm,
                     "train/tokens_per_s": tokens_per_s,
-                    "train/epoch": info.epochs_done,
+                    f"train/{self.batches.unit}": info.epochs_done,
                     "train/tokens": self.progress.tokens,
                     **_means([part[2] for part in gathered or []]),
                     **self._measured([part[3] for part in gathered or []]),
@@ -216,7 +217,7 @@ class Trainer:
         c, epoch, epoch_ended = self.intervals, self.progress.epoch, self.progress.rows == 0
         if (c.eval_steps and self.step % c.eval_steps == 0) or (last and c.eval_after_last_step):
             self._evaluate(may_be_best=True)
-        if epoch_ended and epoch % c.save_every_n_epochs == 0:
+        if c.save_every_n_epochs and epoch_ended and epoch % c.save_every_n_epochs == 0:
             self._save_trained(f"epoch{epoch}")
         last = last or self._patience_is_over()
         saves = bool(c.save_steps and self.step % c.save_steps == 0)
@@ -251,6 +252,9 @@ class Trainer:
         self._say_stopped(self.optimizer.completed_steps)
 
     def _stopped(self) -> int:
+        if self.place.rank == 0:
+            with suppress(OSError):  # also where another file asked for it: no launcher is to restart the run
+                (self.saver.run_dir / STOP_FILE).touch()
         self.watcher.detach()
         self.metrics.close()
         self._say_stopped(self.step)

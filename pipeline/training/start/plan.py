@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +31,10 @@ from pipeline.model.structure.parts import layers_of_model, text_config
 from pipeline.planning import devices, rates, table
 from pipeline.planning.counts.model_cost import model_cost
 from pipeline.planning.nearest import nearest
-from pipeline.planning.quantities import ModelCost, Plan, Rates, Shape, Update
+from pipeline.planning.quantities import Link, ModelCost, Plan, Rates, Shape, Update
 from pipeline.planning.solve import solve
 from pipeline.planning.timeline import in_flight
+from pipeline.training.engine import links
 from pipeline.training.engine.engine import Place
 from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.inner import bytes_per_parameter, update_bytes_per_parameter
@@ -60,7 +62,7 @@ def keeping_of(layout: Layout) -> ActivationPolicy | None:
 
 
 def host_bytes(layout: Layout) -> int:
-    """Of host memory for kept tensors, all stages together. 'unsloth' without a limit takes what it needs."""
+    """Of host memory for kept tensors, all processes of a node together. 'unsloth' without a limit takes what it needs."""
     unlimited = layout.checkpointing == "unsloth" and not layout.host_gib
     return 1 << 62 if unlimited else int(layout.host_gib * GIB)
 
@@ -109,13 +111,21 @@ def show(config: Config, described: str | None) -> int:
 @log_if_slow("planning: counting on fake tensors")
 def full_report(plan: Resolved, described: str | None, total_steps: int | None) -> str:
     """The plan's table and figures and, where it does not fit, the nearest configuration that does."""
-    there = _described(described, plan.layout.stages) if described else _devices_here(plan)
+    there = _described(described, plan.layout.stages, plan.layout.link_gbit_per_s) if described else _devices_here(plan)
     cost_of = costs(plan, RecomputeLevel, there.on_gpu)
     shape, keeping, budget = shape_of(plan.layout, len(there.usable)), keeping_of(plan.layout), host_bytes(plan.layout)
     given = (plan.layout.layers or keeping) and shape.stages == plan.layout.stages
-    model = cost_of(shape.tokens)
+    model, ranges = cost_of(shape.tokens), plan.ranges if given else None
     found = solve(
-        model, there.usable, there.rates, shape, budget, ranges=plan.ranges if given else None, keeping=keeping
+        model,
+        there.usable,
+        there.rates,
+        shape,
+        budget * there.nodes,
+        there.share(budget),
+        links=there.links,
+        ranges=ranges,
+        keeping=keeping,
     )
     fitting = (
         None
@@ -138,6 +148,7 @@ def full_report(plan: Resolved, described: str | None, total_steps: int | None) 
         device_names=there.names,
         total_steps=total_steps,
         nearest=fitting and fitting.sentence,
+        links=there.links,
     )
 
 
@@ -174,7 +185,7 @@ def for_run(plan: Resolved, place: Place) -> RunPlan:
     usable: list[Any] = [None] * place.world
     dist.all_gather_object(usable, (place.stage, _usable_here(place)))
     memory = [min(m for stage, m in usable if stage == n) for n in range(place.stages)]
-    solved = partial(_solved, plan, _products(plan), place, memory)
+    solved = partial(_solved, plan, _products(plan), place, memory, _network(plan.layout, place))
     keeping = keeping_of(plan.layout)
     if keeping is None:
         found = _on_all(solved)
@@ -194,14 +205,27 @@ def for_run(plan: Resolved, place: Place) -> RunPlan:
         (end - first) * input_bytes * in_flight(stage, shape) if keeping.on_host else 0
         for stage, (first, end) in enumerate(plan.ranges)
     ]
-    share = host_bytes(plan.layout) // place.world
+    share = host_bytes(plan.layout) // _most_here(place)
     return RunPlan(
         plan.ranges,
         [[keeping] * (end - first) for first, end in plan.ranges],
         [min(n, share) for n in on_host],
-        max(on_host) * place.world / GIB,
+        max(on_host) * _most_here(place) / GIB,
         solved,
     )
+
+
+def _network(layout: Layout, place: Place) -> tuple[float, str]:
+    """Bytes per second between two nodes of this run, and where the figure comes from; measured by all processes if not given."""
+    if (given := layout.link_gbit_per_s) is not None:
+        return given * 1e9 / 8, f"{given:g} Gbit/s as link_gbit_per_s says"
+    measured = links.slowest_bytes_per_s(place) or devices.NETWORK_GBIT_PER_S * 1e9 / 8
+    return measured, f"{measured * 8 / 1e9:.3g} Gbit/s measured at this start"
+
+
+def _most_here(place: Place) -> int:
+    """Processes on the node that has most: of host memory, which is a node's, each may take that part."""
+    return max(place.nodes.count(node) for node in place.nodes)
 
 
 def _on_all(solved: Callable[[], Plan]) -> Plan:
@@ -223,6 +247,7 @@ def _solved(
     products: list[tuple[int, int]],
     place: Place,
     memory: list[int],
+    network: tuple[float, str],
 ) -> Plan:
     layout = plan.layout
     shape, keeping = shape_of(layout, place.stages), keeping_of(layout)
@@ -230,10 +255,16 @@ def _solved(
     levels = [*RecomputeLevel] if keeping is None else [keeping.level]
     model = costs(plan, levels, place.device.type == "cuda")(shape.tokens)
     given = plan.ranges if layout.layers or keeping is not None else None
-    found = solve(model, memory, rate, shape, host_bytes(layout) // place.replicas, ranges=given, keeping=keeping)
+    between = devices.links_between(links.crossings(place), rate, *network)
+    host, each = host_bytes(layout) // place.replicas, None
+    if place.over_nodes:  # no stage can take what another node's leaves
+        each = host_bytes(layout) // _most_here(place)
+        host = each * place.stages
+    found = solve(model, memory, rate, shape, host, each, links=between, ranges=given, keeping=keeping)
     if keeping is None:
         names = [gib(m) for m in memory]
-        log(table.describe(found, model, shape, rate, device_names=names, total_steps=None, replicas=place.replicas))
+        shown = partial(table.describe, found, model, shape, rate, device_names=names, total_steps=None)
+        log(shown(replicas=place.replicas, links=between))
         if not found.fits:
             raise UserError(
                 "activation_checkpointing = 'auto': nothing fits this machine's memory (the table above comes nearest); "
@@ -312,16 +343,30 @@ def _measured(plan: Resolved, products: list[tuple[int, int]], device: torch.dev
 
 
 class _There(NamedTuple):
-    """The devices to plan for: usable bytes and name of each stage's, rates, host memory, and whether they are GPUs."""
+    """The devices to plan for: usable bytes and name of each stage's, rates, host memory of a node, and whether they are GPUs.
+
+    `links`: between each and the next. `of_node`: the node of each.
+    """
 
     usable: list[int]
     names: list[str]
     rates: Rates
     host_bytes: int
     on_gpu: bool
+    links: list[Link]
+    of_node: list[int]
+
+    @property
+    def nodes(self) -> int:
+        """How many there are."""
+        return len(set(self.of_node))
+
+    def share(self, host_bytes: int) -> int | None:
+        """What one stage may take of a node's host memory; None where all are on one, which they share as it comes."""
+        return host_bytes // max(map(self.of_node.count, self.of_node)) if self.nodes > 1 else None
 
 
-def _described(text: str, stages: int) -> _There:
+def _described(text: str, stages: int, link_gbit_per_s: float | None = None) -> _There:
     named = devices.parse(text)
     if len(named) != stages:
         replicas = len(named) // stages
@@ -331,27 +376,34 @@ def _described(text: str, stages: int) -> _There:
             f"or --set pipeline_stages={len(named)}"
         )
     usable, names = [d.usable_bytes for d in named], [d.name for d in named]
-    return _There(usable, names, devices.published_rates(named), ASSUMED_HOST_BYTES, True)
+    nodes, rate = [d.node for d in named], devices.published_rates(named)
+    gbit = link_gbit_per_s or devices.NETWORK_GBIT_PER_S
+    source = f"{gbit:g} Gbit/s, " + ("as link_gbit_per_s says" if link_gbit_per_s else "assumed: set link_gbit_per_s")
+    between = devices.links_between([a != b for a, b in pairwise(nodes)], rate, gbit * 1e9 / 8, source)
+    return _There(usable, names, rate, ASSUMED_HOST_BYTES, True, between, nodes)
 
 
 def _devices_here(plan: Resolved) -> _There:
     n, host = plan.layout.stages, int(psutil.virtual_memory().available * HOST_SHARE)
     if not torch.cuda.is_available():
         rate = _measured(plan, _products(plan), torch.device("cpu"))
-        return _There([host // n] * n, ["main memory"] * n, rate, 0, False)
+        return _There([host // n] * n, ["main memory"] * n, rate, 0, False, _within(rate, n), [0] * n)
     if (found := torch.cuda.device_count()) < n:
         raise UserError(
             f"pipeline_stages = {n}, but there are {found} GPUs here; plan for others with --devices 2x48GiB"
         )
     gpus = [torch.cuda.get_device_properties(i) for i in range(n)]
     usable = [devices.usable(gpu.total_memory) for gpu in gpus]
-    return _There(
-        usable, [gpu.name for gpu in gpus], _measured(plan, _products(plan), torch.device("cuda", 0)), host, True
-    )
+    rate = _measured(plan, _products(plan), torch.device("cuda", 0))
+    return _There(usable, [gpu.name for gpu in gpus], rate, host, True, _within(rate, n), [0] * n)
+
+
+def _within(rate: Rates, stages: int) -> list[Link]:
+    return devices.links_between([False] * (stages - 1), rate, 0.0, "")
 
 
 def _usable_here(place: Place) -> int:
     """Bytes of this process's device that a plan may fill."""
     if place.device.type == "cuda":
         return devices.usable(torch.cuda.mem_get_info(place.device)[0])
-    return int(psutil.virtual_memory().available * HOST_SHARE) // place.world
+    return int(psutil.virtual_memory().available * HOST_SHARE) // place.here

@@ -7,27 +7,30 @@ same outcome; the first to come builds the data cache, the others find it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from pipeline.config.data_tables import UNITS, Dataset, EvalDataset
-from pipeline.console import log, warn
+from pipeline.config.data_tables import BOOKS, UNITS, Dataset, EvalDataset
+from pipeline.console import UserError, log, warn
 from pipeline.data import chunks
 from pipeline.data import tokenizer as tokenizers
-from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
+from pipeline.data.batches import EvaluationBatches, MicroBatches
 from pipeline.data.chat.derive import Rules
 from pipeline.data.chat.messages import Fields
-from pipeline.data.mixing import mix
+from pipeline.data.mixing import Mixture, mix, pairs
 from pipeline.data.rows import build
 from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows
 from pipeline.data.rows.store import Report, UnequalRows
 from pipeline.data.selection import Selection, Streams, repeated, split, whole
 from pipeline.data.store import ChunkStore
+from pipeline.data.streaming import kinds
+from pipeline.data.streaming.batches import StreamedBatches
+from pipeline.data.streaming.windows import Windows
 from pipeline.data.units import build as unit_build
 from pipeline.data.units.formats import Names
 from pipeline.data.units.generated import GeneratedPairs
@@ -49,6 +52,19 @@ from pipeline.training.start.resolved import DataSpec, Resolved, Updates
 MOST_BAD = 0.01  # part of a dataset's rows, where max_bad_rows is not given
 
 
+TrainBatches = MicroBatches | StreamedBatches
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The dataset of a run that is read as it is trained on. `rows(number)`: those of a window that are trained on, packed where
+    that is asked for, which may be none. `one_length`: whether all of all windows have one."""
+
+    windows: Windows[Any]
+    rows: Callable[[int], Selection]
+    one_length: bool
+
+
 class Spoken(NamedTuple):
     """What answers that are trained on need: the ids at which they end, and how ids are spelled."""
 
@@ -61,7 +77,7 @@ class Data:
     """Rows for training, by dataset, and for evaluation, by name; what the model is asked while it is trained.
 
     `warnings`: said at the start and again at the end. `stops`: ids at which it learns to stop, beside those at which it does.
-    `spoken`: where it gives answers itself that it is trained on.
+    `stream`: instead of `train`. `spoken`: where it gives answers itself that it is trained on.
     """
 
     train: list[Selection]
@@ -69,6 +85,7 @@ class Data:
     warnings: list[str] = field(default_factory=list)
     questions: Questions | None = None
     stops: tuple[int, ...] = ()
+    stream: Stream | None = None
     spoken: Spoken | None = None
 
 
@@ -113,8 +130,13 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     most = spec.generation.max_new_tokens if spec.generation else None
     places, shared = Places(spec.stops, spec.cache, spec.processes, most), plan and plan.meta_model.shared
     pack = partial(packed, switch=spec.rope_switch)
+    stream = None
     for number, dataset in enumerate(spec.datasets):
         name = dataset.name or f"dataset{number}"
+        if dataset.streaming:
+            stream, of_window = read_stream(f"datasets.{number}", dataset, name, tokenizer, spec, plan)
+            warnings, stops = of_window.warnings, stops | set(of_window.stops)
+            continue
         held_out: dict[str, Any] = {"eval_size": dataset.eval_size, "eval_split": dataset.eval_split}
         streams = read_streams(f"datasets.{number}", dataset, name, tokenizer, places, shared, **held_out)
         rows = split(streams, dataset.eval_size, dataset.subsample, dataset.num_repeats, dataset.max_tokens)
@@ -123,10 +145,8 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
             repeated(pack(rows.train, dataset), dataset.num_repeats) if dataset.packing != "none" else rows.train
         )
         if isinstance(streams.train, UnequalRows | UnitRows):
-            warnings += streams.train.report.warnings
-            stops |= {streams.train.report.ends} - {None}
-            if plan is not None:
-                check_specials(streams.train.report, tokenizer, plan)
+            learnt = learnt_from(streams.train.report, tokenizer, plan)
+            warnings, stops = warnings + learnt.warnings, stops | set(learnt.stops)
         if rows.eval is not None:
             evaluation[name] = pack(rows.eval, dataset) if dataset.packing == "best_fit" else rows.eval
     for number, held in enumerate(spec.eval_datasets):
@@ -138,12 +158,75 @@ def read_data(spec: DataSpec, tokenizer: Any, plan: Resolved | None = None) -> D
     questions = questions_of(spec.samples, tokenizer, shared) if spec.samples is not None else None
     if spec.in_streams:
         train, evaluation = streamed(spec, train, evaluation)
-    learnt = tuple(sorted(stops))
+    learnt_stops = tuple(sorted(stops))
     spoken = None
     if spec.generation is not None:
-        ends = frozenset({tokenizer.eos_token_id, *spec.stops, *learnt})
+        ends = frozenset({tokenizer.eos_token_id, *spec.stops, *learnt_stops})
         spoken = Spoken(ends, partial(tokenizer.decode, clean_up_tokenization_spaces=False))
-    return Data(train, evaluation, warnings, questions, learnt, spoken)
+    return Data(train, evaluation, warnings, questions, learnt_stops, stream, spoken)
+
+
+class Learnt(NamedTuple):
+    """What a dataset's report says of stopping: lines to warn with, and ids at which the model learns to stop."""
+
+    warnings: list[str]
+    stops: list[int]
+
+
+def learnt_from(report: Report, tokenizer: Any, plan: Resolved | None) -> Learnt:
+    """Of rows. With the model's plan, warns of special tokens that the base has not learnt."""
+    if plan is not None:
+        check_specials(report, tokenizer, plan)
+    return Learnt(report.warnings, [] if report.ends is None else [report.ends])
+
+
+def read_stream(
+    table: str, dataset: Dataset, name: str, tokenizer: Any, spec: DataSpec, plan: Resolved | None
+) -> tuple[Stream, Learnt]:
+    """A dataset that is read as it is trained on; a window of it is made now, and what became of it is said.
+
+    UserError, with the model's plan as for `read_data`: how long rows may be is asked of `sequence_len`, ids in each window.
+    """
+    model, key = plan and plan.meta_model.shared, f"{table}.sequence_len"
+    if model is not None:
+        positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
+    in_chunks = dataset.dataset_type in BOOKS
+    if in_chunks:
+        kind = ApartChunks if dataset.keeps_apart else ChunkStore
+        text = kinds.TextSpec(
+            name,
+            dataset.dataset_type,
+            dataset.dataset_path,
+            dataset.sequence_len,
+            dataset.join_lines,
+            dataset.field_text,
+            kind,
+        )
+        windows: Windows[Any] = kinds.of_text(text, tokenizer, spec.cache, dataset.window_rows)
+    else:
+        rows = row_spec(dataset, name)
+        windows = kinds.of_rows(rows, tokenizer, spec.stops, spec.cache, dataset.window_rows)
+
+    @lru_cache(maxsize=2)
+    def rows_of(number: int) -> Selection:
+        store: Any = windows.store(number)
+        if model is not None:
+            data_fits.check_ids(name, store.report.largest_id, tokenizer, data_fits.embedding_rows(model))
+        trained = Selection(store, np.flatnonzero(store.targets))
+        return packed(trained, dataset, spec.rope_switch) if len(trained) else trained
+
+    number = windows.at_hand()
+    log(
+        f"data:     {name}: streamed, {dataset.window_rows:,} rows or documents at a time; window {number:,} is at hand"
+    )
+    first: Any = windows.store(number)
+    if not len(rows_of(number)):
+        raise UserError(
+            f"dataset '{name}': nothing of window {number:,} is left to train on. Give a larger window_rows, or another "
+            f"sequence_len:\n  {first.report}"
+        )
+    learnt = Learnt([], []) if in_chunks else learnt_from(first.report, tokenizer, plan)
+    return Stream(windows, rows_of, in_chunks or dataset.packing != "none"), learnt
 
 
 def streamed(
@@ -193,7 +276,7 @@ def read_streams(
     """
     streams: Streams[Any]
     key = f"{table}.sequence_len"
-    if dataset.dataset_type in ("textfile", "doclist"):
+    if dataset.dataset_type in BOOKS:
         if model is not None:
             positions.check(f"{key} = {dataset.sequence_len:,}", dataset.sequence_len, model, lower=key)
         streams = chunks.build(
@@ -226,7 +309,7 @@ def read_streams(
 def _rows_of(dataset: Dataset | EvalDataset, name: str, tokenizer: Any, places: Places) -> UnequalRows | UnitRows:
     """A dataset of rows, or of units."""
     if dataset.dataset_type in UNITS:
-        made = unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache)
+        made = unit_build.build(unit_spec(dataset, name), tokenizer, places.stops, places.cache, places.processes)
         if generates(dataset):
             return GeneratedPairs(made.folder, dataset.sequence_len, places.max_new_tokens)
         return made
@@ -308,8 +391,16 @@ def row_spec(dataset: Dataset | EvalDataset, name: str) -> build.RowSpec:
     )
 
 
-def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 1) -> MicroBatches:
+def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 1) -> TrainBatches:
     """The training micro-batches of one data-parallel replica."""
+    if (stream := data.stream) is not None:
+
+        def window(number: int) -> MicroBatches | None:
+            rows = stream.rows(number)
+            everything = pairs(0, rows.rows)
+            return _batches(spec, [rows], Mixture(lambda epoch: everything), replica, replicas) if len(rows) else None
+
+        return StreamedBatches(window, stream.windows.at_hand(), stream.one_length)
     epoch_rows = mix(
         data.train,
         seed=spec.seed,
@@ -319,8 +410,12 @@ def micro_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: int = 
         by=spec.mix_by or "rows",
         weigh_tokens=spec.mix_by is None and spec.batch_size_tokens is not None,
     )
+    return _batches(spec, data.train, epoch_rows, replica, replicas)
+
+
+def _batches(spec: DataSpec, train: list[Selection], epoch_rows: Mixture, replica: int, replicas: int) -> MicroBatches:
     return MicroBatches(
-        [rows.store for rows in data.train],
+        [rows.store for rows in train],
         epoch_rows,
         seed=spec.seed,
         micro_batch_size=spec.micro_batch_size,
@@ -348,11 +443,11 @@ def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: i
     }
 
 
-def describe_steps(spec: DataSpec, updates: Updates, batches: MicroBatches, replicas: int) -> None:
+def describe_steps(spec: DataSpec, updates: Updates, batches: TrainBatches, replicas: int) -> None:
     """Say the size of a step and of the run as equations."""
-    info = batches.info(Position())
+    info = batches.info(batches.at_hand)
     per_step = batches.micro_batches_per_step
-    steps = batches.steps_per_epoch(0)
+    steps = batches.steps_per_epoch(batches.at_hand.epoch)
     log(
         f"a step:   {per_step} micro-batches ({spec.accumulation} accumulated × {replicas} replica(s)) "
         f"= {len(info.rows)} rows = {info.tokens:,} tokens"

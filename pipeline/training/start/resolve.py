@@ -108,6 +108,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         accumulation=config.gradient_accumulation_steps,
         checkpointing=config.activation_checkpointing,
         host_gib=config.host_memory_gib,
+        link_gbit_per_s=config.link_gbit_per_s,
         kernels=config.kernels,
     )
     updates = Updates(
@@ -119,6 +120,7 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         warmup=config.warmup_steps,
         constant_lr=config.force_constant_lr,
     )
+    streams = any(dataset.streaming for dataset in config.datasets)  # without epochs
     intervals = Intervals(
         logging_steps=config.logging_steps,
         steps_per_print=config.steps_per_print,
@@ -128,8 +130,8 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         early_stopping_patience=config.early_stopping_patience,
         early_stopping_min_delta=config.early_stopping_min_delta,
         save_steps=config.save_steps,
-        save_every_n_epochs=config.save_every_n_epochs,
-        save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end,
+        save_every_n_epochs=None if streams else config.save_every_n_epochs,
+        save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end and not streams,
         checkpoint_every_n_minutes=config.checkpoint_every_n_minutes,
         checkpoint_on_save=config.checkpoint_on_save,
     )
@@ -240,6 +242,8 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     # Looking for files warns of what it finds, and it is done again when they are read.
     datasets: list[Dataset | EvalDataset] = [*config.datasets, *config.eval_datasets]
     for dataset in datasets if errors.errors else ():
+        if isinstance(dataset, Dataset) and dataset.streaming:
+            continue
         with errors.collect():
             find(dataset.dataset_type, dataset.dataset_path)
     errors.raise_all()

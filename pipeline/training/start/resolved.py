@@ -104,6 +104,7 @@ class Layout:
     """How the work is laid out: stages, the largest micro-batch (`rows` of `tokens`), what layers keep for backward.
 
     `layers`: of each stage, where the user says so. `checkpointing`: activation_checkpointing. `host_gib`: host_memory_gib.
+    `link_gbit_per_s`: of the network between nodes, where the user says so.
     """
 
     stages: int
@@ -113,6 +114,7 @@ class Layout:
     accumulation: int
     checkpointing: bool | str
     host_gib: float
+    link_gbit_per_s: float | None
     kernels: str | list[Any]
 
 
@@ -128,7 +130,7 @@ class Intervals:
     early_stopping_patience: int | None
     early_stopping_min_delta: float
     save_steps: int | None
-    save_every_n_epochs: int
+    save_every_n_epochs: int | None
     save_checkpoint_on_epoch_end: bool
     checkpoint_every_n_minutes: float | None
     checkpoint_on_save: bool

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli
@@ -27,6 +28,7 @@ SHOWN = {
         "sluice:« a kind of boat⟦EOS <EOS>⟧»",
         "«A key.⟦EOS <EOS>⟧»",
     ],
+    "streaming": ["⟦stories.jsonl:1⟧The miller", "stories.jsonl:2⟧"],
     "pretokenized": ["of 'ids', 5 tokens, 3 of them predicted", "of 'ids', 4 tokens, 3 of them predicted"],
 }
 
@@ -62,14 +64,17 @@ def test_the_example_of_the_page_is_a_dataset(
     assert f"`{path}`" in PAGES[kind].read_text(encoding="utf-8")
     path.parent.mkdir()
     path.write_text(rows)
-    objective = {"objective": {"type": "preference"}} if kind == "preference" else {}
+    goes_with: dict[str, dict[str, Any]] = {
+        "preference": {"objective": {"type": "preference"}},
+        "streaming": {"epochs": None, "max_steps": 3},
+    }
     raw = small(
         model=str(model),
         output_dir="runs",
         pipeline_stages=1,
         datasets=datasets,
         target_modules=["down_proj"],
-        **objective,
+        **goes_with.get(kind, {}),
     )
     assert check.check(loading.validate(raw, "x.toml"), 9) == 0
     said = capsys.readouterr()

@@ -13,11 +13,13 @@ from pipeline.console import UserError
 from pipeline.data.batches import EvaluationBatches, MicroBatches, Position
 from pipeline.data.microbatch import Layout
 from pipeline.data.mixing import mix
+from pipeline.data.preparing import journal
 from pipeline.data.row_store import IGNORED
 from pipeline.data.selection import Streams, split, whole
+from pipeline.data.units import prepared
 from pipeline.data.units.build import UnitSpec, build
 from pipeline.data.units.formats import Names
-from pipeline.data.units.store import UnitRows
+from pipeline.data.units.store import UnitRows, UnitWriter
 from tests.helpers import chat
 from tests.helpers.data import prose
 from tests.helpers.row_store import ListStore
@@ -34,14 +36,19 @@ HELPFULNESS = {"helpfulness": 1.0, "correctness": 1.0, "coherence": 1.0, "comple
 
 
 def stored(
-    path: Path, rows: list[Any], kind: Any = "preference", template: str = "qwen2_5", **changes: Any
+    path: Path,
+    rows: list[Any],
+    kind: Any = "preference",
+    template: str = "qwen2_5",
+    processes: int | None = None,
+    **changes: Any,
 ) -> UnitRows:
     """The units of `rows`; `changes` are a `UnitSpec`'s or a `Names`'."""
     tokenizer = chat.tokenizer(template, STOP)
     names = {key: changes.pop(key) for key in list(changes) if key in Names.__dataclass_fields__}
     given = {"limit": 512, "most_bad": 0.0, "chat_template": chat.source(template)} | changes
     spec = UnitSpec("pairs", kind, str(write_jsonl(path / "a.jsonl", rows)), names=Names(**names), **given)
-    return build(spec, tokenizer, [], path / "cache")
+    return build(spec, tokenizer, [], path / "cache", processes)
 
 
 def shown(store: UnitRows, template: str = "qwen2_5") -> list[list[str]]:
@@ -373,3 +380,51 @@ def test_batch_size_tokens_counts_all_rows_of_a_unit(tmp_path: Path) -> None:
 def test_sets_of_units_and_of_rows_do_not_mix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the units of one have 2 rows, those of the\s+other 1"):
         Layout([many(tmp_path), ListStore([([1, 2, 3], [(1, 3)])])], 1, None)
+
+
+# Prepared by several processes, and gone on with
+
+
+def dirty(kind: str) -> list[Any]:
+    """Rows of which some are bad, some the same, and some give a token that straddles."""
+    rows: list[Any] = []
+    for number in range(200):
+        good = {"prompt": f"question {number}:", "completion": f" answer {number % 7}", "label": bool(number % 3)}
+        pair = {"prompt": f"question {number}:", "chosen": f" yes {number}", "rejected": " no"}
+        rows.append(good if kind == "unpaired" else pair)
+    rows[40], rows[41], rows[77] = '{"prompt": ', rows[3], {"prompt": "x"}
+    rows[90] |= {"prompt": "a "}
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["preference", "unpaired"])
+def test_units_are_the_same_by_several_processes_and_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path, rows = tmp_path, dirty(kind)
+    given: dict[str, Any] = {"kind": kind, "most_bad": 0.1}
+    expected = stored(path / "one", rows, **given)
+    assert stored(path / "several", rows, processes=3, **given).report == expected.report
+    monkeypatch.setattr(journal, "PART_IDS", 600)
+    made: list[str] = []
+    make = prepared.UnitWork.__call__
+
+    def noting(work: Any, batch: list[Any]) -> Any:
+        made.extend(record.where for record in batch)
+        return make(work, batch)
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepared.UnitWork, "__call__", noting)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UnitWriter, "close", stopped)
+        stored(path / "again", rows, **given)
+    assert len(made) == 200
+    made.clear()
+    found = stored(path / "again", rows, **given)
+    assert 0 < len(made) < 150
+    assert found.report == expected.report
+    assert (found.desirable == expected.desirable).all()
+    assert shown(found) == shown(expected)
+    assert not list((path / "again" / "cache").glob(".parts*"))

@@ -18,6 +18,7 @@ from pipeline.generation.sampling import Sampling
 from pipeline.training.metrics import Metrics
 from pipeline.training.start import check as start
 from tests.helpers.builders import metrics, save_model, write_config
+from tests.helpers.rows import talk, write_jsonl
 from tests.helpers.stages import CPU, chain
 from tests.training.checkpoint.test_resume import final_state, run_plan
 
@@ -132,3 +133,58 @@ def test_check_says_what_will_be_asked(base: Path, tmp_path: Path, capsys: pytes
     assert "samples:  1 prompt(s) every 100 steps, at the end; greedy, at most 300 tokens each" in said.out
     assert "samples.max_new_tokens = 300 after a prompt of" in said.err
     assert "more than the model's max_position_embeddings = 256" in said.err
+
+
+@pytest.mark.slow
+def test_replicas_share_the_prompts_out(base: Path, tmp_path: Path) -> None:
+    """Two of one stage say, each of its own prompts, what one process says; the first of them writes all, in their order."""
+    toml = str(config(tmp_path, base, samples=SAMPLES, max_steps=2))
+    (run,) = run_plan(tmp_path, 2, [{"config": toml, "overrides": ["pipeline_stages=1"]}])["runs"]
+    written = lines(Path(run))
+    assert [(line["step"], line["prompt"]) for line in written] == [(step, p) for step in (0, 2) for p in PROMPTS]
+    asking = asker(AutoTokenizer.from_pretrained(base), str(base), chat=False, system="")
+    sampling, keys = Sampling(temperature=0.8, min_p=0.02, seed=3), keys_of_noise(PROMPTS)
+    for step in (0, 2):
+        asked = [Asked(asking.ids(p), sampling.noise(step, key)) for p, key in zip(PROMPTS, keys, strict=True)]
+        right = answers(InOneProcess(chain(base, [0, 4]), CPU), asked, sampling, asking.stops, 12)
+        assert [line["base"]["text"] for line in written if line["step"] == step] == [
+            asking.text(answer.tokens) for answer in right
+        ]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_trained_on_chats_learns_to_stop(tmp_path: Path) -> None:
+    """Before it, it goes on to the limit; then it says its answer and stops, as each trained turn does."""
+    save_model(tmp_path / "base", "llama")
+    questions = [f"Is it {word}?" for word in ("salt", "day", "night", "sea", "late", "far", "near", "true")]
+    rows = [talk(question, "It is.") for question in questions]
+    talks = {
+        "name": "talks",
+        "dataset_type": "chat",
+        "dataset_path": str(write_jsonl(tmp_path / "chat.jsonl", rows)),
+        "sequence_len": 128,
+        "chat_template": "alpaca",
+    }
+    samples = {"prompts": questions[:3], "at_start": True, "at_end": True, "max_new_tokens": 20, "temperature": 0.0}
+    toml = config(
+        tmp_path,
+        tmp_path / "base",
+        samples=samples | {"every_steps": 0},
+        datasets=[talks],
+        adapter_type="lora",
+        target_modules="all-linear",
+        layers_to_transform=None,
+        lora_rank=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        neftune_noise_alpha=None,
+        kernels="none",
+        micro_batch_size_per_gpu=4,
+        max_steps=60,
+        optimizer={"type": "adamw", "lr": 0.01},
+    )
+    (run,) = run_plan(tmp_path, 2, [{"config": str(toml)}])["runs"]
+    before, after = ([line for line in lines(Path(run)) if line["step"] == step] for step in (0, 60))
+    assert len(before) == len(after) == 3
+    assert not any(line["stopped"] for line in before)
+    assert [(line["text"].strip(), line["stopped"]) for line in after] == [("It is.", True)] * 3

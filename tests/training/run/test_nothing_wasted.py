@@ -171,6 +171,21 @@ def test_messages_of_a_step(cut: Cut, result: Callable[[Cut], Result]) -> None:
             assert messages(step) == +expected, f"stage {stage}, step {number}"
 
 
+@pytest.mark.parametrize("cut", [pytest.param(c, marks=pytest.mark.slow) for c in CUTS if c.replicas > 1], ids=str)
+def test_replicas_exchange_the_adapters_gradients_and_nothing_else(cut: Cut, result: Callable[[Cut], Result]) -> None:
+    """In fp32, once a step, whatever the base weighs; beside them a loss and the like."""
+    first, last = (int(layer) for layer in cut.layers.split(":"))
+    for rank in result(cut).ranks:
+        begins = sum(cut.per_stage[: rank["stage"]])
+        adapted = len(set(range(begins, begins + cut.per_stage[rank["stage"]])) & set(range(first, last + 1)))
+        replicas = [rank["stage"] * cut.replicas + replica for replica in range(cut.replicas)]
+        for step in rank["steps"]:
+            sums = [n_bytes for n_bytes, ranks in step["reduced"] if ranks == replicas]
+            assert sum(n for n in sums if n > 8) == adapted * 2 * RANK * WIDTH * 4
+            assert sum(n for n in sums if n <= 8) <= 64
+        assert sum(len(step["reduced"]) for step in rank["steps"]) > 0
+
+
 @over_cuts
 def test_work_of_a_step(cut: Cut, result: Callable[[Cut], Result]) -> None:
     """Stages below the first adapted one record nothing and have no backward; at it, the input asks for no gradient."""

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.training.engine import records
+from pipeline.training.engine.records import Exchanged, Mapped
 from pipeline.training.run import peers
 from pipeline.training.run.peers import Peers, exit_of
 from tests.helpers.paths import WORKERS
@@ -157,7 +160,7 @@ class TestPatience:
     """How long a process may be without progress."""
 
     def test_it_is_the_timeout_or_thrice_the_longest_of_its_kind(self, tmp_path: Path) -> None:
-        mine = Peers(tmp_path / "peers", 0, 1, timeout_s=100.0)
+        mine = Peers(Mapped(tmp_path / "peers", peers.RECORD, 1), 0, 1, timeout_s=100.0)
         assert mine.patience_s() == 600  # starting
         with mine.phase("step", 1):
             assert mine.patience_s() == 600  # the first
@@ -174,13 +177,14 @@ class TestPatience:
             assert mine.patience_s() == math.inf
 
     def test_zero_is_never(self, tmp_path: Path) -> None:
-        mine = Peers(tmp_path / "peers", 0, 1, timeout_s=0)
+        mine = Peers(Mapped(tmp_path / "peers", peers.RECORD, 1), 0, 1, timeout_s=0)
         mine.sign(0.0)
         mine.sign(1e9)
         assert mine.hang() is None
 
     def test_progress_begins_it_anew_and_one_that_works_is_waited_for(self, tmp_path: Path) -> None:
-        first, second = (Peers(tmp_path / "peers", rank, 2, timeout_s=100.0) for rank in (0, 1))
+        maps = [Mapped(tmp_path / "peers", peers.RECORD, 2) for _ in range(2)]
+        first, second = (Peers(maps[rank], rank, 2, timeout_s=100.0) for rank in (0, 1))
         for each in (first, second):
             with each.phase("step", 1):
                 pass
@@ -205,3 +209,74 @@ class TestPatience:
             first.doing("the forward pass")
             first.sign(0.0)
             assert second.hang() is None, "the first got on"
+
+
+class Store:
+    """As much of torch's store as the exchange asks, in this process; `lost` as with the node that it was on."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.lost = False
+
+    def set(self, key: str, value: str | bytes) -> None:
+        if self.lost:
+            raise RuntimeError("connection reset by peer")
+        self.values[key] = value.encode() if isinstance(value, str) else value
+
+    def get(self, key: str) -> bytes:
+        assert becomes(lambda: key in self.values)
+        return self.values[key]
+
+    def wait(self, keys: list[str], limit: object) -> None:
+        assert becomes(lambda: all(key in self.values for key in keys))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.values[key] for key in keys]
+
+
+class TestOverNodes:
+    """What one process learns, those on other hosts read over the store."""
+
+    @pytest.fixture
+    def three(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, list[Peers]]]:
+        """Two processes on host a, one on host b."""
+        monkeypatch.setattr(records, "EXCHANGE_S", 0.05)
+        monkeypatch.setattr(peers, "UNHEARD_S", 0.4)
+        store, made = Store(), list[Exchanged]()
+
+        def make(rank: int) -> None:
+            made.append(Exchanged(store, peers.RECORD, rank, 3))
+
+        names = {"MainThread": "a", "two": "a", "three": "b"}
+        monkeypatch.setattr(records.processes, "host", lambda: names[threading.current_thread().name])
+        others = [threading.Thread(target=make, args=(rank,), name=name) for rank, name in ((1, "two"), (2, "three"))]
+        for other in others:
+            other.start()
+        make(0)
+        for other in others:
+            other.join()
+        made.sort(key=lambda one: one._rank)
+        yield store, [Peers(one, rank, 3, timeout_s=100.0) for rank, one in enumerate(made)]
+        for one in made:
+            one.close()
+
+    def test_a_death_is_told_across_hosts(self, three: tuple[Store, list[Peers]]) -> None:
+        _, (first, second, third) = three
+        ended = subprocess.Popen([sys.executable, "-c", "import os; os._exit(5)"])
+        assert becomes(lambda: psutil.Process(ended.pid).status() == psutil.STATUS_ZOMBIE)
+        peers.SIGN.pack_into(second._memory, peers.RECORD + peers.MAIN.size, ended.pid, time.monotonic(), False)
+        assert becomes(lambda: first.all()[1].pid == ended.pid, 5)
+        assert first.dead()
+        assert becomes(lambda: bool(third.dead()), 5), "what rank 0, on its host, has said"
+        assert third.dead()[0] == f"rank 1 on a (process {ended.pid}): starting: ended with exit code 5"
+        ended.wait()
+
+    def test_who_is_on_another_host_is_unheard_when_the_store_is_lost(self, three: tuple[Store, list[Peers]]) -> None:
+        store, (first, _, third) = three
+        assert becomes(lambda: all(peer.pid for one in three[1] for peer in one.all()), 5), "all have met"
+        third.tell_stop(75)
+        assert becomes(lambda: first.told_stop() == 75, 5)
+        store.lost = True
+        assert becomes(lambda: bool(first.unheard()), 5)
+        assert first.unheard()[0].startswith(f"rank 2 on b (process {os.getpid()}): starting: no sign of life for ")
+        assert becomes(lambda: len(third.unheard()) == 2, 5)

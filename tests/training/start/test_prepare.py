@@ -1,6 +1,7 @@
 """What is refused before weights are read or a process waits for another: one message each, exit code 2."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import processes
 from pipeline.config.loading import load
 from pipeline.console import UserError
 from pipeline.model import weights
@@ -171,7 +173,7 @@ def test_what_differs_from_the_checkpoint_is_shown() -> None:
 
 
 def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
+    monkeypatch.setattr(launch, "_program", lambda name: name)  # on PATH
     command = [
         "/a b/train.py",
         "--local_rank=1",
@@ -182,14 +184,15 @@ def test_the_resume_line_is_the_command_that_was_given(tmp_path: Path, monkeypat
         "--set",
         "a='b c'",
     ]
-    line = run_folder.resume_line(command, 2, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = run_folder.resume_line(command, tmp_path)
     quoted = shlex.quote("a='b c'")
     expected = (
         f"deepspeed --quiet --num_gpus 2 '/a b/train.py' --config x.toml --set {quoted} {run_folder.RESUME} {tmp_path}"
     )
     assert line == expected
-    flag = run_folder.resume_line(["train.py", "--resume_from_checkpoint", "--set", "x=1"], 1, tmp_path)
-    assert flag == f"deepspeed --quiet --num_gpus 1 train.py --set x=1 --resume_from_checkpoint {tmp_path}"
+    flag = run_folder.resume_line(["train.py", "--resume_from_checkpoint", "--set", "x=1"], tmp_path)
+    assert flag == f"deepspeed --quiet --num_gpus 2 train.py --set x=1 --resume_from_checkpoint {tmp_path}"
 
 
 def test_later_saves_are_put_aside_and_kept(tmp_path: Path) -> None:
@@ -210,9 +213,113 @@ def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
 
 
 def test_without_a_launcher_the_whole_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_deepspeed", lambda: "deepspeed")  # on PATH
+    monkeypatch.setattr(launch, "_program", lambda name: name)  # on PATH
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.toml"])
     with pytest.raises(UserError) as caught:
         launch.check_processes(2)
     assert str(caught.value).endswith("\n  deepspeed --quiet --num_gpus 2 train.py --config 'my run.toml'")
+
+
+def test_srun_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its tasks would be a run of its own; under torchrun, which sets WORLD_SIZE, it is none of our business."""
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", "my run.toml"])
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="SLURM_NTASKS = 2: srun alone would make 2 runs") as caught:
+        launch.check_processes(1)
+    assert str(caught.value).endswith("train.py --config 'my run.toml'")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch.check_processes(1)
+
+
+LAUNCHED = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "7"}
+RENDEZVOUS = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "box-1:29500"]
+
+
+@pytest.mark.parametrize(
+    ("above", "environment", "line"),
+    [
+        (
+            [
+                "python",
+                "/x/bin/torchrun",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "2",
+                *RENDEZVOUS,
+                "train.py",
+                "--config",
+                "c",
+            ],
+            LAUNCHED,
+            "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint box-1:29500 train.py --config x  "
+            "# on each of the 2 nodes",
+        ),
+        (
+            ["python", "-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1", "train.py"],
+            LAUNCHED,
+            "torchrun --nnodes=2 --node-rank=1 train.py --config x  # on each of the 2 nodes, each with its own --node-rank",
+        ),
+        (
+            ["python", "/x/bin/torchrun", "--nproc-per-node", "2", *RENDEZVOUS, "train.py"],
+            {**LAUNCHED, "SLURM_STEP_ID": "0"},
+            "srun --nodes 2 --ntasks-per-node 1 torchrun --nproc-per-node 2 --rdzv-backend c10d "
+            "--rdzv-endpoint box-1:29500 train.py --config x",
+        ),
+        (
+            ["bash"],
+            {**LAUNCHED, "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"},
+            "torchrun --standalone --nproc-per-node 4 train.py --config x",
+        ),
+        (
+            ["python", "/x/bin/deepspeed", "--hostfile", "my hosts", "--no_ssh", "--node_rank=0", "train.py"],
+            {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_SIZE": "2"},
+            "deepspeed --hostfile 'my hosts' --no_ssh --node_rank=0 train.py --config x  # on each of the 2 nodes, each with "
+            "its own --node_rank",
+        ),
+        (
+            ["sshd"],
+            {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_SIZE": "2"},
+            "deepspeed --hostfile HOSTFILE train.py --config x  # HOSTFILE: the one of this launch",
+        ),
+    ],
+    ids=["torchrun", "module", "srun", "unseen", "no_ssh", "ssh"],
+)
+def test_what_goes_on_with_a_run_is_said_for_its_launcher(
+    monkeypatch: pytest.MonkeyPatch, above: list[str], environment: dict[str, str], line: str
+) -> None:
+    class Process:
+        """Of the process above."""
+
+        def parents(self) -> list["Process"]:
+            return [self]
+
+        def cmdline(self) -> list[str]:
+            return above
+
+    monkeypatch.setattr(launch, "_program", lambda name: name)
+    monkeypatch.setattr(launch.psutil, "Process", Process)
+    for name in (*LAUNCHED, "LOCAL_SIZE", "CROSS_SIZE", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.command_again(["train.py", "--local_rank=1", "--config", "x"]) == line
+
+
+def test_files_of_another_host_are_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process id says nothing about another host's process."""
+    monkeypatch.setattr(processes, "host", lambda: "box-1")
+    dead, alive = 2**22 + 1, os.getpid()  # beyond Linux's largest
+    for name in (
+        f"box-1-{dead}-5.0",
+        f"box-1-{alive}-5.0",
+        f"box-1-2-{dead}-5.0",
+        f"box-2-{dead}-5.0",
+        f"box-1-{dead}-5.0-peers",
+    ):
+        (tmp_path / f".rendezvous-{name}").touch()
+    processes.remove_of_dead_launches(tmp_path, ".rendezvous-")
+    left = {path.name.removeprefix(".rendezvous-") for path in tmp_path.iterdir()}
+    assert left == {f"box-1-{alive}-5.0", f"box-1-2-{dead}-5.0", f"box-2-{dead}-5.0"}
