@@ -77,12 +77,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             run.reports.run_ended()
             engine.let_go(run.engine)
             del run, plan  # and with them the stage's weights
-            saved = saved_at.last_or_best(run_folder.path, step, best=config.load_best_at_end)
-            if config.load_best_at_end and saved.folder.name != saved_at.BEST:
-                warn(
-                    "load_best_at_end: no evaluation was better than the one before the first step; "
-                    f"what follows takes {saved.folder.name}/"
-                )
+            saved = last_or_best(run_folder.path, step, config.load_best_at_end)
             follows = next_steps.after_run(
                 run_folder.path, saved.folder, Path(config.model), is_adapter=not config.full_fine_tune
             )
@@ -101,6 +96,17 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     finally:
         if rank() == 0:
             file.unlink(missing_ok=True)
+
+
+def last_or_best(run_dir: Path, step: int, best: bool) -> saved_at.Saved:
+    """What is gone on with after a run of so many steps; says where that is not the `best` although it should be."""
+    saved = saved_at.last_or_best(run_dir, step, best=best)
+    if best and saved.folder.name != saved_at.BEST:
+        warn(
+            "load_best_at_end: no evaluation was better than the one before the first step; "
+            f"what follows takes {saved.folder.name}/"
+        )
+    return saved
 
 
 def watch(watcher: Watcher, place: engine.Place, file: Path, hang_timeout_minutes: float) -> None:

@@ -5,7 +5,7 @@ itself goes no further.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,20 +121,9 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         constant_lr=config.force_constant_lr,
     )
     streams = any(dataset.streaming for dataset in config.datasets)  # without epochs
-    intervals = Intervals(
-        logging_steps=config.logging_steps,
-        steps_per_print=config.steps_per_print,
-        eval_steps=config.eval_steps,
-        eval_before_first_step=config.eval_before_first_step,
-        eval_after_last_step=config.eval_after_last_step,
-        early_stopping_patience=config.early_stopping_patience,
-        early_stopping_min_delta=config.early_stopping_min_delta,
-        save_steps=config.save_steps,
-        save_every_n_epochs=None if streams else config.save_every_n_epochs,
-        save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end and not streams,
-        checkpoint_every_n_minutes=config.checkpoint_every_n_minutes,
-        checkpoint_on_save=config.checkpoint_on_save,
-    )
+    intervals = Intervals(**{field.name: getattr(config, field.name) for field in fields(Intervals)})
+    if streams:  # a window is no epoch
+        intervals = replace(intervals, save_every_n_epochs=None, save_checkpoint_on_epoch_end=False)
     ranges = cut_into_stages(layout, model, trained)
     return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
