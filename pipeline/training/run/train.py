@@ -16,8 +16,9 @@ from pipeline.formats.fingerprint import fingerprint
 from pipeline.log_file import LogFile
 from pipeline.publishing import next_steps
 from pipeline.training import trackers
-from pipeline.training.engine import engine, meeting, selftest
-from pipeline.training.engine.records import Exchanged, Mapped, Records
+from pipeline.training.engine import engine, selftest
+from pipeline.training.nodes import meeting
+from pipeline.training.nodes.records import Exchanged, Mapped, Records
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
 from pipeline.training.run.peers import RECORD
 from pipeline.training.run.record import RunRecord
