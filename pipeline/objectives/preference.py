@@ -5,7 +5,7 @@ part in nothing. The loss of a step is the mean over its units, and the likeliho
 mean over the targets of their first rows, however the units fall into micro-batches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -54,16 +54,22 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class Preference:
-    """An `Objective`. `head`: None on stages that compute no loss. `step`: what training measures on its way."""
+    """An `Objective`. `head`: None on stages that compute no loss. `step`: what training measures on its way. `beside`: takes the
+    reference's normed hidden state [B, T, D] of the micro-batch that has just run, where it runs in every step."""
 
     head: nn.Linear | None
     transform: LogitTransform
     mixture: Mixture
     slots: int
     step: StepTotals
+    beside: Callable[[], Tensor] | None = None
 
     reads: ClassVar[tuple[str, ...]] = ("labels", "loss_scale", "unit_scale", "reference", "desirable")
-    first_reads: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def first_reads(self) -> tuple[str, ...]:
+        """By marks stages know that the reference runs, too."""
+        return ("marks",) if self.beside else ()
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -106,9 +112,13 @@ class Preference:
         sums_B, counts_B = log_probs(hidden_BTD, given["labels"], self.head, self.transform)
         sums_SU, counts_SU = sums_B.view(self.slots, -1), counts_B.view(self.slots, -1)
         real_U = counts_SU[0] > 0
+        reference_SU = given["reference"]
+        if self.beside is not None:
+            with torch.no_grad():
+                reference_SU = log_probs(self.beside(), given["labels"], self.head, self.transform)[0].view_as(sums_SU)
         batch = Batch(
             sums_SU[:, real_U],
-            given["reference"][:, real_U],
+            reference_SU[:, real_U],
             counts_SU[:, real_U],
             given["desirable"][real_U],
             self.mixture.settings,

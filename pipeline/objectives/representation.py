@@ -1,7 +1,7 @@
 """Losses of hidden states: taps on layers' outputs, each a distance between the policy's state and a reference's.
 
 A tap is of one row of a unit, and compares it with a row of the same unit under the reference. What the layers measure, a number
-for each unit, is summed from stage to stage (training/stage/tapping.py) and comes out beside the last stage's hidden state. The
+for each unit, is summed from stage to stage (training/stage/beside.py) and comes out beside the last stage's hidden state. The
 loss of a step is
 
     L = Σ over taps of weight · schedule(p) · mean over the step's units of Σ over the tap's layers of the distance,

@@ -64,6 +64,7 @@ class HeadCost(NamedTuple):
 
 class ModelCost(NamedTuple):
     """The whole model. `hidden_bytes`: of one token's hidden state; a stage holds it as received and as handed on.
+    `reference_bytes`: of what a reference that runs in every step hands on with it.
 
     `embedding_gradient_bytes`: of one micro-batch, which the embedding's backward makes where it is trained, else 0.
     """
@@ -77,6 +78,7 @@ class ModelCost(NamedTuple):
     tied: bool = False  # the head's weight is the embedding's: one stage has it once
     embedding_gradient_bytes: int = 0
     embedding_update: Update = Update()
+    reference_bytes: int = 0
 
 
 class Rates(NamedTuple):

@@ -50,7 +50,7 @@ from pipeline.training.run.peers import UNHURRIED
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
-from pipeline.training.stage.tapping import Taps
+from pipeline.training.stage.beside import Beside
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.objective import ObjectiveSpec
@@ -80,8 +80,8 @@ def trainer(
     batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
-    taps = taps_of(stage, plan.objective)
-    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, taps)
+    beside = beside_of(stage, plan.objective)
+    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, beside)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
@@ -90,11 +90,14 @@ def trainer(
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    if plan.objective and plan.objective.cached:
+    if plan.objective and plan.objective.reference:
         run = reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
-        with watcher.phase(UNHURRIED):
-            data, about["reference"] = reference.attached(data, run, opened.path, resumed and resumed[0].parent)
-        batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+        if beside is not None:
+            beside.as_reference = reference.in_every_step(run)
+        if plan.objective.cached:
+            with watcher.phase(UNHURRIED):
+                data, about["reference"] = reference.attached(data, run, opened.path, resumed and resumed[0].parent)
+            batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
     metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
     state = RunState(optimizer, place.device, place.rank, place.replica == 0, about)
@@ -109,7 +112,7 @@ def trainer(
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(0)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
-        measuring=[one for one in (routers, taps) if one],
+        measuring=[one for one in (routers, beside) if one],
         step_totals=totals,
         intervals=plan.intervals,
         epochs=plan.data.epochs,
@@ -231,25 +234,26 @@ def objective_of(
     routers: RouterLoss | None = None,
     preference: ObjectiveSpec | None = None,
     totals: StepTotals | None = None,
-    taps: Taps | None = None,
+    beside: Beside | None = None,
 ) -> Objective:
     """The loss; only the last stage, which has the head, computes it. `totals`: of preference training."""
     head, transform = stage.head if stage.is_last else None, logit_transform(stage.model.config)
     objective: Objective = LanguageModelling(head, transform, train_logit_scale)
     if preference is not None and totals is not None:
-        of_answers = None
+        of_answers, slots = None, preference.slots
         if preference.mixture is not None:
-            objective = of_answers = Preference(head, transform, preference.mixture, preference.slots, totals)
-        if taps is not None:
-            objective = WithTaps(of_answers, preference.taps, preference.slots, totals, taps.take)
+            live = beside.take_reference if beside and preference.live else None
+            objective = of_answers = Preference(head, transform, preference.mixture, slots, totals, live)
+        if beside is not None and preference.taps:
+            objective = WithTaps(of_answers, preference.taps, slots, totals, beside.take)
     return WithRouterLoss(objective, routers.coefficient, routers.take) if routers else objective
 
 
-def taps_of(stage: Stage, spec: ObjectiveSpec | None) -> Taps | None:
-    """The taps on our stage's layers, if the run has any."""
-    if spec is None or not spec.taps:
+def beside_of(stage: Stage, spec: ObjectiveSpec | None) -> Beside | None:
+    """The reference beside our stage's rows, and the taps on its layers, if the run has either."""
+    if spec is None or not (slots := spec.reference_slots):
         return None
-    return Taps(stage, spec.taps, spec.slots, partial(adapters_off, stage))
+    return Beside(stage, spec.taps, spec.slots, slots, partial(adapters_off, stage), scores=spec.live)
 
 
 def build_engine(

@@ -127,6 +127,8 @@ def results(root: Path) -> Launched:
         case("replicas", "sigmoid", "pipeline_stages=1", "gradient_accumulation_steps=2"),
         case("recomputed", "sigmoid", "activation_checkpointing=true"),
         case("own start", "sigmoid", 'objective.reference.model="start"'),
+        case("live", "sigmoid", "objective.reference.precompute_ref_log_probs=false"),
+        case("live, taps", "representation", "objective.reference.precompute_ref_log_probs=false"),
     ]
     return Launched(root / "results", cases)
 
@@ -265,6 +267,18 @@ def test_stages_train_what_the_whole_model_would(root: Path, results: Launched, 
 def test_the_first_loss_of_dpo_is_that_of_no_preference(results: Launched) -> None:
     assert results["sigmoid"].losses[0] == pytest.approx(0.693147, abs=1e-5)
     assert results["sigmoid"].losses[-1] < results["sigmoid"].losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cached"), [("live", "sigmoid"), ("live, taps", "representation")])
+def test_a_live_reference_is_the_cached_one(results: Launched, name: str, cached: str) -> None:
+    """To the rounding of products of other shapes; in evaluation, too."""
+    ours, other = results[cached], results[name]
+    assert other.losses == pytest.approx(ours.losses, rel=1e-5)
+    for step in (0, STEPS):
+        assert other.evaluation(step) == pytest.approx(ours.evaluation(step), rel=1e-5)
+    for key, weight in ours.weights.items():
+        assert unsplit.size(other.weights[key] - weight) <= 1e-3 * unsplit.size(weight)
 
 
 @pytest.mark.slow
