@@ -41,7 +41,7 @@ from pipeline.training.engine import engine, reference
 from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
-from pipeline.training.optim.inner import make_inner
+from pipeline.training.optim.inner import make_inner, value
 from pipeline.training.optim.lr_schedule import learning_rate, warmup_steps
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run import folder as run_folder
@@ -51,6 +51,7 @@ from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
 from pipeline.training.stage.beside import Beside
+from pipeline.training.stage.unmoved import Unmoved
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.objective import ObjectiveSpec
@@ -114,6 +115,7 @@ def trainer(
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
         measuring=[one for one in (routers, beside) if one],
         step_totals=totals,
+        unmoved=unmoved_of(plan, optimizer),
         intervals=plan.intervals,
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
@@ -247,6 +249,14 @@ def objective_of(
         if beside is not None and preference.taps:
             objective = WithTaps(of_answers, preference.taps, slots, totals, beside.take)
     return WithRouterLoss(objective, routers.coefficient, routers.take) if routers else objective
+
+
+def unmoved_of(plan: Resolved, optimizer: PipelineOptimizer) -> Unmoved | None:
+    """What is asked later which adapter tensors of this stage have not moved."""
+    if plan.trained.adapter is None:
+        return None
+    named = {name: p for name, p in optimizer.parameters_by_name.items() if name not in plan.trained.in_full}
+    return Unmoved(named, partial(value, optimizer.inner))
 
 
 def beside_of(stage: Stage, spec: ObjectiveSpec | None) -> Beside | None:

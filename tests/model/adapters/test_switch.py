@@ -80,3 +80,20 @@ def test_off_through_the_kernels(base: Path, dtype: torch.dtype) -> None:
     assert not torch.equal(output(stage), right)
     with adapters_off(stage):
         assert torch.equal(output(stage), right)
+
+
+KERNEL_SETS = [*((name,) for name in fusion.KERNELS), fusion.KERNELS]
+
+
+@pytest.mark.parametrize("kernels", [KERNEL_SETS[-1], *(pytest.param(k, marks=pytest.mark.slow) for k in KERNEL_SETS[:-1])], ids=len)
+@pytest.mark.parametrize("case", ["multiplicative_lora", "lora", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c not in ("multiplicative_lora", "lora"))])  # fmt: skip
+def test_off_is_the_base_with_the_same_kernels(llama: Path, case: str, kernels: tuple[str, ...]) -> None:
+    """What a reference in every step relies on, and the adapters are there again afterwards."""
+    base, stage = build(llama, 0, 4), adapted(llama, CASES[case])
+    fusion.apply(base, frozenset(kernels))
+    fusion.apply(stage, frozenset(kernels))
+    right, before = output(base), output(stage)
+    assert not torch.equal(before, right)
+    with adapters_off(stage):
+        assert torch.equal(output(stage), right)
+    assert torch.equal(output(stage), before)
