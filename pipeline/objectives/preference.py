@@ -171,7 +171,9 @@ class Preference:
         return found | dict(zip(PAIRS, paired, strict=True))
 
     def _of_tokens(self, hidden_BTD: Tensor, given: Tensors, batch: Batch, real_U: Tensor) -> dict[str, Tensor]:
-        """fp32 [U] each: sums over tokens. Of ranked answers the rejected are all but the best. Takes another product of the head."""
+        """fp32 [U] each: sums over tokens. Of ranked answers the rejected are all but the best.
+
+        It takes another product of the head."""
         if self.mixture.data == "unpaired":
             return {}
         assert self.head is not None, "only the last stage computes a loss"

@@ -133,8 +133,8 @@ class WithTaps:
         return self._columns(given, EVALUATED_AT) | others
 
     def means(self, totals: Mapping[str, float], targets: int) -> dict[str, float]:
-        """'loss'; of each tap 'tap/<name>', the distance summed over its layers, 'tap/<name>/coefficient', weight and schedule, and
-        'tap/<name>/weighted', its part of the loss; what the other losses say."""
+        """'loss'; of each tap 'tap/<name>', the distance summed over its layers, 'tap/<name>/coefficient', weight and schedule,
+        and 'tap/<name>/weighted', its part of the loss; what the other losses say."""
         found = self.objective.means(totals, targets) if self.objective else {"loss": 0.0}
         units = max(1.0, totals["tapped units"])
         for tap in self.taps:

@@ -25,7 +25,9 @@ RETAIN = Tap("retain", 0, 0, (1, 2), "l2")
 
 def plan(objective: ObjectiveSpec | None) -> list[float]:
     cost = with_objective(COST, objective)
-    found = solve(cost, [10**9] * 2, RATES, SHAPE, 0, ranges=[(0, 2), (2, 4)], keeping=ActivationPolicy(RecomputeLevel.INPUT))
+    found = solve(
+        cost, [10**9] * 2, RATES, SHAPE, 0, ranges=[(0, 2), (2, 4)], keeping=ActivationPolicy(RecomputeLevel.INPUT)
+    )
     return [value for s in found.stages for value in (s.activation_bytes, s.forward_s, s.flops)]
 
 

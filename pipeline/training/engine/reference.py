@@ -105,8 +105,8 @@ def check_kept(folder: Path, manifest: dict[str, Any], reference: str | None) ->
 
 
 def in_every_step(run: Pass) -> Callable[[], AbstractContextManager[None]]:
-    """Blocks in which the stage is the reference, for as long as the run lasts: the base, or a folder's adapter, which is read and
-    kept beside the one that is trained. All processes must come here. UserError where the folder does not fit."""
+    """Blocks in which the stage is the reference, for as long as the run lasts: the base, or a folder's adapter, which is read
+    and kept beside the one that is trained. All processes must come here. UserError where the folder does not fit."""
     if run.spec.reference == "base":
         return partial(adapters_off, run.stage)
     with _as_reference(run):

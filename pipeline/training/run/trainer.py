@@ -163,7 +163,9 @@ class Trainer:
         if self.unmoved is None:
             return
         gathered: list[Any] = [None] * self.place.world
-        dist.all_gather_object(gathered, (self.unmoved.names(), self.unmoved.count) if self.place.replica == 0 else ([], 0))
+        dist.all_gather_object(
+            gathered, (self.unmoved.names(), self.unmoved.count) if self.place.replica == 0 else ([], 0)
+        )
         if names := [name for own, _ in gathered for name in own]:
             warn(unmoved.described(names, sum(count for _, count in gathered), steps))
 

@@ -1,7 +1,7 @@
 """The reference beside the policy in each micro-batch, and taps on the hidden states of layers, which compare the two.
 
-Takes a stage and what is compared; gives the stage a forward that, handed `marks` with a micro-batch, runs twice. Once for those rows
-that are compared with, as the reference, without gradients, dropout or noise; hooks keep the tapped layers' outputs.
+Takes a stage and what is compared; gives the stage a forward that, handed `marks` with a micro-batch, runs twice. Once for those
+rows that are compared with, as the reference, without gradients, dropout or noise; hooks keep the tapped layers' outputs.
 Then for all rows, and hooks add what the taps measure to a number for each tap and unit. These travel behind the hidden state
 (model/structure/carried.py), so that whatever is tapped a micro-batch runs backward once through each layer. The reference's
 hidden state goes with the integers, as int32: no gradient of it comes back. It goes as far as a tap reads it, or, where its
@@ -106,7 +106,9 @@ class Beside:
             reference = self._of_reference(x)
             mine: tuple[Tensor, ...] = inputs[:3]
         else:
-            x, values = unpack(inputs[0], tokens, shape[0] * shape[1]) if self.taps else (inputs[0], inputs[0].new_empty(0))
+            x, values = (
+                unpack(inputs[0], tokens, shape[0] * shape[1]) if self.taps else (inputs[0], inputs[0].new_empty(0))
+            )
             marks_BT, carried = inputs[2], values.view(shape)
             reference = inputs[3].view(x.dtype) if self._runs_reference else x
             mine = x, positions_BT

@@ -37,6 +37,6 @@ def described(names: list[str], of: int, steps: int) -> str:
     """One sentence for the user."""
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return (
-        f"after {steps} steps {len(names)} of {of} trained tensors have not moved: {shown}. No gradient reaches them, or the learning "
-        "rate is too small for their dtype"
+        f"after {steps} steps {len(names)} of {of} trained tensors have not moved: {shown}. No gradient reaches them, or the "
+        "learning rate is too small for their dtype"
     )

@@ -188,12 +188,13 @@ def _reference_problems(objective: Objective, around: Around, beside: bool) -> l
     found, model = [], objective.reference.model
     if beside and around.router_loss:
         found.append(
-            "load_balancing_loss_coef: not built together with a reference that runs in every step, as for [[objective.tap]]; set it to 0"
+            "load_balancing_loss_coef: not built together with a reference that runs in every step, as for [[objective.tap]]; "
+            "set it to 0"
         )
     if beside and model == "start":
         found.append(
-            "objective.reference.model = 'start': what runs in every step is the base, or an adapter in a folder; write the folder "
-            "that init_adapter names, which is the same (without one it is 'base')"
+            "objective.reference.model = 'start': what runs in every step is the base, or an adapter in a folder; write the "
+            "folder that init_adapter names, which is the same (without one it is 'base')"
         )
     elif model not in ("base", "start") and not around.trained:
         found.append(

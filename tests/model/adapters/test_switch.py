@@ -14,6 +14,7 @@ from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
+from tests.helpers.quick import only
 from tests.helpers.stages import build, hidden, token_ids
 from tests.model.test_every_family import config_of
 
@@ -85,8 +86,8 @@ def test_off_through_the_kernels(base: Path, dtype: torch.dtype) -> None:
 KERNEL_SETS = [*((name,) for name in fusion.KERNELS), fusion.KERNELS]
 
 
-@pytest.mark.parametrize("kernels", [KERNEL_SETS[-1], *(pytest.param(k, marks=pytest.mark.slow) for k in KERNEL_SETS[:-1])], ids=len)
-@pytest.mark.parametrize("case", ["multiplicative_lora", "lora", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c not in ("multiplicative_lora", "lora"))])  # fmt: skip
+@pytest.mark.parametrize("kernels", only([fusion.KERNELS], KERNEL_SETS), ids=len)
+@pytest.mark.parametrize("case", only(("multiplicative_lora", "lora"), CASES))
 def test_off_is_the_base_with_the_same_kernels(llama: Path, case: str, kernels: tuple[str, ...]) -> None:
     """What a reference in every step relies on, and the adapters are there again afterwards."""
     base, stage = build(llama, 0, 4), adapted(llama, CASES[case])

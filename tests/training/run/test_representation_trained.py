@@ -5,7 +5,6 @@ Two stages against the unsplit model is `test_preference_trained.py`'s, which ha
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch

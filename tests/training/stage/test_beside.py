@@ -341,6 +341,8 @@ def test_a_live_reference_and_taps_go_together(llama: Path, adapter: Any, runs: 
 def test_another_adapter_is_the_reference_and_leaves_the_trained_one(llama: Path, adapter: Any) -> None:
     """Also while another micro-batch's backward is to come."""
     (stage,), (other,) = (stages_of(llama, adapter, [0, 4], size) for size in (0.3, 0.2))
+    for one in (stage, other):
+        one.eval()  # no dropout
     values = {name: parameter.detach().clone() for name, parameter in trainable(other).items()}
     before = {name: parameter.detach().clone() for name, parameter in trainable(stage).items()}
     ids, positions, _, _ = rows()

@@ -11,8 +11,13 @@ from pipeline.training.stage.unmoved import Unmoved, described
 
 def test_what_gets_no_gradient_has_not_moved() -> None:
     """A bf16 weight whose steps are too small for its dtype has, in its compensated sum; a zero whose sign changed has not."""
-    named = {name: nn.Parameter(torch.full((4, 3), at, dtype=torch.bfloat16)) for name, at in (("a", 1.0), ("b", 1.0), ("c", 0.0))}
-    inner = make_inner("adamw_kahan", [{"params": list(named.values())}], lr=1e-5, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    named = {
+        name: nn.Parameter(torch.full((4, 3), at, dtype=torch.bfloat16))
+        for name, at in (("a", 1.0), ("b", 1.0), ("c", 0.0))
+    }
+    inner = make_inner(
+        "adamw_kahan", [{"params": list(named.values())}], lr=1e-5, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0
+    )
     unmoved = Unmoved(named, partial(value, inner))
     assert unmoved.names() == ["a", "b", "c"]
     for _ in range(3):

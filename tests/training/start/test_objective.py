@@ -145,7 +145,11 @@ def test_taps_have_their_rows_and_layers_by_number(capsys: pytest.CaptureFixture
         ({"loss_type": "kto"}, {}, "with taps, losses are of pairs"),
         ({"reference": {"model": "start"}}, {}, "what runs in every step is the base, or an adapter in a folder"),
         ({}, {"in_full": True}, "full_fine_tune and trainable_modules leave none"),
-        ({}, {"router_loss": True}, "load_balancing_loss_coef: not built together with [[objective.tap]]"),
+        (
+            {},
+            {"router_loss": True},
+            "load_balancing_loss_coef: not built together with a reference that runs in every step",
+        ),
         ({}, {"starts_from": "adapter"}, "objective.reference: init_adapter goes on from an adapter"),
     ],
 )
