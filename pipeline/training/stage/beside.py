@@ -54,7 +54,7 @@ class Beside:
         scores: bool = False,
     ) -> None:
         self.taps, self.as_reference = taps, as_reference
-        self._slots, self._reference_slots, self._scores = slots, reference_slots, scores
+        self._slots, self._reference_slots, self._scores = slots, list(reference_slots), scores
         last = max((layer for tap in taps for layer in tap.layers), default=-1)
         self._runs_reference = scores or last >= stage.layer_indices.start
         self._hands_reference_on = not stage.is_last and (scores or last >= stage.layer_indices.stop)

@@ -48,8 +48,8 @@ TAPS = (
 REFERENCE = torch.tensor([[-20.0, -31.0], [-28.0, -25.0]])
 
 
-def slots_of(taps: tuple[Tap, ...]) -> list[int]:
-    return sorted({slot for tap in taps for slot in tap.reference_slots})
+def slots_of(taps: tuple[Tap, ...]) -> tuple[int, ...]:
+    return tuple(sorted({slot for tap in taps for slot in tap.reference_slots}))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ class Run:
                 for name, module in stage.named_modules():
                     if name.endswith("dropout"):
                         module.p = 0.0
-        slots = list(range(SLOTS)) if live else slots_of(taps)
+        slots = tuple(range(SLOTS)) if live else slots_of(taps)
         tapped = [Beside(stage, taps, SLOTS, slots, partial(adapters_off, stage), scores=live) for stage in stages]
         last, step = stages[-1], StepTotals()
         step.begin(PROGRESS)
