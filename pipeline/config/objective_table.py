@@ -93,21 +93,13 @@ class Tap(Section):
     )
 
 
-def _precomputed(value: Any) -> Any:
-    if value is False:
-        raise ValueError(
-            "a reference that runs beside each micro-batch is not built yet; it is computed once before the first step"
-        )
-    return value
-
-
 class Reference(Section):
     """[objective.reference]"""
 
     model: str = Field(
         "base", min_length=1, description="what losses compare with: 'base' (no adapter), 'start' (the adapter as this run starts with it; it belongs to the run), or the folder of an adapter of the kind, modules and ranks that are trained")  # fmt: skip
-    precompute_ref_log_probs: Annotated[bool, BeforeValidator(_precomputed)] = Field(
-        True, description="the reference's log-probabilities are computed by one pass before the first step, and kept; false is not built"
+    precompute_ref_log_probs: bool = Field(
+        True, description="the reference's log-probabilities are computed by one pass before the first step, and kept; with false the reference runs beside the model in every step, which costs a forward pass each time and keeps nothing (not of 'start')"
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ part in nothing. The loss of a step is the mean over its units, and the likeliho
 mean over the targets of their first rows, however the units fall into micro-batches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.kernels.cross_entropy import LogitTransform
 from pipeline.objectives.objective import Tensors
-from pipeline.objectives.preference_losses import Batch, Mixture
-from pipeline.objectives.rows import log_probs
+from pipeline.objectives.preference_losses import LOSSES, Batch, Mixture
+from pipeline.objectives.rows import log_probs, token_facts
 
 PAIRS = (
     "rewards/chosen",
@@ -27,19 +27,28 @@ PAIRS = (
 )
 COUNTS = ("units", "losses", "log-likelihood", "targets")
 RATED = ("desirable", "desirable rewards", "undesirable rewards", "desirable logps", "undesirable logps", "kl")
+# Of tokens: TRL's names, and what each is a mean over.
+OVER = {
+    "entropy": "answers' tokens",
+    "logits/chosen": "targets",
+    "logits/rejected": "rejected tokens",
+    "mean_token_accuracy": "targets",
+}
+OF_TOKENS = (*OVER, "answers' tokens", "rejected tokens")
 
 
 @dataclass
 class StepTotals:
     """What was measured of the micro-batches of a step so far, summed; on the last stage. `progress`: the part of the run that
-    was done before it."""
+    was done before it. `logged`: whether what costs something to measure is to be measured, too."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     progress: float = 0.0
+    logged: bool = True
 
-    def begin(self, progress: float) -> None:
+    def begin(self, progress: float, logged: bool = True) -> None:
         """A step begins."""
-        self.sums, self.progress = {}, progress
+        self.sums, self.progress, self.logged = {}, progress, logged
 
     def add(self, columns: Mapping[str, Tensor]) -> None:
         """Of one more micro-batch: [U] each."""
@@ -54,27 +63,42 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class Preference:
-    """An `Objective`. `head`: None on stages that compute no loss. `step`: what training measures on its way."""
+    """An `Objective`. `head`: None on stages that compute no loss. `step`: what training measures on its way. `beside`: takes the
+    reference's normed hidden state [B, T, D] of the micro-batch that has just run, where it runs in every step."""
 
     head: nn.Linear | None
     transform: LogitTransform
     mixture: Mixture
     slots: int
     step: StepTotals
+    beside: Callable[[], Tensor] | None = None
 
     reads: ClassVar[tuple[str, ...]] = ("labels", "loss_scale", "unit_scale", "reference", "desirable")
-    first_reads: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def first_reads(self) -> tuple[str, ...]:
+        """By marks stages know that the reference runs, too."""
+        return ("marks",) if self.beside else ()
 
     @property
     def measures(self) -> tuple[str, ...]:
         """Columns that `means` knows how to read, TRL's names where it has them."""
-        return COUNTS + (RATED if self.mixture.data == "unpaired" else PAIRS)
+        of_data = RATED if self.mixture.data == "unpaired" else PAIRS + OF_TOKENS
+        return (*COUNTS, *of_data, *map(_term, self.terms))
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The losses that are added, where there are several; but for likelihoods, which are of tokens."""
+        several = len(self.mixture.weights) > 1
+        return tuple(name for name in self.mixture.weights if several and LOSSES[name].per_unit is not None)
 
     def loss(self, hidden_BTD: Tensor, given: Tensors) -> Tensor:
         """fp32 scalar: unit_scale · Σ units' losses − weight of the likelihood · loss_scale · Σ log p of first rows."""
-        batch, _ = self._batch(hidden_BTD, given)
+        batch, real_U = self._batch(hidden_BTD, given)
         losses = self.mixture.per_unit(batch)
         self.step.add(self._columns(batch, losses))
+        if self.step.logged:
+            self.step.add(self._of_tokens(hidden_BTD, given, batch, real_U))
         likelihood = self.mixture.nll * given["loss_scale"] * batch.policy[0].sum()
         return losses.sum() * given["unit_scale"] - likelihood
 
@@ -82,17 +106,25 @@ class Preference:
         """fp32 [U] for each of `measures`; 0 for filler."""
         batch, real_U = self._batch(hidden_BTD, given)
         columns = self._columns(batch, self.mixture.per_unit(batch))
+        columns |= self._of_tokens(hidden_BTD, given, batch, real_U)
         empty_U = torch.zeros(len(real_U), device=real_U.device)
         return {name: empty_U.masked_scatter(real_U, columns[name]) for name in self.measures}
 
     def means(self, totals: Mapping[str, float], targets: int) -> dict[str, float]:
         """'loss', and TRL's metrics, of columns summed over a step or a set."""
         units, words = max(1.0, totals["units"]), self.mixture.nll / max(1.0, totals["targets"])
-        loss = totals["losses"] / units - words * totals["log-likelihood"]
+        found = {"loss": totals["losses"] / units - words * totals["log-likelihood"]}
+        for name in self.terms:
+            found[f"loss/{name}"] = totals[_term(name)] / units
+            found[f"loss/{name}/weighted"] = self.mixture.weights[name] * found[f"loss/{name}"]
+        if self.mixture.nll and len(self.mixture.weights) > 1:
+            found["loss/nll"] = -totals["log-likelihood"] / max(1.0, totals["targets"])
+            found["loss/nll/weighted"] = self.mixture.nll * found["loss/nll"]
         if self.mixture.data != "unpaired":
-            return {"loss": loss, **{name: totals[name] / units for name in PAIRS}}
+            found |= {name: totals[name] / units for name in PAIRS}
+            return found | {name: totals[name] / max(1.0, totals[of]) for name, of in OVER.items() if name in totals}
         good, bad = totals["desirable"], units - totals["desirable"]
-        found = {"loss": loss, "kl": totals["kl"] / units}
+        found["kl"] = totals["kl"] / units
         for side, name, count in (("chosen", "desirable", good), ("rejected", "undesirable", bad)):
             if count:
                 found |= {f"{kind}/{side}": totals[f"{name} {kind}"] / count for kind in ("rewards", "logps")}
@@ -106,9 +138,13 @@ class Preference:
         sums_B, counts_B = log_probs(hidden_BTD, given["labels"], self.head, self.transform)
         sums_SU, counts_SU = sums_B.view(self.slots, -1), counts_B.view(self.slots, -1)
         real_U = counts_SU[0] > 0
+        reference_SU = given["reference"]
+        if self.beside is not None:
+            with torch.no_grad():
+                reference_SU = log_probs(self.beside(), given["labels"], self.head, self.transform)[0].view_as(sums_SU)
         batch = Batch(
             sums_SU[:, real_U],
-            given["reference"][:, real_U],
+            reference_SU[:, real_U],
             counts_SU[:, real_U],
             given["desirable"][real_U],
             self.mixture.settings,
@@ -122,6 +158,7 @@ class Preference:
         first_U, rewards = batch.policy[0], batch.rewards
         found = {"units": torch.ones_like(first_U), "losses": losses_U, "log-likelihood": first_U}
         found["targets"] = batch.tokens[0].to(first_U)
+        found |= {_term(name): LOSSES[name].per_unit(batch) for name in self.terms}  # type: ignore[misc]
         if self.mixture.data == "unpaired":
             good = batch.desirable.to(first_U)
             shift = batch.ratios[1].mean().clamp(min=0) if len(first_U) else first_U.sum()
@@ -132,3 +169,26 @@ class Preference:
         margin = rewards[0] - others.mean(dim=0)
         paired = (rewards[0], others.mean(dim=0), right, margin, first_U, rest_U)
         return found | dict(zip(PAIRS, paired, strict=True))
+
+    def _of_tokens(self, hidden_BTD: Tensor, given: Tensors, batch: Batch, real_U: Tensor) -> dict[str, Tensor]:
+        """fp32 [U] each: sums over tokens. Of ranked answers the rejected are all but the best.
+
+        It takes another product of the head."""
+        if self.mixture.data == "unpaired":
+            return {}
+        assert self.head is not None, "only the last stage computes a loss"
+        facts = token_facts(hidden_BTD, given["labels"], self.head, self.transform)
+        entropy_SU, logits_SU, right_SU = (fact_B.view(self.slots, -1)[:, real_U] for fact_B in facts)
+        tokens_SU = batch.tokens.to(entropy_SU)
+        return {
+            "entropy": entropy_SU.sum(0),
+            "answers' tokens": tokens_SU.sum(0),
+            "logits/chosen": logits_SU[0],
+            "logits/rejected": logits_SU[1:].sum(0),
+            "rejected tokens": tokens_SU[1:].sum(0),
+            "mean_token_accuracy": right_SU[0],
+        }
+
+
+def _term(name: str) -> str:
+    return f"loss {name}"

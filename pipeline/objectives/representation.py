@@ -1,7 +1,7 @@
 """Losses of hidden states: taps on layers' outputs, each a distance between the policy's state and a reference's.
 
 A tap is of one row of a unit, and compares it with a row of the same unit under the reference. What the layers measure, a number
-for each unit, is summed from stage to stage (training/stage/tapping.py) and comes out beside the last stage's hidden state. The
+for each unit, is summed from stage to stage (training/stage/beside.py) and comes out beside the last stage's hidden state. The
 loss of a step is
 
     L = Σ over taps of weight · schedule(p) · mean over the step's units of Σ over the tap's layers of the distance,
@@ -117,7 +117,7 @@ class WithTaps:
     @property
     def measures(self) -> tuple[str, ...]:
         """Of each tap its distance, and what it comes to in the loss."""
-        own = [name for tap in self.taps for name in (tap.name, _weighted(tap))]
+        own = [name for tap in self.taps for name in (tap.name, _weighted(tap), _coefficient(tap))]
         return ("tapped units", *own, *(self.objective.measures if self.objective else ()))
 
     def loss(self, hidden_BTD: Tensor, given: Tensors) -> Tensor:
@@ -133,13 +133,14 @@ class WithTaps:
         return self._columns(given, EVALUATED_AT) | others
 
     def means(self, totals: Mapping[str, float], targets: int) -> dict[str, float]:
-        """'loss'; of each tap 'tap/<name>', the distance summed over its layers, and 'tap/<name>/weighted', its part of the loss;
-        what the other losses say."""
+        """'loss'; of each tap 'tap/<name>', the distance summed over its layers, 'tap/<name>/coefficient', weight and schedule,
+        and 'tap/<name>/weighted', its part of the loss; what the other losses say."""
         found = self.objective.means(totals, targets) if self.objective else {"loss": 0.0}
         units = max(1.0, totals["tapped units"])
         for tap in self.taps:
             found[f"tap/{tap.name}"] = totals[tap.name] / units
             found[f"tap/{tap.name}/weighted"] = weighted = totals[_weighted(tap)] / units
+            found[f"tap/{tap.name}/coefficient"] = totals[_coefficient(tap)] / units
             found["loss"] += weighted
         return found
 
@@ -151,8 +152,13 @@ class WithTaps:
         for tap, measured_U in zip(self.taps, self.carried(), strict=True):
             found[tap.name] = torch.where(real_U, measured_U, 0)
             found[_weighted(tap)] = tap.coefficient(progress) * found[tap.name]
+            found[_coefficient(tap)] = tap.coefficient(progress) * found["tapped units"]
         return found
 
 
 def _weighted(tap: Tap) -> str:
     return f"{tap.name}, weighted"
+
+
+def _coefficient(tap: Tap) -> str:
+    return f"{tap.name}, coefficient"

@@ -65,6 +65,7 @@ class HeadCost(NamedTuple):
 class ModelCost(NamedTuple):
     """The whole model. `hidden_bytes`: of one token's hidden state; a stage holds it as received and as handed on.
     `behind_bytes`: of a micro-batch, what travels behind its hidden state: the routers' sums (model/router_loss.py).
+    `reference_bytes`: of a token's, what a reference that runs in every step hands on beside it.
 
     `embedding_gradient_bytes`: of one micro-batch, which the embedding's backward makes where it is trained, else 0.
     """
@@ -79,9 +80,10 @@ class ModelCost(NamedTuple):
     embedding_gradient_bytes: int = 0
     embedding_update: Update = Update()
     behind_bytes: int = 0
+    reference_bytes: int = 0
 
     def carried_bytes(self, tokens: int) -> int:
-        """Of a micro-batch of so many tokens, what goes from stage to stage."""
+        """Of a micro-batch of so many tokens, what goes from stage to stage and, as its gradient, back."""
         return self.hidden_bytes * tokens + self.behind_bytes
 
 

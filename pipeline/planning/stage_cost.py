@@ -67,7 +67,9 @@ def update_bytes(model: ModelCost, first: int, end: int, tokens: int) -> int:
     parts = [c.update for c in model.layers[first:end]] + [model.embedding_update] * is_first
     parts += [model.head.update] * (is_last and not (model.tied and is_first))
     buffers = (not is_first) + (not is_last and end > model.first_trained)
-    return sum(together(parts)) + buffers * model.carried_bytes(tokens)
+    return (
+        sum(together(parts)) + buffers * model.carried_bytes(tokens) + (not is_first) * model.reference_bytes * tokens
+    )
 
 
 def working_bytes(model: ModelCost, first: int, end: int, tokens: int, levels: Iterable[RecomputeLevel]) -> float:
@@ -95,6 +97,7 @@ def passing_bytes(model: ModelCost, first: int, end: int, flight: int, tokens: i
     Received: the receive buffer, and the gradient that goes back (where none does, the state during forward). Beyond that
     the received state is what the first layer keeps, unless that one is on the host: then the engine still holds it.
     Handed on: one output for each micro-batch in flight, until its backward, and the buffer of the gradient that comes.
+    A reference's state goes as soon as it has been read or sent: the receive buffer, what was received, what is handed on.
     """
     backward, sends_gradient = end > model.first_trained, first > model.first_trained
     count = 0
@@ -102,7 +105,8 @@ def passing_bytes(model: ModelCost, first: int, end: int, flight: int, tokens: i
         count += 2 + (flight if first_on_host and sends_gradient else 0)
     if end < len(model.layers):
         count += flight + backward
-    return count * model.carried_bytes(tokens)
+    of_reference = 2 * (first > 0) + (end < len(model.layers))
+    return count * model.carried_bytes(tokens) + of_reference * model.reference_bytes * tokens
 
 
 def compute_seconds(model: ModelCost, first: int, end: int, rates: Rates, tokens: int) -> tuple[float, float]:

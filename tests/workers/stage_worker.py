@@ -117,13 +117,22 @@ def train(
 
 @contextlib.contextmanager
 def counted(module: torch.nn.Module, facts: dict[str, Any]) -> Iterator[None]:
-    """Count what activation checkpointing changes: attention's forward passes in training, and tensors kept on the host."""
-    facts |= {"passes": 0, "kept": 0, "layers": 0}
+    """Count what activation checkpointing changes: attention's forward passes in training, and tensors kept on the host; and how
+    often a layer's output has been given its gradient."""
+    facts |= {"passes": 0, "kept": 0, "layers": 0, "backwards": 0}
     stage = next(m for m in module.modules() if isinstance(m, Stage))
     facts["layers"] = len(stage.layers)
 
     def passed(attention: torch.nn.Module, *_: Any) -> None:
         facts["passes"] += attention.training
+
+    def came_back(gradient: Tensor) -> None:
+        facts["backwards"] += 1
+
+    def put_out(layer: torch.nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(came_back)
 
     keep = Ticket.put
 
@@ -133,6 +142,7 @@ def counted(module: torch.nn.Module, facts: dict[str, Any]) -> Iterator[None]:
 
     for layer in stage.layers.values():
         layer.self_attn.register_forward_hook(passed)  # type: ignore[union-attr]
+        layer.register_forward_hook(put_out)
     with mock.patch.object(Ticket, "put", kept):
         yield
 

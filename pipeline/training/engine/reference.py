@@ -1,4 +1,5 @@
-"""What the reference says of preference data: each row's log-probability, by one pass through the stages before the first step.
+"""What the reference says of preference data: each row's log-probability, by one pass through the stages before the first step;
+and what makes a stage the reference where that runs in every step.
 
 Takes the data, the engine and the stage as the run starts; gives the data with these numbers beside its units. They are kept:
 those of the base, or of an adapter's folder, beside the data cache, where another run finds them; those of the run's own
@@ -7,9 +8,10 @@ start in its folder, as they cannot be made again once the adapter has been trai
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +34,7 @@ from pipeline.files import rename
 from pipeline.formats.base_model import read_base
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters.base import trainable
-from pipeline.model.adapters.switch import adapters_off
+from pipeline.model.adapters.switch import adapters_off, holding
 from pipeline.model.stage import Stage
 from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.rows import RowScores
@@ -110,6 +112,16 @@ def check_kept(folder: Path, manifest: dict[str, Any], reference: str | None) ->
                 f"objective.reference.model = 'start': {folder / name}, what the adapter said before it was trained, is not "
                 "there or not the run's; it cannot be made again. Put it back, or start a new run"
             )
+
+
+def in_every_step(run: Pass) -> Callable[[], AbstractContextManager[None]]:
+    """Blocks in which the stage is the reference, for as long as the run lasts: the base, or a folder's adapter, which is read
+    and kept beside the one that is trained. All processes must come here. UserError where the folder does not fit."""
+    if run.spec.reference == "base":
+        return partial(adapters_off, run.stage)
+    with _as_reference(run):
+        values = {name: parameter.detach().clone() for name, parameter in trainable(run.stage).items()}
+    return partial(holding, run.stage, values)
 
 
 def _numbers(run: Pass, store: UnitRows, rows: NDArray[np.int64], source: Path, path: Path) -> Numbers:

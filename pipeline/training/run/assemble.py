@@ -41,7 +41,7 @@ from pipeline.training.engine.on_policy import Negatives
 from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
 from pipeline.training.optim import parameter_groups, regularisation
-from pipeline.training.optim.inner import make_inner
+from pipeline.training.optim.inner import make_inner, value
 from pipeline.training.optim.lr_schedule import learning_rate, warmup_steps
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run import folder as run_folder
@@ -50,7 +50,8 @@ from pipeline.training.run.peers import UNHURRIED
 from pipeline.training.run.stop import Watcher
 from pipeline.training.run.trainer import Trainer
 from pipeline.training.stage import families, initial_adapter, parts
-from pipeline.training.stage.tapping import Taps
+from pipeline.training.stage.beside import Beside
+from pipeline.training.stage.unmoved import Unmoved
 from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.objective import ObjectiveSpec
@@ -79,8 +80,8 @@ def trainer(
     batches = batches_of(plan, data, place, watcher)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
-    taps, times = taps_of(stage, plan.objective), StepTimes()
-    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, taps)
+    beside, times = beside_of(stage, plan.objective), StepTimes()
+    objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, beside)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher, times)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
@@ -89,6 +90,10 @@ def trainer(
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
+    if beside is not None and plan.objective is not None:
+        beside.as_reference = reference.in_every_step(
+            reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
+        )
     if (against := against_of(plan, pipeline_engine, stage, place)) is not None:
         with watcher.phase(UNHURRIED):
             data, about["reference"] = reference.attached(data, against, opened.path, resumed and resumed[0].parent)
@@ -108,8 +113,9 @@ def trainer(
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(batches.at_hand.epoch)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
-        measuring=[one for one in (routers, taps, LayerGradients(optimizer, config.grad_norm_steps)) if one],
+        measuring=[one for one in (routers, beside, LayerGradients(optimizer, config.grad_norm_steps)) if one],
         step_totals=totals,
+        unmoved=unmoved_of(plan, optimizer),
         intervals=plan.intervals,
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
@@ -284,25 +290,34 @@ def objective_of(
     routers: RouterLoss | None = None,
     preference: ObjectiveSpec | None = None,
     totals: StepTotals | None = None,
-    taps: Taps | None = None,
+    beside: Beside | None = None,
 ) -> Objective:
     """The loss; only the last stage, which has the head, computes it. `totals`: of preference training."""
     head, transform = stage.head if stage.is_last else None, logit_transform(stage.model.config)
     objective: Objective = LanguageModelling(head, transform, train_logit_scale)
     if preference is not None and totals is not None:
-        of_answers = None
+        of_answers, slots = None, preference.slots
         if preference.mixture is not None:
-            objective = of_answers = Preference(head, transform, preference.mixture, preference.slots, totals)
-        if taps is not None:
-            objective = WithTaps(of_answers, preference.taps, preference.slots, totals, taps.take)
+            live = beside.take_reference if beside and preference.live else None
+            objective = of_answers = Preference(head, transform, preference.mixture, slots, totals, live)
+        if beside is not None and preference.taps:
+            objective = WithTaps(of_answers, preference.taps, slots, totals, beside.take)
     return WithRouterLoss(objective, routers.coefficient, routers.take) if routers else objective
 
 
-def taps_of(stage: Stage, spec: ObjectiveSpec | None) -> Taps | None:
-    """The taps on our stage's layers, if the run has any."""
-    if spec is None or not spec.taps:
+def unmoved_of(plan: Resolved, optimizer: PipelineOptimizer) -> Unmoved | None:
+    """What is asked later which adapter tensors of this stage have not moved."""
+    if plan.trained.adapter is None:
         return None
-    return Taps(stage, spec.taps, spec.slots, partial(adapters_off, stage))
+    named = {name: p for name, p in optimizer.parameters_by_name.items() if name not in plan.trained.in_full}
+    return Unmoved(named, partial(value, optimizer.inner))
+
+
+def beside_of(stage: Stage, spec: ObjectiveSpec | None) -> Beside | None:
+    """The reference beside our stage's rows, and the taps on its layers, if the run has either."""
+    if spec is None or not (slots := spec.reference_slots):
+        return None
+    return Beside(stage, spec.taps, spec.slots, slots, partial(adapters_off, stage), scores=spec.live)
 
 
 def build_engine(

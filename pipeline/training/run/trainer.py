@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from pipeline.console import EXIT_DONE, EXIT_STOPPED, log
+from pipeline.console import EXIT_DONE, EXIT_STOPPED, log, warn
 from pipeline.data.batches import EvaluationBatches, StepInfo
 from pipeline.data.microbatch import MicroBatch
 from pipeline.objectives.objective import Objective
@@ -32,6 +32,8 @@ from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineO
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import STOP_FILE, Watcher
+from pipeline.training.stage import unmoved
+from pipeline.training.stage.unmoved import Unmoved
 from pipeline.training.start.prepare import TrainBatches
 from pipeline.training.start.resolved import Intervals
 from pipeline.training.step_measures import StepTimes
@@ -63,6 +65,7 @@ class Trainer:
     adapter_norms: Callable[[], dict[str, float]] | None  # of this stage's adapter, by module
     measuring: Sequence[Measuring]  # of a step, on this stage
     step_totals: StepTotals | None  # what preference training measures on the last stage
+    unmoved: Unmoved | None  # of this stage's adapter
     intervals: Intervals
     epochs: int | None  # the run ends after so many, or after max_steps
     max_steps: int | None
@@ -108,6 +111,8 @@ class Trainer:
                 self.times.ended("first step")
                 self.times.say()
                 self.first_step_done()
+            if clock.steps == unmoved.AFTER_STEPS or (self.step == total and clock.steps < unmoved.AFTER_STEPS):
+                self._say_unmoved(clock.steps)
             self._after_step(last=self.step == total)
             self.reports.step_done()
             if self._boundary():
@@ -139,7 +144,7 @@ class Trainer:
         for one in self.measuring:
             one.begin_step()
         if self.step_totals:
-            self.step_totals.begin(self.step / total)
+            self.step_totals.begin(self.step / total, self._is_logged(self.step + 1, total))
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
             with self.step_times.step():
@@ -166,6 +171,20 @@ class Trainer:
             rows = self.batches.info(position).rows
             stores = self.negatives.stores(self.batches.stores, rows, self.step + 1)
         return self.batches.step(position, stores)
+
+    def _is_logged(self, step: int, total: int) -> bool:
+        return step % self.intervals.logging_steps == 0 or step == total
+
+    def _say_unmoved(self, steps: int) -> None:
+        """Warn of adapter tensors that this launch's steps have not changed. All processes must come here."""
+        if self.unmoved is None:
+            return
+        gathered: list[Any] = [None] * self.place.world
+        dist.all_gather_object(
+            gathered, (self.unmoved.names(), self.unmoved.count) if self.place.replica == 0 else ([], 0)
+        )
+        if names := [name for own, _ in gathered for name in own]:
+            warn(unmoved.described(names, sum(count for _, count in gathered), steps))
 
     def _report(self, clock: Clock, loss: float, lr: float, info: StepInfo, tokens_per_s: float, last: bool) -> None:
         logs = self.step % self.intervals.logging_steps == 0 or last

@@ -1,6 +1,6 @@
 """[[objective.tap]]: the config's tables become taps, with rows and layers by their number.
 
-Takes the tables and what is trained; gives the taps that `tapping.py` puts on a stage's layers, or one UserError.
+Takes the tables and what is trained; gives the taps that `beside.py` puts on a stage's layers, or one UserError.
 """
 
 from collections.abc import Sequence

@@ -19,17 +19,25 @@ OF_STATES = ("representation", BREAKERS)  # types that have taps
 @dataclass(frozen=True)
 class ObjectiveSpec:
     """Preference training: the losses of answers (None: of hidden states alone), the rows of a unit, the reference ('base',
-    'start' or a folder; None where nothing reads one), and the taps on hidden states."""
+    'start' or a folder; None where nothing reads one), the taps on hidden states, and whether the reference's log-probabilities
+    are computed in the step."""
 
     mixture: Mixture | None
     slots: int
     reference: str | None
     taps: tuple[Tap, ...] = ()
+    live: bool = False
 
     @property
     def cached(self) -> bool:
         """Whether the reference's log-probabilities are computed before the first step."""
-        return self.mixture is not None and self.mixture.reads_reference
+        return self.mixture is not None and self.mixture.reads_reference and not self.live
+
+    @property
+    def reference_slots(self) -> tuple[int, ...]:
+        """Which rows of a unit the reference runs in every step."""
+        own = {slot for tap in self.taps for slot in tap.reference_slots}
+        return tuple(range(self.slots)) if self.live else tuple(sorted(own))
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,17 @@ def spec_of(
     if len(slots) > 1:
         raise UserError(f"datasets.ranks: all datasets of a run need the same number, and they have {slots}")
     problems = [*_loss_problems(objective, mixture, around)] if mixture else []
-    reads = bool(taps) or (mixture is not None and mixture.reads_reference)
+    scores = mixture is not None and mixture.reads_reference
+    live = scores and not objective.reference.precompute_ref_log_probs
+    reads = bool(taps) or scores
     generates = any(dataset.generates for dataset in datasets)
-    for problem in (*problems, *(_reference_problems(objective, around, generates) if reads else ())):
+    if live and generates:
+        problems.append(
+            "objective.reference.precompute_ref_log_probs: with rejected = 'generate' the reference scores the answers before each "
+            "step; remove it"
+        )
+    beside = live or bool(taps)
+    for problem in (*problems, *(_reference_problems(objective, around, generates, beside) if reads else ())):
         with errors.collect():
             raise UserError(problem)
     errors.raise_all()
@@ -91,6 +107,7 @@ def spec_of(
     log(
         f"minimised: {' + '.join([*losses, *map(described_tap, taps)])}, of {data} data"
         + (f", against {reference}" if reference else "")
+        + (", which runs beside it" if live else "")
     )
     _say_unreached(taps, mixture, around)
     if around.dropout:
@@ -99,7 +116,7 @@ def spec_of(
         )
     if reference is None and "reference" in objective.model_fields_set:
         warn("objective.reference: none of these losses reads one")
-    return ObjectiveSpec(mixture, slots[0], reference, taps)
+    return ObjectiveSpec(mixture, slots[0], reference, taps, live)
 
 
 def mixture_of(objective: Objective) -> Mixture:
@@ -173,15 +190,26 @@ def _loss_problems(objective: Objective, mixture: Mixture, around: Around) -> li
     return found
 
 
-def _reference_problems(objective: Objective, around: Around, generates: bool) -> list[str]:
-    """Why the reference is not what it is called, a message each. `generates`: whether the model gives answers itself."""
-    found = []
-    if objective.tap and objective.reference.model != "base":
+def _reference_problems(objective: Objective, around: Around, generates: bool, beside: bool) -> list[str]:
+    """Why the reference is not what it is called, a message each. `generates`: whether the model gives answers itself; `beside`:
+    whether the reference runs in every step."""
+    found, model = list[str](), objective.reference.model
+    if beside and around.router_loss:
         found.append(
-            f"objective.reference.model = '{objective.reference.model}': taps compare with the base, in the same step; a "
-            "reference that is an adapter is for losses of log-probabilities"
+            "load_balancing_loss_coef: not built together with a reference that runs in every step, as for [[objective.tap]]; "
+            "set it to 0"
         )
-    elif objective.reference.model == "base":
+    if beside and model == "start":
+        found.append(
+            "objective.reference.model = 'start': what runs in every step is the base, or an adapter in a folder; write the "
+            "folder that init_adapter names, which is the same (without one it is 'base')"
+        )
+    elif model not in ("base", "start") and not around.trained:
+        found.append(
+            f"objective.reference.model = '{model}': an adapter is put in the place of the one that is trained, and "
+            "full_fine_tune trains none; write 'start'"
+        )
+    elif model == "base":
         if around.in_full:
             found.append(
                 "objective.reference.model: 'base' is the model with its adapters off, and full_fine_tune or trainable_modules "
@@ -222,8 +250,6 @@ def _taps(objective: Objective, mixture: Mixture | None, around: Around) -> tupl
         raise UserError(
             f"objective.loss_type: with taps, losses are of pairs, and {described(mixture)} is of {mixture.data} data"
         )
-    if around.router_loss:
-        raise UserError("load_balancing_loss_coef: not built together with [[objective.tap]]; set it to 0")
     if around.in_full or not around.trained:
         raise UserError(
             "objective.tap: the reference is the model without its adapter, in the same step; full_fine_tune and "

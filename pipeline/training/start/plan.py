@@ -30,6 +30,7 @@ from pipeline.model.stage import Stage
 from pipeline.model.structure.build import logit_transform
 from pipeline.model.structure.parts import layers_of_model, text_config
 from pipeline.planning import devices, rates, table
+from pipeline.planning.counts.beside import with_reference
 from pipeline.planning.counts.model_cost import model_cost
 from pipeline.planning.nearest import nearest
 from pipeline.planning.quantities import Link, ModelCost, Plan, Rates, Shape, Update
@@ -41,6 +42,7 @@ from pipeline.training.optim import parameter_groups
 from pipeline.training.optim.inner import bytes_per_parameter, update_bytes_per_parameter
 from pipeline.training.stage import parts
 from pipeline.training.start import prepare
+from pipeline.training.start.objective import ObjectiveSpec
 from pipeline.training.start.resolve import resolve
 from pipeline.training.start.resolved import Layout, Resolved
 
@@ -92,9 +94,24 @@ def costs(plan: Resolved, levels: Iterable[RecomputeLevel], on_gpu: bool) -> Cal
             transform=logit_transform(stage.model.config),
             on_gpu=on_gpu,
         )
-        return counted._replace(behind_bytes=behind)
+        return with_objective(counted._replace(behind_bytes=behind), plan.objective)
 
     return count
+
+
+def with_objective(counted: ModelCost, objective: ObjectiveSpec | None) -> ModelCost:
+    """The cost with that of a reference which runs in every step, and of taps, if the run has any."""
+    if objective is None or not (slots := objective.reference_slots):
+        return counted
+    tapped = {layer for tap in objective.taps for layer in tap.layers}
+    return with_reference(
+        counted,
+        len(slots) / objective.slots,
+        through=len(counted.layers) if objective.live else max(tapped) + 1,
+        tapped=tapped,
+        scores=objective.live,
+        head=objective.mixture is not None,
+    )
 
 
 def optimizer_types(optimizer: Optimizer, stage: Stage) -> dict[nn.Parameter, str]:

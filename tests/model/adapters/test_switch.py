@@ -14,6 +14,7 @@ from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
+from tests.helpers.quick import only
 from tests.helpers.stages import build, hidden, token_ids
 from tests.model.test_every_family import config_of
 
@@ -80,3 +81,20 @@ def test_off_through_the_kernels(base: Path, dtype: torch.dtype) -> None:
     assert not torch.equal(output(stage), right)
     with adapters_off(stage):
         assert torch.equal(output(stage), right)
+
+
+KERNEL_SETS = [*((name,) for name in fusion.KERNELS), fusion.KERNELS]
+
+
+@pytest.mark.parametrize("kernels", only([fusion.KERNELS], KERNEL_SETS), ids=len)
+@pytest.mark.parametrize("case", only(("multiplicative_lora", "lora"), CASES))
+def test_off_is_the_base_with_the_same_kernels(llama: Path, case: str, kernels: tuple[str, ...]) -> None:
+    """What a reference in every step relies on, and the adapters are there again afterwards."""
+    base, stage = build(llama, 0, 4), adapted(llama, CASES[case])
+    fusion.apply(base, frozenset(kernels))
+    fusion.apply(stage, frozenset(kernels))
+    right, before = output(base), output(stage)
+    assert not torch.equal(before, right)
+    with adapters_off(stage):
+        assert torch.equal(output(stage), right)
+    assert torch.equal(output(stage), before)

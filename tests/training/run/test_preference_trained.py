@@ -24,7 +24,7 @@ from tests.helpers.stage_runs import Case, Result
 from tests.helpers.unsplit import GRADIENT_TOLERANCE
 
 STEPS, LR, EPS, RANK, ALPHA, BETA = 3, 1e-2, 1e-3, 4, 8, 0.5
-UNITS = 8  # of a step
+MICRO_BATCHES, UNITS = 4, 8  # of a step
 WORDS = prose(1500, seed=4).split()
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss_type": "sigmoid"},
@@ -80,7 +80,7 @@ def config(root: Path, name: str) -> Path:
         model=str(root / "cohere"),
         output_dir=str(root / "runs" / name),
         optimizer={"type": "adamw", "lr": LR, "eps": EPS, "weight_decay": 0.1},
-        gradient_accumulation_steps=4,
+        gradient_accumulation_steps=MICRO_BATCHES,
         gradient_clipping=0.1,
         micro_batch_size_per_gpu=2,
         datasets=[{"name": "pairs", **rows, "eval_size": 6}],
@@ -124,9 +124,12 @@ def results(root: Path) -> Launched:
     cases = [
         *(case(name, name) for name in OBJECTIVES),
         case("one by one", "sigmoid", "micro_batch_size_per_gpu=1", "gradient_accumulation_steps=8"),
+        case("all at once", "sigmoid", "micro_batch_size_per_gpu=8", "gradient_accumulation_steps=1"),
         case("replicas", "sigmoid", "pipeline_stages=1", "gradient_accumulation_steps=2"),
         case("recomputed", "sigmoid", "activation_checkpointing=true"),
         case("own start", "sigmoid", 'objective.reference.model="start"'),
+        case("live", "sigmoid", "objective.reference.precompute_ref_log_probs=false"),
+        case("live, taps", "representation", "objective.reference.precompute_ref_log_probs=false"),
     ]
     return Launched(root / "results", cases)
 
@@ -262,13 +265,33 @@ def test_stages_train_what_the_whole_model_would(root: Path, results: Launched, 
         assert unsplit.size(result.weights[key] - leaf.detach()) <= 1e-3 * unsplit.size(leaf.detach())
 
 
+@pytest.mark.parametrize("name", QUICK)
+def test_each_layer_runs_backward_once_a_micro_batch(results: Launched, name: str) -> None:
+    """Adapters are on layers 0 to 2 of four, so backward goes down to layer 0; whatever is compared or tapped."""
+    assert [rank["backwards"] for rank in results[name].ranks] == [
+        rank["layers"] * MICRO_BATCHES * STEPS for rank in results[name].ranks
+    ]
+
+
 def test_the_first_loss_of_dpo_is_that_of_no_preference(results: Launched) -> None:
     assert results["sigmoid"].losses[0] == pytest.approx(0.693147, abs=1e-5)
     assert results["sigmoid"].losses[-1] < results["sigmoid"].losses[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one by one", "replicas", "recomputed", "own start"])
+@pytest.mark.parametrize(("name", "cached"), [("live", "sigmoid"), ("live, taps", "representation")])
+def test_a_live_reference_is_the_cached_one(results: Launched, name: str, cached: str) -> None:
+    """To the rounding of products of other shapes; in evaluation, too."""
+    ours, other = results[cached], results[name]
+    assert other.losses == pytest.approx(ours.losses, rel=1e-5)
+    for step in (0, STEPS):
+        assert other.evaluation(step) == pytest.approx(ours.evaluation(step), rel=1e-5)
+    for key, weight in ours.weights.items():
+        assert unsplit.size(other.weights[key] - weight) <= 1e-3 * unsplit.size(weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one by one", "all at once", "replicas", "recomputed", "own start"])
 def test_a_step_is_the_mean_over_its_units_however_divided(results: Launched, name: str) -> None:
     """Micro-batches of other sizes and other padding: the same to rounding. Recomputation and an own start: to the bit."""
     ours, other = results["sigmoid"], results[name]

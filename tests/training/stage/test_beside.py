@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config import loading
 from pipeline.model.adapters.base import trainable
-from pipeline.model.adapters.switch import adapters_off
+from pipeline.model.adapters.switch import adapters_off, holding
 from pipeline.model.memory import activation
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.structure.build import logit_transform
@@ -24,8 +24,9 @@ from pipeline.objectives.distances import BETWEEN, DISTANCES, Numbers
 from pipeline.objectives.preference import Preference, StepTotals
 from pipeline.objectives.preference_losses import Mixture, Settings
 from pipeline.objectives.representation import IS_ANSWER, IS_TOKEN, Tap, WithTaps
+from pipeline.objectives.rows import log_probs
 from pipeline.training.stage import families
-from pipeline.training.stage.tapping import Taps
+from pipeline.training.stage.beside import Beside
 from pipeline.training.start import resolve
 from tests.helpers import builders, plain_distances, unsplit
 from tests.helpers.mixtures import randomise
@@ -45,6 +46,10 @@ TAPS = (
     Tap("relative", CHOSEN, CHOSEN, (3,), "l2", relative=True, weight=0.5),
 )
 REFERENCE = torch.tensor([[-20.0, -31.0], [-28.0, -25.0]])
+
+
+def slots_of(taps: tuple[Tap, ...]) -> tuple[int, ...]:
+    return tuple(sorted({slot for tap in taps for slot in tap.reference_slots}))
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +89,34 @@ class Run:
     """One micro-batch through stages; loss, gradients, and how often each layer has run backward."""
 
     def __init__(
-        self, stages: list[Any], taps: tuple[Tap, ...] = TAPS, head: bool = True, dropout: bool = False
+        self,
+        stages: list[Any],
+        taps: tuple[Tap, ...] = TAPS,
+        head: bool = True,
+        dropout: bool = False,
+        live: bool = False,
+        reference: Tensor = REFERENCE,
     ) -> None:
         if not dropout:
             for stage in stages:
                 for name, module in stage.named_modules():
                     if name.endswith("dropout"):
                         module.p = 0.0
-        tapped = [Taps(stage, taps, SLOTS, partial(adapters_off, stage)) for stage in stages]
+        slots = tuple(range(SLOTS)) if live else slots_of(taps)
+        tapped = [Beside(stage, taps, SLOTS, slots, partial(adapters_off, stage), scores=live) for stage in stages]
         last, step = stages[-1], StepTotals()
         step.begin(PROGRESS)
         transform = logit_transform(last.model.config)
         mixture = Mixture({"sigmoid": 1.0}, Settings(beta=0.3))
-        preference = Preference(last.head, transform, mixture, SLOTS, step) if head else None
-        objective = WithTaps(preference, taps, SLOTS, step, tapped[-1].take)
+        self.reference: Tensor | None = None
+
+        def take() -> Tensor:
+            hidden = tapped[-1].take_reference()
+            self.reference = log_probs(hidden, labels, last.head, transform)[0].view(SLOTS, UNITS)
+            return hidden
+
+        preference = Preference(last.head, transform, mixture, SLOTS, step, take if live else None) if head else None
+        objective: Any = WithTaps(preference, taps, SLOTS, step, tapped[-1].take) if taps else preference
         self.backwards: Counter[int] = Counter()
         for stage in stages:
             for index, layer in stage.layers.items():
@@ -112,7 +131,7 @@ class Run:
                 self.handed.append(carried)
                 carried[0].requires_grad_(outputs[-1][0].requires_grad)
         given = {
-            "labels": labels, "loss_scale": torch.tensor(0.1), "unit_scale": torch.tensor(1 / UNITS), "reference": REFERENCE,
+            "labels": labels, "loss_scale": torch.tensor(0.1), "unit_scale": torch.tensor(1 / UNITS), "reference": reference,
             "desirable": torch.zeros(UNITS, dtype=torch.bool),
         }  # fmt: skip
         self.loss = objective.loss(outputs[-1], given)
@@ -284,7 +303,7 @@ def test_without_marks_a_stage_is_as_it_was(llama: Path, adapter: Any) -> None:
     ids, positions, _, _ = rows()
     plain, tapped = (stages_of(llama, adapter, [0, 2, 4]) for _ in range(2))
     for stage in tapped:
-        Taps(stage, TAPS, SLOTS, partial(adapters_off, stage))
+        Beside(stage, TAPS, SLOTS, slots_of(TAPS), partial(adapters_off, stage))
     with torch.no_grad():
         found = []
         for stages in (plain, tapped):
@@ -292,3 +311,51 @@ def test_without_marks_a_stage_is_as_it_was(llama: Path, adapter: Any) -> None:
                 stage.eval()
             found.append(stages[1](stages[0]((ids, positions, torch.tensor(LENGTHS)))))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_live_reference_is_the_model_without_adapters(llama: Path, adapter: Any, cuts: list[int]) -> None:
+    """Its log-probabilities are the unsplit base's, and the policy's gradients what a cached reference gives, to the bit."""
+    live = Run(stages_of(llama, adapter, cuts), (), live=True)
+    assert [len(handed) for handed in live.handed] == [4] * (len(cuts) - 2)
+    oracle = Oracle(llama, initial(llama, adapter))
+    with torch.no_grad():
+        _, base = oracle.states(unsplit.load(llama, torch.float64))
+    assert live.reference is not None
+    torch.testing.assert_close(live.reference.double(), base, rtol=1e-5, atol=1e-4)
+    cached = Run(stages_of(llama, adapter, cuts), (), reference=live.reference)
+    assert torch.equal(live.loss, cached.loss)
+    assert all(torch.equal(live.gradients[name], gradient) for name, gradient in cached.gradients.items())
+    assert live.backwards == cached.backwards == {1: 1, 2: 1, 3: 1}
+
+
+def test_a_live_reference_and_taps_go_together(llama: Path, adapter: Any, runs: list[Run]) -> None:
+    live = Run(stages_of(llama, adapter, [0, 2, 4]), TAPS, live=True)
+    cached = Run(stages_of(llama, adapter, [0, 2, 4]), TAPS, reference=live.reference)
+    assert live.means["loss"] == pytest.approx(cached.means["loss"], rel=1e-6)
+    assert {name: value for name, value in live.means.items() if name.startswith("tap/")} == pytest.approx(
+        {name: value for name, value in runs[0].means.items() if name.startswith("tap/")}, rel=1e-5, abs=1e-6
+    )
+
+
+def test_another_adapter_is_the_reference_and_leaves_the_trained_one(llama: Path, adapter: Any) -> None:
+    """Also while another micro-batch's backward is to come."""
+    (stage,), (other,) = (stages_of(llama, adapter, [0, 4], size) for size in (0.3, 0.2))
+    for one in (stage, other):
+        one.eval()  # no dropout
+    values = {name: parameter.detach().clone() for name, parameter in trainable(other).items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainable(stage).items()}
+    ids, positions, _, _ = rows()
+    expected = stage((ids, positions)).sum()
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in trainable(stage).items()}
+    stage.zero_grad()
+    output = stage((ids, positions)).sum()
+    with torch.no_grad(), holding(stage, values):
+        as_other = stage((ids, positions))
+    output.backward()
+    with torch.no_grad():
+        assert torch.equal(as_other, other((ids, positions)))
+    for name, parameter in trainable(stage).items():
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(parameter.grad, gradients[name])

@@ -1,10 +1,11 @@
-"""Taps on the hidden states of a stage's layers: the reference's states first, then the policy's, and distances between them.
+"""The reference beside the policy in each micro-batch, and taps on the hidden states of layers, which compare the two.
 
-Takes a stage and the run's taps; gives the stage a forward that, handed `marks` with a micro-batch, runs twice. Once for those
-rows whose states are compared with, as the reference, without gradients, dropout or noise; hooks keep the tapped layers' outputs.
+Takes a stage and what is compared; gives the stage a forward that, handed `marks` with a micro-batch, runs twice. Once for those
+rows that are compared with, as the reference, without gradients, dropout or noise; hooks keep the tapped layers' outputs.
 Then for all rows, and hooks add what the taps measure to a number for each tap and unit. These travel behind the hidden state
 (model/structure/carried.py), so that whatever is tapped a micro-batch runs backward once through each layer. The reference's
-hidden state goes with the integers, as int32: no gradient of it comes back.
+hidden state goes with the integers, as int32: no gradient of it comes back. It goes as far as a tap reads it, or, where its
+log-probabilities are computed in the step, to the head.
 
 Hooks are outside what is recomputed in backward (model/memory/activation.py), so nothing is measured twice.
 
@@ -36,20 +37,31 @@ class _Pass(NamedTuple):
     carried: Tensor | None
 
 
-class Taps:
-    """The taps of one stage. `slots`: rows of a unit. `as_reference`: a block in which the stage is the reference."""
+class Beside:
+    """The reference and the taps of one stage.
+
+    `slots`: rows of a unit; `reference_slots`: those that the reference runs. `as_reference`: a block in which the stage is the
+    reference. `scores`: whether the head reads its hidden state, too.
+    """
 
     def __init__(
-        self, stage: Stage, taps: Sequence[Tap], slots: int, as_reference: Callable[[], AbstractContextManager[None]]
+        self,
+        stage: Stage,
+        taps: Sequence[Tap],
+        slots: int,
+        reference_slots: Sequence[int],
+        as_reference: Callable[[], AbstractContextManager[None]],
+        scores: bool = False,
     ) -> None:
-        self.taps, self._slots, self._as_reference = taps, slots, as_reference
-        self._reference_slots = sorted({slot for tap in taps for slot in tap.reference_slots})
-        last = max(layer for tap in taps for layer in tap.layers)
-        self._runs_reference = last >= stage.layer_indices.start
-        self._hands_reference_on = last >= stage.layer_indices.stop
+        self.taps, self.as_reference = taps, as_reference
+        self._slots, self._reference_slots, self._scores = slots, list(reference_slots), scores
+        last = max((layer for tap in taps for layer in tap.layers), default=-1)
+        self._runs_reference = scores or last >= stage.layer_indices.start
+        self._hands_reference_on = not stage.is_last and (scores or last >= stage.layer_indices.stop)
         self._pass: _Pass | None = None
         self._states: dict[int, dict[int, Tensor]] = {}  # the reference's, by layer and slot
         self._measured: Tensor | None = None
+        self._reference: Tensor | None = None
         self._cosines: dict[str, list[Tensor]] = {}
         for index in sorted({layer for tap in taps for layer in tap.layers} & set(stage.layer_indices)):
             stage.layers[index].register_forward_hook(functools.partial(self._hook, index))
@@ -60,6 +72,12 @@ class Taps:
         assert self._measured is not None, "no micro-batch has run since the last one was taken"
         measured, self._measured = self._measured, None
         return measured
+
+    def take_reference(self) -> Tensor:
+        """On the last stage, the reference's normed hidden state of the same, [B, T, D]."""
+        assert self._reference is not None, "the reference has not run since it was last taken"
+        reference, self._reference = self._reference, None
+        return reference
 
     def begin_step(self) -> None:
         """A step begins: what is logged is of its micro-batches."""
@@ -88,14 +106,16 @@ class Taps:
             reference = self._of_reference(x)
             mine: tuple[Tensor, ...] = inputs[:3]
         else:
-            x, values = unpack(inputs[0], tokens, shape[0] * shape[1])
+            x, values = (
+                unpack(inputs[0], tokens, shape[0] * shape[1]) if self.taps else (inputs[0], inputs[0].new_empty(0))
+            )
             marks_BT, carried = inputs[2], values.view(shape)
             reference = inputs[3].view(x.dtype) if self._runs_reference else x
             mine = x, positions_BT
         marks_SUT = marks_BT.view(self._slots, units, tokens)
         left = None
         if self._runs_reference:
-            with torch.no_grad(), _evaluating(stage), self._as_reference(), self._passing(units, marks_SUT, None):
+            with torch.no_grad(), _evaluating(stage), self.as_reference(), self._passing(units, marks_SUT, None):
                 left = forward((reference, self._of_reference(positions_BT)))
         with self._passing(units, marks_SUT, carried):
             output = forward(mine)
@@ -104,10 +124,11 @@ class Taps:
             carried = self._pass.carried
         self._states = {}
         if stage.is_last:
-            self._measured = carried
+            self._measured, self._reference = carried, left if self._scores else None
             return output
         sent = (left[0].view(torch.int32),) if self._hands_reference_on and left is not None else ()
-        return pack(output[0], carried.flatten()), positions_BT, marks_BT, *sent
+        handed = pack(output[0], carried.flatten()) if self.taps else output[0]
+        return handed, positions_BT, marks_BT, *sent
 
     def _of_reference(self, x: Tensor) -> Tensor:
         """Of all rows [B, …], those that the reference runs."""
