@@ -93,8 +93,8 @@ def spec_of(
     generates = any(dataset.generates for dataset in datasets)
     if live and generates:
         problems.append(
-            "objective.reference.precompute_ref_log_probs: with rejected = 'generate' the reference scores the answers before each "
-            "step; remove it"
+            "objective.reference.precompute_ref_log_probs: with rejected = 'generate' the reference scores the answers before "
+            "each step; remove it"
         )
     beside = live or bool(taps)
     for problem in (*problems, *(_reference_problems(objective, around, generates, beside) if reads else ())):
