@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup train demo test test-all test-newest golden lint bench gpu-check docs clean
+.PHONY: help setup train demo test test-all test-newest golden lint bench doctor gpu-check site docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -68,8 +68,21 @@ bench: setup ## the benchmarks that run on this machine, which should be idle (w
 	$(RUN)/python -m docs.families
 	if command -v nvidia-smi > /dev/null; then PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.gpu_h200; fi
 
+doctor: setup ## what this machine has, how fast it is, and what to mend before a run
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python doctor.py
+
 gpu-check: setup ## on a GPU, in under five minutes: kernels, memory levels, quantisation, resuming, plan, speed (one JSON, one page)
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.gpu_check
+
+# The site's builder is no part of what the project needs.
+SITE := $(VENV)-site/.installed
+$(SITE):
+	$(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/pip install -q "mkdocs-material>=9.6,<10"
+	touch $@
+
+site: $(SITE) ## build the documentation as a site, in site/
+	$(VENV)-site/bin/mkdocs build -q
 
 docs: setup ## regenerate configs/schema.json and docs/config.md from the schema
 	$(RUN)/python -m docs.generate

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compare runs:  python compare_runs.py RUN RUN … [--html OUT]
 
 Takes the folders of two runs or more; shows where their configurations differ and what each came to, and with --html writes
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line, read, show."""
-    asked = parser().parse_args()
+    asked = arguments.parse(parser())
     leave_on_sigterm()
     from pipeline.publishing.report.comparison import compare  # matplotlib: only now that the command line is right
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compare adapters with their base:  python evaluate_lora.py --config EVAL.toml --adapters base A B …
 
 Takes a configuration with a model and datasets, and folders of adapters, not folded; loads the base once; gives a table of
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line, score, show."""
-    asked = parser().parse_args()
+    asked = arguments.parse(parser())
     leave_on_sigterm()
     from pipeline.commands.evaluate import evaluate  # torch: only now that the command line is right
 

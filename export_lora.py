@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Export an adapter for serving:  python export_lora.py --input BASE --lora ADAPTER --output OUT --format peft|gguf
 
 Takes the folder of a base model (safetensors, 16 or 32 bit) and of an adapter (ours, PEFT's LoRA, or the founding
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line and export."""
-    asked = parser().parse_args()
+    asked = arguments.parse(parser())
     leave_on_sigterm()
     from pipeline.artifacts.export.export import export  # torch: only now that the command line is right
     from pipeline.formats.hub import model_folder

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Hear a model:  python generate.py --model DIR [--lora ADAPTER] (--prompt TEXT | --prompts FILE | --chat)
 
 Takes a model's folder and an adapter's; gives what the model says to prompts, or a conversation with it where there is a
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line, load, answer."""
-    asked = parser().parse_args()
+    asked = arguments.parse(parser())
     leave_on_sigterm()
     from pipeline.commands.generate import generate  # torch: only now that the command line is right
 

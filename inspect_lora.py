@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Read an adapter:  python inspect_lora.py ADAPTER [--input BASE] [--text FILE] [--html OUT]
 
 Takes an adapter's folder (ours, PEFT's LoRA, or the founding method's hacked PEFT); gives a table of what each module
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line, read, show."""
-    asked = parser().parse_args()
+    asked = arguments.parse(parser())
     leave_on_sigterm()
     from pipeline.commands.inspect_adapter import inspect  # torch: only now that the command line is right
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Write an adapter without training:  python make_adapter.py --input BASE --output OUT --kind abliteration --directions FILE
 
 Takes a base model's folder and direction vectors, from a file or as the difference between two sets of texts; gives a
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line and write the adapter."""
-    asked = parser().parse_args()
+    asked = arguments.parse(parser())
     leave_on_sigterm()
     from pipeline.commands.direction_adapter import make  # torch: only now that the command line is right
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Fold adapters into their base model:  python merge_lora.py --input BASE --lora ADAPTER [MORE ...] --output OUT
 
 Takes the folder of a base model (safetensors, 16 or 32 bit) and of adapters (ours; PEFT's LoRA, DoRA, IA³, OFT, BOFT, HRA,
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line and fold."""
-    asked = parser().parse_args()
+    asked = arguments.parse(parser())
     leave_on_sigterm()
     from pipeline.artifacts.fold.merge import merge  # torch: only now that the command line is right
     from pipeline.formats.hub import model_folder

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Train: `deepspeed train.py --config config_creative_writer.toml`.
 
 Takes a TOML file; gives a run's folder with adapters, checkpoints and metrics. `--check` resolves everything that needs

@@ -145,7 +145,8 @@ def _kind(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         return f"list of {_kind(field['items'])}"
     if field["type"] == "object":
-        return f"table of {_kind(field['additionalProperties'])}"
+        within = field.get("additionalProperties", True)
+        return f"table of {_kind(within)}" if isinstance(within, dict) else "table"
     bounds = (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
     limits = [f"{sign} {field[bound]:.12g}" for bound, sign in bounds if bound in field]
     pattern = f" matching `{field['pattern']}`" if "pattern" in field else ""

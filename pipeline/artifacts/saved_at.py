@@ -5,8 +5,24 @@ older step knows by it what is of the branch that it leaves. The file is hidden:
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 FILE = ".saved_at_step"
+BEST = "best_loss"  # in a run's folder, what was trained when the evaluation's loss was lowest
+
+
+class Saved(NamedTuple):
+    """A folder of a run with what was trained, as it was after `step`."""
+
+    folder: Path
+    step: int
+
+
+def last_or_best(run_dir: Path, step: int, *, best: bool) -> Saved:
+    """What there is of a run whose last step was `step`: step<N>/, or with `best` what was best, where that was saved."""
+    if best and (when := step_of(run_dir / BEST)) is not None:
+        return Saved(run_dir / BEST, when)
+    return Saved(run_dir / f"step{step}", step)
 
 
 def mark(folder: Path, step: int) -> None:

@@ -4,6 +4,7 @@ Takes an argparse parser, or a group of one, and what the option does in this co
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from pipeline.families import KINDS
@@ -53,6 +54,20 @@ def add_dry_run(command: Options) -> None:
 def add_force(command: Options, replace: str) -> None:
     """--force; `replace` is its help."""
     command.add_argument("--force", action="store_true", help=replace)
+
+
+def parse(command: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given on the command line."""
+    complete(command)
+    return command.parse_args()
+
+
+def complete(command: argparse.ArgumentParser) -> None:
+    """Where a shell asks how the command line may go on (argcomplete), say it and end."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(command)
 
 
 def add_version(command: Options) -> None:

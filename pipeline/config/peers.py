@@ -18,7 +18,7 @@ KERNELS = "kernels = 'all'"
 STAGES = "pipeline_stages (and deepspeed --num_gpus N)"
 PREFERENCE = "[objective] type = 'preference'"
 TEMPLATE = "datasets.0.chat_template (a file, a text of Jinja, or 'chatml', 'llama3', …)"
-NO_TRACKER = "no counterpart: a run's folder has metrics.jsonl and TensorBoard events"
+TRACKERS = "trackers = ['wandb', 'mlflow', …] (TensorBoard's events are written anyway)"
 PACKING = "datasets.0.packing = 'best_fit' or 'stream' (of chat, completion and pretokenized; books are a stream, in which document_mask = true keeps documents apart)"
 FULL_CHUNKS = "no counterpart: books are cut into full chunks, nothing is padded"
 
@@ -176,12 +176,22 @@ INSTEAD: dict[str, str] = {
     "auto_resume_from_checkpoints": "resume_from_checkpoint = true",
     "save_safetensors": "no counterpart: always safetensors",
     "push_to_hub": "after_training = ['push'] with hub_model_id",
-    "report_to": NO_TRACKER,
-    "use_wandb": NO_TRACKER,
-    "wandb_project": NO_TRACKER,
-    "wandb_run_id": NO_TRACKER,
-    "logging_dir": NO_TRACKER,
-    "run_name": NO_TRACKER,
+    "load_best_model_at_end": "load_best_at_end",
+    "early_stopping": "early_stopping_patience",
+    "early_stopping_threshold": "early_stopping_min_delta",
+    "metric_for_best_model": "no counterpart: the mean of the evaluation sets' losses decides",
+    "greater_is_better": "no counterpart: the mean of the evaluation sets' losses decides",
+    "report_to": TRACKERS,
+    "use_wandb": TRACKERS,
+    "wandb_project": "tracker_project (and trackers = ['wandb'])",
+    "wandb_entity": "[tracker_options.wandb] entity",
+    "wandb_name": "[tracker_options.wandb] name",
+    "wandb_run_id": "[tracker_options.wandb] id",
+    "wandb_mode": "[tracker_options.wandb] mode (or the variable WANDB_MODE)",
+    "use_mlflow": TRACKERS,
+    "mlflow_experiment_name": "tracker_project (and trackers = ['mlflow'])",
+    "logging_dir": "no counterpart: TensorBoard's events are in the run's folder",
+    "run_name": "[tracker_options.wandb] name; the run's folder is named by its start",
     # machines
     "deepspeed": "no key: --deepspeed_config JSON on the command line",
     "fsdp": STAGES,

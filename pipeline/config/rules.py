@@ -22,6 +22,16 @@ LACKING = dict.fromkeys(OF_PRODUCTS, "product s·B·A") | dict.fromkeys(
     ("rank_pattern", "alpha_pattern"), "rank and alpha by module"
 )
 
+# What needs something to evaluate; the last of them goes with the one before it.
+OF_EVALUATION = (
+    "eval_steps",
+    "eval_before_first_step",
+    "eval_after_last_step",
+    "load_best_at_end",
+    "early_stopping_patience",
+    "early_stopping_min_delta",
+)
+
 REFUSED_TYPES = {
     "peanut": "PEANuT of depth 0 is 'multiplicative_lora'; with hidden layers it is 'peft' with [peft] type = 'PEANUT'",
 }
@@ -147,6 +157,30 @@ def after_training_conflicts(
         yield "after_training: 'push' needs hub_model_id = 'OWNER/NAME', the repository on the Hub"
     if full_fine_tune and (idle := [part for part in PARTS_OF_ADAPTERS if part in after_training]):
         yield f"after_training: {_listed(idle)} with full_fine_tune = true: what is saved is a model already; remove it"
+
+
+def evaluation_conflicts(values: Mapping[str, Any], evaluates: bool) -> Iterator[str]:
+    """What goes by an evaluation that is not made. `values`: OF_EVALUATION; `evaluates`: there is a set to evaluate."""
+    if not evaluates:
+        for key in OF_EVALUATION:
+            if values[key]:
+                yield f"{key}: there is nothing to evaluate; give datasets.0.eval_size or [[eval_datasets]], or remove it"
+        return
+    if values["early_stopping_patience"] and not values["eval_steps"]:
+        yield "early_stopping_patience: counts evaluations during the run; give eval_steps, or remove it"
+    if values["early_stopping_min_delta"] and not values["early_stopping_patience"]:
+        yield "early_stopping_min_delta: only applies with early_stopping_patience; give that, or remove it"
+    if values["load_best_at_end"] and not (values["eval_steps"] or values["eval_after_last_step"]):
+        yield "load_best_at_end: nothing is evaluated after a step; give eval_steps, or remove it"
+
+
+def tracker_conflicts(trackers: Sequence[str], options: Collection[str]) -> Iterator[str]:
+    """Options of what does not follow the run, and what is named twice."""
+    for tracker in options:
+        if tracker not in trackers:
+            yield f"tracker_options.{tracker}: trackers does not name '{tracker}'; add it there, or remove this"
+    for tracker in sorted({one for one in trackers if trackers.count(one) > 1}):
+        yield f"trackers: '{tracker}' is named more than once"
 
 
 def samples_conflicts(samples: Mapping[str, Any], *, full_fine_tune: bool, in_full: Sequence[str]) -> Iterator[str]:

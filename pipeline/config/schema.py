@@ -33,6 +33,7 @@ from pipeline.config.tables import (
     Samples,
     Sampling,
     Section,
+    Tracker,
     conflicts_of_bits,
     not_built,
     regular_expression,
@@ -166,9 +167,24 @@ class Config(Section):
 
     logging_steps: PositiveInt = Field(1, description="optimizer steps between lines of metrics")
     steps_per_print: PositiveInt = Field(1, description="optimizer steps between lines on the console")
+    grad_norm_steps: PositiveInt | None = Field(
+        None, description="optimizer steps between lines of metrics with the gradient's norm by layer (grad_norm/<layer>); default never")  # fmt: skip
+    trackers: list[Tracker] = Field(
+        [], description="what follows the run beside metrics.jsonl and TensorBoard's events, each by its own package: 'wandb', 'trackio', 'mlflow', …")  # fmt: skip
+    tracker_project: str = Field("mulora-pipe", min_length=1, description="the project (experiment) in them")
+    tracker_options: dict[str, dict[str, Any]] = Field(
+        {}, description="by tracker, what its package's init is given: { wandb = { entity = 'us', tags = ['books'] } }"
+    )
     eval_steps: PositiveInt | None = Field(None, description="optimizer steps between evaluations")
     eval_before_first_step: bool = Field(False, description="evaluate before training; not after a resume")
     eval_after_last_step: bool = Field(False, description="evaluate at the end of the run")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="evaluations in a row without a better loss after which the run ends, as if this had been its last step; the loss is the mean of the sets' losses; default never")  # fmt: skip
+    early_stopping_min_delta: NonNegativeFloat = Field(
+        0.0, description="how much lower a loss has to be, in nats, to be better for early_stopping_patience"
+    )
+    load_best_at_end: bool = Field(
+        False, description="what follows the run (after_training, the commands that it ends with) takes best_loss/ instead of what was saved at the last step")  # fmt: skip
     eval_gradient_accumulation_steps: PositiveInt = Field(
         1, description="accepted, without effect: an evaluation set always goes through one full pipeline, and its loss does not depend on how it is cut")  # fmt: skip
     report_every_minutes: NonNegativeFloat = Field(
@@ -309,15 +325,14 @@ class Config(Section):
             yield from rules.samples_conflicts(
                 self.samples.model_dump(), full_fine_tune=self.full_fine_tune, in_full=self.trainable_modules
             )
+        yield from rules.tracker_conflicts(self.trackers, self.tracker_options)
         if self.target_modules == [] and not self.target_parameters:
             yield "target_modules: names no module; leave the key out for the default"
         yield from (*self._conflicts_of_generation(), *self._conflicts_of_streaming())
         if self.epochs is None and self.max_steps is None:
             yield "epochs: give epochs, max_steps, or both"
         evaluates = self.eval_datasets or any(dataset.eval_size for dataset in self.datasets)
-        for key in () if evaluates else ("eval_steps", "eval_before_first_step", "eval_after_last_step"):
-            if getattr(self, key):
-                yield f"{key}: there is nothing to evaluate; give datasets.0.eval_size or [[eval_datasets]], or remove it"
+        yield from rules.evaluation_conflicts({k: getattr(self, k) for k in rules.OF_EVALUATION}, bool(evaluates))
         if self.mix_by is not None and self.dataset_combination_mode != "interleave":
             yield "mix_by: only applies when dataset_combination_mode is 'interleave'; set that, or remove it"
         if self.mix_by in ("tokens", "targets") and self.group_by_length:

@@ -38,6 +38,7 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+Tracker = Literal["wandb", "trackio", "mlflow", "swanlab", "comet_ml", "aim", "clearml", "dvclive"]
 OptimizerType = Literal["adamw_kahan", "adamw", "adamw8bit"]
 OPTIMIZER_TYPES: Any = {"enum": ["adamw_kahan", "AdamW", "AdamW8bit", "adamw", "adamw8bit"]}
 

@@ -4,7 +4,8 @@ Takes the device, the model's largest products and the tokens of a micro-batch; 
 few repetitions: what disturbs a measurement only makes it slower.
 
 On a GPU the clock is CUDA events, and copies are between pinned and device memory. On the CPU a copy to the host is a copy
-in memory. Two processes are not at hand before the launcher starts them, so the link is taken to be as fast as a copy out.
+in memory. Two processes are not at hand before the launcher starts them: the link is what doctor.py measured on this machine,
+or is taken to be as fast as a copy out.
 """
 
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.planning import link
 from pipeline.planning.quantities import Rates
 
 REPETITIONS = 5
@@ -32,14 +34,15 @@ def measure(device: torch.device, products: Sequence[tuple[int, int]], tokens: i
     on_gpu = device.type == "cuda"
     rows = tokens if on_gpu else min(tokens, 512)
     n_bytes = COPY_BYTES if on_gpu else CPU_COPY_BYTES
-    out = _copy_rate(device, n_bytes, to_host=True)
+    out = copy_rate(device, n_bytes, to_host=True)
+    name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
     return Rates(
         flops_per_s=_gemm_rate(device, products, rows, dtype),
         memory_bytes_per_s=_memory_rate(device, n_bytes, dtype),
         copy_out_bytes_per_s=out,
-        copy_in_bytes_per_s=_copy_rate(device, n_bytes, to_host=False),
-        link_bytes_per_s=out,
-        source=f"measured here, on {torch.cuda.get_device_name(device) if on_gpu else 'the CPU'}",
+        copy_in_bytes_per_s=copy_rate(device, n_bytes, to_host=False),
+        link_bytes_per_s=link.rate(name) or out,
+        source=f"measured here, on {name}",
     )
 
 
@@ -82,7 +85,8 @@ def _memory_rate(device: torch.device, n_bytes: int, dtype: torch.dtype) -> floa
     return 3 * a.nbytes / best_seconds(lambda: torch.add(a, b, out=into), device)
 
 
-def _copy_rate(device: torch.device, n_bytes: int, to_host: bool) -> float:
+def copy_rate(device: torch.device, n_bytes: int, to_host: bool) -> float:
+    """Bytes per second between `device` and the host's pinned memory."""
     here: Tensor = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     host = torch.ones(n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target, source = (host, here) if to_host else (here, host)

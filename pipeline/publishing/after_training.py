@@ -21,6 +21,7 @@ from pipeline.artifacts.adapter.adapter import CONFIG_FILE
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.match import check_names
 from pipeline.artifacts.fold.merge import merge
+from pipeline.artifacts.saved_at import Saved
 from pipeline.config.rules import PARTS, PARTS_OF_ADAPTERS, Part
 from pipeline.console import UserError, gib, log, warn
 from pipeline.families import MULTIPLICATIVE, SAVED
@@ -134,21 +135,17 @@ def _warn_of_space(model: Base, output_dir: Path) -> None:
 class FinishedRun:
     """A run that reached its end. `resume_line`: the command that, of a run that is done, does this again.
 
-    What is published is what was saved at the last step; a best_loss/ beside it is left as it is.
+    `saved`: the adapter, or the whole model, of `step`, that is published; another save beside it is left as it is.
     """
 
     run_dir: Path
+    saved: Path
     step: int
     base: Path
     resume_line: str
     asked: Sequence[Part]
     repository: str | None
     private: bool
-
-    @property
-    def saved(self) -> Path:
-        """The adapter, or the whole model."""
-        return self.run_dir / f"step{self.step}"
 
     @property
     def made(self) -> list[Path]:
@@ -221,7 +218,7 @@ def _write_cards(run: FinishedRun) -> None:
     from pipeline.publishing.card import CARD, write_card
     from pipeline.publishing.facts import read_facts
 
-    facts = read_facts(run.run_dir, run.step)
+    facts = read_facts(run.run_dir, Saved(run.saved, run.step))
     for folder in run.made:
         write_card(folder, facts, repository=run.repository)
         log(f"written: {folder / CARD}")

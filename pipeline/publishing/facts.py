@@ -1,6 +1,6 @@
 """A run's folder, read for its card: what was trained, on what, with which losses, where and how long.
 
-Takes the folder and the step that is published; gives `Facts`, in which what the folder does not tell is absent.
+Takes the folder and what of it is published; gives `Facts`, in which what the folder does not tell is absent.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.artifacts.adapter.adapter import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.artifacts.saved_at import Saved
 from pipeline.console import UserError
 from pipeline.foreign import parse_json, parse_toml, read_object
 from pipeline.formats.dtypes import ITEM_BITS
@@ -55,11 +56,11 @@ class Facts:
         return self.base_id or str(self.config["model"])
 
 
-def read_facts(run_dir: Path, step: int) -> Facts:
-    """The facts of the run in `run_dir` up to `step`. The folder is one of ours, with config.toml and metrics.jsonl."""
+def read_facts(run_dir: Path, published: Saved) -> Facts:
+    """The facts of the run in `run_dir` up to what is `published`. It is one of ours, with config.toml and metrics.jsonl."""
+    saved, step = published
     metrics = run_dir / "metrics.jsonl"
     lines = [line for line in whole_lines(metrics) if line["step"] <= step]
-    saved = run_dir / f"step{step}"
     is_adapter = (saved / CONFIG_FILE).is_file()
     record = _json(run_dir / "run.json")
     epochs = [line["train/epoch"] for line in lines if line.get("train/epoch") is not None]

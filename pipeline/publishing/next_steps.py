@@ -18,9 +18,8 @@ class Command(NamedTuple):
     line: str
 
 
-def after_run(run_dir: Path, step: int, base: Path, *, is_adapter: bool) -> list[Command]:
-    """Of a run that has saved what it trained at `step`."""
-    saved = run_dir / f"step{step}"
+def after_run(run_dir: Path, saved: Path, base: Path, *, is_adapter: bool) -> list[Command]:
+    """Of a run that has put what it trained into `saved`."""
     if not is_adapter:
         return [_hear("Hear the model:", "--model", str(saved))]
     return [

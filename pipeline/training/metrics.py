@@ -18,13 +18,16 @@ from torch import Tensor
 from pipeline.console import duration, gib, log, rank
 from pipeline.files import sync_stream, write_text
 from pipeline.generation.shown import Sample
+from pipeline.training.trackers import Trackers
 
 
 class Metrics:
-    """The files of a run. `resumed_at`: the step to go on from, 0 for a new run; `settled`: it was evaluated."""
+    """The files of a run, and its trackers. `resumed_at`: the step to go on from, 0 for a new run; `settled`: it was
+    evaluated. The run's configuration is put beside the curves."""
 
-    def __init__(self, run_dir: Path, resumed_at: int, settled: bool) -> None:
+    def __init__(self, run_dir: Path, resumed_at: int, settled: bool, trackers: Trackers | None = None) -> None:
         self._file: Any = None
+        self._trackers = trackers
         self._events: Any = None
         if rank() != 0:
             return
@@ -35,6 +38,8 @@ class Metrics:
             _keep_until(file, resumed_at, settled)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir), purge_step=resumed_at + 1 if resumed_at else None)
+        if (config := run_dir / "config.toml").exists():
+            self._events.add_text("config", _block(config.read_text(encoding="utf-8")))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line and the events of `step`."""
@@ -45,6 +50,8 @@ class Metrics:
         self._file.flush()
         for tag, value in values.items():
             self._events.add_scalar(tag, value, step)
+        if self._trackers:
+            self._trackers.log(step, values)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Append a line for each of the `samples` of `step`, and their texts to the events; durable when it returns."""
@@ -55,6 +62,8 @@ class Metrics:
             sync_stream(file)
         for number, sample in enumerate(samples):
             self._events.add_text(f"samples/{number}", _markdown(sample), step)
+        if self._trackers:
+            self._trackers.samples(step, samples)
         self.log(step, {"samples/stopped": sum(sample["stopped"] for sample in samples) / len(samples)})
 
     def sync(self) -> None:
@@ -68,16 +77,20 @@ class Metrics:
         if self._file is not None:
             self._file.close()
             self._events.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 def _markdown(sample: Sample) -> str:
     """A sample's texts as TensorBoard shows them: each in a block, line breaks kept."""
     texts = [sample["prompt"], sample["text"], *([sample["base"]["text"]] if "base" in sample else [])]
     heads = ["prompt", "answer", "the base's answer"]
-    return "\n\n".join(
-        f"{head}\n\n" + "\n".join(f"    {line}" for line in text.split("\n"))
-        for head, text in zip(heads, texts, strict=False)
-    )
+    return "\n\n".join(f"{head}\n\n{_block(text)}" for head, text in zip(heads, texts, strict=False))
+
+
+def _block(text: str) -> str:
+    """As Markdown shows it unchanged."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def _keep_until(path: Path, step: int, settled: bool) -> None:

@@ -19,6 +19,7 @@ from pipeline.console import UserError
 from pipeline.names import as_ranges, layer_ranges
 from tests.helpers.configs import problems, small
 
+HELD_OUT = {"datasets": [{**small()["datasets"][0], "eval_size": 4}]}
 THEIRS = {
     # axolotl
     "base_model": "model",
@@ -36,7 +37,7 @@ THEIRS = {
     "gradient_checkpointing": "activation_checkpointing",
     "evals_per_epoch": "eval_steps",
     "saves_per_epoch": "save_steps",
-    "wandb_project": "no counterpart",
+    "wandb_project": "tracker_project",
     "bf16": "model_weight_dtype",
     "tf32": "model_weight_dtype",
     "load_in_8bit": "[[quantization.bnb]]",
@@ -73,7 +74,7 @@ THEIRS = {
     "adam_beta1": "optimizer.beta1",
     "save_total_limit": "keep_states",
     "max_seq_length": "sequence_len",
-    "report_to": "no counterpart",
+    "report_to": "trackers",
     "push_to_hub": "after_training",
     "eval_strategy": "eval_steps",
     "Learning-Rate": "optimizer.lr",
@@ -175,6 +176,13 @@ def test_a_mark_at_the_beginning_is_no_mistake(tmp_path: Path) -> None:
         ({"eval_steps": 10}, "nothing to evaluate"),
         ({"eval_before_first_step": True}, "nothing to evaluate"),
         ({"eval_after_last_step": True}, "nothing to evaluate"),
+        ({"load_best_at_end": True}, "nothing to evaluate"),
+        ({"early_stopping_patience": 2}, "nothing to evaluate"),
+        ({"load_best_at_end": True, "eval_before_first_step": True, **HELD_OUT}, "nothing is evaluated after a step"),
+        ({"early_stopping_patience": 2, "eval_after_last_step": True, **HELD_OUT}, "give eval_steps"),
+        ({"trackers": ["wandb", "wandb"]}, "more than once"),
+        ({"tracker_options": {"wandb": {}}}, "trackers does not name 'wandb'"),
+        ({"early_stopping_min_delta": 0.1, **HELD_OUT}, "only applies with early_stopping_patience"),
     ],
 )
 def test_refused_with_the_remedy(changes: dict[str, Any], said: str) -> None:

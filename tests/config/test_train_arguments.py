@@ -12,7 +12,7 @@ from pipeline.data.selection import Streams, whole
 from pipeline.training.start import plan as planned
 from pipeline.training.start import prepare, resolve
 from pipeline.training.start.resolved import Updates
-from tests.helpers.builders import ROOT
+from tests.helpers.builders import ROOT, environment
 from tests.helpers.configs import small
 from tests.helpers.data import store
 
@@ -61,3 +61,22 @@ def test_warmup_that_outlasts_the_run_is_said(
     updates = Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
     prepare.describe_steps(spec, updates, prepare.micro_batches(spec, prepare.Data([rows], {})), replicas=1)
     assert ("never reaches optimizer.lr" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "offered"),
+    [("train.py", "--pre", {"--preview", "--prepare"}), ("merge_lora.py", "--base-q", {"--base-quant"})],
+)
+def test_a_shell_is_told_how_the_line_may_go_on(tmp_path: Path, script: str, typed: str, offered: set[str]) -> None:
+    """As argcomplete's shell function asks: the line in the environment, the answer on file descriptor 8."""
+    assert "PYTHON_ARGCOMPLETE_OK" in (ROOT / script).read_text()[:1024]
+    line = f"{script} {typed}"
+    answer = tmp_path / "answer"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+    }
+    subprocess.run([sys.executable, script], cwd=ROOT, env=environment(**asked), check=False, timeout=60)
+    assert {word.strip() for word in answer.read_text().split("\x0b")} == offered

@@ -85,6 +85,7 @@ def make_run(
         (checkpoint / name).write_bytes(b"optimizer state")
     return FinishedRun(
         run_dir=run_dir,
+        saved=run_dir / f"step{STEP}",
         step=STEP,
         base=base,
         resume_line="deepspeed train.py --resume_from_checkpoint x",

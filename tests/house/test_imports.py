@@ -2,14 +2,15 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.sources import SOURCES, nodes, path, text, tree
 
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MAX_FUNCTION_LINES, MAX_TRAIN_LINES = 70, 120
 MAX_CONFIG_TAKERS = 13  # functions outside pipeline/config/
 
@@ -101,14 +102,15 @@ ONLY_OURS = {
 }
 
 
-def path(source: Path) -> str:
-    return source.relative_to(ROOT).as_posix()
-
-
-def imports(source: Path) -> Iterator[str]:
+@cache
+def imports(source: Path) -> frozenset[str]:
     """Every module a file imports, inside functions too: `from a.b import c` gives 'a.b' and 'a.b.c'."""
+    return frozenset(_imported(source))
+
+
+def _imported(source: Path) -> Iterator[str]:
     package = path(source).removesuffix(".py").split("/")[:-1]
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -124,70 +126,79 @@ def within(module: str, package: str) -> bool:
 
 def test_this_test_reads_something() -> None:
     assert len(SOURCES) > 30
-    assert "pipeline.kernels.cross_entropy.LogitTransform" in set(imports(ROOT / "pipeline/model/structure/build.py"))
-    assert any("deepspeed" in set(imports(source)) for source in SOURCES)
+    assert "pipeline.kernels.cross_entropy.LogitTransform" in imports(ROOT / "pipeline/model/structure/build.py")
+    assert any("deepspeed" in imports(source) for source in SOURCES)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=path)
-def test_imports_point_one_way(source: Path) -> None:
-    found, where = set(imports(source)), path(source)
+def test_imports_point_one_way() -> None:
+    wrong = [problem for source in SOURCES for problem in wrong_imports(path(source), imports(source))]
+    assert not wrong, "\n".join(wrong)
+
+
+def wrong_imports(where: str, found: Collection[str]) -> Iterator[str]:
+    """What of `found` a file may not import."""
     for package, homes in CONFINED.items():
-        if not where.startswith(homes):
-            assert not [m for m in found if within(m, package)], f"{package} belongs into {homes}"
+        if not where.startswith(homes) and (one := [m for m in found if within(m, package)]):
+            yield f"{where} imports {one[0]}; {package} belongs into {homes}"
     for part, packages in FORBIDDEN.items():
-        if where.startswith(part):
-            banned = [p for p in packages if not (where == ASKS_TRANSFORMERS and p == "transformers")]
-            assert not [m for m in found if any(within(m, p) for p in banned)], f"{part} does without {packages}"
+        banned = [p for p in packages if not (where == ASKS_TRANSFORMERS and p == "transformers")]
+        if where.startswith(part) and (one := [m for m in found if any(within(m, p) for p in banned)]):
+            yield f"{where} imports {one[0]}; {part} does without {packages}"
     for part, allowed in ONLY_OURS.items():
-        if where.startswith(part):
-            ours = [m for m in found if within(m, "pipeline") and m != "pipeline"]
-            assert not [m for m in ours if not any(within(m, p) for p in allowed)], f"{part} imports {allowed} only"
+        ours = [m for m in found if within(m, "pipeline") and m != "pipeline"]
+        if where.startswith(part) and (one := [m for m in ours if not any(within(m, p) for p in allowed)]):
+            yield f"{where} imports {one[0]}; {part} imports {allowed} only"
+
+
+def test_a_wrong_import_is_seen() -> None:
+    assert [*wrong_imports("pipeline/data/x.py", ["pipeline.model.stage"])]
+    assert [*wrong_imports("pipeline/model/x.py", ["deepspeed"])]
+    assert [*wrong_imports("kernels/x.py", ["pipeline.model"])]
+    assert not [*wrong_imports("pipeline/training/x.py", ["deepspeed", "pipeline.model.stage"])]
 
 
 def test_transformers_is_imported_late_where_it_is_asked() -> None:
-    tree = ast.parse((ROOT / ASKS_TRANSFORMERS).read_text(encoding="utf-8"))
-    top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    top = [
+        ast.unparse(node)
+        for node in tree(ROOT / ASKS_TRANSFORMERS).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     assert not [line for line in top if "transformers" in line or "accelerate" in line]
 
 
 def test_pefts_layers_are_imported_late() -> None:
     """By all but what is imported late itself: a fold of our own families needs no PEFT."""
     for source in SOURCES:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        top = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        top = [ast.unparse(node) for node in tree(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert not [line for line in top if LATE in line or ("pipeline.peft import" in line and "layers" in line)], (
             path(source)
         )
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if path(s).startswith("kernels/")], ids=path)
-def test_kernels_import_torch_triton_and_the_standard_library(source: Path) -> None:
-    others = {module for module in imports(source) if not within(module, "pipeline.kernels") and module != "pipeline"}
-    roots = {module.split(".")[0] for module in others}
-    assert roots <= {"torch", "triton"} | set(sys.stdlib_module_names)
+def test_kernels_import_torch_triton_and_the_standard_library() -> None:
+    for source in (s for s in SOURCES if path(s).startswith("kernels/")):
+        others = {
+            module for module in imports(source) if not within(module, "pipeline.kernels") and module != "pipeline"
+        }
+        roots = {module.split(".")[0] for module in others}
+        assert roots <= {"torch", "triton"} | set(sys.stdlib_module_names), path(source)
 
 
-BELOW_TRAINING = [
-    s for s in SOURCES if path(s).startswith(("pipeline/data/", "pipeline/model/", "pipeline/objectives/", "kernels/"))
-]
-
-
-@pytest.mark.parametrize("source", BELOW_TRAINING, ids=path)
-def test_nothing_below_training_sees_the_config_object(source: Path) -> None:
+def test_nothing_below_training_sees_the_config_object() -> None:
     """Functions of pipeline.config (such as layer_ranges) may be used there; its classes and the module may not."""
     classes = {"Config", "Optimizer", "Dataset", "EvalDataset", "Section"}
     modules = {f"pipeline.config.{name}" for name in ("loading", "tables", "data_tables")}
     banned = {f"pipeline.config.{name}" for name in classes} | modules
-    found = set(imports(source))
-    assert not found & banned
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    whole_module = [
-        n
-        for n in ast.walk(tree)
-        if (isinstance(n, ast.Import) and any(a.name == "pipeline.config" for a in n.names))
-        or (isinstance(n, ast.ImportFrom) and n.module == "pipeline" and any(a.name == "config" for a in n.names))
-    ]
-    assert not whole_module, "import the function, not the module"
+    below = ("pipeline/data/", "pipeline/model/", "pipeline/objectives/", "kernels/")
+    for source in (s for s in SOURCES if path(s).startswith(below)):
+        assert not imports(source) & banned, path(source)
+        whole_module = [
+            n
+            for n in nodes(source)
+            if (isinstance(n, ast.Import) and any(a.name == "pipeline.config" for a in n.names))
+            or (isinstance(n, ast.ImportFrom) and n.module == "pipeline" and any(a.name == "config" for a in n.names))
+        ]
+        assert not whole_module, f"{path(source)}: import the function, not the module"
 
 
 def test_the_config_ends_at_the_door() -> None:
@@ -196,7 +207,7 @@ def test_the_config_ends_at_the_door() -> None:
     for source in SOURCES:
         if path(source).startswith("pipeline/config/"):
             continue
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        for node in nodes(source):
             if isinstance(node, ast.FunctionDef):
                 arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
                 if any(a.annotation is not None and ast.unparse(a.annotation) == "Config" for a in arguments):
@@ -214,20 +225,17 @@ def test_folders_that_shadow_packages_hold_no_package() -> None:
     assert not list((ROOT / "datasets").rglob("*.py")), "datasets/ holds data only"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=path)
-def test_functions_are_short_enough_to_see(source: Path) -> None:
-    text = source.read_text(encoding="utf-8")
-    if path(source) == "train.py":
-        assert len(text.splitlines()) <= MAX_TRAIN_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+def test_functions_are_short_enough_to_see() -> None:
+    assert len(text(ROOT / "train.py").splitlines()) <= MAX_TRAIN_LINES
+    for source in SOURCES:
+        for node in nodes(source):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert length <= MAX_FUNCTION_LINES, f"{path(source)}: {node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=path)
-def test_every_file_says_what_it_is(source: Path) -> None:
-    assert ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+def test_every_file_says_what_it_is() -> None:
+    assert not [path(source) for source in SOURCES if not ast.get_docstring(tree(source))]
 
 
 MOST_FILES = 12

@@ -2,14 +2,13 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.paths import ROOT
+from tests.helpers.sources import SOURCES, nodes, path, text
 
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
+PACKAGE = [source for source in SOURCES if not path(source).startswith("kernels/")]
 
 # A layer's number cut out of a name: a pattern of digits between dots, or the part after a prefix.
 CUT_OUT = (r"\\\.\(\\d\+\)", r"int\([^\n]*\.split\(\"\.\"\)", r"\.isdecimal\(\)")
@@ -29,60 +28,59 @@ DTYPE_TABLES = {
 }
 
 
-def path(source: Path) -> str:
-    return source.relative_to(ROOT).as_posix()
-
-
 def texts(source: Path) -> Iterator[str]:
     """The string constants of a file, parts of f-strings too, without docstrings."""
-    tree = ast.parse(source.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {
         id(node.body[0].value)
-        for node in ast.walk(tree)
+        for node in nodes(source)
         if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
     }
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.value
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=path)
-def test_the_number_of_a_layer_is_parsed_in_one_place(source: Path) -> None:
-    if path(source) not in LAYER_NUMBERS:
-        found = [
-            line for line in source.read_text(encoding="utf-8").splitlines() if any(re.search(p, line) for p in CUT_OUT)
-        ]
-        assert not found, "pipeline.names has layer_of, layers_of, within_layer"
+def others(homes: Collection[str]) -> Iterator[Path]:
+    """All files but those."""
+    return (source for source in PACKAGE if path(source) not in homes)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=path)
-def test_head_and_embedding_are_named_in_one_place(source: Path) -> None:
-    if path(source) not in OF_HEAD:
-        assert not [text for text in texts(source) if HEAD_NAMES.fullmatch(text.strip("."))], (
-            "pipeline.names has HEAD, EMBEDDING"
-        )
+def test_the_number_of_a_layer_is_parsed_in_one_place() -> None:
+    cut_out = re.compile("|".join(CUT_OUT))
+    found = [
+        (path(source), line)
+        for source in others(LAYER_NUMBERS)
+        for line in text(source).splitlines()
+        if cut_out.search(line)
+    ]
+    assert not found, "pipeline.names has layer_of, layers_of, within_layer"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=path)
-def test_there_is_one_table_of_dtypes(source: Path) -> None:
-    tables = [node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Dict)]
-    keys = [[ast.unparse(key).strip("'") for key in table.keys if key is not None] for table in tables]
-    if path(source) not in DTYPE_TABLES:
-        assert not [names for names in keys if any(DTYPE.fullmatch(name) for name in names)], (
-            "use pipeline.formats.dtypes"
-        )
+def test_head_and_embedding_are_named_in_one_place() -> None:
+    found = [(path(s), found) for s in others(OF_HEAD) for found in texts(s) if HEAD_NAMES.fullmatch(found.strip("."))]
+    assert not found, "pipeline.names has HEAD, EMBEDDING"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=path)
-def test_there_is_one_writer(source: Path) -> None:
+def test_there_is_one_table_of_dtypes() -> None:
+    found = []
+    for source in others(DTYPE_TABLES):
+        for table in (node for node in nodes(source) if isinstance(node, ast.Dict)):
+            keys = [ast.unparse(key).strip("'") for key in table.keys if key is not None]
+            found += [(path(source), key) for key in keys if DTYPE.fullmatch(key)]
+    assert not found, "use pipeline.formats.dtypes"
+
+
+def test_there_is_one_writer() -> None:
     """What is put on the disk, or gets its name, goes through pipeline/files.py."""
     names = {"os.fsync", "os.rename", "os.replace"}
-    nodes = [
-        node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
+    found = [
+        (path(source), node.lineno)
+        for source in others({"pipeline/files.py"})
+        for node in nodes(source)
+        if isinstance(node, ast.Attribute) and (node.attr == "rename" or ast.unparse(node) in names)
     ]
-    if path(source) != "pipeline/files.py":
-        assert not [n for n in nodes if ast.unparse(n) in names or n.attr == "rename"], "use pipeline.files"
+    assert not found, "use pipeline.files"
 
 
 def test_the_exceptions_are_there() -> None:

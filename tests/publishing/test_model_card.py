@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from pipeline.artifacts.saved_at import Saved
 from pipeline.names import id_in_cache
 from pipeline.publishing import card_text
 from pipeline.publishing.after_training import FinishedRun, follow
@@ -30,7 +31,7 @@ TRAINED = {line["step"]: line["train/loss"] for line in METRICS if "train/loss" 
 
 def carded(run: FinishedRun) -> ModelCard:
     """The card of the folder that is published, written and loaded again."""
-    write_card(run.made[0], read_facts(run.run_dir, run.step), repository=run.repository)
+    write_card(run.made[0], read_facts(run.run_dir, Saved(run.saved, run.step)), repository=run.repository)
     return ModelCard.load(run.made[0] / "README.md")
 
 
@@ -283,7 +284,7 @@ HOSTILE = '</code><img src=x onerror=alert(1)>`<script>"; import os #|[a](http:/
 def test_names_of_others_are_text_in_the_card(tmp_path: Path, what: str) -> None:
     """By another reader of Markdown: no HTML but the folding of the configuration, no link, no picture but the curve."""
     run = make_run(tmp_path, ["card"])
-    facts = read_facts(run.run_dir, run.step)
+    facts = read_facts(run.run_dir, Saved(run.saved, run.step))
     parts = [part | {"devices": [HOSTILE], "versions": {"torch": HOSTILE}} for part in facts.parts]
     facts = replace(
         facts,

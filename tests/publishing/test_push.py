@@ -39,8 +39,8 @@ def test_by_the_environment_alone_in_a_process_of_its_own(tmp_path: Path) -> Non
     run = make_run(tmp_path, ["push", "card", "merge"])
     program = (
         "from pathlib import Path; from pipeline.publishing.after_training import FinishedRun, follow\n"
-        f"follow(FinishedRun(Path({str(run.run_dir)!r}), {STEP}, Path({str(run.base)!r}), 'again', {run.asked!r},"
-        f" {run.repository!r}, True))"
+        f"follow(FinishedRun(Path({str(run.run_dir)!r}), Path({str(run.saved)!r}), {STEP}, Path({str(run.base)!r}), 'again',"
+        f" {run.asked!r}, {run.repository!r}, True))"
     )
     with serving() as hub:
         environment = {

@@ -21,7 +21,9 @@ def main() -> None:
     watcher.detach()
     print("handing over", flush=True)
     watcher.hand_over()
-    follow(FinishedRun(run_dir, 1, Path(folder) / "base", "the line that resumes", asked, None, True))
+    follow(
+        FinishedRun(run_dir, run_dir / "step1", 1, Path(folder) / "base", "the line that resumes", asked, None, True)
+    )
     print("done", flush=True)
 
 

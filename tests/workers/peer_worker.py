@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.training.engine.records import Mapped
+from pipeline.training.nodes.records import Mapped
 from pipeline.training.run import peers, stop
 
 HELD = stop.hold_signals()

@@ -65,7 +65,10 @@ def page(run: Run, drawn: list[Picture]) -> str:
             config=tomli_w.dumps(facts.config),
             versions=facts.parts[-1].get("versions", {}) if facts.parts else {},
             commands=next_steps.after_run(
-                run.folder, facts.step, facts.base_folder, is_adapter=not facts.config.get("full_fine_tune")
+                run.folder,
+                run.published.folder,
+                facts.base_folder,
+                is_adapter=not facts.config.get("full_fine_tune"),
             ),
         )
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.artifacts import saved_at
+from pipeline.artifacts.saved_at import Saved
 from pipeline.console import UserError
 from pipeline.foreign import read_object
 from pipeline.publishing.facts import Facts, read_facts, whole_lines
@@ -35,6 +37,12 @@ class Run:
     plan: dict[str, Any]
 
     @property
+    def published(self) -> Saved:
+        """What its commands are about: best_loss/ where the run was asked for that, else its last step's."""
+        best = bool(self.facts.config.get("load_best_at_end"))
+        return saved_at.last_or_best(self.folder, self.facts.step, best=best)
+
+    @property
     def name(self) -> str:
         return self.folder.name
 
@@ -61,7 +69,9 @@ def read(folder: Path) -> Run:
     spoken: dict[int, list[dict[str, Any]]] = {}
     for line in whole_lines(folder / "samples.jsonl"):
         spoken.setdefault(line["step"], []).append(line)
-    return Run(folder, read_facts(folder, lines[-1]["step"]), series, spoken, _plan(folder))
+    last = lines[-1]["step"]
+    facts = read_facts(folder, Saved(folder / f"step{last}", last))
+    return Run(folder, facts, series, spoken, _plan(folder))
 
 
 def _plan(folder: Path) -> dict[str, Any]:

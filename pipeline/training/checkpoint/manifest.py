@@ -59,6 +59,9 @@ class _Facts(_Form):
     order: str
     best_loss: float | None
     settled: bool
+    waited: Count = 0
+    waited_from: float | None = None
+    tokens: Count = 0
     trained: list[str]
     config: _Config
     layout: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]  # stages, replicas

@@ -22,7 +22,8 @@ class Progress(NamedTuple):
     """How far a run is: the last completed step, the position in the data after it, and the best evaluation loss.
 
     The fields are a manifest's keys. `order` tells the order of the epoch's rows from any other; a position means nothing
-    in another order. `settled`: what is due at this step (evaluation, saves of what is trained) has been done.
+    in another order. `settled`: what is due at this step (evaluation, saves of what is trained) has been done. `waited`:
+    evaluations in a row since the loss was last clearly better, when it was `waited_from`. `tokens`: seen in training.
     """
 
     step: int = 0
@@ -31,20 +32,37 @@ class Progress(NamedTuple):
     order: str = ""
     best_loss: float | None = None
     settled: bool = True
+    waited: int = 0
+    waited_from: float | None = None
+    tokens: int = 0
 
     @property
     def position(self) -> Position:
         """In the data."""
         return Position(self.epoch, self.rows)
 
-    def after_step(self, position: Position, order: str) -> "Progress":
-        """One step further, at `position`; what is due at that step is yet to be done."""
-        return Progress(self.step + 1, position.epoch, position.rows, order, self.best_loss, settled=False)
+    def after_step(self, position: Position, order: str, tokens: int) -> "Progress":
+        """One step of so many tokens further, at `position`; what is due at that step is yet to be done."""
+        return self._replace(
+            step=self.step + 1,
+            epoch=position.epoch,
+            rows=position.rows,
+            order=order,
+            settled=False,
+            tokens=self.tokens + tokens,
+        )
+
+    def evaluated(self, loss: float, min_delta: float) -> "Progress":
+        """After an evaluation. It is clearly better where it is more than `min_delta` below the last that was."""
+        best = loss if self.best_loss is None else min(loss, self.best_loss)
+        if self.waited_from is None or loss < self.waited_from - min_delta:
+            return self._replace(best_loss=best, waited=0, waited_from=loss)
+        return self._replace(best_loss=best, waited=self.waited + 1)
 
     @staticmethod
     def of(manifest: dict[str, Any]) -> "Progress":
         """As a checkpoint's manifest has it."""
-        return Progress(**{key: manifest[key] for key in Progress._fields})
+        return Progress(**{key: manifest[key] for key in Progress._fields if key in manifest})
 
 
 class RunState:

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from pipeline import processes
 from pipeline.console import UserError, log_if_slow, rank
 from pipeline.objectives.objective import Objective
-from pipeline.training.engine import meeting, wires
 from pipeline.training.engine import schedule as schedule_cuts
+from pipeline.training.engine import wires
+from pipeline.training.nodes import meeting
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.start import launch
 

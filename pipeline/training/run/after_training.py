@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.artifacts.saved_at import Saved
 from pipeline.config.rules import Part
 from pipeline.console import UserError
 from pipeline.formats.experts import NO_EXPERTS
@@ -37,20 +38,21 @@ def follow(
     watcher: Watcher,
     *,
     run_dir: Path,
-    step: int,
+    saved: Saved,
     base: Path,
     resume_line: str,
     repository: str | None,
     private: bool,
 ) -> None:
-    """Do what is asked for with what was saved at `step`. From here on a stop ends the process with exit code 75."""
+    """Do what is asked for with `saved`. From here on a stop ends the process with exit code 75."""
     if not asked:
         return
     watcher.hand_over()
     after_training.follow(
         after_training.FinishedRun(
             run_dir=run_dir,
-            step=step,
+            saved=saved.folder,
+            step=saved.step,
             base=base,
             resume_line=resume_line,
             asked=asked,

@@ -55,6 +55,8 @@ from pipeline.training.start import kernel_places, prepare, resolve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.objective import ObjectiveSpec
 from pipeline.training.start.resolved import Resolved, Updates
+from pipeline.training.step_measures import LayerGradients, StepTimes
+from pipeline.training.trackers import Trackers
 
 
 def trainer(
@@ -66,10 +68,7 @@ def trainer(
     resumed: run_folder.Resumed | None,
     command: list[str],
 ) -> Trainer:
-    """The run, ready to go. `resumed`: the checkpoint to go on from (the first process's counts) and its manifest.
-
-    `command`: the program and its arguments, for the line that resumes.
-    """
+    """The run, ready to go. `resumed`: a checkpoint (the first process's counts) and its manifest; `command`: what was typed."""
     run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.number)
     with engine.agreement(place):
@@ -80,9 +79,9 @@ def trainer(
     batches = batches_of(plan, data, place, watcher)
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     totals = StepTotals() if plan.objective else None
-    taps = taps_of(stage, plan.objective)
+    taps, times = taps_of(stage, plan.objective), StepTimes()
     objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, taps)
-    pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher)
+    pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher, times)
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
     if resumed is not None:
@@ -95,7 +94,8 @@ def trainer(
             data, about["reference"] = reference.attached(data, against, opened.path, resumed and resumed[0].parent)
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
     resumed_at = progress.step if resumed is not None and resumed[0].parent == opened.path else None
-    metrics = Metrics(opened.path, resumed_at or 0, progress.settled)
+    trackers = partial(Trackers, config.trackers, config.tracker_options, config.tracker_project)
+    metrics = metrics_of(opened.path, resumed_at or 0, progress.settled, recorded, trackers, place)
     state = RunState(optimizer, place.device, place.number, place.replica == 0, about)
     write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
     say_memory(place)
@@ -108,7 +108,7 @@ def trainer(
         objective=objective,
         learning_rate=schedule(plan.updates, batches.steps_per_epoch(batches.at_hand.epoch)),
         adapter_norms=partial(families.norms, stage, plan.trained.adapter) if plan.trained.adapter else None,
-        measuring=[one for one in (routers, taps) if one],
+        measuring=[one for one in (routers, taps, LayerGradients(optimizer, config.grad_norm_steps)) if one],
         step_totals=totals,
         intervals=plan.intervals,
         epochs=plan.data.epochs,
@@ -120,6 +120,7 @@ def trainer(
         samples=samples_of(plan, data, stage, place, metrics, watcher),
         negatives=negatives_of(plan, data, stage, place, against, opened.path, progress.step, watcher),
         reports=Reports(opened.path, config.report_every_minutes),
+        step_times=times,
         memory=StepMemory(engine.held_tensors(pipeline_engine, optimizer)),
         watcher=watcher,
         resume_line=run_folder.resume_line(command, opened.path),
@@ -127,6 +128,20 @@ def trainer(
         first_step_done=partial(planned.say_overflow, run_plan, place, arena),
         outcome=partial(planned.say_outcome, run_plan, place, opened.path, arena),
     )
+
+
+def metrics_of(
+    run_dir: Path,
+    resumed_at: int,
+    settled: bool,
+    recorded: dict[str, Any],
+    trackers: Callable[[Path, dict[str, Any]], Trackers],
+    place: engine.Place,
+) -> Metrics:
+    """The files of a run, and what follows them; UserError on every process where a tracker does not begin."""
+    with engine.agreement(place):
+        following = trackers(run_dir, recorded)
+    return Metrics(run_dir, resumed_at, settled, following)
 
 
 def begin(
@@ -298,8 +313,14 @@ def build_engine(
     objective: Objective,
     batches: prepare.TrainBatches,
     watcher: Watcher,
+    times: StepTimes,
 ) -> PipelineEngine:
-    """DeepSpeed's engine over our stage; it tells the watcher what it is about to do."""
+    """DeepSpeed's engine over our stage; it tells the watcher, and those who take times, what it is about to do."""
+
+    def doing(what: str, waits: bool) -> None:
+        watcher.doing(what, waits)
+        times.doing(what, waits)
+
     built = engine.build(
         stage,
         place,
@@ -309,7 +330,7 @@ def build_engine(
         dynamic_shape=batches.fixed_shape is None,
         first_trained=engine.first_trained_stage(bool(optimizer.parameters_by_name), place),
     )
-    engine.announce(built, watcher.doing)
+    engine.announce(built, doing)
     tie_trained_embeddings(stage, optimizer, place)
     return built
 

@@ -1,6 +1,6 @@
 """Where each process of a run is and when it last got on, for all to read: who hangs, who waits for whom, who has died.
 
-Takes records that all processes read (engine/records.py); each writes its own. The main thread says what it is about to
+Takes records that all processes read (nodes/records.py); each writes its own. The main thread says what it is about to
 do. A second thread (stop.py's) says that the process is alive, counts the time without progress, and reads the others'
 records: a collective that waits for ever does not say for whom. What one learns of a stop, or of a death on its host, all
 read there too.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import psutil
 
 from pipeline.console import duration
-from pipeline.training.engine.records import Records
+from pipeline.training.nodes.records import Records
 
 # Times the timeout for what the run has not done before, where nobody knows how long it takes; no less than two minutes.
 FIRST_TIME, FIRST_TIMEOUT_S = 6.0, 20.0

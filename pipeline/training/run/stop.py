@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.console import EXIT_ABORTED, EXIT_PEER_LOST, EXIT_STOPPED, OTHER_RANKS_WAIT_S, UserError, complain
-from pipeline.training.engine.records import Records
+from pipeline.training.nodes.records import Records
 from pipeline.training.run.peers import Hang, Peers, stands_at
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}

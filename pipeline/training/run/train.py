@@ -8,14 +8,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipeline.artifacts import saved_at
 from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, EXIT_STOPPED, log, rank, warn
 from pipeline.formats.base_model import read_base
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.log_file import LogFile
 from pipeline.publishing import next_steps
-from pipeline.training.engine import engine, meeting, selftest
-from pipeline.training.engine.records import Exchanged, Mapped, Records
+from pipeline.training import trackers
+from pipeline.training.engine import engine, selftest
+from pipeline.training.nodes import meeting
+from pipeline.training.nodes.records import Exchanged, Mapped, Records
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
 from pipeline.training.run.peers import RECORD
 from pipeline.training.run.record import RunRecord
@@ -37,6 +40,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         plan = resolve.resolve(config, resumes=bool(resume))
         prepare.check_files(config.model, config.output_dir, plan.meta_model)
         after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
+        trackers.check(config.trackers)
         times.ended("checks")
         data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
         times.ended("data")
@@ -74,15 +78,16 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             run.reports.run_ended()
             engine.let_go(run.engine)
             del run, plan  # and with them the stage's weights
+            saved = last_or_best(run_folder.path, step, config.load_best_at_end)
             follows = next_steps.after_run(
-                run_folder.path, step, Path(config.model), is_adapter=not config.full_fine_tune
+                run_folder.path, saved.folder, Path(config.model), is_adapter=not config.full_fine_tune
             )
             log(f"what can come next:\n{next_steps.lines(follows)}")
             after_training.follow(
                 config.after_training,
                 watcher,
                 run_dir=run_folder.path,
-                step=step,
+                saved=saved,
                 base=Path(config.model),
                 resume_line=resume_line,
                 repository=config.hub_model_id,
@@ -92,6 +97,17 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     finally:
         if rank() == 0:
             file.unlink(missing_ok=True)
+
+
+def last_or_best(run_dir: Path, step: int, best: bool) -> saved_at.Saved:
+    """What is gone on with after a run of so many steps; says where that is not the `best` although it should be."""
+    saved = saved_at.last_or_best(run_dir, step, best=best)
+    if best and saved.folder.name != saved_at.BEST:
+        warn(
+            "load_best_at_end: no evaluation was better than the one before the first step; "
+            f"what follows takes {saved.folder.name}/"
+        )
+    return saved
 
 
 def watch(watcher: Watcher, place: engine.Place, file: Path, hang_timeout_minutes: float) -> None:

@@ -34,6 +34,7 @@ from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import STOP_FILE, Watcher
 from pipeline.training.start.prepare import TrainBatches
 from pipeline.training.start.resolved import Intervals
+from pipeline.training.step_measures import StepTimes
 
 SIGNAL_FILES = ("save", "save_quit")
 
@@ -72,6 +73,7 @@ class Trainer:
     samples: Samples | None
     negatives: Negatives | None
     reports: Reports
+    step_times: StepTimes
     memory: StepMemory
     watcher: Watcher
     resume_line: str
@@ -99,7 +101,7 @@ class Trainer:
         if not self.progress.settled:
             self._after_step(last=self.step == total)
         clock = Clock(total)
-        while self.step < total:
+        while self.step < total and not self._patience_is_over():
             with self.watcher.phase("step", self.step + 1), self.around_step(self.step + 1):
                 self._train_step(clock, total)
             if clock.steps == 1:
@@ -127,10 +129,12 @@ class Trainer:
     def _train_step(self, clock: Clock, total: int) -> None:
         """One optimizer step; NonFiniteError names the documents it came from."""
         clock.start()
-        micro_batches, info = self._read()
+        with self.step_times.part("data"):
+            micro_batches, info = self._read()
         lr = self.learning_rate(self.step, total)
         self.optimizer.set_lr(lr)
-        ahead = self.progress.after_step(info.next_position, self.batches.order_hash(info.next_position.epoch))
+        order = self.batches.order_hash(info.next_position.epoch)
+        ahead = self.progress.after_step(info.next_position, order, info.tokens)
         self.state.ahead(ahead)
         for one in self.measuring:
             one.begin_step()
@@ -138,7 +142,8 @@ class Trainer:
             self.step_totals.begin(self.step / total)
         try:
             inputs = prefetch.ahead(wires.pack_all(micro_batches, self.objective), self.place.device)
-            loss = float(self.engine.train_batch(inputs))
+            with self.step_times.step():
+                loss = float(self.engine.train_batch(inputs))
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss}")
         except NonFiniteError as error:
@@ -172,6 +177,7 @@ class Trainer:
             peak_memory(),
             {tag: value for one in self.measuring for tag, value in one.measured().items()},
             self.step_totals.taken() if self.step_totals else {},
+            self.step_times.taken() if logs else {},
         )
         gathered: list[Any] | None = [None] * self.place.world if self.place.rank == 0 else None
         dist.gather_object(own, gathered)
@@ -185,10 +191,12 @@ class Trainer:
                     "train/grad_norm": self.optimizer.grad_norm,
                     "train/tokens_per_s": tokens_per_s,
                     f"train/{self.batches.unit}": info.epochs_done,
+                    "train/tokens": self.progress.tokens,
                     **_means([part[2] for part in gathered or []]),
                     **self._measured([part[3] for part in gathered or []]),
                     **(self.negatives.measured() if self.negatives else {}),
                     **norms,
+                    **_by_process(gathered or []),
                 },
             )
         if prints:
@@ -211,6 +219,7 @@ class Trainer:
             self._evaluate(may_be_best=True)
         if c.save_every_n_epochs and epoch_ended and epoch % c.save_every_n_epochs == 0:
             self._save_trained(f"epoch{epoch}")
+        last = last or self._patience_is_over()
         saves = bool(c.save_steps and self.step % c.save_steps == 0)
         if saves or last:
             self._save_trained()
@@ -259,6 +268,11 @@ class Trainer:
         self._checkpoint()
         self.watcher.detach()
         self.metrics.close()
+        if self._patience_is_over():
+            log(
+                f"ended early: {self.progress.waited} evaluations in a row were not clearly better than "
+                f"{self.progress.waited_from:.4f} (early_stopping_patience)"
+            )
         log(f"done: {self.step} steps; what was trained is in {self.saver.run_dir / f'step{self.step}'}")
 
     def _evaluate(self, may_be_best: bool) -> None:
@@ -267,7 +281,7 @@ class Trainer:
             return
         results: dict[str, float] = {}
         for name, batches in self.evaluations.items():
-            with self.watcher.phase(f"evaluating {name}", self.step):
+            with self.watcher.phase(f"evaluating {name}", self.step), self.step_times.part("evaluation"):
                 measured = evaluate.evaluate(self.engine, self.objective, batches, name)
             loss = measured["loss"]
             if not math.isfinite(loss):
@@ -279,26 +293,30 @@ class Trainer:
         self.metrics.log(self.step, results)
         mean = sum(results[f"eval/{name}/loss"] for name in self.evaluations) / len(self.evaluations)
         best = self.progress.best_loss
-        if best is None or mean < best:
-            self.progress = self.progress._replace(best_loss=mean)
-            if may_be_best:
-                self._save_trained("best_loss")
+        self.progress = self.progress.evaluated(mean, self.intervals.early_stopping_min_delta)
+        if may_be_best and (best is None or mean < best):
+            self._save_trained("best_loss")
+
+    def _patience_is_over(self) -> bool:
+        """Whether so many evaluations in a row were no better that the run ends before its last step."""
+        patience = self.intervals.early_stopping_patience
+        return patience is not None and self.progress.waited >= patience
 
     def _sample(self, last: bool) -> bool:
         """Have the model say something, if that is due at this step; whether it was."""
         if self.samples is None or not self.samples.due(self.step, last):
             return False
-        with self.watcher.phase("writing samples", self.step):
+        with self.watcher.phase("writing samples", self.step), self.step_times.part("samples"):
             self.samples.write(self.step)
         return True
 
     def _save_trained(self, name: str | None = None) -> None:
         """What is trained, as step<N>/ or under a name of its own."""
-        with self.watcher.phase("saving what is trained", self.step):
+        with self.watcher.phase("saving what is trained", self.step), self.step_times.part("saves"):
             self.saver.trained(name) if name else self.saver.trained_at(self.step)
 
     def _checkpoint(self) -> None:
-        with self.watcher.phase("writing a checkpoint", self.step):
+        with self.watcher.phase("writing a checkpoint", self.step), self.step_times.part("saves"):
             self.saver.checkpoint_and_prune()
 
     def _completed(self, progress: Progress) -> None:
@@ -318,6 +336,15 @@ class Trainer:
         minutes = self.intervals.checkpoint_every_n_minutes
         due = minutes is not None and time.monotonic() - self.saver.last_checkpoint > minutes * 60
         return due and self.place.rank == 0 and not self.intervals.checkpoint_on_save
+
+
+def _by_process(gathered: list[Any]) -> dict[str, float]:
+    """Of each process its peak memory and where its time went."""
+    values: dict[str, float] = {}
+    for rank, part in enumerate(gathered):
+        values[f"memory_gib/rank{rank}"] = part[1] / 2**30
+        values |= {f"seconds/rank{rank}/{what}": seconds for what, seconds in part[4].items()}
+    return values
 
 
 def _means(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Gives the parsed arguments, or one UserError for those that contradict each othe
 
 import argparse
 
+from pipeline.commands.arguments import complete
 from pipeline.console import LEVELS, UserError
 from pipeline.version import ShowVersion
 
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
     for ignored in ("--no_quantiles", "--deepspeed"):
         parser.add_argument(ignored, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    complete(parser)
     arguments, unknown = parser.parse_known_args()
     if unknown:
         raise UserError(f"unknown argument(s): {' '.join(unknown)}; --help lists those there are")

@@ -11,6 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.console import EXIT_DONE, log
 from pipeline.data.preview import Piece, as_lines, rows
 from pipeline.formats.hub import awaits_weights
+from pipeline.training import trackers
 from pipeline.training.run import after_training
 from pipeline.training.start import kernel_places, prepare, resolve
 
@@ -18,6 +19,7 @@ from pipeline.training.start import kernel_places, prepare, resolve
 def check(config: Config, preview_rows: int | None) -> int:
     """Resolve and check; with `preview_rows`, show so many rows as the model will read them."""
     plan = resolve.resolve(config)
+    trackers.check(config.trackers)
     kernel_places.foresee(config.kernels, plan.meta_model, plan.trained)
     if awaits_weights(Path(config.model)):
         log("weights:  not downloaded yet; a run checks them, and what needs them (after_training), when they are")

@@ -5,7 +5,7 @@ itself goes no further.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,18 +121,9 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
         constant_lr=config.force_constant_lr,
     )
     streams = any(dataset.streaming for dataset in config.datasets)  # without epochs
-    intervals = Intervals(
-        logging_steps=config.logging_steps,
-        steps_per_print=config.steps_per_print,
-        eval_steps=config.eval_steps,
-        eval_before_first_step=config.eval_before_first_step,
-        eval_after_last_step=config.eval_after_last_step,
-        save_steps=config.save_steps,
-        save_every_n_epochs=None if streams else config.save_every_n_epochs,
-        save_checkpoint_on_epoch_end=config.save_checkpoint_on_epoch_end and not streams,
-        checkpoint_every_n_minutes=config.checkpoint_every_n_minutes,
-        checkpoint_on_save=config.checkpoint_on_save,
-    )
+    intervals = Intervals(**{field.name: getattr(config, field.name) for field in fields(Intervals)})
+    if streams:  # a window is no epoch
+        intervals = replace(intervals, save_every_n_epochs=None, save_checkpoint_on_epoch_end=False)
     ranges = cut_into_stages(layout, model, trained)
     return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
@@ -225,7 +216,7 @@ def check_apart(config: Config, model: PreTrainedModel) -> None:
     with errors.collect():
         check_writable(Path(config.output_dir), "output_dir")
     if not config.full_fine_tune:
-        names = wanted_modules(config)
+        names = wanted_modules(config.adapter_type, config.target_modules)
         with errors.collect():
             layers = resolve_layers(config.layers_to_transform, n_layers)
         if names:
@@ -303,7 +294,7 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     """The adapter on this model's modules, which it fits; says it in words."""
     n_layers = len(layers_of_model(model))
     layers = resolve_layers(config.layers_to_transform, n_layers)
-    names = wanted_modules(config)
+    names = wanted_modules(config.adapter_type, config.target_modules)
     mixture = mixture_of(config.adapter_type, names, model)
     modules = resolve_targets(model, names, layers, mixture) if names else []
     of_parameters = parameters.shapes(model, parameters.resolve(model, config.target_parameters, layers))
@@ -326,9 +317,9 @@ def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
     return adapter
 
 
-def wanted_modules(config: Config) -> list[str] | str:
-    """target_modules, or the family's default; none where it says so beside target_parameters."""
-    return families.default_targets(config.adapter_type) if config.target_modules is None else config.target_modules
+def wanted_modules(adapter_type: str, given: list[str] | str | None) -> list[str] | str:
+    """target_modules as `given`, which may be none beside target_parameters; else the family's default."""
+    return families.default_targets(adapter_type) if given is None else given
 
 
 def mixture_of(adapter_type: str, names: list[str] | str, model: PreTrainedModel) -> dict[str, ExpertWeights]:

@@ -127,6 +127,8 @@ class Intervals:
     eval_steps: int | None
     eval_before_first_step: bool
     eval_after_last_step: bool
+    early_stopping_patience: int | None
+    early_stopping_min_delta: float
     save_steps: int | None
     save_every_n_epochs: int | None
     save_checkpoint_on_epoch_end: bool

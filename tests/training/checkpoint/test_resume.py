@@ -64,7 +64,8 @@ def final_state(run: str, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 def numbers(run: str) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k != "train/tokens_per_s"} for line in metrics(Path(run))]
+    timed = ("train/tokens_per_s", "seconds/", "memory_gib/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics(Path(run))]
 
 
 SAVED: dict[str, Any] = {"optimizer": {"type": "adamw"}, "load_optimizer_states": True, "seed": 1, "lora_alpha": 8}

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.training.engine import records
-from pipeline.training.engine.records import Exchanged, Mapped
+from pipeline.training.nodes import records
+from pipeline.training.nodes.records import Exchanged, Mapped
 from pipeline.training.run import peers
 from pipeline.training.run.peers import Peers, exit_of
 from tests.helpers.paths import WORKERS
