@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["down_proj", "o_proj"],
         metavar="NAME",
-        help="modules that write to the residual stream (default: down_proj o_proj)",
+        help="modules that write to the residual stream (default: down_proj o_proj); 'experts', which down_proj means too, are "
+        "what a mixture's experts write",
     )
     arguments.add_force(command, "replace what stands at the outputs once the new ones are whole")
     texts = command.add_argument_group("with --from-texts")

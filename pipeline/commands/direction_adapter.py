@@ -28,12 +28,15 @@ from pipeline.families import MULTIPLICATIVE
 from pipeline.files import check_file_free, check_free
 from pipeline.formats.device import usable_device
 from pipeline.formats.dtypes import DTYPES
+from pipeline.formats.experts import ExpertWeights
 from pipeline.formats.hub import model_folder
-from pipeline.model.adapters.targets import describe_layers, resolve_targets
+from pipeline.model.adapters import experts
+from pipeline.model.adapters.base import outputs_of
+from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_targets
 from pipeline.model.layerwise import mean_hidden_states
 from pipeline.model.stage import empty_model, read_model_config
 from pipeline.model.structure.parts import layers_of_model, text_config
-from pipeline.names import layer_ranges, layers_of
+from pipeline.names import layer_ranges, layers_of, within_layer
 from pipeline.publishing import next_steps
 
 # Of a decoder layer: norms of what a block writes, before it is added to the residual stream (Gemma 2, OLMo 2, GLM 4).
@@ -47,7 +50,7 @@ def make(asked: argparse.Namespace) -> None:
     model = empty_model(read_model_config(asked.input), torch.float32, None)
     n_layers, width = len(layers_of_model(model)), text_config(model.config).hidden_size
     layers = _layers(asked.layers, n_layers)
-    modules, biased = _targets(model, asked.target_modules, layers, width)
+    modules, experts_of, biased = _targets(model, asked.target_modules, layers, width)
     _warn_of_norms(model)
     used = layers if asked.direction_layer is None else [_direction_layer(asked.direction_layer, n_layers)]
     if asked.from_texts:
@@ -68,6 +71,7 @@ def make(asked: argparse.Namespace) -> None:
         base_model=asked.input,
         train_logit_scale=1.0,
         biased_targets=biased,
+        experts=experts_of,
         facts={"made_from": _origin(asked)},
         replace=asked.force,
     )
@@ -116,19 +120,28 @@ def _direction_layer(index: int, n_layers: int) -> int:
     return index
 
 
-def _targets(model: PreTrainedModel, names: list[str], layers: list[int], width: int) -> tuple[dict[str, int], bool]:
-    """Target module → its layer, and whether any has a bias. UserError for one that does not give [.., D]."""
+def _targets(
+    model: PreTrainedModel, names: list[str], layers: list[int], width: int
+) -> tuple[dict[str, int], dict[str, ExpertWeights], bool]:
+    """Target module → its layer; those of them that are a layer's experts, with what these write with; and whether any has a
+    bias. UserError for one that does not give [.., D]."""
+    mixture = experts.find(model.config) if experts.has_experts(model) else {}
     modules, biased = {}, False
-    for name in resolve_targets(model, names, layers):
+    for name in resolve_targets(model, names, layers, mixture):
         module = model.get_submodule(name)
-        if module.out_features != width:
+        if (outputs := outputs_of(model, module)) != width:
             raise UserError(
-                f"--target-modules: {name} gives {module.out_features} numbers, not the hidden size {width}, so a direction "
-                "of the residual stream means nothing there; modules that write to it are down_proj and o_proj"
+                f"--target-modules: {name} gives {outputs} numbers, not the hidden size {width}, so a direction "
+                "of the residual stream means nothing there; modules that write to it are down_proj, o_proj and experts"
             )
         (modules[name],) = layers_of([name])
         biased = biased or getattr(module, "bias", None) is not None
-    return modules, biased
+    experts_of = {name: mixture[within_layer(name)] for name in modules if within_layer(name) in mixture}
+    biased = biased or any(form.bias for form in experts_of.values())
+    if experts_of:
+        for line in describe_targets(model, list(modules), layers, experts_of):
+            log(line)
+    return modules, experts_of, biased
 
 
 def _warn_of_norms(model: PreTrainedModel) -> None:

@@ -26,6 +26,7 @@ from pipeline.generation.adapter import Saved
 from pipeline.model import cut_check, quantized, unsupported, weights
 from pipeline.model.stage import Stage, check_head, empty_model, read_model_config
 from pipeline.model.structure.parts import head_of_model, layers_of_model
+from pipeline.model.trial import attention_check
 from pipeline.planning.cut import balanced, explicit
 
 WAITS_AT_MOST = timedelta(days=7)  # for whoever sits at the terminal
@@ -97,6 +98,7 @@ def look(
             quantized.check_experts(config, stacked)
     ranges = explicit(layers_per_stage, len(layers_of_model(whole))) if layers_per_stage else _ranges(whole, n_stages)
     with log_if_slow("trying out a tiny copy of the model"):
+        attention_check.check(config, attention, dtype)
         cut_check.check(config, ranges)
     return Found(str(folder), base, config, whole, dtype, attention, ranges, scheme)
 

@@ -63,7 +63,7 @@ class Evaluation(Section):
     )
     model_weight_dtype: Dtype = Field("bfloat16", description="of the base weights")
     attn_implementation: str | None = Field(
-        None, description="attention by transformers' name: 'flash_attention_2', 'sdpa', 'eager', …; default: sdpa where the model supports it")  # fmt: skip
+        None, description="attention by transformers' name: 'flash_attention_2', 'flash_attention_3', 'flex_attention', 'sdpa', 'eager', or a kernel of the Hub's ('kernels-community/flash-attn2', with the package kernels); tried against eager on a tiny copy of the model first; default: sdpa where the model supports it")  # fmt: skip
     quantization: Quantization | None = Field(
         None,
         description="of the base weights, as in the training; default none. Over it adapters are measured that stand beside a weight: multiplicative ones and LoRA",

@@ -162,7 +162,7 @@ class Config(Section):
     )
     attn_implementation: str | None = Field(
         None,
-        description="attention by transformers' name: 'flash_attention_2', 'sdpa', 'eager', …; default: sdpa where the model supports it",
+        description="attention by transformers' name: 'flash_attention_2', 'flash_attention_3', 'flex_attention', 'sdpa', 'eager', or a kernel of the Hub's ('kernels-community/flash-attn2', with the package kernels); tried against eager on a tiny copy of the model first; default: sdpa where the model supports it",
     )
 
     logging_steps: PositiveInt = Field(1, description="optimizer steps between lines of metrics")

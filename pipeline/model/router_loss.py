@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from pipeline.model.stage import FIRST_READS, Stage
-from pipeline.model.structure.carried import pack, unpack
+from pipeline.model.structure.carried import pack, rows_behind, unpack
 from pipeline.names import layer_of
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what models call its weight
@@ -44,6 +44,12 @@ def asked_for(model: PreTrainedModel) -> float:
     if not getattr(text, "output_router_logits", False):
         return 0.0
     return next((float(c) for name in COEFFICIENTS if (c := getattr(text, name, None))), 0.0)
+
+
+def bytes_behind(model: PreTrainedModel, rows: int) -> int:
+    """Of a micro-batch of `rows` rows, what travels behind the hidden state of `model`."""
+    width = model.config.get_text_config().hidden_size
+    return rows * rows_behind(2 * int(model.num_experts) + 1 + rows, rows, width) * width * model.dtype.itemsize
 
 
 class RouterLoss:

@@ -64,6 +64,7 @@ class HeadCost(NamedTuple):
 
 class ModelCost(NamedTuple):
     """The whole model. `hidden_bytes`: of one token's hidden state; a stage holds it as received and as handed on.
+    `behind_bytes`: of a micro-batch, what travels behind its hidden state: the routers' sums (model/router_loss.py).
 
     `embedding_gradient_bytes`: of one micro-batch, which the embedding's backward makes where it is trained, else 0.
     """
@@ -77,6 +78,11 @@ class ModelCost(NamedTuple):
     tied: bool = False  # the head's weight is the embedding's: one stage has it once
     embedding_gradient_bytes: int = 0
     embedding_update: Update = Update()
+    behind_bytes: int = 0
+
+    def carried_bytes(self, tokens: int) -> int:
+        """Of a micro-batch of so many tokens, what goes from stage to stage."""
+        return self.hidden_bytes * tokens + self.behind_bytes
 
 
 class Rates(NamedTuple):

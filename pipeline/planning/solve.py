@@ -144,7 +144,7 @@ def _plan(search: "_Search", split: list[tuple[int, int, _Choice]], fits: bool) 
     model, shape = search.model, search.shape
     stages = [search.stage_plan(stage, *cut) for stage, cut in enumerate(split)]
     first = first_trained_stage(model, [(s.first, s.end) for s in stages])
-    link_s = [model.hidden_bytes * shape.tokens / link.bytes_per_s for link in search.links]
+    link_s = [model.carried_bytes(shape.tokens) / link.bytes_per_s for link in search.links]
     time = simulate([s.forward_s for s in stages], [s.backward_s for s in stages], link_s, shape.micro_batches, first)
     least = sum(c.forward.flops + c.backward.flops for c in model.layers) + model.head.work.flops
     tokens_per_s = shape.tokens * shape.micro_batches / time.step_s if time.step_s else math.inf

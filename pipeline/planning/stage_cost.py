@@ -67,7 +67,7 @@ def update_bytes(model: ModelCost, first: int, end: int, tokens: int) -> int:
     parts = [c.update for c in model.layers[first:end]] + [model.embedding_update] * is_first
     parts += [model.head.update] * (is_last and not (model.tied and is_first))
     buffers = (not is_first) + (not is_last and end > model.first_trained)
-    return sum(together(parts)) + buffers * model.hidden_bytes * tokens
+    return sum(together(parts)) + buffers * model.carried_bytes(tokens)
 
 
 def working_bytes(model: ModelCost, first: int, end: int, tokens: int, levels: Iterable[RecomputeLevel]) -> float:
@@ -102,7 +102,7 @@ def passing_bytes(model: ModelCost, first: int, end: int, flight: int, tokens: i
         count += 2 + (flight if first_on_host and sends_gradient else 0)
     if end < len(model.layers):
         count += flight + backward
-    return count * model.hidden_bytes * tokens
+    return count * model.carried_bytes(tokens)
 
 
 def compute_seconds(model: ModelCost, first: int, end: int, rates: Rates, tokens: int) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.fold.merge import merge
 from pipeline.console import UserError
+from tests.helpers import mixtures
 from tests.helpers.artifacts import files_of, load_model, tensors_of
 from tests.helpers.builders import ROOT, environment
 from tests.helpers.directions import LAYERS, D, Make, directions, maker, save_base, stored, unit
@@ -212,6 +213,25 @@ def test_a_norm_behind_the_target_modules_is_told(
     assert not capsys.readouterr().err
     make(save_base(tmp_path / "base", "gemma2"), "--directions", file, output="gemma2")
     assert "a norm (post_feedforward_layernorm) stands between" in capsys.readouterr().err
+
+
+def test_a_direction_leaves_what_a_mixtures_experts_write(make: Make, tmp_path: Path) -> None:
+    """Each expert's own matrix; 'down_proj' means them too."""
+    mixtures.save_mixture(tmp_path / "base", "mixtral")
+    vectors = directions(mixtures.LAYERS)
+    file = stored(tmp_path, vectors)
+    adapter = make(tmp_path / "base", "--directions", file, "--target-modules", "experts")
+    merge(tmp_path / "base", adapter, tmp_path / "out")
+    before, after = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
+    written_by = {name for name in before if name.endswith(".w2.weight")}
+    assert len(written_by) == mixtures.LAYERS * 4
+    for name in written_by:
+        v, W = unit(vectors[int(name.split(".")[2])]), before[name].double()
+        assert ((v @ after[name].double()).abs() <= fold_error(torch.float32) * W.norm(dim=0)).all(), name
+        assert (v @ W).norm() > 20 * fold_error(torch.float32) * W.norm()
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - written_by)
+    same = make(tmp_path / "base", "--directions", file, "--target-modules", "down_proj", output="same")
+    assert files_of(same)["adapter_model.safetensors"] == files_of(adapter)["adapter_model.safetensors"]
 
 
 def test_an_output_with_something_in_it_is_replaced_only_by_force(

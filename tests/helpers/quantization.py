@@ -4,7 +4,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from pipeline.kernels.packed_experts import PackedExperts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -98,3 +100,31 @@ def stored(parameter: Any, state: Any = None) -> dict[str, Tensor]:
     if quant.nested:
         tensors |= {"offset": quant.offset, "scales' scales": quant.state2.absmax, "scales' table": quant.state2.code}
     return tensors
+
+
+def packed_in(stages: list[Stage]) -> dict[str, PackedExperts]:
+    """By the name of the parameter in whose place they are."""
+    return {
+        f"{name}.{leaf}": value
+        for stage in stages
+        for name, module in stage.model.named_modules()
+        for leaf, value in vars(module).items()
+        if isinstance(value, PackedExperts)
+    }
+
+
+@torch.no_grad()
+def dequantise_into(whole: Any, stages: list[Stage]) -> Any:
+    """transformers' model `whole`, with what the stages' quantised weights stand for."""
+    for name, experts in packed_in(stages).items():
+        whole.get_parameter(name).copy_(torch.stack([unpack() for unpack in experts.unpacks]))
+    for stage in stages:
+        for name, module in stage.model.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            elif isinstance(module, bnb.nn.Linear8bitLt):
+                weight = bnb.functional.int8_vectorwise_dequant(module.weight.CB, module.weight.SCB)
+            else:
+                continue
+            whole.get_submodule(name).weight.copy_(weight)
+    return whole

@@ -29,6 +29,7 @@ LIGHT_MODULES = (
     "pipeline.console",
     "pipeline.families",
     "pipeline.formats.choices",
+    "pipeline.commands.known_models",
     "pipeline.names",
     "pipeline.peft.types",
     "pipeline.training.run.start_times",

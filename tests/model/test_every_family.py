@@ -2,11 +2,14 @@
 
 What `--check` accepts is saved by transformers, read into stages as a run reads it, given adapters as a run does, and
 compared with the uncut model; what it refuses must be in the table of what cannot be had. Nothing ends in a traceback.
+What came out is noted for docs/models.md (`python -m docs.models` says how).
 """
 
+from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,13 +22,17 @@ from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.console import UserError
 from pipeline.formats.stored_names import auto_class
-from pipeline.model import tiny_copy
+from pipeline.model import tiny_copy, weights
+from pipeline.model.adapters import experts
 from pipeline.model.adapters.base import trainable, written
+from pipeline.model.fusion import apply as fusion
+from pipeline.model.stage import Stage
 from pipeline.model.structure.build import logit_transform
-from pipeline.training.stage import families
+from pipeline.training.stage import families, parts
 from pipeline.training.start import resolve
 from tests.helpers.configs import small
-from tests.helpers.stages import build
+from tests.helpers.stages import CPU, build
+from tests.helpers.what_works import note
 
 LAYERS = 6  # so that patterns of three and four layers repeat
 # What a family's own defaults lack for a model that can be built.
@@ -40,9 +47,6 @@ COMPLETED: dict[str, dict[str, Any]] = {
 }
 # Refused: on any number of stages, or on more than one, with what is said.
 NEVER: dict[str, str] = {
-    "gpt-sw3": "no linear module",
-    "gpt2": "no linear module",
-    "openai-gpt": "no linear module",
     "bart": "encoder_attn",  # decoders of a model with an encoder: what reads the encoder does not run
     "bigbird_pegasus": "encoder_attn",
     "blenderbot": "encoder_attn",
@@ -60,16 +64,17 @@ NEVER: dict[str, str] = {
 }
 NEVER_CUT: dict[str, str] = {
     "ctrl": "differ from the whole model's",
-    "deepseek_v4": "cutting it into 2 stages",  # four streams go from layer to layer
+    "deepseek_v4": "cutting it into",  # four streams go from layer to layer
     "gemma4": "'PassThrough' object has no attribute",
     "gemma4_text": "'PassThrough' object has no attribute",  # each layer is given something made of the token ids
-    "hy_v4": "cutting it into 2 stages",
-    "inkling2_loop_text": "cutting it into 2 stages",
-    "inkling2_text": "cutting it into 2 stages",
-    "zaya": "cutting it into 2 stages",  # a second tensor goes from layer to layer
+    "hy_v4": "cutting it into",
+    "inkling2_loop_text": "cutting it into",
+    "inkling2_text": "cutting it into",
+    "zaya": "cutting it into",  # a second tensor goes from layer to layer
 }
 # Parts of these names compute nothing for a short text, or for tokens that no router sends there.
 IDLE = (".experts.", ".compressor.")
+ROUNDINGS = 8  # of every weight, that a fold may be off by: see fold_against_the_live_model
 QUICK = (
     "llama",
     "nanochat",
@@ -104,56 +109,107 @@ def config_of(folder: Path, stages: int, **changes: Any) -> Config:
 ADAPTERS: dict[str, dict[str, Any]] = {
     "multiplicative_lora": {"target_modules": "all-linear"},
     "lora": {"adapter_type": "lora", "target_modules": "all-linear"},
+    "experts": {"target_modules": ["experts"]},
 }
-FAMILIES = [
-    pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-]
+FOLDED = ("multiplicative_lora", "experts")
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_accepted_and_right_or_refused_by_name(kind: str, adapter: str, tmp_path: Path) -> None:
-    made = tiny(kind)
-    if isinstance(made, str):
-        pytest.skip(made[:200])
-    whole, logits = made
+def cases(quick: tuple[str, ...], *second: Any) -> list[Any]:
+    """All families, those that are not `quick` marked slow; with each of `second` beside them."""
+    every = [
+        (kind, *rest) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for rest in ([[one] for one in second] or [[]])
+    ]
+    runs_quickly = {(kind, other) for kind in quick for other in ("multiplicative_lora", "lora")}
+    runs_quickly |= {(kind,) for kind in quick}
+    return [pytest.param(*case, marks=() if case in runs_quickly else pytest.mark.slow) for case in every]
+
+
+class Seen(NamedTuple):
+    """What a family did on so many stages: it was refused, or was off by so much of the largest logit, and so was its fold."""
+
+    refused: str | None
+    off: float = 0.0
+    folded: float | None = None
+
+
+@pytest.mark.parametrize(("kind", "adapter"), cases(QUICK, *ADAPTERS))
+def test_accepted_and_right_or_refused_by_name(
+    kind: str, adapter: str, tmp_path: Path, record_property: Callable[..., None]
+) -> None:
+    whole, logits = tiny_or_skipped(kind, record_property)
+    if adapter == "experts" and (not experts.has_experts(whole) or not experts.find(whole.config)):
+        note(record_property, kind, "experts", None)
+        pytest.skip("no experts that write together")
     folder = tmp_path / "base"
     whole.save_pretrained(folder)
-    refused = {stages: outcome(whole, logits, folder, stages, adapter) for stages in (1, 2)}
-    print(kind, adapter, refused)
-    for stages, said in refused.items():
+    cuts = (1, 2, 3) if adapter == "multiplicative_lora" else (1,) if kind in NEVER_CUT else (2,)
+    seen = {stages: outcome(whole, logits, folder, stages, adapter, fold=stages == folded_on(kind)) for stages in cuts}
+    for stages, (said, *_) in seen.items():
         expected = NEVER.get(kind) or (NEVER_CUT.get(kind) if stages > 1 else None)
         assert (said is None) == (expected is None), said
         assert expected is None or (f"'{whole.config.model_type}'" in said and expected in said), said
+    note_adapters(record_property, kind, adapter, seen)
 
 
-def outcome(whole: PreTrainedModel, logits: Tensor, folder: Path, n_stages: int, adapter: str) -> str | None:
-    """What `--check` refuses it with; None where it is trained, and rightly."""
+def folded_on(kind: str) -> int:
+    """The number of stages on which a family's fold is tried out."""
+    return 1 if kind in NEVER_CUT else 2
+
+
+def note_adapters(record_property: Callable[..., None], kind: str, adapter: str, seen: dict[int, Seen]) -> None:
+    """The stages, the adapter and the fold, as docs/models.md has them."""
+    refused = next((one.refused for one in seen.values() if one.refused), None)
+    runs = any(one.refused is None for one in seen.values())
+    note(record_property, kind, adapter, runs, "" if runs else refused)
+    if adapter == "multiplicative_lora":
+        off = max(one.off for one in seen.values())
+        note(record_property, kind, "stages", not refused, refused or (f"{off:.0e}" if off else "0"))
+    for one in seen.values():
+        if one.folded is not None and adapter == "multiplicative_lora":
+            note(record_property, kind, "fold", True, f"{one.folded:.0e}")
+
+
+def tiny_or_skipped(kind: str, record_property: Callable[..., None]) -> tuple[PreTrainedModel, Tensor]:
+    made = tiny(kind)
+    if isinstance(made, str):
+        note(record_property, kind, "untried", False, made)
+        pytest.skip(made[:200])
+    return made
+
+
+def outcome(whole: PreTrainedModel, logits: Tensor, folder: Path, n_stages: int, adapter: str, *, fold: bool) -> Seen:
+    """What `--check` refuses it with; or that it is trained, and rightly."""
     config = config_of(folder, n_stages, **ADAPTERS[adapter])
     try:
         plan = resolve.resolve(config)
     except UserError as error:
-        return str(error)
+        return Seen(str(error))
     stages = [build(folder, first, end) for first, end in plan.ranges]
     for stage in stages:
         families.inject(stage, plan.trained.adapter)
     found = run(stages)
     # Most are equal to the bit. A mask that adds where transformers leaves out rounds otherwise: some tens of fp32's 2⁻²³.
-    assert (found.detach() - logits).abs().max() <= 2**-18 * logits.abs().max()
+    off = float((found.detach() - logits).abs().max() / logits.abs().max())
+    assert off <= 2**-18
     found.square().sum().backward()
     trained = {name: p for stage in stages for name, p in trainable(stage).items()}
     assert {name.rpartition(".")[0] for name in trained} == set(plan.trained.targets)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained.values())
     untrained = [n for n, p in trained.items() if p.grad is None and not any(idle in n for idle in IDLE)]
     assert not untrained
-    if (adapter, n_stages) == ("multiplicative_lora", 2):
-        fold_equals_the_live_model(plan, stages, folder)
-    return None
+    folded = fold_against_the_live_model(plan, stages, folder) if fold and adapter in FOLDED else None
+    return Seen(None, off, folded)
 
 
 @torch.no_grad()
-def fold_equals_the_live_model(plan: Any, stages: list[Any], folder: Path) -> None:
-    """The adapter a step on, saved as a run saves it and folded: transformers' logits of the fold are the stages'."""
+def fold_against_the_live_model(plan: Any, stages: list[Any], folder: Path) -> float:
+    """The adapter a step on, saved as a run saves it and folded: transformers' logits of the fold are the stages'.
+
+    How far they may be off is what one more rounding does to them: deep random layers amplify it from token to token, and a
+    router may choose otherwise in a late one, so it is the median of the tokens that counts. Every weight of the folded model
+    is moved by 2⁻²⁴ of it, up or down, and the fold, which rounded those that it changed as much, may move the logits by
+    ROUNDINGS times as much. Gives by how much of the largest logit it did.
+    """
     tensors = {}
     before = run(stages)
     for stage in stages:
@@ -168,11 +224,93 @@ def fold_equals_the_live_model(plan: Any, stages: list[Any], folder: Path) -> No
     merge(folder, folder.parent / "adapter", folder.parent / "folded")
     config = AutoConfig.from_pretrained(folder.parent / "folded")
     theirs = auto_class(config).from_pretrained(folder.parent / "folded", dtype=torch.float32).eval()
-    found = theirs(input_ids=tiny_copy.token_ids(), use_cache=False).logits
-    # Deep random layers amplify rounding from token to token, and a router may choose otherwise in a late one: in most tokens
-    # the fold is a hundred times nearer than what the adapter did.
-    off, did = ((found - live).abs().amax(dim=-1).median(), (live - before).abs().amax(dim=-1).median())
-    assert off <= max(1e-4 * float(live.abs().max()), 0.01 * float(did))
+    ids = tiny_copy.token_ids()
+    found = theirs(input_ids=ids, use_cache=False).logits
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter *= 1 + 2**-23 * (torch.rand(parameter.shape, generator=generator) < 0.5)
+    rounded = theirs(input_ids=ids, use_cache=False).logits
+    off, once = ((found - other).abs().amax(dim=-1).median() for other in (live, rounded))
+    did = (live - before).abs().amax(dim=-1).median()
+    print(f"fold: off {float(off):.2g}, one rounding {float(once):.2g}, the adapter {float(did):.2g}")
+    if off > ROUNDINGS * once and not reads_as_saved(folder, before):
+        off = (run([build(folder.parent / "folded", 0, LAYERS)]) - live).abs().amax(dim=-1).median()
+    assert off <= ROUNDINGS * once
+    assert once < 0.01 * did
+    return float(off / live.abs().max())
+
+
+def reads_as_saved(folder: Path, logits: Tensor) -> bool:
+    """Whether transformers computes with what it saved in `folder` what it did before (zaya, in 5.24, does not)."""
+    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+    found = model(input_ids=tiny_copy.token_ids(), use_cache=False).logits
+    return bool((found - logits).abs().amax(dim=-1).median() <= 1e-3 * logits.abs().max())
+
+
+@pytest.mark.parametrize("kind", cases(("llama",)))
+def test_kernels_compute_what_the_model_does(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
+    """All kernels, over adapters of all linear modules a step on: the logits and the gradients without them."""
+    whole, _ = tiny_or_skipped(kind, record_property)
+    if kind in NEVER:
+        pytest.skip(NEVER[kind])
+    whole.save_pretrained(tmp_path)
+    plan = resolve.resolve(config_of(tmp_path, 1, target_modules="all-linear"))
+    made, taken = [], {}
+    for kernels in (frozenset(), frozenset(fusion.KERNELS)):
+        stage = build(tmp_path, 0, LAYERS)
+        families.inject(stage, plan.trained.adapter)
+        randomise_b(stage)
+        taken = fusion.apply(stage, kernels)
+        logits = run([stage])
+        logits.square().sum().backward()
+        made.append((logits.detach(), {n: p.grad for n, p in trainable(stage).items() if p.grad is not None}))
+    (right, expected), (found, gradients) = made
+    assert (found - right).abs().amax(dim=-1).median() <= 2**-15 * right.abs().max()
+    assert gradients.keys() == expected.keys()
+    off = sum(float((gradients[n] - g).square().sum()) for n, g in expected.items()) ** 0.5
+    assert off <= 1e-3 * sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+    note(record_property, kind, "kernels", bool(taken) or None, ", ".join(sorted(taken)))
+
+
+@torch.no_grad()
+def randomise_b(stage: Stage) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in trainable(stage).items():
+        if name.endswith(".B"):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_a_base_in_4_bits(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
+    """What transformers' model computes with the weights that the packed ones stand for; and it trains."""
+    from tests.helpers.quantization import dequantise_into  # bitsandbytes takes seconds to import
+
+    whole, _ = tiny_or_skipped(kind, record_property)
+    if kind in NEVER:
+        pytest.skip(NEVER[kind])
+    whole.save_pretrained(tmp_path)
+    four = {"bnb": {"load_in_4bit": True}}
+    try:
+        plan = resolve.resolve(config_of(tmp_path, 1, target_modules="all-linear", quantization=four))
+    except UserError as error:
+        note(record_property, kind, "4 bits", False, str(error))
+        assert f"'{whole.config.model_type}'" in str(error)
+        return
+    stage = Stage(plan.meta_model.make(), 0, LAYERS)
+    parts.put_quantised(stage, plan.base.scheme)
+    weights.load(stage, plan.base.folder, plan.base.dtype, CPU)
+    theirs = dequantise_into(deepcopy(whole), [stage.eval()])
+    with torch.no_grad():
+        right = theirs(input_ids=tiny_copy.token_ids(), use_cache=False).logits
+    families.inject(stage, plan.trained.adapter)
+    found = run([stage])
+    assert (found - right).abs().amax(dim=-1).median() <= 2**-15 * right.abs().max()
+    found.square().sum().backward()
+    gradients = [p.grad for p in trainable(stage).values() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    note(record_property, kind, "4 bits", True)
 
 
 def run(stages: list[Any]) -> Tensor:

@@ -10,10 +10,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from pipeline.console import UserError
-from pipeline.model import packing_check
 from pipeline.model.stage import Stage
 from pipeline.model.structure import apart
 from pipeline.model.structure.apart import Way
+from pipeline.model.trial import packing_check
 from tests.helpers.builders import save_model
 from tests.helpers.stages import build
 

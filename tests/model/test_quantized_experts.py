@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from pipeline.kernels.packed_experts import PackedExperts
@@ -26,7 +25,7 @@ from pipeline.model.stage import Stage
 from pipeline.training.stage import families, parts
 from pipeline.training.start import resolve
 from tests.helpers import mixtures
-from tests.helpers.quantization import NF4
+from tests.helpers.quantization import NF4, dequantise_into, packed_in
 from tests.helpers.stages import CPU
 
 IDS = torch.arange(3, 19).view(2, 8)
@@ -77,35 +76,12 @@ def run(stages: list[Stage]) -> Tensor:
     return stages[-1].head(carried)
 
 
-def packed_in(stages: list[Stage]) -> dict[str, PackedExperts]:
-    """By the name of the parameter in whose place they are."""
-    return {
-        f"{name}.{leaf}": value
-        for stage in stages
-        for name, module in stage.model.named_modules()
-        for leaf, value in vars(module).items()
-        if isinstance(value, PackedExperts)
-    }
-
-
-@torch.no_grad()
 def dequantised(folder: Path, stages: list[Stage]) -> Any:
     """transformers' model of `folder` with what the quantised weights stand for."""
     whole = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    for name, experts in packed_in(stages).items():
-        whole.get_parameter(name).copy_(torch.stack([unpack() for unpack in experts.unpacks]))
-    for stage in stages:
-        for name, module in stage.model.named_modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            elif isinstance(module, bnb.nn.Linear8bitLt):
-                weight = bnb.functional.int8_vectorwise_dequant(module.weight.CB, module.weight.SCB)
-            else:
-                continue
-            whole.get_submodule(name).weight.copy_(weight)
-    return whole
+    return dequantise_into(whole, stages)
 
 
 @over_kinds

@@ -5,11 +5,13 @@ Stages run here as a pipeline runs them, forward with a detached tensor between 
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from pipeline.console import UserError
 from pipeline.model import cut_check, router_loss
@@ -54,11 +56,12 @@ def stages_of(folder: Path, cuts: list[int], dtype: torch.dtype = torch.float32)
 
 
 def run(
-    stages: list[Any], routers: list[RouterLoss], lengths: Tensor | None = None
+    stages: list[Any], routers: list[RouterLoss], lengths: Tensor | None = None, positions: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighed loss of the routers alone, and the gradients."""
     ids = token_ids()
-    carried: tuple[Tensor, ...] = (ids, torch.arange(12).expand_as(ids), *([] if lengths is None else [lengths]))
+    at = torch.arange(12).expand_as(ids) if positions is None else positions
+    carried: tuple[Tensor, ...] = (ids, at, *([] if lengths is None else [lengths]))
     entered: list[tuple[Tensor, Tensor]] = []
     for stage in stages[:-1]:
         given, positions = stage(carried)
@@ -119,6 +122,39 @@ def test_padding_does_not_choose(folders: dict[str, Path]) -> None:
         assert close(own, gradients)
     full, _ = of_transformers(folders["mixtral"])
     assert abs(full - right) > 1e-3
+
+
+def test_packed_documents_choose_as_each_does_alone(folders: dict[str, Path]) -> None:
+    """Two documents in each row and padding behind them: the loss and gradients of transformers' function of the routers'
+    logits that the documents have by themselves."""
+    documents, padding = (5, 4), 3
+    positions = torch.cat([torch.arange(n) for n in (*documents, padding)]).expand(2, -1)
+    (whole,) = stages_of(folders["mixtral"], [0, LAYERS])
+    alone: list[list[Tensor]] = []
+    for row in token_ids():
+        for ids in row.split([*documents, padding])[:-1]:
+            logits = whole.model(input_ids=ids[None], output_router_logits=True, use_cache=False).router_logits
+            alone.append(list(logits))
+    together = tuple(torch.cat(of_layer) for of_layer in zip(*alone, strict=True))
+    right = WEIGHT * load_balancing_loss_func(together, whole.model.num_experts, whole.model.num_experts_per_tok)
+    right.backward()
+    gradients = {n: p.grad for n, p in trainable(whole).items() if p.grad is not None}
+    for cuts in CUTS:
+        stages = stages_of(folders["mixtral"], cuts)
+        routers = [RouterLoss(stage, WEIGHT) for stage in stages]
+        loss, own = run(stages, routers, torch.full((2,), sum(documents)), positions)
+        assert loss == pytest.approx(float(right), rel=4 * 2**-24)
+        assert close(own, gradients)
+
+
+def test_what_travels_behind_the_hidden_state_is_counted() -> None:
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)),
+        num_experts=4,
+        dtype=torch.bfloat16,
+    )
+    packed = pack(torch.zeros(2, 5, 8, dtype=torch.bfloat16), torch.zeros(2 * 4 + 1 + 2))
+    assert router_loss.bytes_behind(model, 2) == packed.nbytes - 2 * 5 * 8 * 2
 
 
 @pytest.mark.parametrize("level", only([RecomputeLevel.INPUT, RecomputeLevel.PROJECTIONS], RecomputeLevel))

@@ -1,5 +1,6 @@
 """The language model within a model for text and images: trained on stages, folded, and the rest of the model as it was."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipeline.artifacts.fold.merge import merge
+from pipeline.commands.known_models import TEXT_HALF
 from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
 from pipeline.formats.safetensors import read_tensor
@@ -19,6 +21,7 @@ from pipeline.model.stage import empty_model, read_model_config
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
 from tests.helpers.stages import build
+from tests.helpers.what_works import note
 from tests.model.test_every_family import config_of, run
 
 LAYERS = 4
@@ -80,10 +83,10 @@ def logits_of(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
-def test_trained_folded_and_the_rest_as_it_was(kind: str, tmp_path: Path) -> None:
+def test_trained_folded_and_the_rest_as_it_was(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
     base, adapter, folded = tmp_path / "base", tmp_path / "adapter", tmp_path / "folded"
     saved(kind, base)
-    right = logits_of(base)
+    right, off = logits_of(base), 0.0
     for n_stages in (3, 2):
         plan = resolve.resolve(config_of(base, n_stages, target_modules="all-linear"))
         stages = [build(base, first, end) for first, end in plan.ranges]
@@ -92,7 +95,8 @@ def test_trained_folded_and_the_rest_as_it_was(kind: str, tmp_path: Path) -> Non
         for stage in stages:
             families.inject(stage, plan.trained.adapter)
         logits = run(stages)
-        assert (logits.detach() - right).abs().max() <= 2**-18 * right.abs().max()
+        off = max(off, float((logits.detach() - right).abs().max() / right.abs().max()))
+        assert off <= 2**-18
     logits.square().mean().backward()
     tensors = {}
     with torch.no_grad():
@@ -106,12 +110,16 @@ def test_trained_folded_and_the_rest_as_it_was(kind: str, tmp_path: Path) -> Non
     adapter.mkdir()
     families.writer(plan.trained.adapter, plan.base)(adapter, tensors)
     merge(base, adapter, folded)
-    assert (logits_of(folded) - live).abs().max() <= 1e-4 * live.abs().max()
+    fold = float((logits_of(folded) - live).abs().max() / live.abs().max())
+    assert fold <= 1e-4
     before, after = read_base(base).tensors, read_base(folded).tensors
     assert before.keys() == after.keys()
     of_images = [name for name in before if "vision" in name or "visual" in name]
     assert of_images
     assert all(torch.equal(read_tensor(before[name]), read_tensor(after[name])) for name in of_images)
+    note(record_property, f"{kind}{TEXT_HALF}", "stages", True, f"{off:.0e}" if off else "0")
+    note(record_property, f"{kind}{TEXT_HALF}", "multiplicative_lora", True)
+    note(record_property, f"{kind}{TEXT_HALF}", "fold", True, f"{fold:.0e}")
 
 
 def test_the_whole_model_of_text_and_images_is_not_trained_in_full(tmp_path: Path) -> None:

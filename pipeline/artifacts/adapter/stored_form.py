@@ -2,7 +2,8 @@
 
 Takes a `Base` and an `Adapter` whose modules are the running model's; gives where each weight lies, and the same adapter in
 terms of the stored tensors. GPT-2 and its like hold a linear layer as [D_in, D_out] (transformers' Conv1D): there
-W = Sᵀ, and W' = W + s·B·A is S' = S + s·Aᵀ·Bᵀ. Pairs of modules that lie one below the other in one tensor become one pair of
+W = Sᵀ, and W' = W + s·B·A is S' = S + s·Aᵀ·Bᵀ; a multiplicative pair is S' = S·(I + s·B·A)ᵀ, as of a transposed tensor of
+experts. Pairs of modules that lie one below the other in one tensor become one pair of
 that tensor, with zeros where a pair has no rows: of B, and, where the adapter is multiplicative, of the columns of A.
 """
 
@@ -73,8 +74,10 @@ def in_stored_form(
     modules of experts, which keep their names beside what is `stacked`.
 
     Raises UserError where a family other than pairs meets a tensor that holds more than its weight, or is transposed.
+    A multiplicative pair on a transposed weight is given what an expert's has: a `Stack` of the one.
     """
     modules = {module: found[f"{module}.weight"] for module in adapter.modules if module not in stacked}
+    within = {module: stack for module, stack in stacked.items() if module in adapter.pairs}
     full = {}
     for name, tensor in adapter.full.items():
         place = found.get(name, Place(name))
@@ -102,19 +105,18 @@ def in_stored_form(
         place = modules[module]
         if place.n_rows is not None:
             together.setdefault(_module(place), []).append((place, pair))
+        elif is_transposed(base, module) and multiplicative:
+            pairs[_module(place)] = pair
+            bias = f"{_module(place)}.bias"
+            biases = (bias,) if adapter.moves_bias and bias in base.tensors else ()
+            within[_module(place)] = Stack((place.tensor,), biases, transposed=True)
         elif is_transposed(base, module):
-            if multiplicative:
-                raise UserError(
-                    f"{adapter.folder}: {base.folder} stores {module} transposed (Conv1D). A multiplicative adapter of that "
-                    "is not folded."
-                )
             pairs[_module(place)] = replace(pair, A=pair.B.T, B=pair.A.T)
         else:
             pairs[_module(place)] = pair
     for module, members in together.items():
         pairs[module] = joined(members, base.tensors[f"{module}.weight"].shape[0], multiplicative=multiplicative)
     copied = frozenset(found[name].tensor if name in found else name for name in adapter.copied)
-    within = {module: stack for module, stack in stacked.items() if module in adapter.pairs}
     return replace(adapter, pairs=pairs, maps=maps, full=full, copied=copied, stacks=within)
 
 

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from pipeline.artifacts.adapter.adapter import Adapter
-from pipeline.artifacts.adapter.stored_form import as_matrix, places
+from pipeline.artifacts.adapter.stored_form import as_matrix, is_transposed, places
 from pipeline.artifacts.fold.plan import Change, PairStep, plan_fold
 from pipeline.artifacts.fold.rows import BLOCK_ITEMS, compose, round_to
 from pipeline.artifacts.fold.ties import settled
@@ -112,6 +112,11 @@ def additive_form(
         raise UserError(
             f"{adapter.folder} is a {plan.parts[0].kind} adapter, and no sum W + s·B·A with a small A "
             "and B. Fold it (merge_lora.py), or load it with PEFT."
+        )
+    if found == MULTIPLICATIVE and (across := [m for m in adapter.modules if is_transposed(base, m)]):
+        raise UserError(
+            f"{base.folder} stores {across[0]} transposed (Conv1D): of a multiplicative adapter there no additive form is made. "
+            "Fold it (merge_lora.py)."
         )
     scaling = max((pair.scaling for pair in adapter.pairs.values()), key=abs)
     base, (alone,), _ = settled(base, [adapter])

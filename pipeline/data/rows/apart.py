@@ -1,8 +1,8 @@
 """Takes a store of chunks (data/store.py); gives the same chunks with their documents kept apart.
 
 Positions begin again where a document begins within a chunk, by which transformers lets it see nothing of those before it
-(model/packing_check.py makes sure of that); its first token is no target. What goes on from the chunk before begins with the
-chunk, as ever; a document right behind BOS has it as its own.
+(model/trial/packing_check.py makes sure of that); its first token is no target. What goes on from the chunk before begins with
+the chunk, as ever; a document right behind BOS has it as its own.
 """
 
 import hashlib

@@ -4,7 +4,7 @@
 other, cut where a row of the given length is full; what a cut leaves for the next row begins there without what was before it.
 
 Where rows are kept apart, positions begin again at every one's beginning, by which transformers lets none see another
-(model/packing_check.py makes sure of it); what is left of a row is padding, one more document. A row's first token is no
+(model/trial/packing_check.py makes sure of it); what is left of a row is padding, one more document. A row's first token is no
 target, as nothing before it predicts it; nor is that of what a cut leaves.
 
 Where a model's rotary embedding is another for what is longer than `switch` tokens, best fit puts longer rows beside longer

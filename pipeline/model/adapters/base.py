@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.console import UserError
 from pipeline.kernels.packed_experts import PackedExperts
@@ -125,8 +126,16 @@ def owned(stage: Stage, targets: list[str]) -> list[str]:
 
 def outputs_of(model: PreTrainedModel, module: nn.Module) -> int:
     """How many numbers a module gives for each token: a linear one's rows; any other target writes to the hidden state."""
-    width: Any = getattr(module, "out_features", None)
-    return int(model.config.get_text_config().hidden_size if width is None else width)
+    sizes = sizes_of(module)
+    return int(model.config.get_text_config().hidden_size) if sizes is None else sizes[1]
+
+
+def sizes_of(module: Any) -> tuple[int, int] | None:
+    """(D_in, D_out) of a linear module, whichever way its weight lies; None for any other."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    inputs, outputs = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return None if inputs is None or outputs is None else (int(inputs), int(outputs))
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -9,11 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.console import UserError
 from pipeline.families import LORA
 from pipeline.model.adapters import parameters
-from pipeline.model.adapters.base import Injector, Settings, device_of, draw, draw_normal, inject_peft, owned, wrap
+from pipeline.model.adapters.base import (
+    Injector,
+    Settings,
+    device_of,
+    draw,
+    draw_normal,
+    inject_peft,
+    owned,
+    sizes_of,
+    wrap,
+)
 from pipeline.model.stage import Stage
 
 OVERSAMPLED = 10  # probes beyond the rank (Halko, Martinsson & Tropp 2011, §4.2)
@@ -141,6 +152,7 @@ def inject_lora(
             target_modules=names,
             bias="none",
             use_rslora=use_rslora,
+            fan_in_fan_out=any(isinstance(stage.model.get_submodule(name), Conv1D) for name in owned(stage, targets)),
         ),
     )
     for name in mine:
@@ -263,9 +275,10 @@ def _first_columns(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, T
 
 def _pair(base_layer: Any, rank: int, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
     """A [R, D_in], not yet set, and B [D_out, R], zero."""
-    device = device_of(base_layer)
-    A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=dtype, device=device))
-    return A, nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=dtype, device=device))
+    device, sizes = device_of(base_layer), sizes_of(base_layer)
+    assert sizes is not None, "a linear module"
+    A = nn.Parameter(torch.empty(rank, sizes[0], dtype=dtype, device=device))
+    return A, nn.Parameter(torch.zeros(sizes[1], rank, dtype=dtype, device=device))
 
 
 @torch.no_grad()

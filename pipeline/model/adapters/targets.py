@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.schema import layer_ranges
 from pipeline.console import UserError
@@ -70,7 +71,7 @@ def resolve_targets(
     if not wanted:
         raise UserError(
             f"target_modules = '{target_modules}': the chosen layers of model_type '{model.config.model_type}' have no "
-            f"linear module to adapt{_of_conv1d(model)}"
+            "linear module to adapt"
         )
     _check_apart([name for name in wanted if name in mixture], wanted)
     chosen = {full for name in wanted for full in found.get(name) or of_experts[name]}
@@ -135,8 +136,8 @@ def describe_layers(layers: list[int], n_layers: int) -> str:
 
 
 def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list[str]]:
-    """Name within a layer → full names, of all modules of `layers` that compute x·Wᵀ + b as nn.Linear does and are called
-    for it."""
+    """Name within a layer → full names, of all modules of `layers` that compute x·Wᵀ + b, as nn.Linear and Conv1D do, and are
+    called for it."""
     prefix = parts_of(model).layers
     found: dict[str, list[str]] = {}
     for index in layers:
@@ -151,9 +152,10 @@ def _linear_modules(model: PreTrainedModel, layers: list[int]) -> dict[str, list
 @cache
 @torch.no_grad()
 def _is_linear(kind: type[nn.Module]) -> bool:
-    """Whether modules of `kind` compute what nn.Linear does; one with a forward of its own is tried out on random numbers."""
+    """Whether modules of `kind` compute what nn.Linear does, whichever way their weight lies; a Linear with a forward of its own
+    is tried out on random numbers."""
     if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
-        return issubclass(kind, nn.Linear)
+        return issubclass(kind, nn.Linear) or kind is Conv1D
     with torch.random.fork_rng(devices=[]), suppress(Exception):  # whatever a class says to being made so
         small, x = kind(3, 5), torch.randn(7, 3)
         return torch.allclose(small(x), nn.functional.linear(x, small.weight, small.bias), atol=1e-6)
@@ -189,12 +191,6 @@ def _what_it_is(model: PreTrainedModel, target: str, layers: list[int]) -> str:
                 if _is_linear(type(module)):  # type: ignore[arg-type]
                     return f" (in layer {index} the model's code takes its weight and does not call it)"
                 return f" (in layer {index} it is a {type(module).__name__})"
-    return ""
-
-
-def _of_conv1d(model: nn.Module) -> str:
-    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
-        return " (its products are Conv1D, which stores the weight transposed, and no adapter is built for it)"
     return ""
 
 

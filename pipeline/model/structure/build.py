@@ -5,6 +5,7 @@ the text half: what reads images or sound is not in it, and the names are those 
 """
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.console import UserError
+from pipeline.foreign import printable
 from pipeline.formats.stored_names import auto_class
 from pipeline.kernels.cross_entropy import LogitTransform
 from pipeline.model.structure.parts import find, text_config
@@ -51,6 +53,12 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
             )
     except Exception as error:
+        if attn_implementation is not None and _builds(config, dtype):
+            raise UserError(
+                f"attn_implementation = '{attn_implementation}': model_type '{config.model_type}' cannot have it here: "
+                f"{printable(str(error).split(' Please ')[0].rstrip('.'))}; install what is missing, take another "
+                "(every model has 'eager'), or leave the key out"
+            ) from error
         raise UserError(f"model_type '{config.model_type}': transformers cannot build it: {reason(error)}") from error
     parts = find(model)
     if text_config(model.config) is not model.config:
@@ -58,6 +66,18 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
         parts = find(model)
     model.__dict__["parts"] = parts
     return model
+
+
+def _builds(config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Whether transformers builds the model with the attention that every model has."""
+    try:
+        with init_empty_weights(include_buffers=False), LargeOnMeta():
+            auto_class(config).from_config(
+                deepcopy(config), dtype=dtype, attn_implementation="eager", trust_remote_code=False
+            )
+    except Exception:
+        return False
+    return True
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:

@@ -17,9 +17,14 @@ def pack(hidden_BTD: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
     """The hidden state [B, T + r, D] with fp32 `values` [n] in r rows behind it, multiplied by `scale`, a power of two."""
     B, _, D = hidden_BTD.shape
     pieces = _Split.apply(values * scale, hidden_BTD.dtype).flatten()
-    rows = -(-len(pieces) // (B * D))
+    rows = rows_behind(len(values), B, D)
     filled = nn.functional.pad(pieces, (0, B * rows * D - len(pieces)))
     return torch.cat([hidden_BTD, filled.view(B, rows, D)], dim=1)
+
+
+def rows_behind(count: int, B: int, D: int) -> int:
+    """Of hidden states [B, D], those that `count` values take."""
+    return -(-PIECES * count // (B * D))
 
 
 def unpack(packed: Tensor, tokens: int, count: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:

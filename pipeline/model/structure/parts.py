@@ -200,7 +200,7 @@ def observed(model: PreTrainedModel) -> Iterator[Callable[[], Parts]]:
         at[0] = "before"
 
     def leaves(index: int, output: Any) -> None:
-        tuples[index] = len(output) if isinstance(output, tuple) else None
+        tuples[index] = len(output) if isinstance(output, tuple | list) else None
         at[0] = "after" if index == len(layers) - 1 else at[0]
 
     def notes(name: str, given: tuple[Any, ...], output: Any) -> None:

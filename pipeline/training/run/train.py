@@ -14,6 +14,7 @@ from pipeline.console import EXIT_DONE, EXIT_STOPPED, log, rank, warn
 from pipeline.formats.base_model import read_base
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.log_file import LogFile
+from pipeline.model.trial import attention_check
 from pipeline.publishing import next_steps
 from pipeline.training import trackers
 from pipeline.training.engine import engine, selftest
@@ -56,6 +57,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
             model = fingerprint(read_base(Path(config.model), "model"))
             meeting.check_same({"the model's folder": model, "the training data": batches.order_hash(0)})
         prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
+        attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             times.ended("self-test")

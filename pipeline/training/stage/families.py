@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.artifacts.adapter.adapter import adapter_norms
 from pipeline.artifacts.adapter.parameters import per_expert
@@ -24,7 +25,7 @@ from pipeline.formats.base_model import read_base
 from pipeline.formats.dtypes import dtype_name
 from pipeline.formats.fingerprint import fingerprint
 from pipeline.model.adapters import by_peft, control, lora, multiplicative, rotations
-from pipeline.model.adapters.base import Injector, Settings, outputs_of, owned, written
+from pipeline.model.adapters.base import Injector, Settings, outputs_of, owned, sizes_of, written
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.names import holders
@@ -45,6 +46,10 @@ INJECTORS: dict[str, Injector] = {
 }
 
 
+# Families that train on a Conv1D: those whose pairs of A and B, with their own start, are all that is saved.
+ON_CONV1D = tuple(name for name, row in CONFIGURED.items() if saved_as(row).is_pairs)
+
+
 def default_targets(family: str) -> list[str] | str:
     """What target_modules is where the configuration does not say."""
     targets = FAMILIES[family].default_targets
@@ -56,14 +61,20 @@ def check_fits(adapter: AdapterSpec, model: PreTrainedModel) -> None:
     if adapter.by_peft is not None:
         by_peft.check_fits(model, adapter.targets, adapter.by_peft)
     row, block, too_wide = adapter.row, adapter.block_size, []
+    pairs = saved_as(row).is_pairs and adapter.start is True and adapter.by_peft is None
     for name, size in adapter.sizes.items():
         rank = size.rank
         if name in adapter.parameters:
             inputs, outputs = adapter.parameters[name][-2:]
         else:
             module: Any = model.get_submodule(name)
+            if isinstance(module, Conv1D) and not pairs:
+                raise UserError(
+                    f"target_modules: {name} is a Conv1D, whose weight is stored transposed; there train pairs of A and B: "
+                    f"adapter_type = {', '.join(repr(family) for family in ON_CONV1D)}"
+                )
             outputs = outputs_of(model, module)
-            inputs = getattr(module, "in_features", outputs)
+            inputs = (sizes_of(module) or (outputs, outputs))[0]
         if block and inputs % block:
             raise UserError(f"{row.block_size} = {block} does not divide the {inputs} inputs of {name}")
         if row.not_above_outputs and rank > outputs:

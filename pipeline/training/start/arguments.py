@@ -6,6 +6,7 @@ Gives the parsed arguments, or one UserError for those that contradict each othe
 import argparse
 
 from pipeline.commands.arguments import complete
+from pipeline.commands.known_models import ShowModels
 from pipeline.console import LEVELS, UserError
 from pipeline.version import ShowVersion
 
@@ -40,6 +41,7 @@ def parse() -> argparse.Namespace:
         "--log_level", choices=LEVELS, default="info", help="what a run shows (default info); its log.txt has all of it"
     )
     parser.add_argument("--profile", type=int, metavar="N", help="trace N steps, from the second on, into profile/")
+    parser.add_argument("--list-models", "--list_models", action=ShowModels)
     parser.add_argument("--version", action=ShowVersion)
     for ignored in ("--no_quantiles", "--deepspeed"):
         parser.add_argument(ignored, action="store_true", help=argparse.SUPPRESS)

@@ -22,6 +22,7 @@ from pipeline.config.tables import Optimizer
 from pipeline.console import EXIT_DONE, UserError, gib, log, log_if_slow, warn
 from pipeline.data.batches import Position
 from pipeline.files import write_text
+from pipeline.model import router_loss
 from pipeline.model.adapters.base import trainable
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
@@ -73,6 +74,7 @@ def costs(plan: Resolved, levels: Iterable[RecomputeLevel], on_gpu: bool) -> Cal
     parts.put_kernels(stage, parts.chosen_kernels(plan.layout.kernels, on_gpu))
     rows, optimizer = plan.layout.rows, plan.updates.optimizer
     own_types = optimizer_types(optimizer, stage)
+    behind = router_loss.bytes_behind(stage.model, rows) if plan.router_loss else 0
 
     def training(parameter: nn.Parameter) -> tuple[int, Update]:
         kind, n, size = own_types.get(parameter, optimizer.type), parameter.numel(), parameter.element_size()
@@ -81,7 +83,7 @@ def costs(plan: Resolved, levels: Iterable[RecomputeLevel], on_gpu: bool) -> Cal
 
     @cache
     def count(tokens: int) -> ModelCost:
-        return model_cost(
+        counted = model_cost(
             stage,
             rows=rows,
             tokens=tokens // rows,
@@ -90,6 +92,7 @@ def costs(plan: Resolved, levels: Iterable[RecomputeLevel], on_gpu: bool) -> Cal
             transform=logit_transform(stage.model.config),
             on_gpu=on_gpu,
         )
+        return counted._replace(behind_bytes=behind)
 
     return count
 

@@ -26,13 +26,14 @@ from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.generation import cache_check
 from pipeline.generation.prompts import read_prompts
 from pipeline.generation.sampling import Sampling
-from pipeline.model import cut_check, packing_check, quantized, router_loss, unsupported, weights
+from pipeline.model import cut_check, quantized, router_loss, unsupported, weights
 from pipeline.model.adapters import by_peft, experts, parameters
 from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
 from pipeline.model.structure.parts import layers_of_model
+from pipeline.model.trial import attention_check, packing_check
 from pipeline.names import id_in_cache, layers_of, within_layer
 from pipeline.peft.types import PATTERNS, Asked, settings_of
 from pipeline.planning import cut, formula
@@ -52,6 +53,7 @@ def resolve(config: Config, *, resumes: bool = False) -> Resolved:
     model_config = read_model_config(config.model)
     with unsupported.named(model_config.model_type, "looking at its structure"):
         resolved = _resolve(config, model_config, resumes)
+    attention_check.check(model_config, config.attn_implementation, resolved.base.dtype)
     if sentence := unsupported.router_loss(model_config, trained=bool(resolved.router_loss)):
         warn(sentence)
     check_tiny(resolved, resolved.ranges)

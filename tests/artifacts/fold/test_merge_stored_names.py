@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.adapter.stored_form import CONV1D_MODULES, CONV1D_TYPES
+from pipeline.artifacts.export.additive import additive_form
 from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold import match as fold_match
 from pipeline.artifacts.fold.merge import merge
 from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
 from pipeline.publishing import after_training
-from tests.helpers.artifacts import VOCABULARY, bytes_of, fold64, load_model, logits, multiplicative, tensors_of
+from tests.helpers.artifacts import VOCABULARY, bytes_of, fold64, hooked, load_model, logits, multiplicative, tensors_of
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -227,11 +228,21 @@ def test_a_linear_base_is_not_transposed_by_a_word(tmp_path: Path) -> None:
     assert close(logits(load_model(tmp_path / "out")), live)
 
 
-def test_what_a_transposed_base_does_not_take_is_refused(tmp_path: Path) -> None:
+def test_a_multiplicative_pair_on_a_transposed_weight(tmp_path: Path) -> None:
+    """The bias too; taken out again, the base; an additive form, which would need A·W, is refused."""
     random_model("gpt2", GPT2).save_pretrained(tmp_path / "base")
-    multiplicative(tmp_path / "adapter", {"transformer.h.0.attn.c_proj": (64, 64)})
-    with pytest.raises(UserError, match=r"stores transformer.h.0.attn.c_proj transposed \(Conv1D\). A multiplicative"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    modules = {"transformer.h.0.attn.c_attn": (192, 64), "transformer.h.1.mlp.c_proj": (64, 256)}
+    tensors = multiplicative(tmp_path / "adapter", modules, biased_targets=True)
+    model = load_model(tmp_path / "base")
+    with hooked(model, tensors, 6 / 4, multiplicative=True):
+        live = logits(model)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert close(logits(load_model(tmp_path / "out")), live)
+    assert not close(logits(model), live)
+    merge(tmp_path / "out", tmp_path / "adapter", tmp_path / "back", unmerge=True)
+    assert close(logits(load_model(tmp_path / "back")), logits(model))
+    with pytest.raises(UserError, match=r"transposed \(Conv1D\): of a multiplicative adapter there no additive form"):
+        additive_form(read_base(tmp_path / "base"), load_adapter(tmp_path / "adapter"), kind=None, dtype="F32")
 
 
 @pytest.mark.slow

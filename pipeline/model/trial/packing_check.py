@@ -2,8 +2,8 @@
 
 Takes the model's config; runs a tiny copy on two documents whose positions each begin at 0. What the second one gives must
 not change with the first one's tokens, and be what it gives alone. Gives what the model needs for it beside positions
-(structure/apart.py). UserError where nothing helps: a recurrence (mamba, qwen3_next and other hybrids), or a bias by distance
-(bloom, mpt).
+(model/structure/apart.py). UserError where nothing helps: a recurrence (mamba, qwen3_next and other hybrids), or a bias by
+distance (bloom, mpt).
 
 Flash attention runs on no CPU. What is tried in its place is that documents' boundaries come to every attention, in a
 micro-batch of two rows: by an attention that goes by them and by nothing else.
