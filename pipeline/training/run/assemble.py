@@ -90,10 +90,7 @@ def trainer(
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    if beside is not None and plan.objective is not None:
-        beside.as_reference = reference.in_every_step(
-            reference.Pass(plan, plan.objective, pipeline_engine, stage, place)
-        )
+    compare_in_every_step(beside, plan, pipeline_engine, stage, place)
     if (against := against_of(plan, pipeline_engine, stage, place)) is not None:
         with watcher.phase(UNHURRIED):
             data, about["reference"] = reference.attached(data, against, opened.path, resumed and resumed[0].parent)
@@ -174,6 +171,14 @@ def samples_of(
     if plan.data.samples is None or data.questions is None:
         return None
     return Samples(plan.data.samples, data.questions, stage, place, plan.base.dtype, metrics, watcher.doing)
+
+
+def compare_in_every_step(
+    beside: Beside | None, plan: Resolved, built: PipelineEngine, stage: Stage, place: engine.Place
+) -> None:
+    """What our stage is compared with in every step, if the run does that: the base, or a folder's adapter, which is read now."""
+    if beside is not None and plan.objective is not None:
+        beside.as_reference = reference.in_every_step(reference.Pass(plan, plan.objective, built, stage, place))
 
 
 def against_of(plan: Resolved, built: PipelineEngine, stage: Stage, place: engine.Place) -> reference.Pass | None:
