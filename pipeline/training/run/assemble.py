@@ -78,8 +78,10 @@ def trainer(
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
     optimizer = optimizer_of(plan, stage, place)
     batches = batches_of(plan, data, place, watcher)
-    routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
-    totals = StepTotals() if plan.objective else None
+    routers, totals = (
+        RouterLoss(stage, plan.router_loss) if plan.router_loss else None,
+        StepTotals() if plan.objective else None,
+    )
     beside, times = beside_of(stage, plan.objective), StepTimes()
     objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, beside)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher, times)
