@@ -78,10 +78,7 @@ def trainer(
         stage = build_stage(plan, run_plan, place, arena, config.neftune_noise_alpha)
     optimizer = optimizer_of(plan, stage, place)
     batches = batches_of(plan, data, place, watcher)
-    routers, totals = (
-        RouterLoss(stage, plan.router_loss) if plan.router_loss else None,
-        StepTotals() if plan.objective else None,
-    )
+    routers, totals = measures_of(stage, plan)
     beside, times = beside_of(stage, plan.objective), StepTimes()
     objective = objective_of(stage, config.train_logit_scale, routers, plan.objective, totals, beside)
     pipeline_engine = build_engine(plan, place, stage, optimizer, objective, batches, watcher, times)
@@ -173,6 +170,12 @@ def samples_of(
     if plan.data.samples is None or data.questions is None:
         return None
     return Samples(plan.data.samples, data.questions, stage, place, plan.base.dtype, metrics, watcher.doing)
+
+
+def measures_of(stage: Stage, plan: Resolved) -> tuple[RouterLoss | None, StepTotals | None]:
+    """What notes something of a step: the routers' loss of our stage, and what preference training measures, if the run has them."""
+    routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
+    return routers, StepTotals() if plan.objective else None
 
 
 def compare_in_every_step(
