@@ -96,7 +96,8 @@ class RowWriter:
         self.rows, self.tokens = self.rows + 1, self.tokens + len(row)
         self.targets += sum(end - start for start, end in runs)
         # Few ids and short runs: a comparison for each is far quicker than np.isin.
-        self.stops += sum(np.count_nonzero(row[start:end] == stop) for start, end in runs for stop in self.stop_ids)
+        stops = (np.count_nonzero(row[start:end] == stop) for start, end in runs for stop in self.stop_ids)
+        self.stops += int(sum(stops))
         self.longest, self.largest_id = max(self.longest, len(row)), max(self.largest_id, int(row.max()))
         if self.largest_id >= len(self._seen):
             self._seen = np.append(self._seen, np.zeros(self.largest_id + 1 - len(self._seen), np.bool_))
