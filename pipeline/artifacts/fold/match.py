@@ -106,6 +106,7 @@ def check_names(
     modules = [module for module in modules if module not in experts and module not in parameters]
     found = places(base, [f"{module}.weight" for module in modules] + list(full))
     lost = [name for name in [*(f"{module}.weight" for module in modules), *full] if name not in found]
+    lost += [name for name, place in found.items() if name not in full and not place.tensor.endswith(".weight")]
     if lost:
         raise UserError(
             f"{base.folder} stores {lost[0]} in another form than the model runs"
