@@ -65,6 +65,7 @@ bench: setup ## the benchmarks that run on this machine, which should be idle (w
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.families
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.product
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.preparing --megabytes 100
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.preference
 	$(RUN)/python -m docs.families
 	if command -v nvidia-smi > /dev/null; then PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.gpu_h200; fi
 

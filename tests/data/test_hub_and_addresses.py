@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from pipeline.console import UserError
 from pipeline.data.reading import hub
 from pipeline.data.reading.sources import find
+from pipeline.data.streaming.sources import RemoteRows, rows_of
 from tests.formats.test_hub import COMMIT, Hub
 from tests.helpers.rows import stored, talk
 
@@ -48,6 +49,17 @@ TRAIN = [name for name in FILES if "train" in name]
 class Datasets(Hub):
     """`owner/open`, and `owner/gated`, which nobody may read."""
 
+    def do_POST(self) -> None:
+        """What is at these paths: how datasets' stream asks of files."""
+        wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}").get("paths", [])
+        type(self).asked.append(self.path)
+        found = [
+            {"type": "file", "path": file, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+            for file, body in FILES.items()
+            if file in wanted
+        ]
+        self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
     def answer(self, *, with_body: bool) -> None:
         type(self).asked.append(self.path)
         path = self.path.partition("?")[0]
@@ -66,6 +78,9 @@ class Datasets(Hub):
                 200, json.dumps(tree if "/tree/" in path else info).encode(), {"Content-Type": "application/json"}
             )
         body = FILES[path.split(f"/resolve/{COMMIT}/")[1]]
+        if (part := self.headers.get("Range")) is not None:
+            first, last = part.removeprefix("bytes=").split("-")
+            body = body[int(first) : int(last or len(body)) + 1]
         etag = f'"{hashlib.sha1(body).hexdigest()}"'
         self.send(200, body, {"X-Repo-Commit": COMMIT, "ETag": etag}, with_body=with_body)
         return None
@@ -86,6 +101,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
         ("HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"),
     ):
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", address)
     monkeypatch.chdir(tmp_path)
     yield handler.asked  # type: ignore[attr-defined]
     server.shutdown()
@@ -137,6 +153,31 @@ def test_a_split_of_the_hub_is_downloaded_and_read(asked: list[str], monkeypatch
         UserError, match=r"it is not in .*hub, and the Hub is not asked, as HF_HUB_OFFLINE is set.*--repo-type dataset"
     ):
         names("hub:owner/never")
+
+
+def test_a_split_of_the_hub_is_streamed_and_not_downloaded(asked: list[str], tmp_path: Path) -> None:
+    """By datasets, from the commit that the name means now."""
+    there = [f"hf://datasets/owner/open@{COMMIT}/{name}" for name in TRAIN]
+    assert hub.addresses("hub:owner/open") == there
+    assert hub.addresses("hub:owner/open@v1:test") == [
+        f"hf://datasets/owner/open@{COMMIT}/data/test-00000-of-00001.jsonl"
+    ]
+    assert not any("train-" in path and "/resolve/" in path for path in asked)
+    source = rows_of("chat", "hub:owner/open", "talks")
+    assert isinstance(source, RemoteRows)
+    cursor = source.open(None)
+    rows = [(record.where, [m["content"] for m in record.value["messages"]]) for record in cursor.take(9)]
+    assert rows == [("talks#1", ["a", "b"]), ("talks#2", ["c", "d"])]
+    assert cursor.ended
+    assert not list((tmp_path / "hub").rglob("*.jsonl"))
+    for path, message in (
+        ("hub:owner/gated", r"owner/gated is gated: accept its terms at http.*/datasets/owner/gated"),
+        ("hub:owner/open:validation", r"has no split 'validation'; it has train, test"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rows_of("chat", path, "talks")
+    with pytest.raises(UserError, match=r"files of one kind are streamed, .*; it has \.csv"):
+        rows_of("completion", "hub:owner/open:small/train", "pairs")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -20,6 +21,8 @@ from pipeline.data.streaming import kinds
 from pipeline.data.streaming.cursor import Cursor
 from pipeline.data.streaming.sources import LocalFiles, rows_of
 from pipeline.data.streaming.windows import INDEX, Windows
+from pipeline.publishing import card_text
+from pipeline.training.run import record
 from pipeline.training.start import prepare, resolve
 from tests.helpers.configs import problems, small
 from tests.helpers.data import tokenizer
@@ -158,6 +161,18 @@ def test_few_windows_are_on_the_disk(tmp_path: Path) -> None:
     index = [json.loads(line) for line in (folder / INDEX).read_text().splitlines() if line]
     assert [entry["begins"] for entry in index if "begins" in entry] == list(range(1, 20))
     assert len((folder / INDEX).read_bytes()) < 150 * 2 * 20
+
+
+def test_what_was_read_is_recorded(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, numbered(tmp_path, [47]), micro_batch_size_per_gpu=20)
+    data = prepare.read_data(spec, tokenizer())
+    steps_of(prepare.micro_batches(spec, data), Position(), 3)
+    described = record.describe(data)
+    made = {"windows": 3, "window_rows": SIZE, "windows_in_all": 3}
+    tokens = sum(2 + number % 5 for number in range(47))
+    assert described == [{"use": "training", "name": "ids", "documents": 47, "tokens": tokens, "streaming": made}]
+    facts: Any = SimpleNamespace(data=described, epochs=None)
+    assert "streamed, 3 windows of 20 | all that was read" in card_text.data(facts)
 
 
 def test_windows_without_a_target_are_passed_over(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_two_torchrun_agents_train_what_one_machine_does(tmp_path: Path, base: P
     """The same adapter to the byte, the same state and metrics; only the first says it."""
     launchers = nodes.agents(tmp_path, "--config", config(tmp_path, base, "two", 3))
     said = nodes.ended(launchers, 400)
-    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
     train(2, "--config", config(tmp_path, base, "one", 3))
     two, one = (only_run(tmp_path / name) for name in ("two", "one"))
     assert adapter_of(two, 3) == adapter_of(one, 3)
@@ -124,7 +124,7 @@ def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(tmp_path: Path, b
         time.sleep(0.02)
     os.kill(psutil.Process(launchers[1].pid).children(recursive=True)[0].pid, signal.SIGKILL)
     said = nodes.ended(launchers, 240)
-    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
     assert said[0].count("resumed:  after step ") == 1
     train(2, "--config", config(tmp_path, base, "whole", 40, **settings))
     runs, whole = (only_run(tmp_path / name) for name in ("runs", "whole"))

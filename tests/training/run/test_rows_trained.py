@@ -131,6 +131,19 @@ def test_completions_stopped_and_resumed_are_bit_equal(tmp_path: Path, base: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_packed_conversations_killed_in_a_save_and_resumed_are_bit_equal(tmp_path: Path, base: Path) -> None:
+    packed = {**chat_rows(tmp_path), "packing": "best_fit"}
+    toml = config(tmp_path, base, packed, save_steps=2, checkpoint_on_save=True, micro_batch_size_per_gpu=1)
+    run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")
+    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
+    assert not (run / "global_step4").exists()
+    both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")["runs"]
+    assert_equal(final_state(both[0]), final_state(both[1]))
+    assert numbers(both[0]) == numbers(both[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_streamed_run_killed_in_a_save_and_resumed_is_bit_equal(tmp_path: Path, base: Path) -> None:
     """Windows of 8 of the 22 conversations, so that 9 steps of 4 rows go over their ends and the stream's."""
     rows = chat_rows(tmp_path)
