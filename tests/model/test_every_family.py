@@ -56,6 +56,8 @@ NEVER: dict[str, str] = {
     "mvp": "encoder_attn",
     "pegasus": "encoder_attn",
     "plbart": "encoder_attn",
+    "trocr": "encoder_attn",
+    "whisper": "encoder_attn",
     "mllama": "transformers cannot build it",
     "dory": "linear output head",  # a learned scale for each token
     "emu3": "transformers cannot build it",
