@@ -199,6 +199,12 @@ drops of the unsplit model. A step is an update of the weights, the first is 1. 
 that of the loss, and is not in `train/loss`. Scores and masks are in checkpoints. What is saved has PEFT's `rank_pattern` and no
 more than the triplets that are kept; one that is dropped may come back before the next change, and is not in a save made between.
 
+VBLORA, UNILORA and TINYLORA have trained tensors that modules share, whichever stage these are on: each stage has a copy, whose
+gradient is the sum over all stages, in one message a step, and which enters the norm once. UNILORA's places in its vector and
+TINYLORA's projections are those that PEFT gives the modules in the unsplit model's order, and so the fold asks transformers for
+that order. TINYLORA takes a singular value decomposition of each weight at every start, and so does whoever loads it; A and B are
+in the file. Ours name UNILORA's modules; of others' the file does not, and merge_lora.py refuses it.
+
 {refused}
 ## Mixtures of experts
 

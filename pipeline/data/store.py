@@ -127,8 +127,6 @@ class ChunkWriter:
             self.in_document += len(ids)
             self.ends_in_eos = bool(ids[-1] == self.eos)
             self.counts["text_tokens"] += len(ids)
-            self.counts["special_tokens"] += int(np.isin(ids, self.special).sum())
-            self.counts["unknown_tokens"] += int((ids == self.unknown).sum())
             self._append(ids)
         if last:
             if not self.in_document:
@@ -144,6 +142,8 @@ class ChunkWriter:
         `findings`: what was met in reading the text, for the report.
         """
         tail = self._write_chunks(self.pending_tokens // self.body)
+        self._count(self.pending[0])
+        self.counts["special_tokens"] -= self.counts["eos_tokens"]  # which the text does not spell out
         self._write_documents()
         self._chunks.close()
         self._documents.close()
@@ -181,10 +181,17 @@ class ChunkWriter:
         while self.pending_tokens >= self.rows * self.body:
             self._write_chunks(self.rows)
 
+    def _count(self, stream: NDArray[np.int32]) -> None:
+        """What there is of special and unknown ids in the stream's next stretch, with the EOS that were added."""
+        special = np.isin(stream, self.special) if len(stream) else np.zeros(0, bool)
+        self.counts["special_tokens"] += int(special.sum())
+        self.counts["unknown_tokens"] += int((stream == self.unknown).sum())
+
     def _write_chunks(self, count: int) -> int:
         """Write the first `count` chunks of what is pending; gives the number of ids then still pending."""
         stream = np.concatenate(self.pending) if self.pending else np.empty(0, np.int32)
         if count:
+            self._count(stream[: count * self.body])
             body = stream[: count * self.body].reshape(count, self.body)
             rows = body if self.bos is None else np.insert(body, 0, self.bos, axis=1)
             rows = np.ascontiguousarray(rows, dtype="<i4")

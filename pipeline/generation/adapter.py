@@ -5,7 +5,7 @@ h + s·B·A·h, or PEFT's LoRA. The families that are no pair, and pairs that tr
 beside the base's, in fp32 and rounded once, as merge_lora.py folds them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,12 +55,11 @@ class Folded(nn.Module):
 class Saved(NamedTuple):
     """An adapter as its files have it, and of which family it is: where they leave that open, as its shapes or the user say.
 
-    `widest`: of PEFT's own types, the most outputs and inputs of its modules. `parameters`: LoRAs of parameters, by their
-    names."""
+    `shapes`: of PEFT's own types, of all modules. `parameters`: LoRAs of parameters, by their names."""
 
     adapter: Adapter
     kind: str
-    widest: tuple[int, int]
+    shapes: Mapping[str, tuple[int, int]]
     parameters: dict[str, Placed]
 
 
@@ -78,10 +77,10 @@ def read(folder: Path, base: Base, kind: Kind | None) -> Saved:
     table = next((name for name in adapter.full if is_embedding(name.removesuffix(".weight"))), None)
     if table and not apart and HEAD not in base.tensors:  # the head is the embedding, also where it is on another stage
         adapter = replace(adapter, full={**adapter.full, HEAD: adapter.full[table]})
-    widest = [one.widest for maps in part.adapter.maps.values() for one in maps if isinstance(one, WholeWeight)]
+    shapes = [one.shapes for maps in part.adapter.maps.values() for one in maps if isinstance(one, WholeWeight)]
     running = running_parameters(base) if adapter.of_parameters else {}
     of_parameters = placed(adapter, {name: parameter.shape for name, parameter in running.items()})
-    return Saved(adapter, part.kind, widest[0] if widest else (0, 0), of_parameters)
+    return Saved(adapter, part.kind, shapes[0] if shapes else {}, of_parameters)
 
 
 @torch.no_grad()
@@ -180,7 +179,7 @@ def _folded(layer: Any, saved: Saved, name: str) -> tuple[Tensor, Tensor | None]
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     for one in saved.adapter.maps.get(name, ()):
         if isinstance(one, WholeWeight):
-            weight, bias = replace(one, widest=saved.widest, biased=bias is not None).merged(weight, bias)
+            weight, bias = replace(one, shapes=saved.shapes, biased=bias is not None).merged(weight, bias)
             continue
         weight = one.on(device)(weight, 0)
         if bias is not None and isinstance(one, RowFactors) and FAMILIES[saved.kind].bias_rule:

@@ -8,7 +8,7 @@ tensors; it imports PEFT, and so is itself imported late by what has to start wi
 import difflib
 import typing
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline import patterns
 from pipeline.console import UserError
+from pipeline.peft import shared
 from pipeline.peft.types import LOCAL, OURS, PATTERNS
 
 ADAPTER = "default"  # PEFT's name of an adapter where there is one
@@ -91,19 +92,20 @@ def put_around(
     peft_type: str,
     settings: Mapping[str, Any],
     *,
-    widest: Shape | None = None,
+    shapes: Mapping[str, Shape] | None = None,
     quantised: Collection[str] = (),
 ) -> dict[str, Any]:
     """{name: PEFT's layer around the module}, all of one set of `settings` without patterns.
 
-    `widest`: the shape that the projections have which the modules share, of types that have such. `quantised`: PEFT's flags of
+    `shapes`: of all the adapter's modules, in the model's order, of which these are some: of types whose modules share
+    projections, as wide as the widest, or trained tensors. `quantised`: PEFT's flags of
     a model that is ('is_loaded_in_4bit'). UserError, naming the module, where PEFT does not make one.
     """
     inner = {f"m{number}": module for number, module in enumerate(modules.values())}
     if LOCAL[peft_type].projections:
-        if widest is None:
+        if shapes is None:
             raise ValueError(f"{peft_type} shares projections, whose shape is that of the widest module")
-        inner[WIDEST] = _of_no_memory(widest, next(iter(modules.values())))
+        inner[WIDEST] = _of_no_memory(widest(shapes), next(iter(modules.values())))
     model = nn.ModuleDict(inner)
     for flag in quantised:
         setattr(model, flag, True)
@@ -118,6 +120,8 @@ def put_around(
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
         raise UserError(f"PEFT makes no {peft_type} of {next(iter(modules))}: {error}") from error
     layers = {name: model[short] for name, short in zip(modules, inner, strict=False)}
+    if LOCAL[peft_type].shared and shapes is not None:
+        shared.settle(layers, peft_type, config, shapes, ADAPTER)
     for name, layer in layers.items():
         if not isinstance(layer, BaseTunerLayer) or layer.get_base_layer() is not modules[name]:
             raise UserError(f"target_modules: PEFT puts no adapter into {name}; name other modules")
@@ -134,10 +138,12 @@ def written(layer: nn.Module, config: PeftConfig) -> dict[str, Tensor]:
 
     They share memory with the layer's.
     """
+    row = LOCAL[config.peft_type]  # type: ignore[index]
+    if row.shared:
+        return shared.own(layer, row.name, config, ADAPTER)
     alone = nn.ModuleDict({"m": layer})
     alone.peft_config = {ADAPTER: config}  # type: ignore[assignment]
     found = get_peft_model_state_dict(alone, save_embedding_layers=False)
-    row = LOCAL[config.peft_type]  # type: ignore[index]
     names = {name.removeprefix("m."): tensor for name, tensor in found.items()}
     names = {name: tensor for name, tensor in names.items() if not name.startswith((*row.projections, "base_model."))}
     kept = vars(layer).get("kept", lambda: None)()  # of triplets, where a budget has dropped some
@@ -177,30 +183,35 @@ def in_full(tensors: Mapping[str, Tensor], kept: Any, rank: int) -> dict[str, Te
 
 
 @torch.no_grad()
-def fill(layer: Any, tensors: Mapping[str, Tensor], projections: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def fill(
+    layer: Any, peft_type: str, tensors: Mapping[str, Tensor], common: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
     """Give the layer the tensors of a file: by their names in `written`, all of them; floating point ones in `dtype`.
 
-    `projections`: frozen ones that the file has of all modules, by their names, where it has them. ValueError where the
-    tensors are not the layer's.
+    `common`: those that the file has of all modules: projections, where it has them, and trained ones, of which the layer takes
+    its own. ValueError where the tensors are not the layer's.
     """
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(dtype)
     for buffer in layer.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
-    there = layer.written()
+    there, held = layer.written(), _held(layer, peft_type)
+    if lacking := sorted(held.keys() - common.keys()):
+        raise ValueError(f"it lacks {lacking[0]}, which modules share")
     if there.keys() != tensors.keys():
         differing = sorted(there.keys() ^ tensors.keys())
         raise ValueError(f"its tensors are {', '.join(tensors)}, and PEFT asks for {', '.join(there)} ({differing[0]})")
-    for name, tensor in tensors.items():
-        if there[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, and PEFT asks for {list(there[name].shape)}")
-        there[name].copy_(tensor)
-    for name, tensor in projections.items():
-        held = getattr(layer, name)
-        if held[ADAPTER].shape != tensor.shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, and PEFT asks for {list(held[ADAPTER].shape)}")
-        held[ADAPTER] = tensor.to(dtype)
+    projections = [name for name in LOCAL[peft_type].projections if name in common]
+    places = {**there, **held, **{name: getattr(layer, name)[ADAPTER] for name in projections}}
+    for name, place in places.items():
+        tensor = tensors[name] if name in there else common[name]
+        if place.shape != tensor.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, and PEFT asks for {list(place.shape)}")
+        if name in projections:
+            getattr(layer, name)[ADAPTER] = tensor.to(dtype)
+        else:
+            place.copy_(tensor)
 
 
 def merged(
@@ -210,12 +221,14 @@ def merged(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     *,
-    widest: Shape | None = None,
-    projections: Mapping[str, Tensor] | None = None,
+    module: str = "module",
+    shapes: Mapping[str, Shape] | None = None,
+    common: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """W' [D_out, D_in] and b' as PEFT's layer merges them, in the dtype of `weight`: fp32, or fp64 where the type can.
 
-    `tensors`: the module's, as `written` names them. Raises ValueError where they do not fit.
+    `tensors`: the module's, as `written` names them; `common`: what the file has of all modules; `module`: its name among
+    `shapes`. Raises ValueError where they do not fit.
     """
     dtype = torch.float32 if LOCAL[peft_type].only_fp32 else weight.dtype
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
@@ -223,8 +236,8 @@ def merged(
     if bias is not None:
         plain.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
     with drawn(0, weight.device):
-        layer = put_around({"module": plain}, peft_type, settings, widest=widest)["module"]
-    fill(layer, tensors, projections or {}, dtype)
+        layer = put_around({module: plain}, peft_type, settings, shapes=shapes)[module]
+    fill(layer, peft_type, tensors, common or {}, dtype)
     layer.merge()
     done = layer.get_base_layer()
     return done.weight.detach().to(weight.dtype), None if bias is None else done.bias.detach().to(weight.dtype)
@@ -236,7 +249,7 @@ def misfit(
     """In words, what of the tensors of a module with a weight of `shape` is not as PEFT makes it."""
     plain = nn.Linear(shape[1], shape[0], bias=biased, device="meta")
     try:
-        layer = put_around({"the module": plain}, peft_type, settings, widest=shape)["the module"]
+        layer = put_around({"the module": plain}, peft_type, settings, shapes={"the module": shape})["the module"]
     except UserError as error:
         return str(error)
     there = layer.written()
@@ -245,6 +258,26 @@ def misfit(
         if asked != found:
             return f"{name} {found or 'missing'}, where PEFT's {peft_type} has {asked or 'none'},"
     return None
+
+
+def _held(layer: Any, peft_type: str) -> dict[str, Tensor]:
+    """Detached, what the layer shares with others."""
+    row = LOCAL[peft_type]
+    return {name: p.detach() for name, p in shared.held(layer, row.name, ADAPTER).items()} if row.shared else {}
+
+
+def start_shared(
+    layers: Mapping[str, Any], peft_type: str, settings: Mapping[str, Any], seed_of: Callable[[str], int]
+) -> None:
+    """Of a type with shared tensors, its start: each tensor drawn from a seed of its name."""
+    device = next(iter(layers.values())).get_base_layer().weight.device
+    config = _config(peft_type, settings, [WIDEST])
+    shared.draw(layers, peft_type, config, lambda name: drawn(seed_of(name), device), ADAPTER)
+
+
+def widest(shapes: Mapping[str, Shape]) -> Shape:
+    """The most outputs and the most inputs that a module has."""
+    return max(rows for rows, _ in shapes.values()), max(columns for _, columns in shapes.values())
 
 
 @contextmanager

@@ -25,7 +25,8 @@ class PeftType:
     share, made from a key and as wide as the widest of them. `only_fp32`: PEFT does not make it of fp64, which then cannot
     check its fold. `ranked`: its budget of ranks is shared out among all modules while it trains (training/optim/adalora.py), and
     what is left of each is in its rank_pattern. `keys`: PEFT's that have a meaning for it, where its configuration has more;
-    `of_training`: those that say nothing about a trained adapter.
+    `of_training`: those that say nothing about a trained adapter. `shared`: how the names of trained tensors begin that several
+    modules share, each stage with a copy whose gradient is that of all.
     """
 
     name: str
@@ -41,17 +42,18 @@ class PeftType:
     refused: Mapping[str, str] = field(default_factory=dict)
     only_fp32: bool = False
     ranked: bool = False
+    shared: str = ""
     keys: tuple[str, ...] = ()
     of_training: tuple[str, ...] = ()
 
 
 class Asked(NamedTuple):
-    """A type with PEFT's keys for it, patterns included; the most outputs and inputs of its modules; and the first of these
-    without a bias, "" if there is none."""
+    """A type with PEFT's keys for it, patterns included; the shapes of its modules' weights, in the model's order; and the first
+    of these without a bias, "" if there is none."""
 
     type: str
     settings: Mapping[str, Any]
-    widest: tuple[int, int]
+    shapes: Mapping[str, tuple[int, int]]
     unbiased: str = ""
 
     @property
@@ -194,6 +196,31 @@ _ROWS = (
         own=_FROM_KEY,
     ),
     PeftType(
+        "TINYLORA",
+        "W + B·(Σ vᵢ·Pᵢ)·A, B and A of W's first singular directions, v shared by weight_tying",
+        "tinylora_",
+        dropout="tinylora_dropout",
+        shared="tinylora_v",
+    ),
+    PeftType(
+        "UNILORA",
+        "W + B·A, whose numbers are those of one vector, dealt out by proj_seed",
+        "unilora_",
+        start="A and B from one random vector",
+        dropout="unilora_dropout",
+        own={"save_indices": False},
+        shared="unilora_theta_d",
+    ),
+    PeftType(
+        "VBLORA",
+        "W + B·A, of vectors of one bank, mixed by the largest of trained logits",
+        "vblora_",
+        start="A and B from a random bank",
+        dropout="vblora_dropout",
+        refused={"save_only_topk_weights": "what is saved of the logits then cannot be trained on"},
+        shared="vblora_vector_bank",
+    ),
+    PeftType(
         "WAVEFT",
         "W + α·IDWT(c), c few wavelet coefficients",
         "waveft_",
@@ -202,6 +229,7 @@ _ROWS = (
     ),
 )
 LOCAL: Mapping[str, PeftType] = {row.name: row for row in _ROWS}
+SHARED: tuple[str, ...] = tuple(row.shared for row in _ROWS if row.shared)
 
 _PROMPTS = "it trains tokens or a prefix before the prompt, and is no adapter of a module"
 # Types of PEFT's that are not trained, with the reason and what to do.
@@ -214,12 +242,10 @@ REFUSED: Mapping[str, str] = {
     "ADAMSS": "it needs scikit-learn, and its subspaces are shared out among all layers",
     "FROD": "its frozen basis is made of all layers' weights, and a stage has its own alone",
     "LILY": "its layers share A and B, whichever stage they are on, and PEFT cannot merge it",
-    "LN_TUNING": "it trains norms in full; name them in trainable_modules, beside an adapter of another type",
+    "LN_TUNING": "it trains norms in full; name them in trainable_modules, beside an adapter of another type (merge_lora.py "
+    "folds those of others)",
     "POLY": "it chooses its parts by a task's number, which no dataset here has",
     "SHADOW": "it runs a second network beside the model, through all layers",
-    "TINYLORA": "its one trained vector belongs to all layers, and a stage has its own alone",
-    "UNILORA": "its one trained vector belongs to all layers, and a stage has its own alone",
-    "VBLORA": "its bank of vectors belongs to all layers, and a stage has its own alone",
     "TRAINABLE_TOKENS": "it trains rows of the embedding; set trainable_modules = ['embed_tokens']",
     "XLORA": "it mixes adapters by a forward pass of the whole model with its last hidden state: every micro-batch would go "
     "twice through all stages, with a message from the last to the first between",
@@ -236,6 +262,11 @@ REFUSED: Mapping[str, str] = {
         _PROMPTS,
     ),
 }
+
+
+def is_shared(name: str) -> bool:
+    """Whether a trained tensor of this name is one that several modules share."""
+    return name.partition(".")[0] in SHARED
 
 
 def known(value: str) -> str:

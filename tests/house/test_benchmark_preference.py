@@ -53,3 +53,14 @@ def test_labels_turned_round_and_a_fiftieth_of_the_rate_are_lit(rows: Rows) -> N
     slow = rows["sigmoid, a fiftieth of the rate", "train"]
     assert "did not learn" in slow["lights"]
     assert abs(slow["pref_prob_mean"] - rows["base", "train"]["pref_prob_mean"]) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_reroute_alone_makes_chosen_answers_incoherent_and_retain_keeps_them(rows: Rows) -> None:
+    base, alone, held = (rows[run, "train"] for run in ("base", "reroute alone", "reroute, retain × 1"))
+    assert alone["lp_w"] < base["lp_w"] - 1
+    assert "incoherent" in alone["lights"]
+    assert abs(held["lp_w"] - base["lp_w"]) < 0.2
+    assert "incoherent" not in held["lights"]
+    assert held["pref_acc_mean"] > 0.95, "and what is rejected falls all the same"

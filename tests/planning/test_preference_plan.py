@@ -14,10 +14,10 @@ def test_a_pair_of_long_rows_fits_two_gpus_with_a_cached_reference() -> None:
     case = next(case for case in plans.CASES if "objective" in case.keys)
     text = plans.section(case)
     assert text in plans.PLANS.read_text(encoding="utf-8"), "run python -m docs.plans"
-    rows = re.findall(r"(?m)^ +\d +[\d–]+ +RTX A6000 .*$", text)
+    rows = re.findall(r"(?m)^ +\d +[\d–]+ +A6000 .*$", text)
     totals, free = zip(*([float(part) for part in row.split()[-3:-1]] for row in rows), strict=True)
     assert len(rows) == 2
-    assert all(45 < total < 48 for total in totals), totals
+    assert all(43 < total < 46.5 for total in totals), totals
     assert all(left >= 0 for left in free)
     assert "a step " in text
     assert "for 262 144 tokens" in text

@@ -18,7 +18,7 @@ PEFT's own layer makes of all rows at once.)
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -242,16 +242,17 @@ class Replaced:
 class WholeWeight:
     """W as PEFT's own layer of a type merges it (pipeline/peft/layers.py): of all rows at once, in fp32 or fp64.
 
-    `settings`: PEFT's keys of this module; `tensors`: the module's, by their names in a file; `projections`: frozen ones that
-    all modules share, where the file has them; `widest`: the most outputs and inputs of any of the adapter's modules; `biased`:
-    whether the module has a bias, of which some types have trained numbers too.
+    `settings`: PEFT's keys of this module; `tensors`: the module's, by their names in a file; `common`: those that modules
+    share, frozen where the file has them, or trained; `shapes`: of all the adapter's modules, in the model's order, among which
+    it is `module`; `biased`: whether the module has a bias, of which some types have trained numbers too.
     """
 
     peft_type: str
     settings: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
-    projections: Mapping[str, torch.Tensor]
-    widest: tuple[int, int] = (0, 0)
+    common: Mapping[str, torch.Tensor]
+    module: str = ""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     biased: bool = False
 
     def misfit(self, rows: int, columns: int) -> str | None:
@@ -272,8 +273,9 @@ class WholeWeight:
             self.peft_type,
             self.settings,
             self.tensors,
-            widest=self.widest,
-            projections=self.projections,
+            module=self.module,
+            shapes=self.shapes,
+            common=self.common,
         )
         return W, None if bias is None else b
 

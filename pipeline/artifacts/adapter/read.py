@@ -1,7 +1,7 @@
 """Reading an adapter from disk.
 
-Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA, and what pipeline/peft/types.py lists) or by the
-founding method's hacked PEFT; gives an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors
+Takes a folder written by us, by PEFT (LORA, PEANUT, IA3, OFT, BOFT, HRA, LN_TUNING, and what pipeline/peft/types.py lists) or
+by the founding method's hacked PEFT; gives an `Adapter` with one (A, B, s), or one family's maps, per module, and the tensors
 that were trained in full; or refuses with the name of what it holds that a fold would leave out. `adapter_model.bin`, in
 which the founding method's adapters were saved, is a pickle: it is read with `weights_only=True`, which runs no code.
 """
@@ -39,7 +39,7 @@ from pipeline.formats.experts import ExpertWeights
 from pipeline.formats.safetensors import LONGEST_NAME, load_tensors, read_header
 from pipeline.names import natural_order
 from pipeline.patterns import matches
-from pipeline.peft.types import LOCAL, PEFT, REFUSED
+from pipeline.peft.types import LOCAL, PEFT, REFUSED, is_shared
 
 Facts = dict[str, Any]
 # {module: {its tensors' names in the file, without the module's: tensor}}
@@ -47,6 +47,10 @@ Grouped = dict[str, dict[str, torch.Tensor]]
 PICKLE = "adapter_model.bin"
 LORA_TYPE, PEANUT_TYPE = FAMILIES[LORA].peft_type, FAMILIES[MULTIPLICATIVE].peft_type
 BIAS = "lora_B.bias"
+NORMS_TYPE, OF_NORM = (
+    "LN_TUNING",
+    ".ln_tuning_layers.",
+)  # PEFT's type that trains norms in full, and where its file has them
 OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 # By PEFT's type, the families that are maps and no pair of A and B.
 OF_MAPS = {FAMILIES[name].peft_type: FAMILIES[name] for name in MAPS}
@@ -80,12 +84,12 @@ def load_adapter(folder: Path) -> Adapter:
     peft_type, lora = config.get("peft_type"), chosen(LORA, config)
     pairs: dict[str, Pair] = {}
     maps: dict[str, tuple[WeightMap, ...]] = {}
-    of_parameters = None
+    of_parameters, norms = None, list[str]()
     if peft_type == LORA_TYPE:
         check_config(folder, config)
         grouped, rest, pairs, of_parameters = _lora(folder, tensors, lora, config, own)
     elif is_by_peft(config) and own.get("kind") != MULTIPLICATIVE:
-        grouped, rest, maps = _by_peft(folder, tensors, config)
+        grouped, rest, maps = _by_peft(folder, tensors, config, own)
     elif peft_type in (PEANUT_TYPE, OWN_TYPE):
         check_peanut_config(folder, config)
         grouped, rest = _grouped(folder, tensors, tuple(FAMILIES[MULTIPLICATIVE].tensors.values()))
@@ -94,14 +98,21 @@ def load_adapter(folder: Path) -> Adapter:
         check_config(folder, config)
         grouped, rest = _grouped(folder, tensors, tuple(OF_MAPS[peft_type].tensors.values()))
         maps = {m: _maps(folder, m, OF_MAPS[peft_type].name, group, config) for m, group in grouped.items()}
+    elif peft_type == NORMS_TYPE:
+        check_config(folder, config)
+        grouped, rest = {}, {name.replace(OF_NORM, "."): tensor for name, tensor in tensors.items()}
+        norms = [name.partition(OF_NORM)[0].removeprefix(PEFT_PREFIX) for name in tensors if OF_NORM in name]
+        config = {**config, "modules_to_save": [*(config.get("modules_to_save") or ()), *dict.fromkeys(norms)]}
     else:
-        types = ", ".join(dict.fromkeys([LORA_TYPE, PEANUT_TYPE, *OF_MAPS, *LOCAL]))
+        types = ", ".join(dict.fromkeys([LORA_TYPE, PEANUT_TYPE, *OF_MAPS, *LOCAL, NORMS_TYPE]))
         reason = f": {REFUSED[str(peft_type)]}" if peft_type in REFUSED else ""
         raise UserError(f"{folder} is an adapter of type {peft_type!r}{reason}. {types} are what can be folded.")
-    if not grouped:
-        raise UserError(f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest))} for one.")
+    if not grouped and not norms:
+        raise UserError(
+            f"{folder} holds no tensors of an adapter of type {peft_type}, {next(iter(rest), 'nothing')} for one."
+        )
     full, copied = read_full(folder, rest, config, own, EXPECTED.get(str(peft_type), EXPECTED[PEANUT_TYPE]))
-    family = (OF_MAPS[str(peft_type)].name if peft_type in OF_MAPS else PEFT) if maps else None
+    family = (OF_MAPS[str(peft_type)].name if peft_type in OF_MAPS else PEFT) if maps or norms else None
     if peft_type == lora.peft_type and lora.variant_of:
         family, maps, pairs = lora.name, {**_maps_of_pairs(folder, lora.name, grouped, pairs)}, {}
     _check_agreement(folder, own, pairs)
@@ -226,7 +237,7 @@ def is_by_peft(config: Facts) -> bool:
 
 
 def _by_peft(
-    folder: Path, tensors: dict[str, torch.Tensor], config: Facts
+    folder: Path, tensors: dict[str, torch.Tensor], config: Facts, own: Facts
 ) -> tuple[Grouped, dict[str, torch.Tensor], dict[str, tuple[WeightMap, ...]]]:
     """Of a type of PEFT's own: the tensors by module, the rest, and the maps. UserError where PEFT refuses its configuration."""
     from pipeline.peft.layers import check_settings, in_full, of_module, settings_of_file
@@ -236,18 +247,28 @@ def _by_peft(
     check_settings(row.name, settings, where)
     pattern = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.+?)\.({row.prefix}.+)")
     grouped: Grouped = {}
-    projections, rest = {}, {}
+    common, rest = {}, {}
     for name, tensor in tensors.items():
-        match = pattern.fullmatch(name)
-        shared = next((one for one in row.projections if one in name.split(".")), None)
-        if shared is not None:
-            projections[shared] = tensor
+        match, alone = pattern.fullmatch(name), name.removeprefix("base_model.")
+        projection = next((one for one in row.projections if one in name.split(".")), None)
+        if projection is not None:
+            common[projection] = tensor
+        elif row.shared and is_shared(alone):
+            _check_numbers(folder, "all modules", alone, tensor)
+            common[alone] = tensor
         elif match is None:
             rest[name] = tensor
         else:
             grouped.setdefault(match.group(1), {})[match.group(2)] = tensor
             if tensor.is_floating_point():
                 _check_numbers(folder, match.group(1), match.group(2), tensor)
+    if row.shared and not grouped:  # nothing of a module is its own
+        grouped = {module: {} for module in own.get("modules", ())}
+    if row.shared and not grouped:
+        raise UserError(
+            f"{folder} holds {', '.join(common)} alone, and does not name its modules, so nothing here can tell them. Merge it "
+            "with PEFT."
+        )
     grouped = {module: grouped[module] for module in sorted(grouped, key=natural_order)}
     if row.ranked:
         for module, group in grouped.items():
@@ -257,7 +278,7 @@ def _by_peft(
             except ValueError as error:
                 raise UserError(f"{folder}: {module}: {error}.") from None
     maps = {
-        module: (WholeWeight(row.name, of_module(settings, module, where), group, projections),)
+        module: (WholeWeight(row.name, of_module(settings, module, where), group, common, module),)
         for module, group in grouped.items()
     }
     return grouped, rest, maps  # type: ignore[return-value]

@@ -73,10 +73,16 @@ def in_stored_form(
     """The adapter with its modules and full tensors by the names of `base`. `found`: the place of every one of them, but of
     modules of experts, which keep their names beside what is `stacked`.
 
-    Raises UserError where a family other than pairs meets a tensor that holds more than its weight, or is transposed.
+    Raises UserError where a family other than pairs meets a tensor that holds more than its weight, or is transposed, and
+    where a weight is stored under a name that is none.
     A multiplicative pair on a transposed weight is given what an expert's has: a `Stack` of the one.
     """
     modules = {module: found[f"{module}.weight"] for module in adapter.modules if module not in stacked}
+    if odd := next((f"{m}.weight as {p.tensor}" for m, p in modules.items() if not p.tensor.endswith(".weight")), None):
+        raise UserError(
+            f"{adapter.folder}: {base.folder} stores {odd}, which is no weight's name: no fold changes that. Load the adapter "
+            "with PEFT, or train without the module."
+        )
     within = {module: stack for module, stack in stacked.items() if module in adapter.pairs}
     full = {}
     for name, tensor in adapter.full.items():

@@ -45,7 +45,7 @@ from pipeline.formats.dtypes import CODES
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
 from pipeline.names import holders, layers_of, loadable_name, natural_order, public_name
-from pipeline.peft.types import LOCAL, PEFT, Asked
+from pipeline.peft.types import LOCAL, PEFT, Asked, is_shared
 
 Tensors = Mapping[str, torch.Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -149,6 +149,11 @@ def write_family(
     _write(folder, tensors, modules, family, config, {"settings": dict(settings)}, **training)
 
 
+def in_file(name: str) -> str:
+    """A tensor's name in a file of PEFT's, which has what modules share beside the model."""
+    return f"base_model.{name}" if is_shared(name) else f"{PEFT_PREFIX}{name}"
+
+
 def write_by_peft(
     folder: Path,
     tensors: Tensors,
@@ -163,7 +168,7 @@ def write_by_peft(
     Raises ValueError where a tensor is not finite, or of none of the modules.
     """
     for name, tensor in tensors.items():
-        if set(modules).isdisjoint(holders(name)):
+        if set(modules).isdisjoint(holders(name)) and not is_shared(name):
             raise ValueError(f"{name} is of none of the adapter's modules")
         if tensor.is_floating_point() and not math.isfinite(float(tensor.float().abs().sum())):
             raise ValueError(f"{name}: the adapter holds NaN or infinite values")
@@ -173,7 +178,7 @@ def write_by_peft(
 
         tensors, pattern = kept_only(tensors)
         config = {**config, "rank_pattern": pattern}
-    stored = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    stored = {in_file(name): tensor.contiguous() for name, tensor in tensors.items()}
     _write_files(folder, stored, modules, PEFT, {**config, "peft_type": asked.type}, own, **training)
 
 

@@ -21,8 +21,9 @@ from pipeline.formats.base_model import Base
 from pipeline.formats.dtypes import FOLDABLE
 from pipeline.formats.experts import NO_EXPERTS, ExpertWeights, Stack, find_stacks, matrix_of
 from pipeline.formats.safetensors import StoredTensor
-from pipeline.formats.stored_names import Place
+from pipeline.formats.stored_names import Place, running_parameters
 from pipeline.names import layer_of, layer_ranges, layers_of
+from pipeline.peft.types import LOCAL
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def check_names(
     modules = [module for module in modules if module not in experts and module not in parameters]
     found = places(base, [f"{module}.weight" for module in modules] + list(full))
     lost = [name for name in [*(f"{module}.weight" for module in modules), *full] if name not in found]
+    lost += [name for name, place in found.items() if name not in full and not place.tensor.endswith(".weight")]
     if lost:
         raise UserError(
             f"{base.folder} stores {lost[0]} in another form than the model runs"
@@ -137,15 +139,24 @@ def _only(adapter: Adapter, names: Collection[str]) -> Adapter:
 
 
 def _sized(base: Base, adapter: Adapter, weights: Mapping[str, StoredTensor]) -> Adapter:
-    """With what PEFT's layers, where it has such, need to know of its modules: the widest of all, and which have a bias."""
-    if not any(isinstance(one, WholeWeight) for maps in adapter.maps.values() for one in maps):
+    """With what PEFT's layers, where it has such, need to know of its modules: the shapes of all, in the model's order where that
+    says something, and which have a bias."""
+    whole = [one for maps in adapter.maps.values() for one in maps if isinstance(one, WholeWeight)]
+    if not whole:
         return adapter
-    shapes = [weights[module].shape for module in adapter.maps]
-    widest = max(rows for rows, _ in shapes), max(columns for _, columns in shapes)
+    names = list(adapter.maps)
+    if LOCAL[whole[0].peft_type].shared:
+        order = [name.removesuffix(".weight") for name in running_parameters(base)]
+        if set(names) - set(order):
+            raise UserError(
+                f"{adapter.folder}: this transformers cannot build {base.folder}, and its order of modules is needed."
+            )
+        names = [name for name in order if name in adapter.maps]
+    shapes = {name: (weights[name].shape[0], weights[name].shape[1]) for name in names}
     biased = places(base, [f"{module}.bias" for module in adapter.maps])
     maps = {
         module: tuple(
-            replace(one, widest=widest, biased=f"{module}.bias" in biased) if isinstance(one, WholeWeight) else one
+            replace(one, shapes=shapes, biased=f"{module}.bias" in biased) if isinstance(one, WholeWeight) else one
             for one in maps
         )
         for module, maps in adapter.maps.items()

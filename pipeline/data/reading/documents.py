@@ -111,11 +111,11 @@ Row = tuple[str, str, Callable[[], Iterator[str]]]  # a document's name, where i
 
 def _rows(path: Path, name: str, rows: Iterator[tuple[int, Any]], field: str) -> Iterator[Row]:
     """A document for each (row number, object with its text in `field`)."""
+    file = printable(path)
     for number, row in rows:
-        where = f"{printable(path)}: row {number}"
-        text = _field(row, field, where)
+        text = _field(row, field, f"{file}: row {number}")
         del row
-        yield f"{name}#{number}", f"{printable(path)}: the text of row {number}", partial(_slices, text)
+        yield f"{name}#{number}", f"{file}: the text of row {number}", partial(_slices, text)
         del text
 
 

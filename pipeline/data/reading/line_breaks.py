@@ -43,9 +43,10 @@ def hard_wrapped(text: str) -> bool | None:
 
     None if there are too few to tell.
     """
-    inside = [
-        (above, below) for above, below in itertools.pairwise(text.split("\n")) if above.strip() and below.strip()
-    ]
+    if text.count("\n") < LEAST_BREAKS:
+        return None
+    lines = [line if line.strip() else "" for line in text.split("\n")]
+    inside = [(above, below) for above, below in itertools.pairwise(lines) if above and below]
     if len(inside) < LEAST_BREAKS:
         return None
     wrapped = [below for above, below in inside if _full(above[:5], len(above), below)]

@@ -20,7 +20,7 @@ from pipeline.kernels.packed_experts import PackedExperts
 from pipeline.model.stage import Stage
 from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.names import layer_of
-from pipeline.peft.types import Asked
+from pipeline.peft.types import SHARED, Asked
 
 
 class Settings(NamedTuple):
@@ -174,6 +174,8 @@ def _of_parameter(holder: str, own: str, rest: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """PEFT's 'x.lora_A.default.weight' → 'x.A', 'x.oft_R.default.weight' → 'x.oft_R', 'x.hada_w1_a.default' → 'x.hada_w1_a'."""
+    """PEFT's 'x.lora_A.default.weight' → 'x.A', 'x.vblora_vector_bank.default' → 'vblora_vector_bank' (whichever module has it),
+    'x.oft_R.default.weight' → 'x.oft_R', 'x.hada_w1_a.default' → 'x.hada_w1_a'."""
     match = re.fullmatch(r"(.+)\.(?:lora_(?=[AB]\.)|(?=(?:oft_R|lora_magnitude_vector)\.))(\w+)\.default\.weight", name)
-    return f"{match[1]}.{match[2]}" if match else re.sub(r"\.default(?=\.|$)", "", name)
+    plain = f"{match[1]}.{match[2]}" if match else re.sub(r"\.default(?=\.|$)", "", name)
+    return re.sub(rf"^.+\.(?=(?:{'|'.join(SHARED)})(?:\.|$))", "", plain)

@@ -1,8 +1,8 @@
 """PEFT's own types that are local to a module (pipeline/peft/types.py), by PEFT's own layers.
 
 Takes a stage and names of modules; gives the stage with PEFT's layers around those that it owns. Each is made by itself and drawn
-from a seed of its name, so a run begins alike on any number of stages; of types with projections that all modules share, the
-stage's modules are made together, and share them.
+from a seed of its name, so a run begins alike on any number of stages; of types with projections or trained tensors that
+modules share, the stage's modules are made together, and share them.
 """
 
 import zlib
@@ -24,14 +24,17 @@ def inject(stage: Stage, targets: list[str], to: Settings) -> None:
 
     if to.by_peft is None:
         raise ValueError("this family is of a type of PEFT's own, and none is given")
-    peft_type, settings, widest, _ = to.by_peft
+    peft_type, settings, shapes, _ = to.by_peft
+    together = LOCAL[peft_type].projections or LOCAL[peft_type].shared
     mine = owned(stage, targets)
     flags = [flag for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit") if getattr(stage.model, flag, False)]
-    for group in ([mine] if LOCAL[peft_type].projections else [[name] for name in mine]) if mine else ():
+    for group in ([mine] if together else [[name] for name in mine]) if mine else ():
         modules = {name: stage.model.get_submodule(name) for name in group}
         own = peft_layers.of_module(settings, group[0], WHERE)
         with peft_layers.drawn(zlib.crc32(f"{to.seed} {group[0]}".encode()), device_of(modules[group[0]])):
-            layers = peft_layers.put_around(modules, peft_type, own, widest=widest, quantised=flags)
+            layers = peft_layers.put_around(modules, peft_type, own, shapes=shapes, quantised=flags)
+        if LOCAL[peft_type].shared:
+            peft_layers.start_shared(layers, peft_type, own, lambda name: zlib.crc32(f"{to.seed} {name}".encode()))
         for name, layer in layers.items():
             _in_dtype(layer, to)
             stage.model.set_submodule(name, layer)
@@ -48,14 +51,14 @@ def check_fits(model: PreTrainedModel, targets: list[str], asked: Asked) -> None
         alike = (module.in_features, module.out_features, module.bias is None, repr(own))
         if alike not in tried:
             plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            peft_layers.put_around({name: plain}, asked.type, own, widest=asked.widest)
+            peft_layers.put_around({name: plain}, asked.type, own, shapes=asked.shapes)
             tried.add(alike)
 
 
-def widest_of(model: PreTrainedModel, targets: list[str]) -> tuple[int, int]:
-    """The most outputs and the most inputs that one of `targets` has."""
-    modules: list[Any] = [model.get_submodule(name) for name in targets]
-    return max(m.out_features for m in modules), max(m.in_features for m in modules)
+def shapes_of(model: PreTrainedModel, targets: list[str]) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each of `targets`, in their order."""
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
+    return {name: (module.out_features, module.in_features) for name, module in modules.items()}
 
 
 def _in_dtype(layer: nn.Module, to: Settings) -> None:

@@ -34,7 +34,8 @@ class PipelineOptimizer(Optimizer):
     `parameters`: this stage's trained ones by global name. `clip`: largest norm, 0 for none. `tied`: names of
     parameters that exist on the first and on the last stage; their gradients are summed over `tied_group`, and they
     count once in the norm (`counts_tied` on one of the two stages). `update_lock` is held during an update: a save that
-    a stop asks for meanwhile waits for the update's end.
+    a stop asks for meanwhile waits for the update's end. `common`: names and sizes of parameters of which any stage may have a
+    copy (`share`); their gradients are summed over all stages, and of the copies the first stage's counts in the norm.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], inner: Optimizer, clip: float) -> None:
@@ -53,6 +54,8 @@ class PipelineOptimizer(Optimizer):
         self.tied_group: Any = None
         self.tied: frozenset[str] = frozenset()
         self.counts_tied = True
+        self.common: dict[str, int] = {}
+        self.counted_elsewhere: frozenset[str] = frozenset()
         self.on_gradients: Callable[[dict[str, Tensor]], None] | None = None
         self.before_norm: list[Callable[[dict[str, Tensor]], object]] = []  # each step, with the sums of gradients
         self.before_update: list[Callable[[], object]] = []  # each step, when the gradients are known to be finite
@@ -68,6 +71,11 @@ class PipelineOptimizer(Optimizer):
     def tie(self, names: frozenset[str], group: Any, counts: bool) -> None:
         """Sum the gradients of `names` over `group` at each step; they enter the norm where `counts` is true."""
         self.tied, self.tied_group, self.counts_tied = names, group, counts
+
+    def share(self, common: dict[str, int], counted_elsewhere: frozenset[str]) -> None:
+        """Sum the gradients of `common` (names and numbers of elements, the same on every stage) over the stages at each step;
+        those `counted_elsewhere` are in the norm of an earlier stage."""
+        self.common, self.counted_elsewhere = common, counted_elsewhere
 
     def held_tensors(self) -> list[Tensor]:
         """Gradient sums and optimizer state."""
@@ -117,10 +125,26 @@ class PipelineOptimizer(Optimizer):
                 gradient.div_(replicas)
             if name in self.tied:
                 dist.all_reduce(gradient, group=self.tied_group)
+        if self.common:
+            self._sum_common()
+
+    def _sum_common(self) -> None:
+        """All in one message."""
+        device = next(iter(self._sums.values())).device if self._sums else communication_device()
+        parts = [
+            self._sums[n].flatten() if n in self._sums else torch.zeros(size, device=device)
+            for n, size in self.common.items()
+        ]
+        total = torch.cat(parts)
+        self.sum_over_stages(total)
+        for name, part in zip(self.common, total.split(list(self.common.values())), strict=True):
+            if name in self._sums:
+                self._sums[name].copy_(part.view_as(self._sums[name]))
 
     def _sum_of_squares(self) -> float:
         """Over all stages, in fp64: a sum of many fp32 norms must not depend on how they are split."""
-        counted = [g for name, g in self._sums.items() if self.counts_tied or name not in self.tied]
+        elsewhere = self.counted_elsewhere | (frozenset() if self.counts_tied else self.tied)
+        counted = [g for name, g in self._sums.items() if name not in elsewhere]
         squares = sum(
             (torch.linalg.vector_norm(g).double() ** 2 for g in counted), torch.zeros((), dtype=torch.float64)
         )

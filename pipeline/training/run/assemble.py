@@ -31,6 +31,7 @@ from pipeline.objectives.objective import Objective
 from pipeline.objectives.preference import Preference, StepTotals
 from pipeline.objectives.representation import WithTaps
 from pipeline.objectives.with_router_loss import WithRouterLoss
+from pipeline.peft.types import is_shared
 from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
@@ -267,9 +268,12 @@ def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> Pipe
     parameters = trainable(stage)
     # A tied head on a stage of its own is the embedding once more.
     copies = {} if stage.is_first else tied_head(stage.model)
-    counts: list[int] = [0] * place.world
-    dist.all_gather_object(counts, sum(p.numel() for name, p in parameters.items() if name not in copies))
-    total = sum(counts) // place.replicas
+    shared = {name: p.numel() for name, p in parameters.items() if is_shared(name)}
+    own = sum(p.numel() for name, p in parameters.items() if name not in copies and name not in shared)
+    told: list[tuple[int, int, dict[str, int]]] = [(0, 0, {})] * place.world
+    dist.all_gather_object(told, (place.stage, own, shared))
+    common = {name: size for _, _, held in told for name, size in held.items()}
+    total = sum(count for _, count, _ in told) // place.replicas + sum(common.values())
     if not total:
         raise UserError("nothing to train: target_modules matches no parameter")
     faster = f"; B learns at {table.loraplus:g} times the rate (LoRA+)" if table.loraplus != 1 else ""
@@ -289,6 +293,9 @@ def build_optimizer(updates: Updates, stage: Stage, place: engine.Place) -> Pipe
     betas = table.beta1, table.beta2
     inner = make_inner(table.type, groups, lr=table.lr, betas=betas, eps=table.eps, weight_decay=table.weight_decay)
     optimizer = PipelineOptimizer(parameters, inner, updates.clip)
+    if common and place.stages > 1:  # one tensor for modules of several stages, as a tied embedding is
+        earlier = {name for stage_of, _, held in told if stage_of < place.stage for name in held}
+        optimizer.share(dict(sorted(common.items())), frozenset(earlier))
     regularisation.attach(optimizer, factors, updates.product_decay, updates.largest_norm)
     families.after_updates(stage, inner)
     return optimizer

@@ -54,8 +54,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
         if place.over_nodes:
-            model = fingerprint(read_base(Path(config.model), "model"))
-            meeting.check_same({"the model's folder": model, "the training data": batches.order_hash(0)})
+            check_same_on_nodes(Path(config.model), batches.order_hash(0))
         prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
         attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
@@ -110,6 +109,11 @@ def last_or_best(run_dir: Path, step: int, best: bool) -> saved_at.Saved:
             f"what follows takes {saved.folder.name}/"
         )
     return saved
+
+
+def check_same_on_nodes(model: Path, order: str) -> None:
+    """UserError, everywhere, where a node has another model in its folder, or other training data (`order`: their hash)."""
+    meeting.check_same({"the model's folder": fingerprint(read_base(model, "model")), "the training data": order})
 
 
 def watch(watcher: Watcher, place: engine.Place, file: Path, hang_timeout_minutes: float) -> None:

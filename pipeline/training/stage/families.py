@@ -29,7 +29,7 @@ from pipeline.model.adapters.base import Injector, Settings, outputs_of, owned, 
 from pipeline.model.quantized import Scheme
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft.types import LOCAL, Asked
+from pipeline.peft.types import LOCAL, Asked, is_shared
 from pipeline.training.optim import adalora
 from pipeline.training.optim.inner import add, value
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
@@ -221,7 +221,7 @@ def writer(
     write, adapted = _writer(adapter, base, train_logit_scale, stops), set(adapter.targets)
 
     def write_all(folder: Path, tensors: dict[str, Tensor]) -> None:
-        full = {n: t for n, t in tensors.items() if adapted.isdisjoint(holders(n))}
+        full = {n: t for n, t in tensors.items() if adapted.isdisjoint(holders(n)) and not is_shared(n)}
         own = {name: tensor for name, tensor in tensors.items() if name not in full}
         write(folder, _of_one_size(adapter, own), full={n: t for n, t in full.items() if n not in tied}, tied=tied)
 

@@ -29,7 +29,7 @@ from pipeline.model.adapters.control import ControlAdapter
 from pipeline.model.adapters.lora import MosLoRA
 from pipeline.model.stage import Stage
 from pipeline.names import holders
-from pipeline.peft.types import LOCAL, PEFT, Asked
+from pipeline.peft.types import LOCAL, PEFT, Asked, is_shared
 from pipeline.training.stage import patterns
 
 Size = tuple[int, float]  # rank R, s
@@ -123,8 +123,11 @@ def read_by_peft(folder: str, targets: Collection[str], asked: Asked) -> dict[st
                 "[peft] as it was"
             )
     modules = set(targets)
-    stored = {t.name.removeprefix(PEFT_PREFIX): t.name for t in header.tensors}
-    tensors = load_tensors(header, [t for name, t in stored.items() if not modules.isdisjoint(holders(name))])
+    alone = {t.name.removeprefix("base_model."): t.name for t in header.tensors}
+    stored = {name: t for name, t in alone.items() if is_shared(name)}
+    stored |= {t.name.removeprefix(PEFT_PREFIX): t.name for t in header.tensors if t.name.startswith(PEFT_PREFIX)}
+    mine = [t for name, t in stored.items() if is_shared(name) or not modules.isdisjoint(holders(name))]
+    tensors = load_tensors(header, mine)
     found = {name: tensors[source] for name, source in stored.items() if source in tensors}
     return _of_full_rank(where, path.with_name(CONFIG_FILE), found) if row.ranked else found
 
@@ -183,19 +186,22 @@ def put(stage: Stage, tensors: dict[str, Tensor]) -> None:
     """Into those adapters that the stage has. UserError for a tensor of another shape, before any of them is changed."""
     parameters: dict[str, Tensor] = {**frozen(stage), **trainable(stage)}
     modules = {name.rpartition(".")[0] for name in parameters}
-    mine = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in modules}
+    mine = {
+        n: t for n, t in tensors.items() if n.rpartition(".")[0] in modules and (n in parameters or not is_shared(n))
+    }
     given, there = dict[str, Tensor](), dict(stage.model.named_modules())
     for name in modules:
         own = {key.rpartition(".")[2]: tensor for key, tensor in mine.items() if key.rpartition(".")[0] == name}
         module = there.get(name)
         for key, tensor in _as_trained(name, module, own).items():
-            parameter = parameters[f"{name}.{key}"]
+            full = f"{name}.{key}".removeprefix(".")  # what modules share has no module in its name
+            parameter = parameters[full]
             if parameter.shape != tensor.shape:
                 raise UserError(
-                    f"init_adapter: {name}.{key} is {list(tensor.shape)}, and the model's module asks for "
+                    f"init_adapter: {full} is {list(tensor.shape)}, and the model's module asks for "
                     f"{list(parameter.shape)}; was it trained on another model?"
                 )
-            given[f"{name}.{key}"] = tensor
+            given[full] = tensor
     if lacking := [name for name in parameters if name not in given]:
         raise UserError(f"init_adapter: it has nothing for {lacking[0]} and {len(lacking) - 1} more")
     for name, tensor in given.items():

@@ -382,7 +382,7 @@ def asked_of(
     check_settings(peft_type, settings, by_peft.WHERE)
     patterns.check({f"{by_peft.WHERE}{key}": settings[key] for key in PATTERNS if settings.get(key)}, targets)
     unbiased = next((name for name in targets if getattr(model.get_submodule(name), "bias", None) is None), "")
-    asked = Asked(peft_type, settings, by_peft.widest_of(model, targets), unbiased)
+    asked = Asked(peft_type, settings, by_peft.shapes_of(model, targets), unbiased)
     if asked.not_folded:
         warn(f"{asked.not_folded}: the adapter is for PEFT to load, and merge_lora.py will refuse it")
     return asked

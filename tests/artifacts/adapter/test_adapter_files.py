@@ -210,7 +210,7 @@ def test_what_a_fold_would_leave_out_is_refused_by_name(base: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"peft_type": "VBLORA"}, "type 'VBLORA'"),
+        ({"peft_type": "XLORA"}, "type 'XLORA'"),
         ({"r": 8}, "rank 4 .*says 8"),
         ({"brand_new_trick": 3}, "brand_new_trick = 3 is not known"),
         ({"lora_alpha": None}, "lora_alpha = None: input should be a valid number"),

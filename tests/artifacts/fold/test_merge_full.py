@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LNTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts.adapter import maps
@@ -311,3 +312,22 @@ def test_other_values_than_the_adapters_are_found(llama: Path, tmp_path: Path, m
     with pytest.raises(UserError, match=r"lm_head\.weight deviates from the fold in fp64") as caught:
         merge(llama, tmp_path / "adapter", tmp_path / "out")
     assert caught.value.exit_code == 3
+
+
+def test_norms_that_peft_tunes_take_the_bases_place(llama: Path, tmp_path: Path) -> None:
+    """LN_TUNING, which is nothing but norms in full."""
+    config = LNTuningConfig(target_modules=["input_layernorm", "norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(llama), config)
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    found = load_adapter(tmp_path / "adapter").full
+    assert len(found) == 4
+    merge(llama, tmp_path / "adapter", tmp_path / "out")
+    merged = model.merge_and_unload().state_dict()
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, merged[name]), name
+        assert (name in found) == (not torch.equal(tensor, tensors_of(llama)[name])), name
+    with pytest.raises(UserError, match="--unmerge"):
+        merge(tmp_path / "out", tmp_path / "adapter", tmp_path / "back", unmerge=True)

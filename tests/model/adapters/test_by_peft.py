@@ -34,6 +34,9 @@ WEIGHT_TOLERANCE, TOLERANCE = 7e-6, 3e-5
 KEYS: dict[str, dict[str, Any]] = {
     **{name: {"r": 4} for name in LOCAL},
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10, "lora_alpha": 8},
+    "TINYLORA": {"r": 3, "u": 5, "weight_tying": 0.6},
+    "UNILORA": {"r": 2, "theta_d_length": 600},
+    "VBLORA": {"r": 2, "num_vectors": 12, "vector_length": 8, "topk": 3},
     "BEFT": {},
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 10},
@@ -101,9 +104,10 @@ def trained(stages: list[Stage]) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def move(stages: list[Stage]) -> None:
     """As after training: every trained parameter moved, the same whatever the cut."""
-    for name, parameter in trained(stages).items():
-        g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+    for stage in stages:  # of what stages share, each copy
+        for name, parameter in trainable(stage).items():
+            g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter += 0.1 * torch.randn(parameter.shape, generator=g)
 
 
 def save(config: Any, adapter: AdapterSpec, stages: list[Stage], output: Path) -> Path:
@@ -176,18 +180,24 @@ def _check_one_step(model: Any, stages: list[Stage], ours: Tensor) -> None:
     (ours * g).sum().backward()
     (found * g).sum().backward()
     right = {_plain(n): p for n, p in model.base_model.model.named_parameters() if p.requires_grad}
-    own = trained(stages)
+    own: dict[str, list[nn.Parameter]] = {}  # of what stages share, each copy
+    for stage in stages:
+        for name, parameter in trainable(stage).items():
+            own.setdefault(name, []).append(parameter)
     assert own.keys() == right.keys()
-    for name, parameter in own.items():
-        if parameter.grad is None:  # PVERA's vector of deviations, where nothing is drawn
+    gradients: dict[str, Tensor] = {}
+    for name, copies in own.items():
+        found_here = [one.grad for one in copies if one.grad is not None]
+        if not found_here:  # PVERA's vector of deviations, where nothing is drawn
             assert right[name].grad is None, name
             continue
+        gradients[name] = torch.stack(found_here).sum(0)
         # Through four layers rounding is near 1e-5 of the largest entry; in q and k gradients are differences of larger ones.
-        assert (parameter.grad - right[name].grad).abs().max() <= 1e-4 * right[name].grad.abs().max(), name
+        assert (gradients[name] - right[name].grad).abs().max() <= 1e-4 * right[name].grad.abs().max(), name
     with torch.no_grad():
-        for name in own:
-            for parameter in (own[name], right[name]):
-                parameter -= 1e-3 * (0 if parameter.grad is None else parameter.grad)
+        for name, gradient in gradients.items():
+            for parameter in (*own[name], right[name]):
+                parameter -= 1e-3 * gradient
         torch.testing.assert_close(theirs(model.base_model.model), hidden(stages, token_ids()), rtol=0, atol=TOLERANCE)
 
 
@@ -195,7 +205,7 @@ def _check_one_step(model: Any, stages: list[Stage], ours: Tensor) -> None:
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown type": ({"type": "LOOHA"}, "peft.type.*local to a module: ADALORA, BEFT"),
     "ours already": ({"type": "hra"}, "peft.type.*adapter_type = 'hra'"),
-    "needs all layers": ({"type": "vb-lora"}, "peft.type"),
+    "needs all layers": ({"type": "frod"}, "peft.type"),
     "of a LoRA only": (
         {"type": "ADALORA", "total_step": 9, "use_rslora": True},
         "peft.use_rslora: has no meaning for PEFT.s ADALORA",
