@@ -174,7 +174,7 @@ def samples_of(
 
 
 def measures_of(stage: Stage, plan: Resolved) -> tuple[RouterLoss | None, StepTotals | None]:
-    """What notes something of a step: the routers' loss of our stage, and what preference training measures, if the run has them."""
+    """What notes something of a step: the routers of our stage, and preference training, if the run has them."""
     routers = RouterLoss(stage, plan.router_loss) if plan.router_loss else None
     return routers, StepTotals() if plan.objective else None
 
