@@ -142,9 +142,10 @@ def inject_lora(
     from peft import LoraConfig
 
     of_parameters = parameters.among(stage.model, owned(stage, targets))
+    modules = [name for name in targets if name not in of_parameters]
     mine = inject_peft(
         stage,
-        [name for name in targets if name not in of_parameters],
+        modules,
         lambda names: LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -152,7 +153,7 @@ def inject_lora(
             target_modules=names,
             bias="none",
             use_rslora=use_rslora,
-            fan_in_fan_out=any(isinstance(stage.model.get_submodule(name), Conv1D) for name in owned(stage, targets)),
+            fan_in_fan_out=any(isinstance(stage.model.get_submodule(name), Conv1D) for name in owned(stage, modules)),
         ),
     )
     for name in mine:
