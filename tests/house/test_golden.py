@@ -42,6 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     return digest
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_run_gives_what_it_gave(name: str, found: Callable[[str], Any]) -> None:

@@ -84,7 +84,8 @@ def command_r(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["--check", pytest.param("--preview 3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["--check", "--preview 3"])
 def test_the_founding_run_is_ready_for_two_48_gib_gpus(tmp_path: Path, command_r: Path, command: str) -> None:
     assert f"python train.py --config config_creative_writer.toml {command}" in README
     done = subprocess.run(

@@ -44,7 +44,7 @@ def test_the_configuration_is_valid_and_its_comments_say_the_defaults() -> None:
 
 
 def test_there_are_commands_of_every_kind() -> None:
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
     assert len(LAUNCHED) == 1
     assert generate.parser().parse_args(shlex.split(LAUNCHED[0])).prompt
 

@@ -17,6 +17,8 @@ from tests.helpers.builders import ROOT, environment
 
 SCRIPTS = (
     "train.py",
+    "doctor.py",
+    "new_config.py",
     "merge_lora.py",
     "export_lora.py",
     "make_adapter.py",

@@ -244,6 +244,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @once
+@pytest.mark.slow
 def test_triton_kernels_through_the_interpreter() -> None:
     helpers.through_interpreter("tests/kernels/test_kernel_cross_entropy.py")
 

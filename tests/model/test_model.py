@@ -199,7 +199,7 @@ def test_structures_that_do_not_fit_are_refused_by_name(config: Any, model_type:
 
 
 def test_attention_that_is_not_there_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="transformers cannot build it"):
+    with pytest.raises(UserError, match="attn_implementation = 'no_such_attention': model_type 'llama'"):
         empty_model(model_config("llama"), torch.float32, "no_such_attention")
 
 

@@ -85,12 +85,8 @@ GRIDS = [
     Run("in full", 2, 2),
     Run("in full", 2, 2, ("use_column_major_topology=true",)),
 ]
-# Two stages show what stages change; one and three, what one of them or a stage between others does.
-QUICK = [
-    run
-    for run in RUNS
-    if run.stages == 2 or run.setting == "one micro-batch" or (run.setting, run.stages) == ("layers 1:2", 3)
-]
+# Two stages show what stages change; three, what a stage between others does.
+QUICK = [run for run in RUNS if run.stages == 2 or (run.setting, run.stages) == ("layers 1:2", 3)]
 SLOW = [run for run in [*RUNS, *GRIDS] if run not in QUICK]
 ALL = only(QUICK, [*QUICK, *SLOW])
 over_runs = pytest.mark.parametrize("run", ALL, ids=str)

@@ -140,7 +140,7 @@ def test_plan_for_this_machine_measures_its_rates(tmp_path: Path) -> None:
     assert "main memory" in said
 
 
-@pytest.mark.parametrize("devices", ["two", *(pytest.param(d, marks=SLOW) for d in ("0x48GiB", "2x1MiB", "2x48GiB,"))])
+@pytest.mark.parametrize("devices", [pytest.param(d, marks=SLOW) for d in ("two", "0x48GiB", "2x1MiB", "2x48GiB,")])
 def test_devices_that_are_none(tmp_path: Path, devices: str) -> None:
     said = plan_of(tmp_path, "--devices", devices)
     assert said.startswith("2\n")

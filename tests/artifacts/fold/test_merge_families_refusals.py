@@ -42,8 +42,8 @@ def refused(words: str, base: Path, adapters: Path | list[Path], out: Path, **as
         ("dora", {"lora_bias": True}, "use_dora with lora_bias"),
         (
             "dora",
-            {"peft_type": "VBLORA"},
-            "type 'VBLORA': .*LORA, PEANUT, IA3, OFT, BOFT, HRA, .* are what can be folded",
+            {"peft_type": "LILY"},
+            "type 'LILY': .*LORA, PEANUT, IA3, OFT, BOFT, HRA, .* are what can be folded",
         ),
     ],
 )

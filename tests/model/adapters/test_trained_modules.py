@@ -297,6 +297,7 @@ def test_recomputation_changes_no_bit(folders: dict[str, Path], level: Recompute
 # What the planner counts
 
 
+@pytest.mark.slow
 def test_the_planner_counts_what_is_trained_in_full(folders: dict[str, Path]) -> None:
     """To the byte: weights that are trained, their fp32 sums and the optimizer's state; and where backward ends."""
     keys = {"optimizer": {"type": "adamw_kahan", "lr": 1e-5}, "model_weight_dtype": "bfloat16"}

@@ -64,6 +64,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_with_samples_ends_as_one_without(runs: list[str]) -> None:
     """To the bit: weights, the optimizer's state, the generators', and the losses."""
     with_samples, without = (final_state(run, STEPS) for run in runs)

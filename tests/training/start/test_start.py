@@ -73,6 +73,7 @@ def test_the_command_to_type_is_one_that_this_shell_finds(
     assert typed == f"{'' if found else 'venv/bin/'}deepspeed --quiet --num_gpus 2 train.py --config 'my run.toml'"
 
 
+@pytest.mark.slow
 def test_two_stages_train_from_a_plain_shell(tmp_path: Path) -> None:
     """`deepspeed` by its path, nothing on PATH, an empty home: nothing is compiled, and nothing left in either or in memory."""
     save_model(tmp_path / "base")
