@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 
 from pipeline.commands import arguments
-from pipeline.console import EXIT_DONE, leave_on_sigterm, run_command
+from pipeline.console import EXIT_DONE, leave_on_sigterm, log, run_command
 from pipeline.formats.choices import DTYPE_NAMES, EXPORT_FORMATS
+from pipeline.publishing.next_steps import after_export, lines
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,8 +56,9 @@ def main() -> int:
     from pipeline.artifacts.export.export import export  # torch: only now that the command line is right
     from pipeline.formats.hub import model_folder
 
+    base = Path(model_folder(asked.input, "--input"))
     export(
-        Path(model_folder(asked.input, "--input")),
+        base,
         asked.lora,
         asked.output,
         format=asked.format,
@@ -68,6 +70,8 @@ def main() -> int:
         base_quant=asked.base_quant,
         base_dtype=asked.base_dtype,
     )
+    if not asked.dry_run:
+        log(lines(after_export(base, asked.output, gguf=asked.format == "gguf")))
     return EXIT_DONE
 
 

@@ -42,6 +42,16 @@ def after_fold(output: Path) -> list[Command]:
     return [_hear("Hear it:", "--model", str(output))]
 
 
+def after_export(base: Path, output: Path, *, gguf: bool) -> list[Command]:
+    """Of an adapter in its additive form."""
+    if gguf:
+        line = shlex.join(["llama-server", "-m", f"{base.name}.gguf", "--lora", str(output)])
+        return [Command("Serve it with llama.cpp, over the base as GGUF:", line)]
+    return [
+        _hear("Hear it, with the adapter and without it:", "--model", str(base), "--lora", str(output), "--compare")
+    ]
+
+
 def after_making(base: Path, adapter: Path) -> list[Command]:
     """Of an adapter that was made without training."""
     return [

@@ -16,7 +16,7 @@ import torch
 from pipeline.artifacts.adapter.read import load_adapter
 from pipeline.artifacts.fold.check import RowCheck, check_written
 from pipeline.artifacts.fold.plan import FoldPlan, plan_fold
-from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines, warnings
+from pipeline.artifacts.fold.report import plan_lines, report_json, result_lines, verdict, warnings
 from pipeline.artifacts.fold.rows import Survival, convert, exact_fp32, fold_rows, held
 from pipeline.artifacts.fold.warnings import warnings_of
 from pipeline.artifacts.fold_history import REPORT_FILE
@@ -111,6 +111,7 @@ def _say_result(plan: FoldPlan, figures: list[Survival], deviation: float) -> No
         log(line)
     for line in warnings(figures, dtypes):
         warn(line)
+    log(verdict(figures))
 
 
 def _one_each(scale: float | Sequence[float], adapters: int) -> list[float]:

@@ -206,6 +206,19 @@ def warnings(figures: Sequence[Survival], dtypes: dict[str, str]) -> list[str]:
     return found
 
 
+def verdict(figures: Sequence[Survival]) -> str:
+    """In one sentence, whether the adapter is in the weights now."""
+    moved = [figure for figure in figures if not math.isnan(figure.gain)]
+    if not moved:
+        return "Verdict: the model is its base; the adapter changes nothing."
+    weak = sum(figure.gain < LEAST_GAIN for figure in moved)
+    least = 100 * min(figure.gain for figure in moved)
+    if weak:
+        kept = f"of {weak} of {len(moved)} tensors less than {100 * LEAST_GAIN:.0f}% of the change arrived"
+        return f"Verdict: the adapter is in the weights in part: {kept}, of the worst {least:.0f}%."
+    return f"Verdict: the adapter is in the weights: of each of {len(moved)} tensors {least:.1f}% of the change or more arrived."
+
+
 def report_json(plan: FoldPlan, figures: Sequence[Survival]) -> dict[str, Any]:
     """The content of `fold_report.json`; `earlier`: of the folds that made the base, oldest first."""
     return {

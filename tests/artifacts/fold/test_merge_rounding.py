@@ -73,10 +73,18 @@ def test_figures_of_what_survived_against_fp64(tmp_path: Path, capsys: pytest.Ca
     assert "--dtype float16 or --dtype float32" in text.err
     assert f"{100 * min(f.gain for f in figures):.0f}%" in text.err
     assert all(f"{figure.gain:7.4f}" in text.out for figure in figures)
+    assert "\nVerdict: the adapter is in the weights in part: of " in text.out
     stored = json.loads((tmp_path / "out" / "fold_report.json").read_text())
     assert stored["version"] == version.full()
     assert [entry["gain"] for entry in stored["tensors"]] == [figure.gain for figure in figures]
     assert str(tmp_path) not in json.dumps(stored)
+    merge(base, tmp_path / "adapter", tmp_path / "wide", dtype="float32")
+    said = capsys.readouterr().out
+    assert "Verdict: the adapter is in the weights: of each of 3 tensors 100.0% of the change or more arrived." in said
+
+
+def test_a_fold_that_changes_nothing_says_so() -> None:
+    assert report.verdict([Survival("w")]).startswith("Verdict: the model is its base")
 
 
 @pytest.mark.parametrize(
