@@ -245,6 +245,7 @@ def test_an_output_with_something_in_it_is_replaced_only_by_force(
     assert files_of(make(bases["llama"], "--directions", file, "--force", kind="householder")) != first
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_one_message_and_code_2(bases: dict[str, Path], tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -83,6 +83,7 @@ def test_what_is_imported_is_required(sources: list[Path], files: list[str]) -> 
     assert not {name: where for name, where in needed.items() if name not in listed}
 
 
+@pytest.mark.slow
 def test_what_is_required_is_imported() -> None:
     """And what only the tests import is in requirements-dev.txt."""
     by_the_program, by_the_tests = distributions(imported(SHIPPED)), distributions(imported(TESTS))

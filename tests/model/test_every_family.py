@@ -81,14 +81,7 @@ UNFOLDED: dict[str, str] = {  # trained, and not folded, with what is said
 # Parts of these names compute nothing for a short text, or for tokens that no router sends there.
 IDLE = (".experts.", ".compressor.")
 ROUNDINGS = 8  # of every weight, that a fold may be off by: see fold_against_the_live_model
-QUICK = (
-    "llama",
-    "nanochat",
-    "bloom",
-    "mamba",
-    "zaya",
-    "phimoe",
-)
+QUICK = ("llama", "bloom", "zaya", "phimoe")
 
 
 @lru_cache(maxsize=1)

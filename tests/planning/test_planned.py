@@ -114,6 +114,7 @@ def plan_of(tmp_path: Path, *arguments: str, **changes: Any) -> str:
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
 
 
+@pytest.mark.slow
 def test_plan_needs_neither_weights_nor_gpus(tmp_path: Path) -> None:
     said = plan_of(tmp_path, "--devices", "2x48GiB", activation_checkpointing="auto", kernels="all")
     assert said.startswith("0\n"), said

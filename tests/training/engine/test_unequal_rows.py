@@ -85,7 +85,8 @@ def targets(rows: list[Row]) -> int:
     return sum(end - start for _, runs in rows for start, end in runs)
 
 
-@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
 def test_the_first_step_is_the_mean_over_its_targets(root: Path, result: Callable[[int], Result], stages: int) -> None:
     store = ListStore(TRAINED)
     loader = MicroBatches(

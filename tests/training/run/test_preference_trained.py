@@ -49,7 +49,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         ],
     },
 }
-QUICK = ("sigmoid", "kto", "representation")
+QUICK = ("kto", "representation")
 KINDS = {"kto": "unpaired", "ranked": "ranked"}
 
 

@@ -151,6 +151,7 @@ def test_lora_is_pefts(
     assert_equal(result, unsplit.train(model, leaves, rows("lora")[0], adamw, clip=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "ragged", "replicas", "logit scale"])
 def test_evaluation(
     name: str,
