@@ -137,13 +137,17 @@ def results(root: Path) -> Launched:
 class Oracle:
     """The whole model, a plain loop over the same units."""
 
-    def __init__(self, root: Path, name: str, initial: dict[str, Tensor]) -> None:
+    def __init__(
+        self, root: Path, name: str, initial: dict[str, Tensor], compared_with: "Oracle | None" = None
+    ) -> None:
+        """In fp64; or in fp32, beside the references that one in fp64 found, rounded: so the two do not err alike."""
+        dtype = torch.float32 if compared_with else torch.float64
         chosen = loading.load(str(root / f"{name}.toml"), None, [])
         spec = resolve.data_of(chosen)
         data = prepare.read_data(spec, tokenizer.load(chosen.model))
         batches = prepare.micro_batches(spec, data)
         self.mixture = Mixture(dict(zip(*_weights(OBJECTIVES[name]), strict=True)), Settings(beta=BETA))
-        self.model = unsplit.load(root / "cohere")
+        self.model = unsplit.load(root / "cohere", dtype)
         self.steps, position = [], Position()
         for _ in range(STEPS):
             micro, info = batches.step(position)
@@ -152,11 +156,17 @@ class Oracle:
         self.store: Any = batches.stores[0]
         self.held_out = [int(row) for row in data.evaluation["pairs"].rows]
         needed = sorted({unit for step in self.steps for batch in step for unit in batch} | set(self.held_out))
-        with torch.no_grad():
-            self.reference = {unit: self.sums(unit) for unit in needed}
         self.taps: list[dict[str, Any]] = OBJECTIVES[name].get("tap", [])
-        with torch.no_grad():
-            self.as_base = {unit: self.states(unit) for unit in needed} if self.taps else {}
+        if compared_with:
+            self.reference = {unit: sums.float() for unit, sums in compared_with.reference.items()}
+            self.as_base = {
+                unit: [{layer: state.float() for layer, state in row.items()} for row in rows]
+                for unit, rows in compared_with.as_base.items()
+            }
+        else:
+            with torch.no_grad():
+                self.reference = {unit: self.sums(unit) for unit in needed}
+                self.as_base = {unit: self.states(unit) for unit in needed} if self.taps else {}
         self.leaves = unsplit.with_multiplicative(self.model, initial, ALPHA / RANK)
 
     def sums(self, unit: int) -> Tensor:
@@ -165,7 +175,7 @@ class Oracle:
         for slot in self.store.slots:
             ids = torch.from_numpy(slot.ids(unit).copy()).long()
             ((start, end),) = slot.spans(unit)
-            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
             found.append(logits[start - 1 : end - 1].gather(1, ids[start:end, None]).sum())
         return torch.stack(found)
 
