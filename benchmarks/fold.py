@@ -1,4 +1,4 @@
-"""The fold, the export and the inspection, as ratios to copying and reading the same bytes, and against PEFT's load, merge and save.
+"""Fold, export and inspection, as ratios to copying and reading the same bytes, and against PEFT's load, merge and save.
 
     python -m benchmarks.fold
 
