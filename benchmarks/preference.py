@@ -4,7 +4,8 @@
 
 For each seed a base is pre-trained and pairs are drawn anew; every variant is trained by the product's trainer in this process,
 on one stage, and all of them are measured by `evaluate_lora.py` on what was trained, on new prompts of the same topics, on
-topics that were not trained, and on pairs without a preference. Of seed 003's journal nothing is taken but what it tried.
+topics that were not trained, and on pairs without a preference. Of the
+journal that docs/preference.md compares with, nothing is taken but what it tried.
 """
 
 import argparse
@@ -176,7 +177,9 @@ def rows_of(folder: Path, seed: int, cosines: Mapping[str, dict[str, float]]) ->
             row = found.setdefault((run, dataset), {"run": run, "seed": seed, "dataset": dataset})
             row[measure] = number(line["value"])
             if line["delta"]:
-                row[f"{measure}_delta"] = [number(line[key]) for key in ("delta", "delta_low", "delta_high") if line[key]]
+                row[f"{measure}_delta"] = [
+                    number(line[key]) for key in ("delta", "delta_low", "delta_high") if line[key]
+                ]
             for key in ("p", "perplexity_ratio"):
                 if line[key]:
                     row[key if key != "p" else f"{measure}_p"] = number(line[key])

@@ -44,7 +44,9 @@ def learnt(result: dict[str, Any]) -> str:
         "lp̄ rejected",
         "lights, trained",
     )
-    return table(header, [_learnt(rows) for rows in _by("run", result["rows"]) if not rows[0]["run"].startswith(BREAKERS)])
+    return table(
+        header, [_learnt(rows) for rows in _by("run", result["rows"]) if not rows[0]["run"].startswith(BREAKERS)]
+    )
 
 
 def _learnt(rows: Rows) -> tuple[str, ...]:
@@ -95,9 +97,9 @@ def setting(result: dict[str, Any]) -> str:
     s, versions = result["settings"], result["machine"]["versions"]
     return (
         f"{s['seeds']} seeds, {s['seconds'] / 60:.0f} minutes of one core, PyTorch {versions['torch']}: {s['trained']} pairs, "
-        f"{s['steps']} steps of {s['micro_batch']} (with taps {s['tap_steps']}, circuit breakers {s['breaker_steps']}), learning rate "
-        f"{s['lr']:g}, β = {s['beta']:g}; {s['measured']} pairs a set. A cell is the mean over the seeds and, in brackets, the lowest and the "
-        f"highest of them{_covers(s['seeds'])}.\n"
+        f"{s['steps']} steps of {s['micro_batch']} (with taps {s['tap_steps']}, circuit breakers {s['breaker_steps']}), "
+        f"learning rate {s['lr']:g}, β = {s['beta']:g}; {s['measured']} pairs a set. A cell is the mean over the seeds and, "
+        f"in brackets, the lowest and the highest of them{_covers(s['seeds'])}.\n"
     )
 
 

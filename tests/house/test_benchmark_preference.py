@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import preference as benchmark
+from benchmarks.planted import VOCABULARY
 from docs import preference as docs
 from tests.helpers.builders import ROOT, environment
 
@@ -93,16 +94,24 @@ def test_reroute_alone_makes_chosen_answers_incoherent_and_retain_keeps_them(see
         assert "incoherent" in alone["lights"]
         assert abs(held["lp_w"] - base["lp_w"]) < 0.2
         assert "incoherent" not in held["lights"]
-        assert held["pref_acc_mean"] > 0.95, "and what is rejected falls all the same"
+        assert held["pref_acc_mean"] > 0.95
+        assert held["lp_l"] < base["lp_l"] - 1, "what is rejected falls all the same"
 
 
 def test_circuit_breakers_break_what_they_should_and_leave_the_rest(seeds: list[Rows]) -> None:
-    """A model that knows nothing has log-probabilities of −log of the vocabulary; the base's are near −0.4."""
+    chance = -math.log(len(VOCABULARY))
     for rows in seeds:
         for dataset in docs.BROKEN:
-            assert rows["circuit breakers", dataset]["lp_w"] < -2
+            assert rows["circuit breakers", dataset]["lp_w"] < chance
             assert rows["circuit breakers", dataset]["nll_delta"][1] > 1, "the interval's lower end"
         for dataset in docs.KEPT:
             assert rows["circuit breakers", dataset]["nll_delta"][2] < math.log(1.2), "the interval's upper end"
             assert "incoherent" not in rows["circuit breakers", dataset]["lights"]
-            assert rows["circuit breakers, retain × 0", dataset]["lp_w"] < -2, "it is retain that keeps them"
+            assert rows["circuit breakers, retain × 0", dataset]["nll_delta"][1] > 1, "it is retain that keeps them"
+
+
+def test_with_retained_rows_of_the_topics_to_be_broken_nothing_is_broken(seeds: list[Rows]) -> None:
+    for rows in seeds:
+        for dataset in benchmark.ROLES:
+            row = rows["circuit breakers, retain of the same topics", dataset]
+            assert row["perplexity_ratio"] == pytest.approx(1, abs=0.2), dataset

@@ -5,6 +5,8 @@ it takes the formulas.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from pipeline.training.start import prepare, resolve
 from tests.helpers import builders, plain_distances, stage_runs, unsplit
 from tests.helpers.data import prose
 from tests.helpers.stage_runs import Case, Result
-from tests.helpers.unsplit import GRADIENT_TOLERANCE
 
 STEPS, LR, EPS, RANK, ALPHA, BETA = 3, 1e-2, 1e-3, 4, 8, 0.5
 MICRO_BATCHES, UNITS = 4, 8  # of a step
+# A plain fp32 loop rounds about as often as ours, in another order: of thousands of numbers both are as far off from fp64.
+AS_NEAR = 2
 WORDS = prose(1500, seed=4).split()
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss_type": "sigmoid"},
@@ -255,24 +258,29 @@ def _weights(objective: dict[str, Any]) -> tuple[list[str], list[float]]:
 def test_stages_train_what_the_whole_model_would(root: Path, results: Launched, name: str) -> None:
     result = results[name]
     oracle = Oracle(root, name, result.initial)
+    plain = Oracle(root, name, result.initial, oracle)
     with torch.no_grad():
         before = float(oracle.loss([oracle.held_out]))
     losses, gradients = oracle.run()
+    _, rounded = plain.run()
     assert result.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
     assert len(result.losses) == STEPS
-    for step, theirs in enumerate(gradients, start=1):
+    for step, (exact, other) in enumerate(zip(gradients, rounded, strict=True), start=1):
         ours = result.gradients(step)
-        assert ours.keys() == theirs.keys()
-        largest = max(unsplit.size(gradient) for gradient in theirs.values())
-        for key, gradient in theirs.items():
-            assert unsplit.size(ours[key] - gradient) <= 20 * step * GRADIENT_TOLERANCE * largest, (step, key)
+        assert ours.keys() == exact.keys()
+        assert apart(ours, exact) <= AS_NEAR * apart(other, exact), step
     if not LOSSES[next(iter(oracle.mixture.weights))].compares:
         assert result.evaluation(0)["pairs"] == pytest.approx(before, rel=1e-5, abs=1e-5)
         with torch.no_grad():
             after = float(oracle.loss([oracle.held_out]))
         assert result.evaluation(STEPS)["pairs"] == pytest.approx(after, rel=1e-4, abs=1e-5)
-    for key, leaf in oracle.leaves.items():
-        assert unsplit.size(result.weights[key] - leaf.detach()) <= 1e-3 * unsplit.size(leaf.detach())
+    weights = {key: leaf.detach() for key, leaf in oracle.leaves.items()}
+    assert apart(result.weights, weights) <= AS_NEAR * apart(plain.leaves, weights)
+
+
+def apart(some: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """The 2-norm of the difference of all tensors together."""
+    return math.sqrt(sum(unsplit.size(some[key].detach().double() - tensor) ** 2 for key, tensor in exact.items()))
 
 
 @pytest.mark.parametrize("name", QUICK)
