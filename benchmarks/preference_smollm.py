@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ FOLDER = "datasets/sample_preferences"
 TALKS = {"dataset_type": "chat", "dataset_path": "datasets/sample_chats/the_tide_table.jsonl", "sequence_len": 256}
 DATASETS: list[dict[str, Any]] = [
     {"name": "trained", "role": "in-sample", "dataset_path": f"{FOLDER}/metric_measures.jsonl", **PAIRS},
-    {"name": "new questions", "role": "test", "dataset_path": f"{FOLDER}/metric_measures_new.jsonl", **PAIRS},
-    {"name": "other quantities", "role": "ood", "dataset_path": f"{FOLDER}/metric_measures_elsewhere.jsonl", **PAIRS},
-    {"name": "other answers", "role": "unrelated", **TALKS},
+    {"name": "new_questions", "role": "test", "dataset_path": f"{FOLDER}/metric_measures_new.jsonl", **PAIRS},
+    {"name": "other_quantities", "role": "ood", "dataset_path": f"{FOLDER}/metric_measures_elsewhere.jsonl", **PAIRS},
+    {"name": "other_answers", "role": "unrelated", **TALKS},
 ]
 MEASURES = ("pref_acc_mean", "pref_prob_mean", "reward_acc", "margin", "nll")
 TEXTS = ("adapter", "dataset", "role", "measure")
@@ -89,11 +90,16 @@ def main() -> None:
         demo.make_base()
     for name in ("preference_runs", "preference_evaluations"):
         shutil.rmtree(demo.HERE / name, ignore_errors=True)
-    began = time.monotonic()
     quickstart.train(CONFIG, *(["--set", f"max_steps={asked.max_steps}"] if asked.max_steps else []))
-    trained_s = time.monotonic() - began
+    print("written:", measure(asked.out))
+
+
+def measure(out: Path | None) -> Path:
+    """Evaluate what was trained last, and record it."""
     run = quickstart.newest(demo.HERE / "preference_runs", "2*")
     adapter = quickstart.newest(run, "step*")
+    begun = datetime.strptime(run.name, "%Y%m%d_%H-%M-%S").replace(tzinfo=UTC)
+    began = time.monotonic()
     folder = evaluate(adapter)
     config = loading.load(CONFIG)
     settings = {
@@ -104,14 +110,14 @@ def main() -> None:
         "lr": config.optimizer.lr,
         "rank": config.lora_rank,
         "beta": config.objective.beta if config.objective else None,
-        "train_seconds": round(trained_s, 1),
-        "evaluate_seconds": round(time.monotonic() - began - trained_s, 1),
+        "train_seconds": round(adapter.stat().st_mtime - begun.timestamp(), 1),
+        "evaluate_seconds": round(time.monotonic() - began, 1),
         "lights": json.loads((folder / "evaluation.json").read_text())["lights"],
         "said": said(run),
     }
     for light in settings["lights"]:
         light["adapter"] = "adapter"
-    print("written:", record.write("preference_smollm", settings, rows_of(folder), asked.out))
+    return record.write("preference_smollm", settings, rows_of(folder), out)
 
 
 if __name__ == "__main__":

@@ -77,14 +77,19 @@ def test_what_is_learnt_holds_for_new_prompts_and_for_topics_that_were_not_train
         assert "incoherent" in trained["lights"]
 
 
-def test_labels_turned_round_and_a_fiftieth_of_the_rate_are_lit(seeds: list[Rows]) -> None:
+def test_labels_turned_round_are_lit(seeds: list[Rows]) -> None:
     for rows in seeds:
         turned = rows["sigmoid, labels inverted", "train"]
         assert turned["pref_acc_mean"] < 0.05
         assert "learned the opposite" in turned["lights"]
-        slow = rows["sigmoid, a fiftieth of the rate", "train"]
-        assert "did not learn" in slow["lights"]
-        assert abs(slow["pref_prob_mean"] - rows["base", "train"]["pref_prob_mean"]) < 0.1
+
+
+def test_at_a_fiftieth_of_the_rate_next_to_nothing_happens(seeds: list[Rows]) -> None:
+    """Pairs whose answers are about as likely tip over all the same, so accuracy may move."""
+    slow = [rows["sigmoid, a fiftieth of the rate", "train"] for rows in seeds]
+    assert sum("did not learn" in row["lights"] for row in slow) > len(slow) / 2
+    for row in slow:
+        assert abs(row["pref_prob_mean_delta"][0]) < 0.01
 
 
 def test_reroute_alone_makes_chosen_answers_incoherent_in_most_seeds_and_retain_keeps_them(seeds: list[Rows]) -> None:
@@ -117,3 +122,15 @@ def test_with_retained_rows_of_the_topics_to_be_broken_the_terms_are_at_odds(see
             row = rows["circuit breakers, retain of the same topics", dataset]
             assert row["lp_w"] > -math.log(len(VOCABULARY)), dataset
             assert "incoherent" in row["lights"], dataset
+
+
+def test_smollm_learns_the_preference_and_loses_coherence() -> None:
+    result = json.loads((docs.RESULTS / "preference_smollm.json").read_text(encoding="utf-8"))
+    found = {(row["dataset"], row["measure"]): row for row in result["rows"] if row["adapter"] == "adapter"}
+    assert found["trained", "pref_acc_mean"]["value"] == 1
+    for dataset in ("trained", "new_questions", "other_quantities"):
+        assert found[dataset, "pref_acc_mean"]["delta_low"] > 0, dataset
+    assert {(light["what"], light["dataset"]) for light in result["settings"]["lights"]} == {
+        ("incoherent", dataset) for dataset in ("trained", "new_questions", "other_quantities", "other_answers")
+    }
+    assert found["other_answers", "nll"]["delta_low"] > 0
