@@ -26,8 +26,9 @@ from tests.helpers.stage_runs import Case, Result
 
 STEPS, LR, EPS, RANK, ALPHA, BETA = 3, 1e-2, 1e-3, 4, 8, 0.5
 MICRO_BATCHES, UNITS = 4, 8  # of a step
-# A plain fp32 loop rounds about as often as ours, in another order: of thousands of numbers both are as far off from fp64.
-AS_NEAR = 2
+# A plain fp32 loop rounds about as often as ours, in another order, so both are off from fp64 alike. Most of it is what the sums
+# of log-probabilities leave in the factors of a step's 8 units, of which a norm is a draw of few.
+AS_NEAR = 4
 WORDS = prose(1500, seed=4).split()
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss_type": "sigmoid"},
