@@ -19,6 +19,7 @@ from pipeline.publishing import next_steps
 from pipeline.training import trackers
 from pipeline.training.engine import engine, selftest
 from pipeline.training.nodes import meeting
+from pipeline.training.nodes.carrying import Carrier
 from pipeline.training.nodes.records import Exchanged, Mapped, Records
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
 from pipeline.training.run.peers import RECORD
@@ -50,7 +51,8 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     try:
         place = engine.initialise(config.pipeline_stages, store or file, config.use_column_major_topology)
         watch(watcher, place, file, config.hang_timeout_minutes)
-        folder.check_shared(Path(config.output_dir), place)
+        apart = folder.nodes_apart(Path(config.output_dir), place)
+        carrier = Carrier(Path(config.output_dir), place, apart) if apart else None
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
         if place.over_nodes:
@@ -60,7 +62,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             times.ended("self-test")
-            run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
+            run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv, carrier)
             log_file.open(run.saver.run_dir)
         times.ended("model")
         run.times = times
@@ -73,6 +75,8 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         for line in data.warnings if code == EXIT_DONE else ():
             warn(line)
         watcher.part()
+        if carrier:
+            carrier.close()
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
             run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked
