@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 
 from pipeline.training.checkpoint import commit
-from tests.helpers import namespaces
+from tests.helpers import namespaces, slurm
 from tests.helpers.builders import metrics, only_run, train, write_config
 from tests.helpers.namespaces import LINK, Node
+from tests.helpers.paths import ROOT
+from tests.helpers.slow_folder import SlowFolder
+from tests.house.test_clusters import SBATCH
 from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers
 from tests.training.run.test_nodes import adapter_of, wait_for
 from tests.training.run.test_stop import gone
@@ -66,8 +69,8 @@ def ended(launchers: list[subprocess.Popen[str]], within_s: float) -> list[str]:
         raise AssertionError("timed out:\n" + "\n".join(one.communicate()[0] for one in launchers)) from None
 
 
-def as_on_one_machine(tmp_path: Path, base: Path, two: Path, steps: int) -> None:
-    train(2, "--config", config(tmp_path, base, "one", steps))
+def as_on_one_machine(tmp_path: Path, base: Path, two: Path, steps: int, **changes: Any) -> None:
+    train(2, "--config", config(tmp_path, base, "one", steps, **changes))
     one = only_run(tmp_path / "one")
     assert adapter_of(two, steps) == adapter_of(one, steps)
     assert numbers(str(two)) == numbers(str(one))
@@ -88,6 +91,22 @@ def test_torchrun_with_mounts_of_their_own(tmp_path: Path, base: Path, nodes: No
     assert "output_dir: node-b has another disk there than node-a" in said[0]
     of_first = Path(f"/proc/{nodes[0].first}/root{tmp_path}/two")
     as_on_one_machine(tmp_path, base, only_run(of_first), 3)
+
+
+def test_a_folder_that_shows_late_what_the_other_node_wrote(tmp_path: Path, base: Path, nodes: Nodes) -> None:
+    """Each change is seen two seconds later: the start, checkpoints, adapters and a resumption wait for it, and no more."""
+    own_disks(nodes, tmp_path / "two", "ramfs")
+    here = [Path(f"/proc/{node.first}/root{tmp_path}/two") for node in nodes]
+    saves = {"save_steps": 2, "checkpoint_on_save": True}
+    with SlowFolder(here[0], here[1], 2.0, apart=("dataset_cache",)) as slow:
+        for steps, more in ((2, ()), (4, ("--resume_from_checkpoint",))):
+            path = config(tmp_path, base, "two", steps, **saves)
+            launchers = namespaces.torchrun(nodes, "--config", path, *more)
+            said = ended(launchers, 360)
+            assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
+            assert "another disk" not in said[0]
+        assert slow.late > 20
+    as_on_one_machine(tmp_path, base, only_run(here[0]), 4, **saves)
 
 
 @pytest.mark.skipif(not namespaces.has_ssh(), reason="takes sshd, ssh-keygen and pdsh")
@@ -111,6 +130,45 @@ def test_deepspeed_s_launcher_through_ssh(tmp_path: Path, base: Path, nodes: Nod
     assert gone(ranks, 60), "orphans"
     last = max(line["step"] for line in metrics(run))
     assert commit.find(run, newest_run=False)[1]["step"] == last
+
+
+@pytest.mark.skipif(not slurm.available(), reason="takes SLURM's daemons and munge")
+def test_the_page_s_file_under_slurm(tmp_path: Path, base: Path, nodes: Nodes) -> None:
+    """`sbatch` and `srun torchrun` as docs/clusters.md has them: a stop by scancel saves, a new job goes on; the same numbers."""
+    slurm.start(nodes, tmp_path / "slurm")
+    script = SBATCH.replace("#SBATCH --gpus-per-node=2\n", "").replace("#SBATCH --cpus-per-task=16\n", "")
+    for old, new in (
+        ("GPUS_OF_A_NODE=2", "GPUS_OF_A_NODE=1"),
+        ("=ib0", f"={LINK}"),
+        ("%x-%j.out", f"{tmp_path}/job-%j.out"),
+        ("--config my_run.toml", f"--config {config(tmp_path, base, 'two', 100)}"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    (tmp_path / "run.sbatch").write_text(script)
+
+    def submitted(*arguments: str) -> int:
+        command = f"cd {ROOT}; export {slurm.variable(tmp_path / 'slurm')}; sbatch --parsable {tmp_path}/run.sbatch"
+        started = nodes[0].start("bash", "-c", f"{command} {' '.join(arguments)}")
+        return int(ended([started], 30)[0])
+
+    def is_over(job: int) -> bool:
+        asked = nodes[0].start("bash", "-c", f"{slurm.variable(tmp_path / 'slurm')} squeue -h -j {job}")
+        return not ended([asked], 30)[0].strip().startswith(str(job))
+
+    first = submitted()
+    wait_for(lambda: is_over(first) or [f for f in (tmp_path / "two").glob("2*/metrics.jsonl") if f.read_text()])
+    nodes[0].do(f"{slurm.variable(tmp_path / 'slurm')} scancel --signal=TERM {first}")
+    wait_for(lambda: is_over(first), 90)
+    said = (tmp_path / f"job-{first}.out").read_text()
+    run = only_run(tmp_path / "two")
+    last = max(line["step"] for line in metrics(run))
+    assert last < 100, said
+    assert f"stopped after step {last}; resume with\n  srun --nodes 2 --ntasks-per-node 1 torchrun" in said
+    second = submitted("--resume_from_checkpoint")
+    wait_for(lambda: is_over(second), 240)
+    assert "done: 100 steps" in (tmp_path / f"job-{second}.out").read_text()
+    as_on_one_machine(tmp_path, base, run, 100)
 
 
 def launcher_in(node: Node) -> int:
