@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,12 @@ class Carrier:
     def gather(self, folder: Path) -> None:
         """Move the files of `folder`, on nodes apart, into the first process's. All processes call; OSError on those on which
         a file could not be read or written, and the others may go on."""
-        found = sorted(p for p in folder.iterdir() if p.is_file()) if self._carries else []
+        found: list[tuple[str, int]] = []
         everyone: list[Any] = [None] * self._place.world
-        dist.all_gather_object(everyone, [(path.name, path.stat().st_size) for path in found])
         with _first_error() as trying:
+            if self._carries:
+                trying(lambda: found.extend((path.name, path.stat().st_size) for path in sorted(folder.iterdir())))
+            dist.all_gather_object(everyone, found)
             for sender, files in enumerate(everyone):
                 for name, size in files:
                     if self._place.rank == sender:
@@ -131,18 +133,19 @@ class Carrier:
 
     def settle(self) -> None:
         """Return when the other nodes have what this one's staging folders say, or after SETTLE_S: the process may end."""
-        if self._place.rank == 0:
-            version, deadline = self._publish(), time.monotonic() + SETTLE_S
-            while time.monotonic() < deadline and any(self._seen(node) < version for node in self._apart):
-                time.sleep(LOOK_S)
-        elif self._carries:
-            self._up()
+        with suppress(RuntimeError):  # torch's errors of a store, or a process, that is gone
+            if self._place.rank == 0:
+                version, deadline = self._publish(), time.monotonic() + SETTLE_S
+                while time.monotonic() < deadline and any(self._seen(node) < version for node in self._apart):
+                    time.sleep(LOOK_S)
+            elif self._carries:
+                self._up()
 
     def _run(self, turn: Callable[[], None]) -> None:
         while not self._over.wait(LOOK_S):
             try:
                 turn()
-            except RuntimeError:  # torch's errors of a store, or a process, that is gone
+            except RuntimeError:  # as in settle
                 return
 
     # The first process.
@@ -227,7 +230,12 @@ class Carrier:
                 pieces.send(file, size, 0, self._of_thread)
         except OSError as error:
             unread = [str(error), False]
+        deadline = time.monotonic() + commit.PEER_TIMEOUT_S
         while not self._store.check([f"answer/{number}"]):
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"waited {commit.PEER_TIMEOUT_S:.0f} s for the first process to take {folder}/{name}"
+                )
             time.sleep(LOOK_S / 5)
         answer: list[Any] = json.loads(self._store.get(f"answer/{number}"))
         for key in ("offer", "answer"):
