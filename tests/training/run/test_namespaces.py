@@ -8,15 +8,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from pipeline.training.checkpoint import commit
 from tests.helpers import namespaces, slurm
 from tests.helpers.builders import metrics, only_run, train, write_config
+from tests.helpers.faults import FAULTS, HANG_S
 from tests.helpers.namespaces import LINK, Node
 from tests.helpers.paths import ROOT
 from tests.helpers.slow_folder import SlowFolder
@@ -32,7 +33,6 @@ pytestmark = [
     ),
 ]
 Nodes = tuple[Node, Node]
-HANG_S = 12.0
 
 
 @pytest.fixture
@@ -188,33 +188,6 @@ def under_way(output: Path, launchers: list[subprocess.Popen[str]]) -> Path:
             raise AssertionError("\n".join(ended(launchers, 5)))
         time.sleep(0.1)
     return next(output.glob("2*"))
-
-
-class Fault(NamedTuple):
-    """`breaks` two nodes; then the ranks of the nodes `left` end within `within_s`, of which `says` says `words`."""
-
-    breaks: Callable[[Nodes], object]
-    left: tuple[int, ...]
-    within_s: float
-    says: int
-    words: str
-
-
-# By what docs/clusters.md calls them.
-FAULTS = {
-    "kill -9 of all processes of the second node": Fault(
-        lambda nodes: nodes[1].kill(), (0,), 30, 0, "lost rank 1 on node-b"
-    ),
-    "kill -9 of all processes of the first node, which has the store": Fault(
-        lambda nodes: nodes[0].kill(), (1,), 30, 1, "lost rank 0 on node-a"
-    ),
-    "SIGSTOP of all processes of the second node": Fault(
-        lambda nodes: nodes[1].signal(signal.SIGSTOP), (0,), 60, 0, "rank 1 hangs:\n  rank 1 on node-b"
-    ),
-    "the link goes down": Fault(
-        lambda nodes: nodes[1].do(f"ip link set {LINK} down"), (0, 1), 60, 0, "rank 1 hangs:\n  rank 1 on node-b"
-    ),
-}
 
 
 @pytest.mark.parametrize("disks", ["shared", "apart"])
