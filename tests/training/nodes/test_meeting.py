@@ -47,7 +47,7 @@ def test_what_one_fails_in_ends_those_that_wait_for_it(one_of_two: None, monkeyp
     with pytest.raises(UserError), meeting.telling(store):
         raise UserError("datasets: there is no file there")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(RankError, match="rank 1 has ended on .*: datasets: there is no file there"):
+    with pytest.raises(RankError, match=r"rank 1 has ended on .*: datasets: there is no file there"):
         meeting.join(store, "gloo", 2)
 
 
