@@ -45,6 +45,7 @@ class Saver:
         self._write, self._keep = write, keep
         self._checkpointed = set() if resumed_at is None else {resumed_at}
         self._step_saved: int | None = None
+        self._carrier = carrier
         self._settle = carrier.settle if carrier else lambda: None
         self.kept_on = carrier.kept_on if carrier else ""  # the host whose disk has all this, if it is another
         self._one_at_a_time = threading.Lock()
@@ -93,6 +94,11 @@ class Saver:
             self.trained(f"step{step}")
             self._step_saved = step
             self._prune("step")
+
+    def close(self) -> None:
+        """The run is over: nothing more is saved."""
+        if self._carrier:
+            self._carrier.close()
 
     def _prune(self, prefix: str) -> None:
         if self._place.rank == 0:

@@ -26,13 +26,13 @@ def send(file: Path, size: int, to: int, group: Any) -> None:
     except OSError as error:
         failed = error
     for length in _lengths(size):
-        piece = torch.zeros(length, dtype=torch.uint8)
+        piece = bytearray(length)
         try:
-            if failed is None and os.readv(descriptor, [piece.numpy()]) != length:
+            if failed is None and os.readv(descriptor, [piece]) != length:
                 raise OSError(f"{file} has become shorter while it was read")
         except OSError as error:
             failed = error
-        dist.send(piece, to, group=group)
+        dist.send(torch.frombuffer(piece, dtype=torch.uint8), to, group=group)
     if descriptor >= 0:
         os.close(descriptor)
     if failed is not None:
@@ -50,11 +50,11 @@ def receive(file: Path, size: int, sender: int, group: Any) -> None:
     except OSError as error:
         failed = error
     for length in _lengths(size):
-        piece = torch.empty(length, dtype=torch.uint8)
-        dist.recv(piece, sender, group=group)
+        piece = bytearray(length)
+        dist.recv(torch.frombuffer(piece, dtype=torch.uint8), sender, group=group)
         try:
             if stream is not None and failed is None:
-                stream.write(piece.numpy())
+                stream.write(piece)
         except OSError as error:
             failed = error
     try:

@@ -70,10 +70,9 @@ def trainer(
     watcher: Watcher,
     resumed: run_folder.Resumed | None,
     command: list[str],
-    carrier: Carrier | None,
+    carrier: Carrier | None = None,
 ) -> Trainer:
-    """The run, ready to go. `resumed`: a checkpoint (the first process's counts) and its manifest; `command`: what was typed;
-    `carrier`: of nodes with disks of their own."""
+    """The run, ready to go. `resumed`: the first process's checkpoint, its manifest; `carrier`: between disks, if any is needed."""
     run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.number)
     with engine.agreement(place):
@@ -93,8 +92,7 @@ def trainer(
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
     opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config), carrier)
-    compare_in_every_step(beside, plan, pipeline_engine, stage, place)
-    if (against := against_of(plan, pipeline_engine, stage, place)) is not None:
+    if (against := against_of(beside, plan, pipeline_engine, stage, place)) is not None:
         with watcher.phase(UNHURRIED):
             data, about["reference"] = reference.attached(data, against, opened.path, resumed and resumed[0].parent)
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
@@ -182,16 +180,13 @@ def measures_of(stage: Stage, plan: Resolved) -> tuple[RouterLoss | None, StepTo
     return routers, StepTotals() if plan.objective else None
 
 
-def compare_in_every_step(
+def against_of(
     beside: Beside | None, plan: Resolved, built: PipelineEngine, stage: Stage, place: engine.Place
-) -> None:
-    """What our stage is compared with in every step, if the run does that: the base, or a folder's adapter, which is read now."""
+) -> reference.Pass | None:
+    """What scores rows by the reference, where a loss reads that. What our stage is compared with in every step, if the run
+    does that, it has from here on: the base, or a folder's adapter, which is read now."""
     if beside is not None and plan.objective is not None:
         beside.as_reference = reference.in_every_step(reference.Pass(plan, plan.objective, built, stage, place))
-
-
-def against_of(plan: Resolved, built: PipelineEngine, stage: Stage, place: engine.Place) -> reference.Pass | None:
-    """What scores rows by the reference, where a loss reads that."""
     if plan.objective is None or not plan.objective.cached:
         return None
     return reference.Pass(plan, plan.objective, built, stage, place)

@@ -154,13 +154,14 @@ def _optimizer_types(optimizer: dict[str, Any]) -> str:
 
 
 @log_if_slow("starting: looking whether all nodes have one output_dir")
-def nodes_apart(output_dir: Path, place: Place) -> frozenset[int]:
-    """The nodes that do not see what the first process writes to `output_dir`: it is on another disk there.
+def find_carrier(output_dir: Path, place: Place) -> Carrier | None:
+    """What carries between disks, where a node does not see what the first process writes to `output_dir`: it has another there.
 
-    Where it may be on a disk that is shared, a node looks for SEEN_S; where it is on one of its own, for a second.
+    Where it may be on a disk that is shared, a node looks for SEEN_S; where it is on one of its own, for a second. All
+    processes call.
     """
     if not place.over_nodes:
-        return frozenset()
+        return None
     probe, first = f".probe-{launched_by()}", host()
     with agreement(place), explain_out_of_space(output_dir / probe):
         if place.rank == 0:
@@ -180,7 +181,8 @@ def nodes_apart(output_dir: Path, place: Place) -> frozenset[int]:
             f"output_dir: {', '.join(hosts)} has another disk there than {says}, where checkpoints and adapters are brought "
             "together; their settings and data have to be the same on all"
         )
-    return frozenset(node for is_apart, node, _ in found if is_apart)
+    nodes_apart = frozenset(node for is_apart, node, _ in found if is_apart)
+    return Carrier(output_dir, place, nodes_apart) if nodes_apart else None
 
 
 def open_run(

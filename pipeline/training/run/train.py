@@ -19,7 +19,6 @@ from pipeline.publishing import next_steps
 from pipeline.training import trackers
 from pipeline.training.engine import engine, selftest
 from pipeline.training.nodes import meeting
-from pipeline.training.nodes.carrying import Carrier
 from pipeline.training.nodes.records import Exchanged, Mapped, Records
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
 from pipeline.training.run.peers import RECORD
@@ -51,12 +50,10 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     try:
         place = engine.initialise(config.pipeline_stages, store or file, config.use_column_major_topology)
         watch(watcher, place, file, config.hang_timeout_minutes)
-        apart = folder.nodes_apart(Path(config.output_dir), place)
-        carrier = Carrier(Path(config.output_dir), place, apart) if apart else None
+        carrier = folder.find_carrier(Path(config.output_dir), place)
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
-        if place.over_nodes:
-            check_same_on_nodes(Path(config.model), batches.order_hash(0))
+        check_same_on_nodes(place, Path(config.model), batches.order_hash(0))
         prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
         attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
@@ -75,8 +72,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         for line in data.warnings if code == EXIT_DONE else ():
             warn(line)
         watcher.part()
-        if carrier:
-            carrier.close()
+        run.saver.close()
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
             run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked
@@ -115,8 +111,10 @@ def last_or_best(run_dir: Path, step: int, best: bool) -> saved_at.Saved:
     return saved
 
 
-def check_same_on_nodes(model: Path, order: str) -> None:
+def check_same_on_nodes(place: engine.Place, model: Path, order: str) -> None:
     """UserError, everywhere, where a node has another model in its folder, or other training data (`order`: their hash)."""
+    if not place.over_nodes:
+        return
     meeting.check_same({"the model's folder": fingerprint(read_base(model, "model")), "the training data": order})
 
 
