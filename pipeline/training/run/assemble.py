@@ -72,7 +72,7 @@ def trainer(
     command: list[str],
     carrier: Carrier | None = None,
 ) -> Trainer:
-    """The run, ready to go. `resumed`: the first process's checkpoint, its manifest; `carrier`: between disks, if any is needed."""
+    """The run, ready to go. `resumed`: the first process's checkpoint, its manifest; `carrier`: between disks, if needed."""
     run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.number)
     with engine.agreement(place):
