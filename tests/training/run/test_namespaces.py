@@ -212,8 +212,10 @@ def test_what_is_broken_is_named_and_the_last_checkpoint_is_whole(
     assert gone(ranks, fault.within_s), "orphans"
     nodes[1].signal(signal.SIGCONT)
     wait_for(lambda: not [rank for node in nodes for rank in node.ranks()], 60)
-    for node in nodes:
-        node.signal(signal.SIGTERM)  # a torchrun that waits for the other's
+    for node in nodes:  # a torchrun waits for the other's, and for a store that is gone
+        node.kill()
+    for launcher in launchers:
+        launcher.send_signal(signal.SIGCONT)  # nsenter stops with what it has started
     said = ended(launchers, 60)
     assert fault.words in said[fault.says], said[fault.says]
     assert commit.find(Path(f"/proc/self/fd/{kept}"), newest_run=False)[1]["step"] >= done - 2
