@@ -210,12 +210,12 @@ def test_what_is_broken_is_named_and_the_last_checkpoint_is_whole(
     done = max(line["step"] for line in metrics(run))
     fault.breaks(nodes)
     assert gone(ranks, fault.within_s), "orphans"
+    for launcher in launchers:
+        launcher.send_signal(signal.SIGCONT)  # nsenter has stopped with what it started, and reaps nothing
     nodes[1].signal(signal.SIGCONT)
     wait_for(lambda: not [rank for node in nodes for rank in node.ranks()], 60)
     for node in nodes:  # a torchrun waits for the other's, and for a store that is gone
         node.kill()
-    for launcher in launchers:
-        launcher.send_signal(signal.SIGCONT)  # nsenter stops with what it has started
     said = ended(launchers, 60)
     assert fault.words in said[fault.says], said[fault.says]
     assert commit.find(Path(f"/proc/self/fd/{kept}"), newest_run=False)[1]["step"] >= done - 2
