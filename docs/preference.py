@@ -97,7 +97,8 @@ def setting(result: dict[str, Any]) -> str:
     s, versions = result["settings"], result["machine"]["versions"]
     return (
         f"{s['seeds']} seeds, {s['seconds'] / 60:.0f} minutes with one thread, PyTorch {versions['torch']}: "
-        f"{s['trained']} pairs, {s['steps']} steps of {s['micro_batch']} (with taps {s['tap_steps']}, circuit breakers {s['breaker_steps']}), "
+        f"{s['trained']} pairs, {s['steps']} steps of {s['micro_batch']} "
+        f"(with taps {s['tap_steps']}, circuit breakers {s['breaker_steps']}), "
         f"learning rate {s['lr']:g}, β = {s['beta']:g}; {s['measured']} pairs a set. A cell is the mean over the seeds and, "
         f"in brackets, the lowest and the highest of them{_covers(s['seeds'])}.\n"
     )
