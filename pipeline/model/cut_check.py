@@ -61,6 +61,11 @@ def check(
 
 def _check_cut(whole: PreTrainedModel, logits: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
     kind, n_layers = whole.config.model_type, len(layers_of_model(whole))
+    if len(ranges) > 1 and parts_of(whole).second:
+        raise UserError(
+            f"model_type '{kind}' cannot be cut into stages: its layers hand each other a second tensor beside the hidden state, "
+            "and one alone crosses from stage to stage; use pipeline_stages = 1"
+        )
     try:
         with torch.no_grad(), named(kind, "running it as one stage, tried on a tiny copy,"):
             alone = difference(_logits(stages_of(whole, [(0, n_layers)])), logits)
@@ -168,7 +173,7 @@ def _logits(stages: list[Stage], backward: bool = False) -> Tensor:
     for stage in stages[:-1]:
         output = stage(carried)
         entered.append((output[0], output[0].detach().requires_grad_(backward)))
-        carried = (entered[-1][1], output[1])
+        carried = (entered[-1][1], *output[1:])
     logits = logit_transform(stages[-1].model.config).apply(stages[-1].head(stages[-1](carried)))
     if backward:
         _backward(logits.square().sum())

@@ -41,6 +41,11 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 3,
+        "intermediate_size": 64,
+    },
     "ministral": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"] * 2},
     "nemotron": {"num_key_value_heads": 8},
@@ -66,13 +71,10 @@ NEVER: dict[str, str] = {
 }
 NEVER_CUT: dict[str, str] = {
     "ctrl": "differ from the whole model's",
-    "deepseek_v4": "cutting it into",  # four streams go from layer to layer
-    "gemma4": "'PassThrough' object has no attribute",
-    "gemma4_text": "'PassThrough' object has no attribute",  # each layer is given something made of the token ids
-    "hy_v4": "cutting it into",
-    "inkling2_loop_text": "cutting it into",
-    "inkling2_text": "cutting it into",
-    "zaya": "cutting it into",  # a second tensor goes from layer to layer
+    "hy_v4": "a second tensor",
+    "inkling2_loop_text": "differ from the whole model's",
+    "inkling2_text": "differ from the whole model's",
+    "zaya": "a second tensor",
 }
 UNFOLDED: dict[str, str] = {  # trained, and not folded, with what is said
     "inkling2_loop_text": "which is no weight's name",

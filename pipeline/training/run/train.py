@@ -55,7 +55,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
         if place.over_nodes:
             check_same_on_nodes(Path(config.model), batches.order_hash(0))
-        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
+        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas, plan.trained.adapter)
         attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
