@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.data.selection import Streams, whole
+from pipeline.peft.types import Asked
 from pipeline.training.start import plan as planned
 from pipeline.training.start import prepare, resolve
 from pipeline.training.start.resolved import Updates

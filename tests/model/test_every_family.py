@@ -240,9 +240,10 @@ def fold_against_the_live_model(plan: Any, stages: list[Any], folder: Path) -> f
     off, once = ((found - other).abs().amax(dim=-1).median() for other in (live, rounded))
     did = (live - before).abs().amax(dim=-1).median()
     print(f"fold: off {float(off):.2g}, one rounding {float(once):.2g}, the adapter {float(did):.2g}")
+    print(f"FOLDRATIO {float(off / once):.3f}")
     if off > ROUNDINGS * once and not reads_as_saved(folder, before):
         off = (run([build(folder.parent / "folded", 0, LAYERS)]) - live).abs().amax(dim=-1).median()
-    assert off <= ROUNDINGS * once
+    assert off <= ROUNDINGS * once, f"{float(off / once):.2f} roundings"
     assert once < 0.01 * did
     return float(off / live.abs().max())
 
