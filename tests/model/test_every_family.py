@@ -7,7 +7,7 @@ What came out is noted for docs/models.md (`python -m docs.models` says how).
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,14 +115,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 FOLDED = ("multiplicative_lora", "experts")
 
 
-def cases(quick: tuple[str, ...], *second: Any) -> list[Any]:
-    """All families, those that are not `quick` marked slow; with each of `second` beside them."""
-    every = [
-        (kind, *rest) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for rest in ([[one] for one in second] or [[]])
-    ]
-    runs_quickly = {(kind, other) for kind in quick for other in ("multiplicative_lora", "lora")}
-    runs_quickly |= {(kind,) for kind in quick}
-    return [pytest.param(*case, marks=() if case in runs_quickly else pytest.mark.slow) for case in every]
+def cases() -> list[Any]:
+    """All families with each part, family by family, as one model serves all parts; those that are not quick are marked slow."""
+    quick = {(kind, adapter) for kind in QUICK for adapter in ("multiplicative_lora", "lora")} | {("llama", "kernels")}
+    every = [(kind, part) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for part in PARTS]
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in every]
 
 
 class Seen(NamedTuple):
@@ -133,9 +130,8 @@ class Seen(NamedTuple):
     folded: float | None = None
 
 
-@pytest.mark.parametrize(("kind", "adapter"), cases(QUICK, *ADAPTERS))
-def test_accepted_and_right_or_refused_by_name(
-    kind: str, adapter: str, tmp_path: Path, record_property: Callable[..., None]
+def accepted_and_right_or_refused_by_name(
+    kind: str, tmp_path: Path, record_property: Callable[..., None], adapter: str
 ) -> None:
     whole, logits = tiny_or_skipped(kind, record_property)
     if adapter == "experts" and (not experts.has_experts(whole) or not experts.find(whole.config)):
@@ -255,8 +251,7 @@ def reads_as_saved(folder: Path, logits: Tensor) -> bool:
     return bool((found - logits).abs().amax(dim=-1).median() <= 1e-3 * logits.abs().max())
 
 
-@pytest.mark.parametrize("kind", cases(("llama",)))
-def test_kernels_compute_what_the_model_does(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
+def kernels_compute_what_the_model_does(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
     """All kernels, over adapters of all linear modules a step on: the logits and the gradients without them."""
     whole, _ = tiny_or_skipped(kind, record_property)
     if kind in NEVER:
@@ -288,9 +283,7 @@ def randomise_b(stage: Stage) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-def test_a_base_in_4_bits(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
+def a_base_in_4_bits(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
     """What transformers' model computes with the weights that the packed ones stand for; and it trains."""
     from tests.helpers.quantization import dequantise_into  # bitsandbytes takes seconds to import
 
@@ -327,3 +320,15 @@ def run(stages: list[Any]) -> Tensor:
     for stage in stages:
         carried = stage(carried)
     return logit_transform(stages[-1].model.config).apply(stages[-1].head(carried))
+
+
+PARTS: dict[str, Callable[..., None]] = {
+    **{name: partial(accepted_and_right_or_refused_by_name, adapter=name) for name in ADAPTERS},
+    "kernels": kernels_compute_what_the_model_does,
+    "4 bits": a_base_in_4_bits,
+}
+
+
+@pytest.mark.parametrize(("kind", "part"), cases())
+def test_trained_rightly_or_refused(kind: str, part: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
+    PARTS[part](kind, tmp_path, record_property)
