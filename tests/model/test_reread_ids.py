@@ -12,8 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from pipeline.console import UserError
+from pipeline.evaluation.scoring import Scorer
+from pipeline.evaluation.units import Row
 from pipeline.model import cut_check, tiny_copy
 from pipeline.model.adapters.base import trainable
+from pipeline.model.layerwise import run_layerwise
 from pipeline.model.stage import empty_model, read_model_config
 from pipeline.model.structure.handed import from_wire, to_wire
 from pipeline.model.structure.parts import parts_of
@@ -21,7 +24,7 @@ from pipeline.planning import formula
 from pipeline.planning.counts.fake_layers import layer_alone
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
-from tests.helpers.stages import build
+from tests.helpers.stages import CPU, build
 from tests.model.test_every_family import COMPLETED, config_of
 
 LAYERS = 6
@@ -92,6 +95,31 @@ def test_stages_equal_the_whole_and_each_other(kind: str, tmp_path: Path) -> Non
         assert theirs.keys() == right.keys()
         assert all(torch.equal(gradient, right[name]) for name, gradient in theirs.items())
     assert not torch.equal(one, logits), "the adapters do something"
+
+
+@over_kinds
+def test_scores_and_states_layer_by_layer_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+    whole, _ = saved(kind, tmp_path)
+    ids = tiny_copy.token_ids()
+    row = Row(ids[0].tolist(), [(4, 9)], 0)
+    one, three = (
+        Scorer([build(tmp_path, *ends) for ends in cut], CPU, torch.float32, 0).score([row], greedy=True)
+        for cut in ([(0, LAYERS)], [(0, 2), (2, 3), (3, LAYERS)])
+    )
+    assert one == three
+    layer, found = f"{parts_of(whole).layers}.{LAYERS - 1}.self_attn", []
+    run_layerwise(
+        str(tmp_path),
+        [ids[0]],
+        modules=layer.__eq__,
+        tap=lambda *said: found.append(said[2]),
+        device=CPU,
+        dtype=torch.float32,
+    )
+    whole.get_submodule(layer).register_forward_hook(lambda *said: found.append(said[2][0][0]))
+    with torch.no_grad():
+        whole(input_ids=ids, use_cache=False)
+    assert torch.equal(*found)
 
 
 def test_keys_and_values_are_shared_within_a_stage(tmp_path: Path) -> None:

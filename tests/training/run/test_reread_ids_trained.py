@@ -3,7 +3,6 @@
 Keys and values of the last two layers are those of the two before, on the second stage. Oracle: the run of one process.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +60,8 @@ def test_two_processes_train_what_one_does(kind: str, tmp_path: Path) -> None:
     right, found = (load_file(run / "step6" / "adapter_model.safetensors") for run in (one, two))
     assert found.keys() == right.keys()
     assert all(torch.equal(tensor, right[name]) for name, tensor in found.items())
-    said = [
-        [json.loads(line)["answer"] for line in (run / "samples.jsonl").read_text().splitlines()] for run in (one, two)
-    ]
-    assert said[0]
+    said = [(run / "samples.jsonl").read_text() for run in (one, two)]
+    assert said[0].count("\n") == 2
     assert said[0] == said[1]
     builders.train(2, *config(2), "--resume_from_checkpoint", str(two / "global_step3"))
     again = load_file(two / "step6" / "adapter_model.safetensors")
