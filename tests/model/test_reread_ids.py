@@ -24,6 +24,7 @@ from pipeline.planning import formula
 from pipeline.planning.counts.fake_layers import layer_alone
 from pipeline.training.stage import families
 from pipeline.training.start import resolve
+from tests.helpers.quick import only
 from tests.helpers.stages import CPU, build
 from tests.model.test_every_family import COMPLETED, config_of
 
@@ -34,10 +35,7 @@ SHARED = {
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }  # 4 and 5 read from 2 and 3
-QUICK = ("gemma4_text",)
-over_kinds = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
-)
+over_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def large(kind: str, **changes: Any) -> Any:
@@ -65,8 +63,9 @@ def gradients(folder: Path, n_stages: int, **changes: Any) -> tuple[Tensor, dict
     return logits, {n: p.grad for stage in stages for n, p in trainable(stage).items() if p.grad is not None}
 
 
-@over_kinds
+@pytest.mark.parametrize("kind", only(("gemma4_text",), KINDS))
 def test_what_layers_are_handed_is_observed(kind: str) -> None:
+    cut_check.check(large(kind), [(0, 1), (1, 4), (4, 6)])
     parts = parts_of(tiny_copy.tiny_copy(large(kind))[0])
     assert (parts.axes, parts.streams) == KINDS[kind]
     assert parts.rereads_ids
@@ -84,10 +83,10 @@ def test_streams_cross_as_one_tensor(axes: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(from_wire(made, crossing), hidden)
 
 
+@pytest.mark.slow
 @over_kinds
 def test_stages_equal_the_whole_and_each_other(kind: str, tmp_path: Path) -> None:
     _, logits = saved(kind, tmp_path)
-    cut_check.check(large(kind), [(0, 1), (1, 4), (4, 6)])
     one, right = gradients(tmp_path, 1)
     for n_stages in (2, 3):
         found, theirs = gradients(tmp_path, n_stages)
@@ -97,6 +96,7 @@ def test_stages_equal_the_whole_and_each_other(kind: str, tmp_path: Path) -> Non
     assert not torch.equal(one, logits), "the adapters do something"
 
 
+@pytest.mark.slow
 @over_kinds
 def test_scores_and_states_layer_by_layer_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
     whole, _ = saved(kind, tmp_path)
@@ -122,6 +122,7 @@ def test_scores_and_states_layer_by_layer_are_those_of_the_whole(kind: str, tmp_
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_keys_and_values_are_shared_within_a_stage(tmp_path: Path) -> None:
     saved("gemma4_text", tmp_path, **SHARED)
     one, right = gradients(tmp_path, 1)
@@ -132,6 +133,7 @@ def test_keys_and_values_are_shared_within_a_stage(tmp_path: Path) -> None:
         gradients(tmp_path, 2, layers_per_stage=[4, 2])
 
 
+@pytest.mark.slow
 def test_what_would_part_the_copies_of_the_embedding_is_refused(tmp_path: Path) -> None:
     saved("gemma4_text", tmp_path)
     resolve.resolve(config_of(tmp_path, 1, neftune_noise_alpha=5.0))
@@ -142,6 +144,7 @@ def test_what_would_part_the_copies_of_the_embedding_is_refused(tmp_path: Path) 
     resolve.resolve(config_of(tmp_path, 2, trainable_modules=["post_attention_layernorm"]))
 
 
+@pytest.mark.slow
 def test_each_stage_is_counted_with_its_copy(tmp_path: Path) -> None:
     saved("gemma4_text", tmp_path)
     model = empty_model(read_model_config(str(tmp_path)), torch.bfloat16, None)
