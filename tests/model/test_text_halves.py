@@ -27,6 +27,7 @@ from tests.model.test_every_family import config_of, run
 LAYERS = 4
 KINDS = (
     "gemma3",
+    "gemma4",
     "mistral3",
     "qwen2_5_vl",
     "qwen3_vl",
