@@ -61,29 +61,35 @@ def check(
 
 def _check_cut(whole: PreTrainedModel, logits: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
     kind, n_layers = whole.config.model_type, len(layers_of_model(whole))
-    if len(ranges) > 1 and parts_of(whole).second:
-        raise UserError(
-            f"model_type '{kind}' cannot be cut into stages: its layers hand each other a second tensor beside the hidden state, "
-            "and one alone crosses from stage to stage; use pipeline_stages = 1"
-        )
     try:
         with torch.no_grad(), named(kind, "running it as one stage, tried on a tiny copy,"):
             alone = difference(_logits(stages_of(whole, [(0, n_layers)])), logits)
         with torch.no_grad(), named(kind, f"cutting it into {len(ranges)} stages, tried on a tiny copy,"):
             off = difference(_logits(stages_of(whole, ranges)), logits) if len(ranges) > 1 else alone
     except UserError as error:
+        if len(ranges) > 1 and parts_of(whole).second:
+            raise UserError(_second_tensor(kind)) from error
         raise UserError(f"{error}; use pipeline_stages = 1" if len(ranges) > 1 else str(error)) from error
     if alone > TOLERANCE:
         raise UserError(
             f"model_type '{kind}' changes its logits in a way this program does not know; "
             "training it would minimise another loss than the model's own"
         )
+    if off > TOLERANCE and parts_of(whole).second:
+        raise UserError(_second_tensor(kind))
     if off > TOLERANCE:
         raise UserError(
             f"model_type '{kind}' cannot be cut into stages: on a tiny copy the logits of {len(ranges)} stages differ from "
             f"the whole model's by {off:.2g} of the largest. More than one hidden state goes from layer to layer, or what "
             "comes before the first layer or after the last is done on every stage; use pipeline_stages = 1"
         )
+
+
+def _second_tensor(kind: str) -> str:
+    return (
+        f"model_type '{kind}' cannot be cut into stages here: a layer hands the next one a second tensor beside the hidden "
+        "state, and one alone crosses from stage to stage; cut it elsewhere (layers_per_stage), or use pipeline_stages = 1"
+    )
 
 
 def _check_adapters(

@@ -99,7 +99,9 @@ def test_logits_that_are_not_what_the_config_says_are_refused(monkeypatch: pytes
 @pytest.mark.parametrize("kind", ["zaya", "hy_v4"])
 def test_more_than_a_hidden_state_between_layers_is_a_refusal(kind: str) -> None:
     cut_check.check(config_of(kind), [(0, 4)])
-    with pytest.raises(UserError, match=rf"'{kind}' cannot be cut into stages.*a second tensor.*pipeline_stages = 1"):
+    with pytest.raises(
+        UserError, match=rf"'{kind}' cannot be cut into stages here: .*a second tensor.*pipeline_stages = 1"
+    ):
         cut_check.check(config_of(kind), TWO)
 
 

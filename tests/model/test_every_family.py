@@ -21,6 +21,7 @@ from pipeline.artifacts.fold.merge import merge
 from pipeline.config import loading
 from pipeline.config.schema import Config
 from pipeline.console import UserError
+from pipeline.formats.base_model import read_base
 from pipeline.formats.stored_names import auto_class
 from pipeline.model import tiny_copy, weights
 from pipeline.model.adapters import experts
@@ -238,7 +239,7 @@ def fold_against_the_live_model(plan: Any, stages: list[Any], folder: Path) -> f
     print(f"fold: off {float(off):.2g}, one rounding {float(once):.2g}, the adapter {float(did):.2g}")
     print(f"FOLDRATIO {float(off / once):.3f}")
     if off > ROUNDINGS * once and not reads_as_saved(folder, before):
-        off = (run([build(folder.parent / "folded", 0, LAYERS)]) - live).abs().amax(dim=-1).median()
+        off = (run([build(folder.parent / "folded", 0, plan.ranges[-1][1])]) - live).abs().amax(dim=-1).median()
     assert off <= ROUNDINGS * once, f"{float(off / once):.2f} roundings"
     assert once < 0.01 * did
     return float(off / live.abs().max())
@@ -260,7 +261,7 @@ def kernels_compute_what_the_model_does(kind: str, tmp_path: Path, record_proper
     plan = resolve.resolve(config_of(tmp_path, 1, target_modules="all-linear"))
     made, taken = [], {}
     for kernels in (frozenset(), frozenset(fusion.KERNELS)):
-        stage = build(tmp_path, 0, LAYERS)
+        stage = build(tmp_path, *plan.ranges[0])
         families.inject(stage, plan.trained.adapter)
         randomise_b(stage)
         taken = fusion.apply(stage, kernels)
@@ -294,11 +295,12 @@ def a_base_in_4_bits(kind: str, tmp_path: Path, record_property: Callable[..., N
     four = {"bnb": {"load_in_4bit": True}}
     try:
         plan = resolve.resolve(config_of(tmp_path, 1, target_modules="all-linear", quantization=four))
+        weights.check_complete(plan.meta_model.shared, read_base(tmp_path, "model"))
     except UserError as error:
         note(record_property, kind, "4 bits", False, str(error))
         assert f"'{whole.config.model_type}'" in str(error)
         return
-    stage = Stage(plan.meta_model.make(), 0, LAYERS)
+    stage = Stage(plan.meta_model.make(), *plan.ranges[0])
     parts.put_quantised(stage, plan.base.scheme)
     weights.load(stage, plan.base.folder, plan.base.dtype, CPU)
     theirs = dequantise_into(deepcopy(whole), [stage.eval()])

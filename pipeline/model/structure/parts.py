@@ -167,6 +167,12 @@ def reads_weight(parent: nn.Module, leaf: str) -> bool:
     )
 
 
+def casts_to_weight(parent: nn.Module, leaf: str) -> bool:
+    """Whether the code of `parent`'s class turns states into the type of the weight of its module `leaf`, which a packed one
+    has no longer: DeepSeek's indexers would choose by states in uint8."""
+    return re.search(rf"\.to\((dtype=)?self\.{re.escape(leaf)}\.weight\.dtype\)", _source(type(parent))) is not None  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=256)
 def _source(kind: type) -> str:
     try:
