@@ -1,4 +1,4 @@
-"""The fold and the export, as ratios to copying and reading the same bytes, and against PEFT's load, merge and save.
+"""Fold, export and inspection, as ratios to copying and reading the same bytes, and against PEFT's load, merge and save.
 
     python -m benchmarks.fold
 
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import record
+from benchmarks.preparing import VOCABULARY, make_tokenizer
 from pipeline.artifacts.adapter.write import save_adapter
 from pipeline.families import LORA, MULTIPLICATIVE, Kind
 from pipeline.formats.safetensors import TensorSpec, tensor_bytes, write_safetensors
@@ -57,7 +58,7 @@ class Size(NamedTuple):
 
 
 LARGE = Size(2048, 5632, 9, 32768, 64)  # 1.1 GB
-TINY = Size(64, 96, 2, 128, 4)
+TINY = Size(64, 96, 2, VOCABULARY, 4)
 
 
 def make_base(folder: Path, size: Size) -> int:
@@ -83,6 +84,7 @@ def make_base(folder: Path, size: Size) -> int:
         "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(config))
+    make_tokenizer(folder)
     return sum(spec.n_bytes for spec in specs)
 
 
@@ -124,8 +126,8 @@ def hashed_copy(folder: Path) -> None:
 
 
 def ours(script: str, *arguments: str) -> str:
-    """A command of this project, over the base, to `out`."""
-    given = [script, "--input", "base", *arguments, "--output", "out"]
+    """A command of this project, over the base."""
+    given = [script, "--input", "base", *arguments]
     return (
         f"import runpy, os; sys.path.insert(0, {str(ROOT)!r}); os.chdir(folder); sys.argv = {given!r}\n"
         f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
@@ -143,9 +145,10 @@ PeftModel.from_pretrained(model, str(folder / "peft")).merge_and_unload().save_p
 """
 BASELINES: dict[str, Callable[[Path], None]] = {"read": read, "copy": copy, "hashed copy": hashed_copy}
 COMMANDS = {
-    "fold, multiplicative": ours("merge_lora.py", "--lora", MULTIPLICATIVE),
-    "fold, additive": ours("merge_lora.py", "--lora", LORA),
-    "export": ours("export_lora.py", "--lora", MULTIPLICATIVE, "--format", "peft"),
+    "fold, multiplicative": ours("merge_lora.py", "--lora", MULTIPLICATIVE, "--output", "out"),
+    "fold, additive": ours("merge_lora.py", "--lora", LORA, "--output", "out"),
+    "export": ours("export_lora.py", "--lora", MULTIPLICATIVE, "--format", "peft", "--output", "out"),
+    "inspect": ours("inspect_lora.py", MULTIPLICATIVE),
     "PEFT": PEFT,
 }
 # The last line of a command's output: the kernel's high-water mark of its memory in KiB.

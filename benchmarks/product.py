@@ -1,11 +1,12 @@
 """Training through the product, `train.py`, against Hugging Face's Trainer over PEFT, and against its own stage alone.
 
-    python -m benchmarks.product
+    python -m benchmarks.product [--pipeline]
 
 A small Cohere model with random weights, steps of eight micro-batches, all as a user starts it: reading data, the optimizer's
 step and the log are in the time. `kernels` is left at its default. Each variant is a run of its own from start to end; they
 take turns, and the fastest step of all rounds counts, the first of a run left out. The stage alone is forward, loss and
 backward in one process, without DeepSpeed, data, optimizer and log. Figures are ratios to be read within one run.
+`--pipeline`: nothing but two processes against one that has all cores, at steps of sixteen micro-batches.
 """
 
 import argparse
@@ -38,11 +39,12 @@ LEARNING_RATE = 1e-4
 
 
 class Run(NamedTuple):
-    """One variant: `stages` of train.py (0: the peer), and threads of each process."""
+    """One variant: `stages` of train.py (0: the peer), threads of each process, and micro-batches of a step."""
 
     stages: int
     threads: int
     checkpointing: bool = False
+    micro_batches: int = MICRO_BATCHES
 
     @property
     def name(self) -> str:
@@ -55,6 +57,11 @@ def runs(cores: int) -> list[Run]:
     """One process with one thread and with all cores, two with half of them each, and the peer with all."""
     single = [Run(1, threads) for threads in sorted({1, cores})]
     return [*single, Run(2, max(1, cores // 2)), Run(0, cores), Run(0, cores, checkpointing=True)]
+
+
+def pipeline_runs(cores: int) -> list[Run]:
+    """Steps of so many micro-batches that the schedule's bubble of two stages is a seventeenth."""
+    return [Run(1, cores, micro_batches=16), Run(2, max(1, cores // 2), micro_batches=16)]
 
 
 def step_seconds(run: Run, shape: Shape, folder: Path) -> list[float]:
@@ -74,7 +81,7 @@ def step_seconds(run: Run, shape: Shape, folder: Path) -> list[float]:
     (log,) = out.rglob("metrics.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     speeds = [line["train/tokens_per_s"] for line in lines if "train/tokens_per_s" in line]
-    return [MICRO_BATCHES * shape.tokens / speed for speed in speeds[1:]]
+    return [run.micro_batches * shape.tokens / speed for speed in speeds[1:]]
 
 
 def write_config(run: Run, shape: Shape, folder: Path, out: Path) -> Path:
@@ -89,7 +96,7 @@ def write_config(run: Run, shape: Shape, folder: Path, out: Path) -> Path:
         "target_modules": ["down_proj"],
         "layers_to_transform": f"0:{shape.adapted[-1]}",
         "pipeline_stages": run.stages,
-        "gradient_accumulation_steps": MICRO_BATCHES,
+        "gradient_accumulation_steps": run.micro_batches,
         "model_weight_dtype": shape.dtype,
         "max_steps": STEPS,
         "optimizer": {"type": "adamw_kahan", "lr": LEARNING_RATE},
@@ -153,20 +160,34 @@ def measure(shape: Shape, cores: int, rounds: int, folder: Path) -> list[dict[st
             seconds.setdefault(f"{STAGE_ALONE}, {threads} thread(s)", []).append(stage_seconds(shape, threads))
     peer = min(seconds[Run(0, cores).name])
     return [
-        {
-            "variant": variant,
-            "seconds": min(found),
-            "all_seconds": found,
-            "tokens_per_s": MICRO_BATCHES * shape.tokens / min(found),
-            "speed_over_peer": peer / min(found),
-        }
+        {**timed(variant, found, MICRO_BATCHES * shape.tokens), "speed_over_peer": peer / min(found)}
         for variant, found in seconds.items()
     ]
+
+
+def measure_pipeline(shape: Shape, cores: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """A row for one process, and one for two."""
+    compared = pipeline_runs(cores)
+    seconds: dict[Run, list[float]] = {run: [] for run in compared}
+    for _ in range(rounds):
+        for run in compared:
+            seconds[run] += step_seconds(run, shape, folder)
+    alone = min(seconds[compared[0]])
+    return [
+        {**timed(run.name, found, run.micro_batches * shape.tokens), "speed_over_one_process": alone / min(found)}
+        for run, found in seconds.items()
+    ]
+
+
+def timed(variant: str, found: list[float], tokens: int) -> dict[str, Any]:
+    """A row's name and times; `tokens` of a step."""
+    return {"variant": variant, "seconds": min(found), "all_seconds": found, "tokens_per_s": tokens / min(found)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--tiny", action="store_true", help="a model of a second, to see that everything runs")
+    parser.add_argument("--pipeline", action="store_true", help="two processes against one, at more micro-batches")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--dtype", default=SHAPE.dtype, help="of the weights; where a CPU multiplies bf16 slowly, float32"
@@ -179,14 +200,18 @@ def main() -> None:
         become_peer(Shape(*asked["shape"]), asked["checkpointing"], Path(asked["out"]))
         return
     shape = (TINY if given.tiny else SHAPE)._replace(dtype=given.dtype)
-    cores = os.cpu_count() or 1
+    made = measure_pipeline if given.pipeline else measure
     with tempfile.TemporaryDirectory(prefix="product-") as folder:
-        rows = measure(shape, cores, given.rounds, Path(folder))
-    print(f"{'':44} {'s a step':>9} {'tokens/s':>9} {'× peer':>7}")
+        rows = made(shape, os.cpu_count() or 1, given.rounds, Path(folder))
     for row in rows:
-        print(f"{row['variant']:44} {row['seconds']:9.2f} {row['tokens_per_s']:9.0f} {row['speed_over_peer']:7.2f}")
+        against, ratio = list(row.items())[-1]
+        print(
+            f"{row['variant']:44} {row['seconds']:9.2f} s a step {row['tokens_per_s']:9.0f} tokens/s {ratio:7.2f} {against}"
+        )
     settings = {"shape": shape._asdict(), "micro_batches": MICRO_BATCHES, "steps": STEPS, "rounds": given.rounds}
-    print("written:", record.write("product", settings, rows, given.out))
+    if given.pipeline:
+        settings["micro_batches"] = pipeline_runs(1)[0].micro_batches
+    print("written:", record.write("product_pipeline" if given.pipeline else "product", settings, rows, given.out))
 
 
 if __name__ == "__main__":

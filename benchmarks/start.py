@@ -1,20 +1,56 @@
-"""How long commands take to start:  python benchmarks/start.py [--rounds 5] [--check SET ...]
+"""How long commands take to start:  python -m benchmarks.start [--rounds 5]
 
-Takes what train.py takes as --set, for a `--check` of config_creative_writer.toml (paths of a model and of texts); gives the
-least wall and CPU seconds of --help of every script, and of that check, in results/start.json.
+`--help` of every script; `--check` and `--plan` of the founding run, whose model is made here without its weights' values; and
+what no `--check` can do without, the imports of torch and of transformers' models. Gives the least wall and CPU seconds of each,
+in results/start.json.
 """
 
 import argparse
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import record
 
-from benchmarks import record  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = "import torch, transformers; transformers.PreTrainedModel"
+CONFIG = "config_creative_writer.toml"
+
+
+def make_model(folder: Path) -> None:
+    """A folder that is Command-R 35B but for its weights' values, which take no room, and its tokenizer, which is small."""
+    import torch
+    from transformers import CohereConfig
+
+    from benchmarks.preparing import make_tokenizer
+    from pipeline.formats.safetensors import TensorSpec, header_bytes
+    from pipeline.model.stage import empty_model
+    from pipeline.names import HEAD
+
+    config = CohereConfig()  # transformers' defaults are Command-R's dimensions
+    config.save_pretrained(folder)
+    make_tokenizer(folder)
+    model = empty_model(config, torch.bfloat16, None)
+    specs = [
+        TensorSpec(name, "BF16", tuple(parameter.shape)) for name, parameter in model.named_parameters() if name != HEAD
+    ]
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header_bytes(specs, {"format": "pt"}))
+        file.truncate(file.tell() + sum(spec.n_bytes for spec in specs))
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """What is timed, by its name: arguments of Python."""
+    made = {f"{script.name} --help": [script.name, "--help"] for script in sorted(ROOT.glob("*.py"))}
+    books = ROOT / "datasets/sample_books/*.md"
+    sets = [f"model={folder / 'model'}", f"output_dir={folder / 'out'}", f"datasets.0.dataset_path={books}"]
+    founding = ["train.py", "--config", CONFIG, *(part for setting in sets for part in ("--set", setting))]
+    made[f"train.py --config {CONFIG} --check"] = [*founding, "--check"]
+    made[f"train.py --config {CONFIG} --plan --devices 2x48GiB"] = [*founding, "--plan", "--devices", "2x48GiB"]
+    return {**made, "the imports of a --check alone": ["-c", IMPORTS]}
 
 
 def seconds(command: list[str]) -> tuple[float, float]:
@@ -29,20 +65,17 @@ def main() -> None:
     """Measure, show and record."""
     command = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="starts of each, of which the least counts")
-    command.add_argument("--check", nargs="+", default=[], metavar="KEY=VALUE", help="time a --check with these --set")
     command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default benchmarks/results)")
     asked = command.parse_args()
-    commands = [[script.name, "--help"] for script in sorted(ROOT.glob("*.py"))]
-    if asked.check:
-        sets = [part for setting in asked.check for part in ("--set", setting)]
-        commands.append(["train.py", "--config", "config_creative_writer.toml", "--check", *sets])
     rows = []
-    for words in commands:
-        walls, cpus = zip(*(seconds(words) for _ in range(asked.rounds)), strict=True)
-        name = " ".join(word for word in words[:4] if "=" not in word)
-        rows.append({"command": name, "wall_s": round(min(walls), 3), "cpu_s": round(min(cpus), 3)})
-        print(f"{name:55} {min(walls):6.2f} s, {min(cpus):6.2f} s of CPU", flush=True)
-    print(record.write("start", {"rounds": asked.rounds, "check": asked.check}, rows, asked.out))
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / "model").mkdir()
+        make_model(Path(made) / "model")
+        for name, words in commands(Path(made)).items():
+            walls, cpus = zip(*(seconds(words) for _ in range(asked.rounds)), strict=True)
+            rows.append({"command": name, "wall_s": round(min(walls), 3), "cpu_s": round(min(cpus), 3)})
+            print(f"{name:70} {min(walls):6.2f} s, {min(cpus):6.2f} s of CPU", flush=True)
+    print(record.write("start", {"rounds": asked.rounds}, rows, asked.out))
 
 
 if __name__ == "__main__":

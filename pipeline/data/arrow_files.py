@@ -4,7 +4,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.files import sync_stream
 
@@ -31,6 +33,16 @@ class ArrowFile:
         """Close it as it is."""
         with suppress(OSError):  # what is still in the buffer may not fit
             self._file.close()
+
+
+def numbers(values: Any) -> NDArray[Any]:
+    """The numbers of an array, or of a table's column, none of them null; of an array it is the memory itself, read-only.
+
+    Arrow's own `to_numpy` imports pandas, half a second of a start.
+    """
+    whole = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    found: NDArray[Any] = np.from_dlpack(whole)
+    return found
 
 
 def opened(path: Path) -> Any:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.console import UserError
-from pipeline.data.arrow_files import ArrowFile, opened
+from pipeline.data.arrow_files import ArrowFile, numbers, opened
 from pipeline.data.reading.encodings import Findings
 from pipeline.data.row_store import DocumentSpan, RowStore
 from pipeline.files import write_json
@@ -237,7 +237,7 @@ class ChunkStore:
         self._rows = max(1, BATCH_TOKENS // self.sequence_len)
         documents = opened(folder / "documents.arrow").read_all()
         self._names = documents["name"]
-        self._starts: NDArray[np.int64] = documents["start"].to_numpy()
+        self._starts: NDArray[np.int64] = numbers(documents["start"])
 
     @property
     def slots(self) -> tuple[RowStore, ...]:
@@ -253,7 +253,7 @@ class ChunkStore:
             raise IndexError(f"chunk {chunk} of {len(self)} in '{self.name}'")
         batch, row = divmod(int(chunk), self._rows)
         column = self._chunks.get_batch(batch).column(0)
-        ids: NDArray[np.int32] = column.values.to_numpy(zero_copy_only=True)
+        ids: NDArray[np.int32] = numbers(column.values)
         return ids[row * self.sequence_len : (row + 1) * self.sequence_len]
 
     def spans(self, chunk: int) -> list[tuple[int, int]]:

@@ -235,7 +235,7 @@ def write_safetensors(
     ordered = sorted(specs, key=lambda spec: -ITEM_BITS[spec.dtype])
     digests = {spec.name: hashlib.sha256() for spec in ordered}
     with file.open("wb" if replace else "xb") as stream:
-        stream.write(_header_bytes(ordered, metadata))
+        stream.write(header_bytes(ordered, metadata))
         with in_order() as beside:
             for spec in ordered:
                 given = 0
@@ -279,7 +279,7 @@ def write_tensors(
     write_safetensors(file, specs, lambda name: [tensor_bytes(tensors[name])], metadata, replace=replace)
 
 
-def _header_bytes(ordered: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+def header_bytes(ordered: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     position = 0
     for spec in ordered:

@@ -12,6 +12,7 @@ One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once
 
 import contextlib
 import inspect
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,10 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attn_implementatio
 
     Its parts are known (`parts.parts_of`). Raises UserError for a structure that stages cannot be cut from.
     """
+    given = deepcopy(config)  # building writes the dtype into a config
     model = build(config, dtype, attn_implementation)
     with contextlib.suppress(NoCopyError):  # then it is not cut, and nothing asks what runs beside the layers
-        model.__dict__["parts"] = observed_parts(config)
+        model.__dict__["parts"] = observed_parts(given)
     model.config.use_cache = False
     model.config.tie_word_embeddings = bool(tied_head(model))
     return model

@@ -62,6 +62,10 @@ def tiny_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, Tensor]:
 
     Every parameter is random and none is the identity: norms, biases and gates too. Raises NoCopyError.
     """
+    return _UNUSED.pop(_key(config), None) or _made(config)
+
+
+def _made(config: PretrainedConfig) -> tuple[PreTrainedModel, Tensor]:
     first: Exception | None = None
     for which in ATTEMPTS:
         try:
@@ -84,19 +88,25 @@ def tiny_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, Tensor]:
 
 
 _OBSERVED: dict[str, Parts | str] = {}  # by config; why there is no copy, where there is none
+_UNUSED: dict[str, tuple[PreTrainedModel, Tensor]] = {}  # copies that were only observed: the next to ask gets them
 
 
 def observed_parts(config: PretrainedConfig) -> Parts:
     """The parts of the model of `config`, observed on a tiny copy; once for each config. Raises NoCopyError."""
-    key = config.to_json_string(use_diff=False)
+    key = _key(config)
     if key not in _OBSERVED:
         try:
-            _OBSERVED[key] = parts_of(tiny_copy(config)[0])
+            _UNUSED[key] = tiny_copy(config)
+            _OBSERVED[key] = parts_of(_UNUSED[key][0])
         except NoCopyError as error:
             _OBSERVED[key] = str(error)
     if isinstance(found := _OBSERVED[key], str):
         raise NoCopyError(found)
     return found
+
+
+def _key(config: PretrainedConfig) -> str:
+    return str(config.to_json_string(use_diff=False))
 
 
 def token_ids() -> Tensor:

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
+import pyarrow as pa
 import pytest
 
+from pipeline.data.arrow_files import ArrowFile
 from pipeline.formats import choices
 from pipeline.formats.dtypes import DTYPES
 from tests.helpers.builders import ROOT, environment
@@ -68,6 +71,24 @@ else:
 
 def test_what_the_command_lines_need_is_light() -> None:
     assert heavy_after("\n".join(f"import {module}" for module in LIGHT_MODULES)) == []
+
+
+def test_reading_the_cache_imports_no_pandas(tmp_path: Path) -> None:
+    """It is pyarrow's own `to_numpy` that does, half a second of every start."""
+    file = ArrowFile(tmp_path / "a.arrow", pa.schema([("row", pa.list_(pa.int32())), ("n", pa.int64())]))
+    for n in (1, 2):
+        file.write([pa.array([[1, 2, 3]], pa.list_(pa.int32())), pa.array([n])])
+    file.close()
+    code = f"""
+from pipeline.data.arrow_files import numbers, opened
+whole = opened({str(tmp_path / "a.arrow")!r}).read_all()
+assert numbers(whole["n"]).tolist() == [1, 2]
+assert numbers(whole["row"].chunk(1)[0].values).tolist() == [1, 2, 3]"""
+    assert heavy_after(code, ("pandas",)) == []
+
+
+def test_a_check_leaves_deepspeed_s_engine_out() -> None:
+    assert heavy_after("import pipeline.training.start.check", ("deepspeed.runtime.engine", "bitsandbytes")) == []
 
 
 def test_the_choices_are_those_of_the_table() -> None:

@@ -8,13 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from pipeline.formats import safetensors
-from pipeline.formats.safetensors import TensorSpec
-from pipeline.model.stage import empty_model
-from pipeline.names import HEAD
-from tests.helpers.builders import BOOKS, ROOT, environment, save_tokenizer
+from benchmarks.start import make_model
+from tests.helpers.builders import BOOKS, ROOT, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SUMMARY_KEYS = [
@@ -67,20 +63,9 @@ def test_make_train_does_the_main_job(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def command_r(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that is Command-R 35B but for its weights' values, which take no room: --check reads none."""
-    from transformers import CohereConfig
-
+    """A folder that is Command-R 35B but for its weights' values: --check reads none."""
     folder = tmp_path_factory.mktemp("c4ai-command-r-v01")
-    config = CohereConfig()  # transformers' defaults are Command-R's dimensions
-    config.save_pretrained(folder)
-    save_tokenizer(folder)
-    model = empty_model(config, torch.bfloat16, None)
-    specs = [
-        TensorSpec(name, "BF16", tuple(parameter.shape)) for name, parameter in model.named_parameters() if name != HEAD
-    ]
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(safetensors._header_bytes(specs, {"format": "pt"}))
-        file.truncate(file.tell() + sum(spec.n_bytes for spec in specs))
+    make_model(folder)
     return folder
 
 

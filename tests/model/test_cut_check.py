@@ -1,5 +1,6 @@
 """A model is tried out on a tiny copy before a weight is read: what its stages and adapters would get wrong is refused."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,20 @@ def test_nothing_of_a_copy_is_the_identity_and_what_is_tied_is_one() -> None:
     assert all(float(p.std()) > 0.01 for p in copy.parameters())
     assert copy.get_output_embeddings().weight is copy.base_model.embed_tokens.weight
     assert torch.equal(copy(input_ids=tiny_copy.token_ids()).logits, logits)
+
+
+def test_a_copy_that_was_observed_is_the_one_that_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, made = model_config("llama", layers=3), []
+    make = tiny_copy._made
+    monkeypatch.setattr(tiny_copy, "_made", lambda config: made.append(1) or make(config))
+    whole, logits = make(config)
+    empty_model(deepcopy(config), torch.bfloat16, None)
+    cut_check.check(config, [(0, 1), (1, 3)])
+    assert len(made) == 1
+    again, same = tiny_copy.tiny_copy(config)  # nobody else's
+    assert len(made) == 2
+    assert torch.equal(logits, same)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 def test_a_layer_of_experts_is_never_in_memory() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.arrow_files import ArrowFile, opened
+from pipeline.data.arrow_files import ArrowFile, numbers, opened
 from pipeline.files import write_json
 
 PART_IDS = 2**22  # token ids, after which a part ends: some seconds of work
@@ -51,7 +51,7 @@ class Journal:
             for number in range(entries.num_record_batches):
                 batch = entries.get_batch(number)
                 for text, ids in zip(batch.column(0), batch.column(1), strict=True):
-                    yield json.loads(text.as_py()), ids.values.to_numpy(zero_copy_only=True)
+                    yield json.loads(text.as_py()), numbers(ids.values)
             self._number, self.place = self._number + 1, place
 
     def add(self, facts: Any, ids: NDArray[np.int32]) -> None:

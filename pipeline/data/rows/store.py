@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.console import UserError
-from pipeline.data.arrow_files import ArrowFile, opened
+from pipeline.data.arrow_files import ArrowFile, numbers, opened
 from pipeline.data.row_store import DocumentSpan, RowStore
 from pipeline.files import write_json
 
@@ -162,10 +162,10 @@ class UnequalRows:
         self.name, self.bos, self.eos = self.report.name, self.report.bos, self.report.eos
         self.content_hash = self.report.sha256
         index = opened(folder / "index.arrow").read_all()
-        self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
+        self.lengths: NDArray[np.int64] = numbers(index["length"]).astype(np.int64)
         self.reaches, self.width = self.lengths, None
-        self.targets: NDArray[np.int64] = index["targets"].to_numpy().astype(np.int64)
-        self.groups: NDArray[np.int64] = index["conversation"].to_numpy()
+        self.targets: NDArray[np.int64] = numbers(index["targets"]).astype(np.int64)
+        self.groups: NDArray[np.int64] = numbers(index["conversation"])
         self._places = index["place"]
         self._rows = opened(folder / "rows.arrow")
 
@@ -179,7 +179,7 @@ class UnequalRows:
 
     def ids(self, row: int) -> NDArray[np.int32]:
         """The row's tokens, int32 [length]; IndexError if there is no such row."""
-        ids: NDArray[np.int32] = self._item(0, row).values.to_numpy(zero_copy_only=True)
+        ids: NDArray[np.int32] = numbers(self._item(0, row).values)
         return ids
 
     def spans(self, row: int) -> Runs:

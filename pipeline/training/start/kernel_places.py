@@ -4,7 +4,7 @@ A kernel that was asked for and found no place is said with the reason: the mode
 """
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,12 @@ from pipeline.console import log
 from pipeline.kernels import dispatch
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage
-from pipeline.training.engine.engine import Place
 from pipeline.training.stage import parts
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which `--check` has no use for
+    from pipeline.training.engine.engine import Place
 
 NOWHERE = {  # why, where a model has no module that a kernel might serve
     "norm": "no module has an epsilon, as norms have",
@@ -28,7 +30,7 @@ NOWHERE = {  # why, where a model has no module that a kernel might serve
 }
 
 
-def put(stage: Stage, wanted: str | list[Any], place: Place) -> None:
+def put(stage: Stage, wanted: str | list[Any], place: "Place") -> None:
     """Put the kernels into `stage`; the first process says what became of each in the whole model."""
     wanted = choose(wanted, place.device.type == "cuda")
     everyone: list[Counter[str]] = [Counter()] * place.world
