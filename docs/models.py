@@ -46,10 +46,10 @@ Their weights for images are neither read nor changed; the fold leaves them in t
 ## On one stage only
 
 {one}
-Where layers hand each other a second tensor beside the hidden state the family is not cut, unless the cut lies where none is read.
-Layers that are given vectors made of the token ids (gemma4's and gemma3n's small ones, deepseek_v4) get the ids on every stage, which has
-a frozen copy of the embeddings for it: `--check` counts it with each stage's weights. Keys and values that several layers share stay
-within a stage; `layers_per_stage` says where to cut.
+Where layers hand each other a second tensor beside the hidden state the family is not cut, unless the cut lies where none is
+read. Layers that are given something made of the token ids (gemma4's and gemma3n's small ones, deepseek_v4) get the ids on every
+stage, which has a frozen copy of the embeddings for it: `--check` counts it with each stage's weights. Keys and values that
+several layers share stay within a stage; `layers_per_stage` says where to cut.
 
 
 ## No such adapter, or not over 4 bits
