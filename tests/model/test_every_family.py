@@ -209,7 +209,7 @@ def fold_against_the_live_model(plan: Any, stages: list[Any], folder: Path, why:
 
     How far they may be off is what rounding the weights once does to them, found by trying: deep random layers amplify it from
     token to token, and a router may choose otherwise in a late one, so it is the median of the tokens that counts. The fold
-    rounds each weight that it changes to nearest: by u·|W| at most, u = 2⁻²⁴, and u·|W|/√3 in the mean of squares. To compare,
+    rounds each weight that it changes to nearest: by u·|W| at most, u = 2⁻²⁴, and u·|W|/√3 in the mean of squares. Beside it
     each weight of the folded model is moved by 2u·|W| or not at all, by chance: √2·u·|W| in the mean of squares, √6 ≈ 2.4 times as
     much. Both runs round otherwise in their products as well, each once. So the fold may be off by as much as what is moved,
     and by ROUNDINGS = 2 of it by the chance of one draw. `why`: the fold is refused, with these words.

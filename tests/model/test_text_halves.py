@@ -42,12 +42,16 @@ KINDS = (
     "lfm2_vl",
 )
 QUICK = ("llava",)
+# Sizes of single layers go by the number of layers.
+COMPLETED = {
+    "gemma4": {"text_config": {"num_hidden_layers": LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2}}
+}
 UNSCALED = ("aya_vision", "cohere2_vision")  # transformers' model leaves out logit_scale, by which the text half goes
 
 
 def small_config(kind: str) -> Any:
     """A family's own sizes made small, the parts for images too, of one layer."""
-    config = AutoConfig.for_model(kind)
+    config = AutoConfig.for_model(kind, **COMPLETED.get(kind, {}))
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = LAYERS
     for name in ("layer_types", "no_rope_layers"):
