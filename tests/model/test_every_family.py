@@ -82,6 +82,7 @@ UNFOLDED: dict[str, str] = {  # trained, and not folded, with what is said
     "inkling2_loop_text": "which is no weight's name",
     "inkling2_text": "which is no weight's name",
 }
+EXPERTS_UNFOLDED: dict[str, str] = {"inkling2_loop_text": "in a form that no fold can change"}
 # Parts of these names compute nothing for a short text, or for tokens that no router sends there.
 IDLE = (".experts.", ".compressor.")
 ROUNDINGS = 2  # of every weight, that a fold may be off by: see fold_against_the_live_model
@@ -198,7 +199,7 @@ def outcome(whole: PreTrainedModel, logits: Tensor, folder: Path, n_stages: int,
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained.values())
     untrained = [n for n, p in trained.items() if p.grad is None and not any(idle in n for idle in IDLE)]
     assert not untrained
-    why = UNFOLDED.get(whole.config.model_type) if adapter != "experts" else None
+    why = (EXPERTS_UNFOLDED if adapter == "experts" else UNFOLDED).get(whole.config.model_type)
     folded = fold_against_the_live_model(plan, stages, folder, why) if fold and adapter in FOLDED else None
     return Seen(None, off, folded)
 
@@ -210,9 +211,9 @@ def fold_against_the_live_model(plan: Any, stages: list[Any], folder: Path, why:
     How far they may be off is what rounding the weights once does to them, found by trying: deep random layers amplify it from
     token to token, and a router may choose otherwise in a late one, so it is the median of the tokens that counts. The fold
     rounds each weight that it changes to nearest: by u·|W| at most, u = 2⁻²⁴, and u·|W|/√3 in the mean of squares. Beside it
-    each weight of the folded model is moved by 2u·|W| or not at all, by chance: √2·u·|W| in the mean of squares, √6 ≈ 2.4 times as
-    much. Both runs round otherwise in their products as well, each once. So the fold may be off by as much as what is moved,
-    and by ROUNDINGS = 2 of it by the chance of one draw. `why`: the fold is refused, with these words.
+    each weight of the folded model is moved by 2u·|W| or not at all, by chance: √2·u·|W| in the mean of squares, √6 times that.
+    Products are rounded otherwise in both, once each. So the fold may be off by as much as what is moved, and, as one draw
+    stands for all, by ROUNDINGS = 2 times as much. `why`: the fold is refused, with these words.
     Gives by how much of the largest logit it was off; None where it is refused.
     """
     tensors = {}
