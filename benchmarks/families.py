@@ -213,7 +213,8 @@ def kept_bytes(variant: Variant, ids_BT: Tensor) -> int:
     saved: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            saved[part.untyped_storage().data_ptr()] = part
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
