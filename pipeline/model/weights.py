@@ -130,7 +130,11 @@ def _packed_sources(
     packed = {name for name in wanted if _mark(model, name)}
     whole = dict(sources)
     if missing := [name for name in wanted if name not in whole]:
-        renamed, apart = stored_names(base), expert_pieces(base)
+        renamed, apart = dict(stored_names(base)), expert_pieces(base)
+        for head, embedding in tied_head(model).items():  # of the two a folder holds one, here under another name
+            for name, other in ((head, embedding), (embedding, head)):
+                if name not in renamed and other in renamed:
+                    renamed[name] = renamed[other]
         whole |= {n: base.tensors[renamed[n].tensor] for n in missing if n in renamed and renamed[n].n_rows is None}
         pieces = {n: tuple(tuple(base.tensors[s] for s in one) for one in apart[n]) for n in missing if n in apart}
     else:
