@@ -43,8 +43,11 @@ KINDS = (
 )
 QUICK = ("llava",)
 # Sizes of single layers go by the number of layers.
-COMPLETED = {
-    "gemma4": {"text_config": {"num_hidden_layers": LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2}}
+COMPLETED: dict[str, dict[str, Any]] = {
+    "gemma4": {
+        "text_config": {"num_hidden_layers": LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "vision_config": {"model_type": "gemma4_vision"},
+    }
 }
 UNSCALED = ("aya_vision", "cohere2_vision")  # transformers' model leaves out logit_scale, by which the text half goes
 
