@@ -6,7 +6,8 @@
 # the host has the driver.
 FROM python:3.11-slim
 
-# Triton compiles a launcher for each kernel; git says which commit a run came from; pdsh and ssh start runs on several hosts.
+# Triton compiles a launcher for each kernel; in a checkout that is mounted git says which commit a run came from; pdsh and ssh
+# start runs on several hosts.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev git make openssh-client pdsh \
     && rm -rf /var/lib/apt/lists/*

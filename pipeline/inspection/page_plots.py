@@ -1,25 +1,31 @@
-"""The plots of an inspection's page. Takes an `Inspection`; gives figures with their captions as HTML."""
+"""The plots of an inspection's page. Takes an `Inspection`; gives figures with their captions and keys."""
 
 from collections.abc import Callable
-from html import escape
+from typing import NamedTuple
 
-from pipeline import plots
 from pipeline.families import MULTIPLICATIVE
+from pipeline.inspection import plots
+from pipeline.inspection.plots import Point
 from pipeline.inspection.reading import Inspection, Module
 from pipeline.inspection.spectrum import effective_rank, effects
-from pipeline.inspection.tokens import printable
 from pipeline.inspection.words import ORDER, number, short_name
-from pipeline.plots import Point
 
 ZOOM_BELOW = 0.5  # largest |λ| up to which the plane is shown a second time, just around the eigenvalues
 MOST_MODULES = 100  # in the table of shades
 
 
-def figures(inspection: Inspection) -> list[str]:
-    """All figures, in a grid."""
-    parts = ['<div class="grid">']
+class Figure(NamedTuple):
+    """A drawing. `keys`: (class of the colour, what has it)."""
+
+    svg: str
+    caption: str
+    keys: list[tuple[str, str]]
+
+
+def figures(inspection: Inspection) -> list[Figure]:
+    """All figures."""
     series = _series(inspection)
-    keys = " ".join(_key(f"s{i % plots.COLOURS}", name) for i, name in enumerate(series)) if len(series) > 1 else ""
+    of_series = [(f"s{i % plots.COLOURS}", name) for i, name in enumerate(series)] if len(series) > 1 else []
     drawings = [
         (_by_layer(series, lambda m: [m.spectrum.norm], "‖sBA‖₂", lines=True), "The largest gain of each module."),
         (
@@ -41,10 +47,11 @@ def figures(inspection: Inspection) -> list[str]:
             f"(empty) to {float(known.max()):.2g} (darkest)."
         )
         drawings.append((plots.shades(inspection.hand_overs_NN.tolist(), names), caption))
-    for drawing, caption in drawings:
-        key = f" {keys}" if 'class="dot s' in drawing else _effects_key(inspection) if 'class="unit"' in drawing else ""
-        parts.append(f"<figure>{drawing}<figcaption>{escape(caption)}{key}</figcaption></figure>")
-    return [*parts, "</div>"]
+    found = []
+    for svg, caption in drawings:
+        keys = of_series if 'class="dot s' in svg else _effects(inspection) if 'class="unit"' in svg else []
+        found.append(Figure(svg, caption, keys))
+    return found
 
 
 def _series(inspection: Inspection) -> dict[str, list[Module]]:
@@ -74,14 +81,10 @@ def _by_layer(
     return plots.by_layer(points, y_name=name, log=log, lines=lines)
 
 
-def _key(colour: str, name: str) -> str:
-    return f'<span class="entry"><i class="key {colour}"></i>{escape(printable(name))}</span>'
-
-
-def _effects_key(inspection: Inspection) -> str:
+def _effects(inspection: Inspection) -> list[tuple[str, str]]:
     """The colours of the effects that occur, with their names."""
     occurring = {what for module in inspection.modules for _, what in effects(module.spectrum)}
-    return " " + " ".join(_key(what, what) for what in ORDER if what in occurring)
+    return [(what, what) for what in ORDER if what in occurring]
 
 
 def _planes(inspection: Inspection) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ transformers is imported here, and huggingface_hub only where a card is written 
     after_training   what could not be done, checked before a run starts; the order; what is said where a part fails
     facts            a run's folder, read
     card             the card of one folder: its YAML header and its text
-    card_text        the sections of the text
-    loss_curve       the losses as a picture
+    card_text        what its sections say; card.md.j2 is the text around it
+    markdown         templates in which what is put in is text
     push             which files go to the Hub, and their upload
 """

@@ -5,67 +5,77 @@ is what the Hub reads: a base model stands there only under an id of the Hub, si
 evaluation only where it is of the step that is published.
 """
 
-import json
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
+import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA
 from pipeline.files import atomic_file
-from pipeline.foreign import printable, read_front_matter, read_object
+from pipeline.foreign import read_front_matter, read_object
 from pipeline.publishing import card_text
 from pipeline.publishing.facts import Facts
-from pipeline.publishing.loss_curve import loss_curve
+from pipeline.publishing.markdown import environment
+from pipeline.publishing.report import pictures
+from pipeline.publishing.report.read import Value
 
 CARD, CURVE = "README.md", "loss.svg"
 FILES = (CARD, CURVE)
-TITLES = {
-    "adapter": "`{base}` with {family}",
-    "model": "`{base}` with {family}, folded into its weights",
-    "gguf": "`{base}` with {family}, as a GGUF LoRA",
-    "full": "`{base}`, fine-tuned in full",
-}
 
 
 def write_card(folder: Path, facts: Facts, *, repository: str | None) -> None:
     """Write the card of what lies in `folder`. `repository`: its OWNER/NAME on the Hub, if it is to have one."""
     with atomic_file(folder / CURVE, replace=True) as file:
-        file.write_text(loss_curve(facts.training, facts.evaluation), encoding="utf-8")
+        file.write_bytes(curve(facts))
     with atomic_file(folder / CARD, replace=True) as file:
         file.write_text(str(card(folder, facts, repository=repository)), encoding="utf-8")
 
 
 def card(folder: Path, facts: Facts, *, repository: str | None) -> ModelCard:
     """The card, as `write_card` writes it."""
-    what = contents(folder, facts)
-    title = repository.rpartition("/")[2] if repository else f"{facts.base.rpartition('/')[2]}, {facts.name}"
-    about = TITLES[what].format(base=card_text.in_code(facts.base), family=card_text.family(facts).split(",")[0])
-    peft_type = _peft_type(folder)
-    lora = FAMILIES[LORA].peft_type
-    if peft_type == lora and facts.adapter.get("peft_type") != lora:
-        about += ", in its exact additive form W' = W + s·B'·A' (an ordinary LoRA)"
-    sections = {
-        "Use": use(what, facts.base, repository or folder.name, peft_type),
-        "What was trained": card_text.trained(facts),
-        "Data": card_text.data(facts),
-        "Losses": card_text.losses(facts),
-        "Samples": card_text.samples(facts),
-        "The run": card_text.run(facts),
-        "Versions": card_text.versions(facts),
-        "Configuration": card_text.configuration(facts),
-    }
-    text = "".join(f"\n## {name}\n\n{body.rstrip()}\n" for name, body in sections.items() if body)
-    steps = f"after {facts.step:,} step{'s' * (facts.step != 1)} of training"
-    head = header(what, facts, title, peft_type).to_yaml()
-    return ModelCard(f"---\n{head}\n---\n\n# {card_text.in_prose(title)}\n\n{about}, {steps}.\n{text}")
+    what, peft_type, lora = contents(folder, facts), _peft_type(folder), FAMILIES[LORA].peft_type
+    base_name = facts.base.rpartition("/")[2]
+    title = repository.rpartition("/")[2] if repository else f"{base_name}, {facts.name}"
+    text = (
+        environment()
+        .get_template("card.md.j2")
+        .render(
+            header=header(what, facts, title, peft_type).to_yaml(),
+            title=title,
+            what=what,
+            base=facts.base,
+            base_name=base_name,
+            here=repository or folder.name,
+            family=card_text.family(facts).split(",")[0],
+            additive=peft_type == lora and facts.adapter.get("peft_type") != lora,
+            needs_our_fold=peft_type == OWN_TYPE,
+            step=facts.step,
+            trained=card_text.trained(facts),
+            data=card_text.data(facts),
+            curve=CURVE,
+            losses=card_text.losses(facts),
+            samples=facts.samples,
+            samples_said=card_text.about_samples(facts),
+            run=card_text.run(facts),
+            versions=card_text.versions(facts),
+            configuration=tomli_w.dumps(facts.config),
+        )
+    )
+    return ModelCard(text)
+
+
+def curve(facts: Facts) -> bytes:
+    """The losses over the steps, as an SVG file."""
+    found = {"training": facts.training, **facts.evaluation}
+    series = {name: [Value(loss.step, loss.loss) for loss in losses] for name, losses in found.items() if losses}
+    return pictures.alone(pictures.svg(pictures.lines(series, "loss"), "losses"))
 
 
 def contents(folder: Path, facts: Facts) -> str:
-    """Which of TITLES the folder holds."""
+    """What the folder holds: an adapter, a folded model, one trained in full, or a GGUF LoRA."""
     if (folder / CONFIG_FILE).is_file():
         return "adapter"
     if any(folder.glob("*.gguf")):
@@ -124,33 +134,6 @@ def licence(base: Path, base_id: str | None) -> dict[str, Any]:
     if link and "://" not in link:  # a file of the base's own repository
         found["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{link}" if base_id else None
     return found if "license" in found else {}
-
-
-def use(what: str, base: str, here: str, peft_type: str | None) -> str:
-    """How to load it."""
-    if what == "gguf":
-        return f"    llama-server -m {quote(printable(base.rpartition('/')[2] + '.gguf'))} --lora adapter.gguf"
-    if peft_type == OWN_TYPE:
-        return (
-            "This adapter moves biases as well as weights, which no type of PEFT's does: fold it with mulora-pipe.\n\n"
-            f"    python merge_lora.py --input {quote(printable(base))} --lora {quote(printable(here))} --output merged"
-        )
-    base, here = (json.dumps(printable(name), ensure_ascii=False) for name in (base, here))  # as Python writes a text
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if what == "adapter":
-        lines = [
-            "from peft import PeftModel",
-            *lines,
-            f'base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")',
-            f"model = PeftModel.from_pretrained(base, {here})",
-            f"tokenizer = AutoTokenizer.from_pretrained({base})",
-        ]
-    else:
-        lines += [
-            f'model = AutoModelForCausalLM.from_pretrained({here}, dtype="auto")',
-            f"tokenizer = AutoTokenizer.from_pretrained({here})",
-        ]
-    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _peft_type(folder: Path) -> str | None:

@@ -1,27 +1,28 @@
-"""The sections of a model card's text, in Markdown.
+"""What the sections of a model card say, as plain text that the template (card.md.j2) puts in its place.
 
-Takes `Facts`; gives text. A number that the run's folder does not tell is left out, and so is a section without any.
+Takes `Facts`; gives lines and tables. A number that the run's folder does not tell is left out, and so is a section without any.
 """
 
-import html
-import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
-from typing import Any
-
-import tomli_w
+from typing import Any, NamedTuple
 
 from pipeline.console import duration, gib
 from pipeline.families import chosen
-from pipeline.foreign import printable
 from pipeline.formats.dtypes import name_of
-from pipeline.generation.shown import ending
 from pipeline.names import layers_of
 from pipeline.publishing.facts import Facts, Loss, unrecorded
 
 MOST_ROWS = 12
-LONGEST = 2000  # characters of a text of others
+
+
+class Table(NamedTuple):
+    """A table, and what is said below it."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    said: str
 
 
 def family(facts: Facts) -> str:
@@ -31,40 +32,40 @@ def family(facts: Facts) -> str:
     return chosen(facts.config["adapter_type"], facts.config).card
 
 
-def trained(facts: Facts) -> str:
-    """What was trained: base, family, modules, rank and s."""
+def trained(facts: Facts) -> list[str]:
+    """What was trained: base, family, modules, rank and s; a line each."""
     config = facts.config
-    lines = [f"- base: {in_prose(facts.base)}", f"- trained: {family(facts)}"]
+    lines = [f"base: {facts.base}", f"trained: {family(facts)}"]
     if modules := facts.adapter.get("target_modules"):
-        lines.append(f"- modules: {modules_in_words(modules)}")
+        lines.append(f"modules: {modules_in_words(modules)}")
     if beside := config.get("trainable_modules"):
-        lines.append(f"- trained in full beside it: {in_prose(', '.join(beside))}")
+        lines.append(f"trained in full beside it: {', '.join(beside)}")
     if rank := config.get("lora_rank"):
         alpha, root = config.get("lora_alpha"), "√" if config.get("use_rslora") else ""
         s = rank**0.5 if root else rank
-        lines.append(f"- rank {rank}" + (f", s = {alpha:g}/{root}{rank} = {alpha / s:g}" if alpha else ""))
+        lines.append(f"rank {rank}" + (f", s = {alpha:g}/{root}{rank} = {alpha / s:g}" if alpha else ""))
     for key in ("oft_block_size", "boft_block_size"):
         if size := config.get(key):
-            lines.append(f"- blocks of {size} inputs")
+            lines.append(f"blocks of {size} inputs")
     if facts.values[0]:
         count, dtypes = facts.values
-        lines.append(f"- the adapter's file: {count:,} numbers, {', '.join(name_of(d) for d in dtypes)}")
+        lines.append(f"the adapter's file: {count:,} numbers, {', '.join(name_of(d) for d in dtypes)}")
     if bnb := config.get("quantization", {}).get("bnb", {}):
         bits = f"4 bits ({bnb['bnb_4bit_quant_type']})" if bnb.get("load_in_4bit") else "8 bits"
-        lines.append(f"- the base's linear layers were held in {bits} in training; a fold is into the original weights")
+        lines.append(f"the base's linear layers were held in {bits} in training; a fold is into the original weights")
     if (scale := config.get("train_logit_scale", 1.0)) != 1:
         lines.append(
-            f"- in training the logits were multiplied by {scale:g} (train_logit_scale); nothing here does that, and the "
+            f"in training the logits were multiplied by {scale:g} (train_logit_scale); nothing here does that, and the "
             "evaluations below were without it"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def modules_in_words(modules: Sequence[str]) -> str:
     """`down_proj of layers 0 to 38 (39 modules)`."""
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
     layers = layers_of(modules)
-    words = in_prose(", ".join(names))
+    words = ", ".join(names)
     if layers:
         starts = [layers[0], *(b for a, b in pairwise(layers) if b != a + 1)]
         ends = [*(a for a, b in pairwise(layers) if b != a + 1), layers[-1]]
@@ -73,7 +74,7 @@ def modules_in_words(modules: Sequence[str]) -> str:
     return f"{words} ({len(modules)} module{'s' * (len(modules) > 1)})"
 
 
-def data(facts: Facts) -> str:
+def data(facts: Facts) -> Table | None:
     """The sets by name: documents (conversations, rows), tokens, what they were made into, and how much of that was used."""
     rows = [
         (
@@ -86,14 +87,14 @@ def data(facts: Facts) -> str:
         )
         for d in facts.data
     ]
-    head = ("data", "for", "documents", "tokens", "chunks × tokens", "chunks used")
+    head: tuple[str, ...] = ("data", "for", "documents", "tokens", "chunks × tokens", "chunks used")
     said = "Documents, tokens (without BOS and EOS) and chunks are of the whole text of a set."
     if any("chunks" not in d for d in facts.data):
         head = ("data", "for", "documents or conversations", "tokens", "rows × tokens", "rows used")
         said = "All but what was used is of the whole of a set; tokens of books are without BOS and EOS."
     if facts.epochs is not None:
         said += f" The run read {facts.epochs:.4g} times what is used for training."
-    return f"{table(head, rows)}\n{said}" if rows else ""
+    return Table(head, rows, said) if rows else None
 
 
 def _rows(entry: dict[str, Any]) -> str:
@@ -114,10 +115,10 @@ def _used(entry: dict[str, Any]) -> str:
     return f"{entry['rows']:,}" + (f" an epoch, {entry['different']:,} different" if repeated else "")
 
 
-def losses(facts: Facts) -> str:
-    """The curve, and a table of the evaluated steps (of logged ones where nothing was evaluated)."""
+def losses(facts: Facts) -> Table | None:
+    """A table of the evaluated steps (of logged ones where nothing was evaluated)."""
     if not facts.training and not facts.evaluation:
-        return ""
+        return None
     names = list(facts.evaluation)
     by_set = {name: {loss.step: loss for loss in found} for name, found in facts.evaluation.items()}
     training = {loss.step: loss for loss in facts.training}
@@ -133,7 +134,7 @@ def losses(facts: Facts) -> str:
     meaning = "Losses are means over target tokens, in nats; perplexity is exp of that."
     if not of_tokens:
         meaning = "Losses are those of the run's objective, means over units of answers that are compared."
-    return f"![losses over the steps](loss.svg)\n\n{table(head, rows)}\n{meaning}{left_out}"
+    return Table(head, rows, meaning + left_out)
 
 
 def _loss_cells(loss: Loss | None) -> tuple[str, str]:
@@ -149,29 +150,19 @@ def thinned(steps: Sequence[int]) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
 
 
-def samples(facts: Facts) -> str:
-    """What the model said last, as it was drawn, and its base beside it."""
+def about_samples(facts: Facts) -> str:
+    """How the samples were drawn that are shown; empty where there are none."""
     if not facts.samples:
         return ""
     config, found = facts.config["samples"], facts.samples
     how = "greedily" if not config["temperature"] else f"at temperature {config['temperature']:g}"
-    parts = [
+    return (
         f"After {found[0]['step']:,} steps, {how}, {config['max_new_tokens']:,} tokens at most, not chosen among several; "
         f"{sum(sample['stopped'] for sample in found)} of {len(found)} stopped by themselves."
-    ]
-    for sample in found:
-        parts += ["Prompt:", _as_block(sample["prompt"]), f"Answer ({ending(sample)}):", _as_block(sample["text"])]
-        if "base" in sample:
-            parts += [f"The base's answer ({ending(sample['base'])}):", _as_block(sample["base"]["text"])]
-    return "\n\n".join(parts)
+    )
 
 
-def _as_block(text: str) -> str:
-    """`text` of any origin as an indented block, which nothing in it can end."""
-    return "\n".join(f"    {printable(line, LONGEST)}" for line in text.split("\n"))
-
-
-def run(facts: Facts) -> str:
+def run(facts: Facts) -> Table:
     """Where the run ran, in which time and memory; one row for each start or resumption."""
     rows = [
         (
@@ -183,9 +174,8 @@ def run(facts: Facts) -> str:
         )
         for p in facts.parts
     ]
-    said = list(_about_run(facts))
     head = ("steps", "stages × replicas", "devices", "peak memory of each process", "time")
-    return "\n".join([*([table(head, rows)] if rows else []), *said])
+    return Table(head, rows, "\n".join(_about_run(facts)))
 
 
 def _about_run(facts: Facts) -> Iterator[str]:
@@ -202,29 +192,6 @@ def _devices(names: Sequence[str]) -> str:
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
 
 
-def versions(facts: Facts) -> str:
+def versions(facts: Facts) -> dict[str, str]:
     """The libraries of the run's last part."""
-    found = facts.parts[-1].get("versions", {}) if facts.parts else {}
-    return in_prose(", ".join(f"{name} {version}" for name, version in found.items()))
-
-
-def configuration(facts: Facts) -> str:
-    """The resolved configuration, folded away; of paths the last part."""
-    text = tomli_w.dumps(facts.config)
-    return f"<details><summary>Every key, defaults included</summary>\n\n```toml\n{text}```\n\n</details>"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; its cells are plain text."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(in_prose(cell) for cell in line) + " |\n" for line in lines)
-
-
-def in_prose(text: str) -> str:
-    """`text` of any origin as Markdown that shows it: neither HTML nor a link, a picture or the end of a cell."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(text, LONGEST), quote=False))
-
-
-def in_code(text: str) -> str:
-    """`text` of any origin between single backticks, within which HTML means nothing."""
-    return printable(text, LONGEST).replace("`", "'")
+    return facts.parts[-1].get("versions", {}) if facts.parts else {}

@@ -5,7 +5,7 @@ weights before 4-bit ones, few stages (what is left are replicas) before many, n
 short ones. Nothing is read of the model but its configuration.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.config.loading import validate
 from pipeline.console import UserError, gib
 from pipeline.model.memory.levels import RecomputeLevel
 from pipeline.planning import devices, table
-from pipeline.planning.quantities import ModelCost, Shape
+from pipeline.planning.quantities import ModelCost, Plan, Shape
 from pipeline.planning.solve import solve
 from pipeline.training.start import plan as planned
 from pipeline.training.start.resolve import resolve
@@ -46,14 +46,6 @@ class Wish:
     sequence_len: int | None = None
 
 
-class Chosen(NamedTuple):
-    """The keys of a configuration, the plan in words, and why these were chosen."""
-
-    raw: dict[str, Any]
-    plan: str
-    reasons: list[str]
-
-
 class Candidate(NamedTuple):
     """What is varied."""
 
@@ -61,6 +53,18 @@ class Candidate(NamedTuple):
     stages: int
     host_gib: float
     sequence_len: int
+
+
+class Chosen(NamedTuple):
+    """The keys of a configuration, the plan in words, why these were chosen; what they were made of, and the plan itself, of one
+    of the `replicas`."""
+
+    raw: dict[str, Any]
+    plan: str
+    reasons: list[str]
+    candidate: Candidate
+    found: Plan
+    replicas: int
 
 
 def choose(wish: Wish) -> Chosen:
@@ -76,14 +80,18 @@ def choose(wish: Wish) -> Chosen:
         cost = counted(wish.model, wish.kind, candidate.four_bits, candidate.sequence_len)
         if candidate.stages > len(cost.layers):
             continue
-        shape, there = Shape(candidate.sequence_len, MICRO_BATCHES, candidate.stages), gpus[: candidate.stages]
+        tokens = rows(wish.kind) * candidate.sequence_len
+        shape, there = Shape(tokens, MICRO_BATCHES, candidate.stages), gpus[: candidate.stages]
         rates, usable = devices.published_rates(there), [gpu.usable_bytes for gpu in there]
         host_bytes = int(candidate.host_gib * GIB) * candidate.stages // len(gpus)  # a replica's part
         found = solve(cost, usable, rates, shape, host_bytes)
         if found.fits:
             names = [gpu.name for gpu in there]
             text = table.describe(found, cost, shape, rates, device_names=names, total_steps=None)
-            return Chosen(keys(wish, candidate), text, reasons(candidate, len(gpus), refused))
+            replicas = len(gpus) // candidate.stages
+            return Chosen(
+                keys(wish, candidate), text, reasons(candidate, replicas, refused), candidate, found, replicas
+            )
         lacking = max(-stage.headroom_bytes for stage in found.stages)
         refused.append(f"{in_words(candidate)} ({gib(max(0, lacking))} too much on a GPU)")
     raise UserError(
@@ -108,13 +116,22 @@ def held_bytes(cost: ModelCost) -> int:
     return head + cost.embedding_bytes + sum(layer.weight_bytes + layer.trained_bytes for layer in cost.layers)
 
 
-@cache
 def counted(model: Path, kind: Kind, four_bits: bool, sequence_len: int) -> ModelCost:
-    """What the model costs, whatever the GPUs; counting takes seconds."""
+    """What the model costs in micro-batches of one row, or pair, of so many tokens; whatever the GPUs."""
+    return _counting(model, kind, four_bits)(rows(kind) * sequence_len)
+
+
+@cache
+def _counting(model: Path, kind: Kind, four_bits: bool) -> Callable[[int], ModelCost]:
+    """The cost for micro-batches of so many tokens, each counted once. The model is looked at once for all of them."""
     wish = Wish(model, str(model), kind, "-", "-", "-")
-    raw = keys(wish, Candidate(four_bits, 1, 0.0, sequence_len))
-    plan = resolve(validate(raw, "the configuration that is made"))
-    return planned.costs(plan, RecomputeLevel, on_gpu=True)(sequence_len)
+    raw = keys(wish, Candidate(four_bits, 1, 0.0, SIZES[kind][0]))
+    return planned.costs(resolve(validate(raw, "the configuration that is made")), RecomputeLevel, on_gpu=True)
+
+
+def rows(kind: Kind) -> int:
+    """Of a micro-batch: one, or a pair of answers."""
+    return 2 if kind == "preference" else 1
 
 
 def lengths(wish: Wish) -> list[int]:
@@ -133,11 +150,11 @@ def in_words(candidate: Candidate) -> str:
     return f"{bits}, {stages}{host}, rows of {candidate.sequence_len} tokens"
 
 
-def reasons(candidate: Candidate, gpus: int, refused: list[str]) -> list[str]:
+def reasons(candidate: Candidate, replicas: int, refused: list[str]) -> list[str]:
     """Why this, in lines."""
     lines = [f"Chosen by the planner: {in_words(candidate)}."]
-    if gpus > candidate.stages:
-        lines.append(f"{gpus // candidate.stages} replicas of it share each step.")
+    if replicas > 1:
+        lines.append(f"{replicas} replicas of it share each step.")
     lines += [f"Did not fit: {one}." for one in refused[-2:]]
     return lines
 

@@ -39,6 +39,7 @@ class Trackers:
             return
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        _make_accelerate_s_state()
         for name in names:
             kind = LOGGER_TYPE_TO_CLASS[name]
             given = {**_of_run(name, run_dir), **options.get(name, {})}
@@ -82,6 +83,18 @@ class Trackers:
             except Exception as error:  # each tracker raises classes of its own, and none is worth the run
                 warn(f"the tracker '{name}' gets nothing more: {error}. All there is stands in metrics.jsonl")
                 del self._running[name]
+
+
+def _make_accelerate_s_state() -> None:
+    """accelerate's trackers log through loggers that raise RuntimeError until its PartialState is there.
+
+    Its device is to be the CPU: otherwise it would set the process's CUDA device, and refuse some GPUs. Nothing here uses it.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import patch_environment
+
+    with patch_environment(ACCELERATE_TORCH_DEVICE="cpu"):
+        PartialState()
 
 
 def flat(config: Mapping[str, Any], within: str = "") -> dict[str, Any]:

@@ -172,7 +172,9 @@ def test_what_was_read_is_recorded(tmp_path: Path) -> None:
     tokens = sum(2 + number % 5 for number in range(47))
     assert described == [{"use": "training", "name": "ids", "documents": 47, "tokens": tokens, "streaming": made}]
     facts: Any = SimpleNamespace(data=described, epochs=None)
-    assert "streamed, 3 windows of 20 | all that was read" in card_text.data(facts)
+    shown = card_text.data(facts)
+    assert shown is not None
+    assert shown.rows[0][-2:] == ("streamed, 3 windows of 20", "all that was read")
 
 
 def test_windows_without_a_target_are_passed_over(tmp_path: Path) -> None:

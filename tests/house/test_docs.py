@@ -1,7 +1,10 @@
-"""What the documents for those who change the code say is so: paths and names in architecture.md, the walk and README's tree."""
+"""What the documents for those who change the code say is so: paths and names in architecture.md, the walk and README's tree;
+the site has every page."""
 
 import re
 from pathlib import Path
+
+import yaml
 
 import pipeline
 from tests.helpers.builders import ROOT
@@ -45,3 +48,9 @@ def test_the_tree_of_the_readme_has_every_room() -> None:
     rooms = {f"{path}/" for path in map(str, packages) if path not in (".", "training") and "artifacts/" not in path}
     modules = {path.name for path in [*(ROOT / "pipeline").glob("*.py"), *ROOT.glob("*.py")]}
     assert not (rooms | modules) - named
+
+
+def test_the_site_has_every_page_once() -> None:
+    sections = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = [page for section in sections for entries in section.values() for one in entries for page in one.values()]
+    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))

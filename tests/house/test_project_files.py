@@ -74,6 +74,16 @@ def test_a_report_asks_for_files_that_a_run_has() -> None:
     assert "python train.py --version" in text
 
 
+def test_every_configuration_says_where_its_schema_is() -> None:
+    """For editors: taplo and what is built of it read this line."""
+    files = sorted((ROOT / "configs").rglob("*.toml"))
+    assert len(files) > 15
+    for file in files:
+        first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+        assert first.startswith("#:schema "), file
+        assert (file.parent / first.removeprefix("#:schema ")).resolve() == ROOT / "configs" / "schema.json", file
+
+
 def test_the_decision_log_is_in_order() -> None:
     """A heading for each release, oldest first, and for what comes next; entries have dates, none after the release."""
     text = (ROOT / "docs/decisions.md").read_text()

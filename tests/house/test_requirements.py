@@ -24,6 +24,7 @@ OPTIONAL = {
     "triton": "comes with a CUDA build of torch",
     "liger_kernel": "a benchmark compares with it",
     "lm_eval": "evaluate_lora.py --tasks",
+    "wandb": "a tracker, as any other that accelerate knows",
 }
 # Required without an import of ours.
 USED_BY_OTHERS = {"tensorboard": "torch.utils.tensorboard", "datasets": "for data, in what comes next"}

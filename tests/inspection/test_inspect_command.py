@@ -1,8 +1,6 @@
 """inspect_lora.py as users start it: what it prints, what it refuses, the page it writes, the page in a browser."""
 
 import re
-import shutil
-import struct
 import subprocess
 import sys
 import zlib
@@ -16,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inspect_lora
 from pipeline.console import UserError
 from tests.helpers.artifacts import edit_json
+from tests.helpers.browser import CHROMIUM, OPEN_ALL, Look, chromium
 from tests.helpers.builders import ROOT, environment, save_model
 from tests.helpers.inspection import orthonormal, save, with_eigenvalues, with_singular
 
@@ -24,7 +23,6 @@ TEXT = (
     'She said: <script>alert("salt") & Co.</script>\nThe house \x07\x1b[31m was wet.\n' * 4
     + '</p><b>&amp;"Quills 塩.\n'
 )
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -161,45 +159,17 @@ def test_the_passages_are_marked(written, base: Path) -> None:
     assert sum("reflects" in c.attrib["class"] for c in circles) == 1
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("dark", [False, True])
-def test_the_page_in_a_browser(written, tmp_path: Path, dark: bool) -> None:
-    """Chromium parses it, draws it (the picture is not of one colour, and dark is dark), and runs nothing."""
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("look", [Look(1200), Look(1200, dark=True), Look(390)], ids=str)
+def test_the_page_in_a_browser(written, tmp_path: Path, look: Look) -> None:
+    """Chromium draws it as it is meant to be read, with all that is folded opened."""
     _, out = written
-    picture = tmp_path / "page.png"
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1000,1400",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-    ]
-    for more in (["--dump-dom"], [f"--screenshot={picture}"]):
-        done = subprocess.run([str(BROWSER), *flags, *more, out.as_uri()], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        if more == ["--dump-dom"]:
-            assert done.stdout.count("<svg") >= 4
-            assert "<mark" in done.stdout
-            assert "<script" not in done.stdout
-    pixels = first_pixels(picture)
-    assert pixels[0] < 60 if dark else pixels[0] > 200
-    assert len(zlib.compress(picture.read_bytes())) > 20_000
-
-
-def first_pixels(picture: Path) -> bytes:
-    """The first row's bytes of a PNG: the page's margin. (Its first row can only be unfiltered or differences.)"""
-    content, at, data = picture.read_bytes(), 8, b""
-    while at < len(content):
-        length, kind = struct.unpack(">I4s", content[at : at + 8])
-        data += content[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
-        at += 12 + length
-    return zlib.decompress(data)[1:5]
+    with chromium(tmp_path / "profile") as browser:
+        seen = browser.see(out, look, OPEN_ALL)
+    seen.check(look)
+    assert "Eigenvalues λ of s·A·B" in seen.texts
+    assert len(zlib.compress(seen.png)) > 20_000, "not of one colour"
 
 
 def test_refusals(adapter: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -5,7 +5,7 @@ Widths of text are those of DejaVu Sans, wider than most fonts, so that a label 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -14,10 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import plots
-from pipeline.plots import Point
-from pipeline.publishing.facts import Loss
-from pipeline.publishing.loss_curve import loss_curve
+from pipeline.inspection import plots
+from pipeline.inspection.plots import Point
 
 FONT = 12.0  # pixels, as the page's style has it
 WIDE = {**dict.fromkeys("0123456789−+", 0.64), **dict.fromkeys(" .,", 0.33), **dict.fromkeys("il", 0.28)}
@@ -78,35 +76,6 @@ def on_the_left(found: Sequence[Label]) -> list[str]:
 
 def number(text: str) -> float:
     return float(text.replace("−", "-"))
-
-
-LEVELS: dict[str, Callable[[int], float]] = {
-    "a loss that hardly moves": lambda i: 6.9315 + 0.004 * math.sin(i),
-    "one that moves in the seventh digit": lambda i: 6.9314718 + 2e-6 * math.sin(i),
-    "usual": lambda i: 8 / (1 + i),
-    "large": lambda i: 1e6 + i,
-    "huge": lambda i: 3e9 + 1e7 * i,
-    "tiny": lambda i: 1e-5 * i,
-    "tiny differences of what is tiny": lambda i: 1e-5 + 1e-9 * i,
-    "constant": lambda i: 2.5,
-    "zero": lambda i: 0.0,
-    "below zero": lambda i: -3.0 - 1e-3 * i,
-}
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("first_step", [1, 100_000, 3_000_000])
-def test_a_loss_curve_s_numbers_tell_the_ticks_apart(level: str, first_step: int) -> None:
-    found = check(loss_curve([Loss(first_step + i, LEVELS[level](i)) for i in range(12)], {}))
-    numbers = on_the_left(found)
-    assert len(numbers) >= 3
-    assert len(set(numbers)) == len(numbers)
-    values = [number(text) for text in numbers]
-    gaps = [b - a for a, b in pairwise(values)]
-    assert min(gaps) > 0
-    assert max(gaps) - min(gaps) <= 1e-6 * max(gaps) + 1e-9 * max(map(abs, values))
-    steps = [number(label.text) for label in found if label.text.isdecimal() and label.text not in numbers]
-    assert len(set(steps)) == len(steps) >= 2
 
 
 @settings(deadline=None, max_examples=200)

@@ -19,9 +19,8 @@ from pipeline.artifacts.saved_at import Saved
 from pipeline.names import id_in_cache
 from pipeline.publishing import card_text
 from pipeline.publishing.after_training import FinishedRun, follow
-from pipeline.publishing.card import write_card
-from pipeline.publishing.facts import Loss, read_facts, unrecorded
-from pipeline.publishing.loss_curve import loss_curve, thinned
+from pipeline.publishing.card import curve, write_card
+from pipeline.publishing.facts import read_facts, unrecorded
 from tests.helpers.artifacts import make_base
 from tests.helpers.publishing import METRICS, STEP, make_run
 
@@ -243,29 +242,29 @@ def test_an_adapter_that_peft_cannot_load_says_so(tmp_path: Path) -> None:
 
 def test_the_curve_is_the_losses(tmp_path: Path) -> None:
     """Well-formed by itself; pixels are an affine map of steps and losses, found from two points and true of the others."""
-    training = [Loss(step, loss) for step, loss in TRAINED.items()]
-    held_out = [Loss(line["step"], line["eval/held_out/loss"]) for line in EVALUATED]
-    root = ElementTree.fromstring(loss_curve(training, {"held_out": held_out}))
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    lines = [e.attrib["points"] for e in root.iter("{http://www.w3.org/2000/svg}polyline")]
-    drawn = [[tuple(map(float, p.split(","))) for p in line.split()] for line in lines]
+    run = make_run(tmp_path, ["card"])
+    facts = read_facts(run.run_dir, Saved(run.saved, run.step))
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.fromstring(curve(facts).decode())
+    assert root.tag == f"{svg}svg"
+    lines = {e.attrib["id"]: e.find(f"{svg}path") for e in root.iter(f"{svg}g") if e.get("id", "").startswith("line")}
+    drawn = []
+    for number in range(2):
+        path = lines[f"line{number}"]
+        assert path is not None
+        drawn.append([tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", path.attrib["d"])])
+    a, b = facts.training[0], facts.training[-1]
     (x0, y0), (x1, y1) = drawn[0][0], drawn[0][-1]
-    a, b = training[0], training[-1]
-    for points, losses in zip(drawn, (training, held_out), strict=True):
+    for points, losses in zip(drawn, (facts.training, facts.evaluation["held_out"]), strict=True):
         for (x, y), loss in zip(points, losses, strict=True):
-            # Coordinates are written to 0.1; the two that fix the map are too, and it is stretched by at most 2.
-            assert abs(x - (x0 + (loss.step - a.step) * (x1 - x0) / (b.step - a.step))) <= 0.2
-            assert abs(y - (y0 + (loss.loss - a.loss) * (y1 - y0) / (b.loss - a.loss))) <= 0.3
-    assert [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")][-2:] == ["training", "held_out"]
+            # Coordinates have six digits after the point; the two that fix the map are stretched by at most ten.
+            assert abs(x - (x0 + (loss.step - a.step) * (x1 - x0) / (b.step - a.step))) <= 1e-5
+            assert abs(y - (y0 + (loss.loss - a.loss) * (y1 - y0) / (b.loss - a.loss))) <= 1e-5
+    texts = [e.text for e in root.iter(f"{svg}text")]
+    assert {"training", "held_out"} <= set(texts)
 
 
-def test_long_runs_are_thinned() -> None:
-    losses = [Loss(step, float(step % 2)) for step in range(1, 10001)]
-    short = thinned(losses)
-    assert len(short) <= 1200
-    assert short[-1].step == 10000
-    # Stretches of nine: four or five of them are 1.
-    assert all(4 / 9 - 1e-9 <= loss.loss <= 5 / 9 + 1e-9 for loss in short[:-1])
+def test_long_tables_are_thinned() -> None:
     assert card_text.thinned(range(100))[::11] == [0, 99]
     assert len(card_text.thinned(range(100))) == 12
 

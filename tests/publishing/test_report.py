@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,8 +12,10 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.console import UserError
-from pipeline.publishing.report import comparison, page, pictures
+from pipeline.publishing.report import beside, comparison, page, pictures
+from pipeline.publishing.report.beside import Reports
 from pipeline.publishing.report.read import Value, read
+from tests.helpers.browser import CHROMIUM, OPEN_ALL, Look, chromium
 from tests.helpers.builders import metrics, only_run, save_model, train, write_config
 from tests.helpers.paths import ROOT
 
@@ -157,3 +160,38 @@ def test_what_cannot_be_compared(run: Path) -> None:
     for folders in ([run], [run, run]):
         with pytest.raises(UserError, match=r"one run alone|named twice"):
             comparison.compare(folders, None, force=False)
+
+
+def test_a_report_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is due, and not while one is being written."""
+    clock, waiting = [0.0], tmp_path / "go on"
+    monkeypatch.setattr(beside.time, "monotonic", lambda: clock[0])
+    script = f"until [ -e '{waiting}' ]; do sleep 0.01; done; echo x >> '{tmp_path / 'written'}'"
+    monkeypatch.setattr(beside, "_command", lambda _: ["sh", "-c", script])
+    reports = Reports(tmp_path, 5.0)
+    begun = []
+    for minute in (1, 4.9, 5.1, 10.3, 10.4):
+        clock[0] = minute * 60
+        reports.step_done()
+        begun.append(reports._writing is not None)
+        if minute == 10.3:
+            waiting.touch()
+            assert reports._writing is not None
+            reports._writing.wait()
+    assert begun == [False, False, True, True, True]
+    reports.run_ended()
+    assert (tmp_path / "written").read_text() == "x\n" * 3, "at 5.1 minutes, at 10.4 and at the end"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("look", [Look(1200), Look(1200, dark=True), Look(390), Look(390, dark=True)], ids=str)
+def test_the_pages_in_a_browser(run: Path, other: Path, tmp_path: Path, look: Look) -> None:
+    """Chromium draws both as they are meant to be read, on a screen and a phone, with all that is folded opened."""
+    comparison.compare([run, other], tmp_path / "both.html", force=False)
+    with chromium(tmp_path / "profile") as browser:
+        for page_of, words in ((run / "report.html", "What comes next"), (tmp_path / "both.html", "optimizer.lr")):
+            seen = browser.see(page_of, look, OPEN_ALL)
+            seen.check(look)
+            assert words in seen.texts
+            assert len(zlib.compress(seen.png)) > 20_000, "not of one colour"

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from accelerate import tracking
+from accelerate import PartialState, tracking
 
 from pipeline.console import UserError
 from pipeline.training import trackers
 from pipeline.training.metrics import Metrics
 from pipeline.training.trackers import Trackers, flat
-from tests.helpers.builders import metrics
+from tests.helpers.builders import metrics, only_run, save_model, train, write_config
 
 SAMPLE = {"prompt": "p", "text": "t", "tokens": 3, "stopped": True}
 
@@ -45,6 +45,7 @@ class Notes(tracking.GeneralTracker):
         if self.fails:
             raise OSError("the network is gone")
         self.told.append((step, values))
+        tracking.logger.debug("as accelerate's own trackers do, for which its state has to be there")
 
     def log_table(self, name: str, columns: list[str], data: list[list[Any]], step: int) -> None:
         self.told.append((name, columns, data, step))
@@ -57,6 +58,7 @@ class Notes(tracking.GeneralTracker):
 def notes(monkeypatch: pytest.MonkeyPatch) -> "list[Notes]":
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Notes)
     monkeypatch.setattr(Notes, "made", [])
+    PartialState._reset_state()
     return Notes.made
 
 
@@ -117,14 +119,54 @@ def test_nested_keys_are_one_name() -> None:
     assert flat({"a": {"b": {"c": 1}, "d": [1]}, "e": None, "f": "x"}) == {"a.b.c": 1, "a.d": "[1]", "f": "x"}
 
 
+def test_accelerate_s_state_sets_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trackers(["wandb"], {}, "project", tmp_path, {})
+    assert (PartialState().device.type, PartialState().is_main_process) == ("cpu", True)
+
+
 @pytest.mark.slow
 def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is installed: its own files hold the run."""
-    pytest.importorskip("wandb")
+    """Where it is installed: a run over two stages and its resumption are in its own files, one run's."""
+    wandb = pytest.importorskip("wandb")
     monkeypatch.undo()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    told = Trackers(["wandb"], {}, "project", tmp_path, {"lora_rank": 4})
-    told.log(1, {"train/loss": 2.5})
-    told.samples(1, [SAMPLE])
-    told.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    save_model(tmp_path / "base")
+    toml = write_config(
+        tmp_path / "c.toml",
+        model=str(tmp_path / "base"),
+        output_dir=str(tmp_path / "runs"),
+        trackers=["wandb"],
+        tracker_project="style",
+        samples={"prompts": ["The salt"], "every_steps": 2, "max_new_tokens": 4},
+    )
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(Path(wandb.__file__).parents[1])}
+    said = train(2, "--config", str(toml), "--set", "max_steps=2", **offline)
+    assert "trackers: wandb, in the project style" in said
+    assert "gets nothing more" not in said
+    run = only_run(tmp_path / "runs")
+    said = train(2, "--config", str(toml), "--set", "max_steps=4", "--resume_from_checkpoint", **offline)
+    assert "gets nothing more" not in said
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{run.name}.wandb"] * 2, "two parts of one run"
+    told = [losses_in(file) for file in files]
+    assert [sorted(part) for part in told] == [[1, 2], [3, 4]]
+    assert {**told[0], **told[1]} == {line["step"]: line["train/loss"] for line in metrics(run) if "train/loss" in line}
+
+
+def losses_in(file: Path) -> dict[int, float]:
+    """By step, what a file of wandb's has as train/loss: protobuf in the records of LevelDB's log, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, parts, found = file.read_bytes(), 7, b"", {}
+    while at < len(content):
+        if 32768 - at % 32768 < 7:  # no room for a header
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record, parts = Record.FromString(parts), b""
+            values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            if "train/loss" in values:
+                found[int(values["_step"])] = float(values["train/loss"])
+    return found

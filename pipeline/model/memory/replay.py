@@ -64,7 +64,8 @@ class OnDevice:
 
 
 def analyse(layer: nn.Module, run: Callable[[], object]) -> dict[RecomputeLevel, Actions]:
-    """Actions for each level from ADAPTER up. `run` calls the layer's forward as training does; it is called five times.
+    """Actions for each level from ADAPTER up. `run` calls the layer's forward as training does; it is called five times
+    at most.
 
     `layer` may be on fake tensors. The tensors autograd saves are observed, so gradients must be enabled.
     """
@@ -78,6 +79,7 @@ def analyse(layer: nn.Module, run: Callable[[], object]) -> dict[RecomputeLevel,
         return flow
 
     kept: set[str] = set()
+    flow = reached(kept)
     actions: dict[RecomputeLevel, Actions] = {}
     for level in (
         RecomputeLevel.ADAPTER,
@@ -85,16 +87,17 @@ def analyse(layer: nn.Module, run: Callable[[], object]) -> dict[RecomputeLevel,
         RecomputeLevel.PROJECTIONS,
         RecomputeLevel.EVERYTHING,
     ):
-        flow = reached(kept)
         candidates = {
             RecomputeLevel.ADAPTER: adapters,
             RecomputeLevel.ATTENTION: {ATTENTION},
             RecomputeLevel.PROJECTIONS: flow.feeds_attention,
             RecomputeLevel.EVERYTHING: flow.needed,
         }[level]
-        kept = kept | (candidates & flow.needed)
-        needed = reached(kept).needed
-        unneeded = (flow.seen | kept) - needed - kept
+        more, seen = candidates & flow.needed, flow.seen
+        if more - kept:
+            kept = kept | more
+            flow = reached(kept)
+        unneeded = (seen | kept) - flow.needed - kept
         actions[level] = dict.fromkeys(kept, "keep") | dict.fromkeys(unneeded - {ATTENTION}, "skip")
     return actions
 
@@ -197,6 +200,7 @@ class _Dataflow(TorchDispatchMode):
         super().__init__()
         self.roles, self.kept = roles, kept
         self.reaches: dict[int, frozenset[str]] = {}  # storage → what it depends on
+        self.every = frozenset[str]()  # what any of them depends on
         self.alive: list[Tensor] = []  # a freed storage's number could be given to another
         self.seen: set[str] = set()
         self.feeds_attention: set[str] = set()
@@ -212,7 +216,7 @@ class _Dataflow(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         depends = frozenset[str]().union(*(self.reaches.get(_storage(t), ()) for t in inputs))
         if func in ALLOCATIONS:
-            depends = frozenset().union(*self.reaches.values())
+            depends = self.every
         if (role := _role(self.roles, func, args)) is not None:
             self.seen.add(role)
             if role == ATTENTION:
@@ -224,4 +228,5 @@ class _Dataflow(TorchDispatchMode):
         for tensor in (t for t in (*tree_leaves(result), *mutated) if isinstance(t, Tensor)):
             self.alive.append(tensor)
             self.reaches[_storage(tensor)] = self.reaches.get(_storage(tensor), frozenset()) | depends
+            self.every |= depends
         return result

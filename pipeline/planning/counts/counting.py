@@ -69,7 +69,7 @@ def measure(forward: Callable[[], Tensor], *, excluded: Iterable[Tensor] = (), o
     they had before. `on_gpu`: our kernels count as on a GPU.
     """
     counter = Counter(excluded)
-    with counter, dispatch.watched(counter.one_kernel) if on_gpu else contextlib.nullcontext():
+    with _only_new_garbage(), counter, dispatch.watched(counter.one_kernel) if on_gpu else contextlib.nullcontext():
         handed_on = _HandedOn.apply(forward())
         gc.collect()  # what only a reference cycle holds is not kept
         kept = counter.alive_bytes()
@@ -79,6 +79,16 @@ def measure(forward: Callable[[], Tensor], *, excluded: Iterable[Tensor] = (), o
                 handed_on.backward(torch.empty_like(handed_on))
             backward_counts, backward_peak = counter.take()
     return Measured(counts, backward_counts, kept, forward_peak, backward_peak)
+
+
+@contextlib.contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Within it a collection looks at what has been made since: all the rest of a process, models among it, takes far longer."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def received(shape: tuple[int, ...], dtype: torch.dtype, wants_gradient: bool = True) -> Tensor:

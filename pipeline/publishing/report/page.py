@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 import tomli_w
 
+from pipeline import templates
 from pipeline.console import duration, gib
 from pipeline.files import atomic_file
 from pipeline.generation.shown import ending
@@ -37,7 +38,7 @@ def write(folder: Path) -> Path:
     drawn = list(_pictures(run))
     (folder / FOLDER).mkdir(exist_ok=True)
     for picture in drawn:
-        for suffix, content in ((".svg", _alone(picture.svg)), (".png", picture.png)):
+        for suffix, content in ((".svg", pictures.alone(picture.svg)), (".png", picture.png)):
             _put(folder / FOLDER / f"{picture.name}{suffix}", content)
     _put(folder / PAGE, page(run, drawn).encode())
     return folder / PAGE
@@ -75,14 +76,8 @@ def page(run: Run, drawn: list[Picture]) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """Templates of this folder. What is put into one is escaped: names, texts and samples are of any origin."""
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """Templates of this folder."""
+    made = templates.environment(Path(__file__).parent)
     made.filters |= {"duration": duration, "gib": gib, "ending": ending, "number": lambda n: f"{n:,}"}
     return made
 
@@ -142,12 +137,6 @@ def _samples(run: Run) -> list[dict[str, Any]]:
         {"prompt": late["prompt"], "first": early if early["step"] != late["step"] else None, "last": late}
         for early, late in zip(first, last, strict=False)
     ]
-
-
-def _alone(svg: str) -> bytes:
-    """A picture as a file: dark on light or light on dark, as the viewer has it."""
-    scheme = "<style>svg { color: #222 } @media (prefers-color-scheme: dark) { svg { color: #ddd } }</style>"
-    return svg.replace(">", f">{scheme}", 1).encode()
 
 
 def _put(file: Path, content: bytes) -> None:

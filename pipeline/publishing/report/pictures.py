@@ -17,7 +17,7 @@ from pipeline.foreign import printable
 from pipeline.names import natural_order
 from pipeline.publishing.report.read import Series
 
-WIDTH, HEIGHT, DPI = 6.4, 3.2, 130
+WIDTH, HEIGHT, DPI = 5.0, 2.8, 160  # inches: on a phone, 340 pixels wide, text of 9 points is legible
 INK = "#010203"  # stands for the colour of the text around the picture
 PAPER = "#ffffff"
 COLOURS = ("#2a7fbf", "#d0622a", "#3a9a63", "#9a5cc0", "#b58a2f", "#7d8794")
@@ -36,6 +36,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "grid.color": INK,
     "legend.frameon": False,
+    "path.simplify": False,  # thinned here, by means
     "svg.fonttype": "none",
     "text.color": INK,
     "text.usetex": False,
@@ -60,14 +61,17 @@ def lines(series: Mapping[str, Series], y_label: str, *, logarithmic: bool = Fal
                 marker=marker,
                 markersize=3,
                 linewidth=1.3,
+                gid=f"line{number}",
             )
+        if not series:
+            axes.text(0.5, 0.5, "nothing yet", ha="center", transform=axes.transAxes)
         if logarithmic:
             axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(y_label)
         if len(series) > 1:
-            axes.legend(fontsize=8)
+            axes.legend()
     return figure
 
 
@@ -85,7 +89,7 @@ def norms(by_module: Mapping[str, Series]) -> Figure:
         axes = figure.subplots()
         mesh = axes.pcolormesh(steps, np.arange(len(modules)), grid, cmap="viridis", rasterized=True, shading="nearest")
         labelled = np.unique(np.linspace(0, len(modules) - 1, min(LABELLED, len(modules))).round().astype(int))
-        axes.set_yticks(labelled, [_shown(modules[place]) for place in labelled], fontsize=7)
+        axes.set_yticks(labelled, [_shown(modules[place]) for place in labelled])
         axes.invert_yaxis()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
@@ -104,7 +108,7 @@ def memory(stages: Sequence[tuple[float, float]]) -> Figure:
             axes.bar(places + offset, [stage[column] for stage in stages], 0.38, label=label, color=COLOURS[column])
         axes.set_xticks(places, [f"stage {place}" for place in places])
         axes.set_ylabel("GiB at the peak")
-        axes.legend(fontsize=8)
+        axes.legend()
     return figure
 
 
@@ -121,6 +125,12 @@ def svg(figure: Figure, name: str) -> str:
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()[out.getvalue().index("<svg") :].replace(INK, "currentColor")
+
+
+def alone(svg: str) -> bytes:
+    """A picture as a file: dark on light or light on dark, as the viewer has it."""
+    scheme = "<style>svg { color: #222 } @media (prefers-color-scheme: dark) { svg { color: #ddd } }</style>"
+    return svg.replace(">", f">{scheme}", 1).encode()
 
 
 def png(figure: Figure) -> bytes:

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from pipeline.data.rows.apart import ApartChunks
 from pipeline.data.rows.packing import PackedRows, best_fit
 from pipeline.data.selection import Selection
 from pipeline.data.store import ChunkStore, ChunkWriter, Marks
-from tests.helpers.builders import model_config
+from pipeline.model.structure.build import logit_transform
+from tests.helpers.builders import model_config, save_model
 from tests.helpers.row_store import ListStore, stores
+from tests.helpers.stages import chain, hidden
 
 
 @settings(max_examples=100, deadline=None)
@@ -166,6 +169,33 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(kind: str) -> Non
         assert abs(packed_loss - loss) < 1e-6 * loss
         for one, other in zip(gradients, packed_gradients, strict=True):
             assert (one - other).abs().max() <= 1e-6 * one.abs().max().clamp_min(1e-3)
+
+
+class Stages(torch.nn.Module):
+    """The model in `folder` in stages cut at `cuts`, in fp64, its layers trained; called as the whole is."""
+
+    def __init__(self, folder: Path, cuts: list[int]) -> None:
+        super().__init__()
+        self.stages = torch.nn.ModuleList(chain(folder, cuts, torch.float64))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(".layers." in name)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        stages: list[Any] = list(self.stages)
+        raw = stages[-1].head(hidden(stages, input_ids, position_ids))
+        return SimpleNamespace(logits=logit_transform(stages[-1].model.config).apply(raw))
+
+
+@pytest.mark.parametrize("cuts", [pytest.param([0, 4], marks=SLOW), pytest.param([0, 2, 4], marks=SLOW), [0, 1, 3, 4]])
+def test_packed_documents_have_their_loss_and_gradients_on_stages(tmp_path: Path, cuts: list[int]) -> None:
+    save_model(tmp_path, "cohere2")
+    store = drawn(64)
+    loss, gradients = step(store, Stages(tmp_path, [0, 4]), micro_batch_size=1)
+    packed_loss, packed_gradients = step(packed(store, 96), Stages(tmp_path, cuts), micro_batch_size=2)
+    assert abs(packed_loss - loss) < 1e-6 * loss
+    assert len(gradients) == len(packed_gradients) > 4 * 7
+    for one, other in zip(gradients, packed_gradients, strict=True):  # by layer, in order
+        assert (one - other).abs().max() <= 1e-6 * one.abs().max().clamp_min(1e-3)
 
 
 def parts(store: RowStore) -> ListStore:

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: figures by layer or step, gains, eigenvalues in the complex plane, a table of overlaps as shades.
+"""Plots as inline SVG: figures by layer, gains, eigenvalues in the complex plane, a table of overlaps as shades.
 
 Takes plain numbers and names; gives SVG elements as text, well-formed, coloured through CSS classes (`s0`, `s1`, … for
 series, an effect's name for eigenvalues), so that the page's light and dark colours hold for them.
@@ -17,7 +17,6 @@ WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 40
 CHARACTER = 7.2  # of a label's text: a wide one's width
 LONGEST_LABEL = 4  # characters of a name beside the table of shades; a layer's number is shorter
-FEW_POINTS = 60  # of a line: more dots would hide it
 FLATTEST = 0.2  # of a plane: half its height beside its width
 SMALLEST_SIDE = 240  # of the table of shades: the axes' names are as long
 COLOURS = 6  # series of different colours; more than these begin again
@@ -80,26 +79,6 @@ def by_layer(series: dict[str, list[Point]], *, y_name: str, log: bool, lines: b
             parts.append(f'<polyline class="line {colour}" points="{path}"/>')
         parts += [_dot(frame, p, colour, 3.2 if lines else 2.4) for p in shown]
     return _svg(WIDTH, HEIGHT, f"{y_name} by layer", parts)
-
-
-def over_steps(series: dict[str, list[Point]], *, y_name: str) -> str:
-    """Lines over the steps of a run: one with many points without dots, one with few with them. y over what there is."""
-    every = [point for points in series.values() for point in points]
-    if not every:
-        return _svg(
-            WIDTH, HEIGHT, f"{y_name}: nothing to draw", [_label(WIDTH / 2, HEIGHT / 2, "nothing yet", "middle")]
-        )
-    low, high = min(p.y for p in every), max(p.y for p in every)
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    first, last = min(p.x for p in every), max(p.x for p in every)
-    frame = _Frame((first, last if last > first else first + 1), (low - margin, high + margin))
-    parts = _axes(frame, "step", y_name, whole_x=True)
-    for index, points in enumerate(series.values()):
-        colour = f"s{index % COLOURS}"
-        path = " ".join(f"{frame.at_x(p.x):.1f},{frame.at_y(p.y):.1f}" for p in points)
-        parts.append(f'<polyline class="line {colour}" points="{path}"/>')
-        parts += [_dot(frame, p, colour, 2.6) for p in points if len(points) <= FEW_POINTS]
-    return _svg(WIDTH, HEIGHT, f"{y_name}, over the steps", parts)
 
 
 def plane(points: Sequence[tuple[complex, str, str]], *, zoomed: bool) -> str:
