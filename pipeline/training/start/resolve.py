@@ -126,7 +126,8 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     intervals = Intervals(**{field.name: getattr(config, field.name) for field in fields(Intervals)})
     if streams:  # a window is no epoch
         intervals = replace(intervals, save_every_n_epochs=None, save_checkpoint_on_epoch_end=False)
-    check_copies(config, trained, model)
+    if config.pipeline_stages > 1:
+        check_copies(trained, model, noise=bool(config.neftune_noise_alpha))
     ranges = cut_into_stages(layout, model, trained)
     return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
@@ -276,16 +277,16 @@ def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:
     return used
 
 
-def check_copies(config: Config, trained: Trained, model: PreTrainedModel) -> None:
+def check_copies(trained: Trained, model: PreTrainedModel, *, noise: bool) -> None:
     """UserError for what changes the embedding where each stage has one, because layers are given something made of the ids."""
     parts = parts_of(model)
-    if config.pipeline_stages == 1 or not parts.rereads_ids:
+    if not parts.rereads_ids:
         return
     copied = tuple(f"{one}." for one in (parts.embedding, *parts.entry))
     wrong = {
-        "full_fine_tune": config.full_fine_tune,
+        "full_fine_tune": trained.adapter is None,
         "trainable_modules": any(name.startswith(copied) for name in trained.in_full),
-        "neftune_noise_alpha": config.neftune_noise_alpha,
+        "neftune_noise_alpha": noise,
     }
     if keys := [key for key, is_wrong in wrong.items() if is_wrong]:
         raise UserError(
