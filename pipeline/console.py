@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
@@ -32,6 +32,7 @@ EXIT_ABORTED = 130
 
 LEVELS = ("debug", "info", "warning", "error")
 
+GONE = (errno.EPIPE, errno.EIO)  # of a pipe that nobody reads, and of a terminal that was closed
 OTHER_RANKS_WAIT_S = 5.0
 SLOW_S = 2.0
 
@@ -154,14 +155,25 @@ class Terminal(logging.Handler):
         if record.levelno >= self.level and getattr(record, "shown", True):
             prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-            # The terminal may be gone, or be a file on the full disk: of an error the exit code still says it.
-            with suppress(*[OSError] * (record.levelno >= logging.ERROR)):
+            try:
                 print(prefix + record.getMessage(), file=stream, flush=True)
+            except OSError as error:
+                if error.errno in GONE:
+                    _let_go(stream)
+                elif record.levelno < logging.ERROR:  # a file on the full disk: of an error the exit code still says it
+                    raise
         return True
 
     def show_from(self, level: str) -> None:
         """Show records of `level`, one of LEVELS, and above."""
         self.setLevel(level.upper())
+
+
+def _let_go(stream: TextIO) -> None:
+    """Show nothing more on it: its terminal has gone, or the launcher's end of it (a stop through ssh), and a run is to save."""
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+        stream.flush()
 
 
 LOGGER = logging.getLogger("mulora_pipe")

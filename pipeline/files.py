@@ -28,11 +28,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from pipeline.console import EXIT_DISK_FULL, UserError, gib, is_out_of_space, rank, space_message
 
 ROOM_TO_BEGIN = 64 * 1024  # bytes: configuration, rendezvous and first lines of a run
 SEEN_S = 75.0  # NFS remembers for up to a minute what was in a folder
 LOOK_AGAIN_S = 0.05
+# File systems of one machine. Any other may be on a server, and is taken for one.
+OF_ONE_MACHINE = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
 
 
 @contextmanager
@@ -103,6 +107,13 @@ def appears(path: Path, within_s: float = SEEN_S) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(LOOK_AGAIN_S)
+
+
+def is_on_own_disk(path: Path) -> bool:
+    """Whether what is at `path`, which is there, is on a disk of this machine that no other mounts."""
+    kinds = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}  # of one folder, the last
+    above = (str(each) for each in (path.resolve(), *path.resolve().parents))
+    return kinds.get(next((each for each in above if each in kinds), ""), "") in OF_ONE_MACHINE
 
 
 def check_file_free(output: Path, *, replace: bool) -> None:

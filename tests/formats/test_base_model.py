@@ -214,7 +214,7 @@ def test_a_whole_model_is_saved_as_it_was_trained(
     (tmp_path / "out").mkdir()
 
     def together(
-        folder: Path, step: int, place: Any, each: Callable[[Path], None], first: Callable[[Path], None]
+        folder: Path, step: int, place: Any, each: Callable[[Path], None], first: Callable[[Path], None], carrier: None
     ) -> None:
         each(folder)
         first(folder)

@@ -22,9 +22,9 @@ def folders(folder: Path, nodes: int = 2) -> list[Path]:
 
 
 def agents(
-    folder: Path, *arguments: str, options: tuple[str, ...] = (), script: str = "train.py"
+    folder: Path, *arguments: str, options: tuple[str, ...] = (), script: str = "train.py", **extra: str
 ) -> list[subprocess.Popen[str]]:
-    """`torchrun --nnodes 2 --nproc-per-node 1 train.py …` on two nodes; the first one's process is rank 0."""
+    """`torchrun --nnodes 2 --nproc-per-node 1 train.py …` on two nodes; the first one's process is rank 0. `extra`: variables."""
     port = warm.free_port()
     return [
         subprocess.Popen(
@@ -36,7 +36,7 @@ def agents(
                 *arguments,
             ],
             cwd=where,
-            env=environment(**LOOPBACK),
+            env=environment(**LOOPBACK, **extra),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

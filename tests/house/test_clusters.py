@@ -10,6 +10,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from pipeline.config.schema import Config
+from tests.helpers.faults import FAULTS
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
@@ -56,3 +57,11 @@ def test_torchrun_reads_the_other_lines_and_keys_exist() -> None:
     for key in ("host_memory_gib", "link_gbit_per_s", "use_column_major_topology", "hang_timeout_minutes"):
         assert f"`{key}`" in PAGE
         assert key in Config.model_fields
+
+
+def test_the_table_of_faults_has_what_is_broken_in_tests() -> None:
+    """Each row of it is a case of tests/training/run/test_namespaces.py, with the limit that is held there."""
+    table = PAGE.partition("## What was broken")[2]
+    rows = {cells[1].strip(): cells[3].strip() for line in table.splitlines() if len(cells := line.split("|")) == 6}
+    del rows["broken"], rows["---"]
+    assert rows == {what: f"{fault.within_s:.0f} s" for what, fault in FAULTS.items()}

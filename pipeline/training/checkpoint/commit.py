@@ -14,7 +14,7 @@ next older checkpoint.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,18 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def save(
-    run_dir: Path, launch: str, rank: int, world: int, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]
+    run_dir: Path,
+    launch: str,
+    rank: int,
+    world: int,
+    step: int,
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
+    settle: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write this process's part and return when the checkpoint of all `world` processes is in place.
 
+    `settle` is called at the end, also of a failure: it returns when the other nodes know what is in the folder.
     Raises CheckpointError (exit code 28 for a full disk) on every process if any of them failed, and Superseded when a
     process has started to commit a later step.
     """
@@ -67,7 +75,9 @@ def save(
         if rank == 0 or not isinstance(error, CheckpointError):
             with contextlib.suppress(OSError):  # the folder could not even be made, or there is no room for a line
                 _say_failed(staging, rank, failure)
+        settle()
         raise failure from error
+    settle()
     return folder_of(run_dir, step)
 
 
@@ -202,6 +212,12 @@ def _found(folder: Path) -> tuple[Path, dict[str, Any]]:
     if manifest["format"] != FORMAT:
         warn(f"{folder} is of an earlier version: its manifest has no digest, so damage to what it says would not show")
     return folder, manifest
+
+
+def keys_of(shard: Path) -> list[str]:
+    """What a shard holds."""
+    with safe_open(shard, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def read(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -16,12 +16,16 @@ from pipeline.training.checkpoint import retention
 from pipeline.training.checkpoint.state import RunState
 from pipeline.training.engine.engine import Place
 from pipeline.training.metrics import Metrics
+from pipeline.training.nodes.carrying import Carrier
 
 SUPERSEDED_WAIT_S = 0.2
 
 
 class Saver:
-    """`resumed_at`: the step whose checkpoint is there already, if any. `keep`: newest saves of each kind; −1 keeps all."""
+    """`resumed_at`: the step whose checkpoint is there already, if any. `keep`: newest saves of each kind; −1 keeps all.
+
+    `carrier`: of a run whose nodes have disks of their own.
+    """
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class Saver:
         write: Callable[[Path, int], None],
         keep: int,
         resumed_at: int | None,
+        carrier: Carrier | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.last_checkpoint = time.monotonic()
@@ -40,6 +45,9 @@ class Saver:
         self._write, self._keep = write, keep
         self._checkpointed = set() if resumed_at is None else {resumed_at}
         self._step_saved: int | None = None
+        self._carrier = carrier
+        self._settle = carrier.settle if carrier else lambda: None
+        self.kept_on = carrier.kept_on if carrier else ""  # the host whose disk has all this, if it is another
         self._one_at_a_time = threading.Lock()
 
     def checkpoint(self) -> None:
@@ -50,7 +58,14 @@ class Saver:
                 step, tensors, facts = self._state.snapshot()
                 with contextlib.suppress(checkpoint.Superseded):
                     checkpoint.save(
-                        self.run_dir, self._launch, self._place.rank, self._place.world, step, tensors, facts
+                        self.run_dir,
+                        self._launch,
+                        self._place.rank,
+                        self._place.world,
+                        step,
+                        tensors,
+                        facts,
+                        self._settle,
                     )
                     self._checkpointed.add(step)
                     return
@@ -79,6 +94,11 @@ class Saver:
             self.trained(f"step{step}")
             self._step_saved = step
             self._prune("step")
+
+    def close(self) -> None:
+        """The run is over: nothing more is saved."""
+        if self._carrier:
+            self._carrier.close()
 
     def _prune(self, prefix: str) -> None:
         if self._place.rank == 0:

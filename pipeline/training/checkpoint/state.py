@@ -5,6 +5,7 @@ gradients change, so the state of the last completed step can be written at any 
 step is under way; the lock of the update keeps the two apart.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,15 @@ class RunState:
                 copies[key] = pinned.copy_(value, non_blocking=True)
             stream.synchronize()
         return copies
+
+
+def needed(key: str, names: Collection[str], aliases: dict[str, str], number: int) -> bool:
+    """Whether `restore` reads the tensor `key` of a checkpoint into the parameters `names` of this process."""
+    kind, _, rest = key.partition("/")
+    if kind == "rng":
+        return rest.startswith(f"{number}/")
+    name = rest.partition("/")[0] if kind == "optimizer" else rest
+    return name in names or any(theirs == name and ours in names for ours, theirs in aliases.items())
 
 
 def restore(

@@ -27,6 +27,7 @@ from pipeline.processes import host
 from pipeline.training.checkpoint.commit import explained
 from pipeline.training.checkpoint.manifest import CheckpointError
 from pipeline.training.engine.engine import Place
+from pipeline.training.nodes.carrying import Carrier
 
 Write = Callable[[Path], None]
 PART = ".stage-{}.safetensors"  # what a stage contributes, while an adapter is put together
@@ -40,11 +41,12 @@ def save_adapter(
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None,
     write: Callable[[Path, dict[str, Tensor]], None],
+    carrier: Carrier | None = None,
 ) -> None:
     """Have `write` put the stages' trained tensors into the folder as one adapter, marked as of `step`.
 
     They meet in files: an embedding that is trained beside the adapter has gigabytes, and a collective would need them
-    on the first GPU, once for every process.
+    on the first GPU, once for every process. `carrier`: brings the files of nodes with disks of their own together.
     """
 
     contributes = [(0, False)] * place.world
@@ -65,7 +67,7 @@ def save_adapter(
         for file in files:
             file.unlink()
 
-    _together(folder, step, place, write_part, finish)
+    _together(folder, step, place, write_part, finish, carrier)
 
 
 def save_model(
@@ -76,6 +78,7 @@ def save_model(
     base: Path,
     dtype: torch.dtype | None,
     stops: Sequence[int] = (),
+    carrier: Carrier | None = None,
 ) -> None:
     """Each stage writes its weights, as of `step`, as one shard; configuration and tokenizer are copied from `base`.
 
@@ -112,17 +115,28 @@ def save_model(
         if stops:
             write_json(temporary / WITH_STOPS[0], with_stops(base, stops))
 
-    _together(folder, step, place, write_shard, finish)
+    _together(folder, step, place, write_shard, finish, carrier)
 
 
-def _together(folder: Path, step: int, place: Place, each: Write, first: Write) -> None:
-    """`each` on every process, then `first` on the first, into one folder that appears whole. Fails on all or on none."""
+def _together(folder: Path, step: int, place: Place, each: Write, first: Write, carrier: Carrier | None = None) -> None:
+    """`each` on every process, then `first` on the first, into one folder that appears whole. Fails on all or on none.
+
+    On a node with a disk of its own `each` writes into a folder there, whose files the `carrier` then moves.
+    """
     output = contextlib.ExitStack()
     told: list[Any] = [None]
 
     def open_folder() -> None:
         if place.rank == 0:
             told[0] = str(output.enter_context(atomic_folder(folder, replace=True)))
+
+    def here() -> Path:
+        return folder.parent / Path(told[0]).name if carrier and carrier.is_apart else Path(told[0])
+
+    def put_part() -> None:
+        if carrier and carrier.is_apart:
+            here().mkdir(parents=True, exist_ok=True)
+        each(_seen(here()))
 
     def finish() -> None:
         if place.rank == 0:
@@ -132,7 +146,9 @@ def _together(folder: Path, step: int, place: Place, each: Write, first: Write) 
     with output:
         _all_well(place, open_folder, folder, told)
         dist.broadcast_object_list(told)
-        _all_well(place, lambda: each(_seen(Path(told[0]))), folder, told)
+        _all_well(place, put_part, folder, told)
+        if carrier:
+            _all_well(place, lambda: carrier.gather(here()), folder, told)
         _all_well(place, finish, folder, told)
         _all_well(place, output.close, folder, told)  # puts the folder in place
 

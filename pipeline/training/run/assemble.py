@@ -35,12 +35,13 @@ from pipeline.peft.types import is_shared
 from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.saver import Saver
-from pipeline.training.checkpoint.state import Progress, RunState, restore
+from pipeline.training.checkpoint.state import Progress, RunState, needed, restore
 from pipeline.training.engine import engine, reference
 from pipeline.training.engine.asking import RunAsker
 from pipeline.training.engine.on_policy import Negatives
 from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Metrics, StepMemory, peak_memory
+from pipeline.training.nodes.carrying import Carrier, brought
 from pipeline.training.optim import parameter_groups, regularisation
 from pipeline.training.optim.inner import make_inner, value
 from pipeline.training.optim.lr_schedule import learning_rate, warmup_steps
@@ -69,8 +70,9 @@ def trainer(
     watcher: Watcher,
     resumed: run_folder.Resumed | None,
     command: list[str],
+    carrier: Carrier | None = None,
 ) -> Trainer:
-    """The run, ready to go. `resumed`: a checkpoint (the first process's counts) and its manifest; `command`: what was typed."""
+    """The run, ready to go. `resumed`: the first process's checkpoint, its manifest; `carrier`: between disks, if needed."""
     run_plan = planned.for_run(plan, place)
     torch.manual_seed(config.seed + place.number)
     with engine.agreement(place):
@@ -86,12 +88,11 @@ def trainer(
     resumed, recorded = run_folder.agree_on(resumed, place), config.model_dump(mode="json")
     about = facts(recorded, place, names_on_all_stages(optimizer, place))
     if resumed is not None:
-        progress = put_back(*resumed, about, stage, optimizer, place, batches, plan.objective)
+        progress = put_back(*resumed, about, stage, optimizer, place, batches, plan.objective, carrier)
     else:
         progress = begin(plan, config.init_adapter, stage, place, batches)
-    opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config))
-    compare_in_every_step(beside, plan, pipeline_engine, stage, place)
-    if (against := against_of(plan, pipeline_engine, stage, place)) is not None:
+    opened = run_folder.open_run(Path(config.output_dir), resumed, place, to_toml(config), carrier)
+    if (against := against_of(beside, plan, pipeline_engine, stage, place)) is not None:
         with watcher.phase(UNHURRIED):
             data, about["reference"] = reference.attached(data, against, opened.path, resumed and resumed[0].parent)
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
@@ -99,7 +100,7 @@ def trainer(
     trackers = partial(Trackers, config.trackers, config.tracker_options, config.tracker_project)
     metrics = metrics_of(opened.path, resumed_at or 0, progress.settled, recorded, trackers, place)
     state = RunState(optimizer, place.device, place.number, place.replica == 0, about)
-    write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops)
+    write = artifact_writer(plan, stage, place, config.save_dtype, config.train_logit_scale, data.stops, carrier)
     say_memory(place)
     return Trainer(
         engine=pipeline_engine,
@@ -117,7 +118,7 @@ def trainer(
         epochs=plan.data.epochs,
         max_steps=plan.data.max_steps,
         folder=opened,
-        saver=Saver(opened.path, opened.launch, place, state, metrics, write, config.keep_states, resumed_at),
+        saver=Saver(opened.path, opened.launch, place, state, metrics, write, config.keep_states, resumed_at, carrier),
         state=state,
         metrics=metrics,
         samples=samples_of(plan, data, stage, place, metrics, watcher),
@@ -179,16 +180,13 @@ def measures_of(stage: Stage, plan: Resolved) -> tuple[RouterLoss | None, StepTo
     return routers, StepTotals() if plan.objective else None
 
 
-def compare_in_every_step(
+def against_of(
     beside: Beside | None, plan: Resolved, built: PipelineEngine, stage: Stage, place: engine.Place
-) -> None:
-    """What our stage is compared with in every step, if the run does that: the base, or a folder's adapter, which is read now."""
+) -> reference.Pass | None:
+    """What scores rows by the reference, where a loss reads that. What our stage is compared with in every step, if the run
+    does that, it has from here on: the base, or a folder's adapter, which is read now."""
     if beside is not None and plan.objective is not None:
         beside.as_reference = reference.in_every_step(reference.Pass(plan, plan.objective, built, stage, place))
-
-
-def against_of(plan: Resolved, built: PipelineEngine, stage: Stage, place: engine.Place) -> reference.Pass | None:
-    """What scores rows by the reference, where a loss reads that."""
     if plan.objective is None or not plan.objective.cached:
         return None
     return reference.Pass(plan, plan.objective, built, stage, place)
@@ -392,6 +390,7 @@ def put_back(
     place: engine.Place,
     batches: prepare.TrainBatches,
     objective: ObjectiveSpec | None,
+    carrier: Carrier | None,
 ) -> Progress:
     """The checkpoint's state into optimizer, weights and generators; says what differs from its configuration.
 
@@ -404,7 +403,7 @@ def put_back(
     same_layout = manifest["layout"] == about["layout"]
     with engine.agreement(place):
         run_folder.check_continues(manifest, recorded, set(about["trained"]), aliases)
-        if objective is not None:
+        if objective is not None and place.rank == 0:  # who reads it
             reference.check_kept(folder.parent, manifest, objective.reference)
         order = batches.order_hash(manifest["epoch"])
         if manifest["rows"] and order != manifest["order"]:
@@ -412,9 +411,11 @@ def put_back(
                 "the training data or its order is not the checkpoint's, so its position in the data means nothing; "
                 "restore the datasets, their settings and the seed, or start a new run"
             )
+    needs = partial(needed, names=optimizer.parameters_by_name, aliases=aliases, number=place.number)
+    with engine.agreement(place), brought(carrier, folder, manifest, needs) as (there, of_it):
         progress = restore(
-            folder,
-            manifest,
+            there,
+            of_it,
             optimizer,
             place.device,
             place.number,
@@ -444,17 +445,20 @@ def artifact_writer(
     save_dtype: str | None,
     train_logit_scale: float,
     stops: Sequence[int],
+    carrier: Carrier | None,
 ) -> Callable[[Path, int], None]:
     """What writes the adapter, or the model, as it is at a step, into a folder. `stops`: ids at which it learns to stop."""
     dtype = DTYPES[save_dtype] if save_dtype else None
     base, tied = plan.base, plan.trained.tied
     if plan.trained.adapter is None:
-        return lambda folder, step: saving.save_model(folder, step, place, stage, Path(base.folder), dtype, stops)
+        return lambda folder, step: saving.save_model(
+            folder, step, place, stage, Path(base.folder), dtype, stops, carrier
+        )
     write = families.writer(plan.trained.adapter, base, train_logit_scale, tied, stops)
 
     def save(folder: Path, step: int) -> None:
         tensors = {name: t for name, t in written(stage).items() if name not in tied}
-        saving.save_adapter(folder, step, place, tensors, dtype, write)
+        saving.save_adapter(folder, step, place, tensors, dtype, write, carrier)
 
     return save
 

@@ -16,17 +16,19 @@ from typing import Any, NamedTuple, TextIO
 import torch.distributed as dist
 
 from pipeline.console import EXIT_STOPPED, UserError, log, log_if_slow
-from pipeline.files import SEEN_S, appears, explain_out_of_space, write_text
+from pipeline.files import SEEN_S, appears, explain_out_of_space, is_on_own_disk, write_text
 from pipeline.processes import host, is_first_here, launched_by, launcher
 from pipeline.training.checkpoint import commit as checkpoint
 from pipeline.training.checkpoint import retention
 from pipeline.training.engine.engine import Place, agreement
+from pipeline.training.nodes.carrying import Carrier
 from pipeline.training.optim.parameter_groups import ParamGroupOverride, values_of
 from pipeline.training.run.stop import STOP_FILE
 from pipeline.training.start import launch
 
 Resumed = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
 LOCK = ".lock"
+OWN_DISK_S = 1.0  # two launchers of one machine may share a disk of its own, which hides nothing
 LAUNCH = ".launch"  # the launchers, of all nodes, whose processes are at work in the folder: torchrun may restart them
 
 
@@ -152,28 +154,40 @@ def _optimizer_types(optimizer: dict[str, Any]) -> str:
 
 
 @log_if_slow("starting: looking whether all nodes have one output_dir")
-def check_shared(output_dir: Path, place: Place) -> None:
-    """UserError, everywhere, if a node does not see within SEEN_S what the first process writes to `output_dir`."""
+def find_carrier(output_dir: Path, place: Place) -> Carrier | None:
+    """What carries between disks, where a node does not see what the first process writes to `output_dir`: it has another there.
+
+    Where it may be on a disk that is shared, a node looks for SEEN_S; where it is on one of its own, for a second. All
+    processes call.
+    """
     if not place.over_nodes:
-        return
-    told: list[Any] = [(f".probe-{launched_by()}", host())]
-    dist.broadcast_object_list(told)
-    probe, first = output_dir / told[0][0], told[0][1]
-    try:
-        with agreement(place):
-            if place.rank == 0:
-                write_text(probe, first)
-            elif is_first_here() and not appears(probe, SEEN_S):
-                raise UserError(
-                    f"output_dir = '{output_dir}' is not one folder on all nodes: {host()} has not seen within {SEEN_S:.0f} s "
-                    f"what {first} wrote there; give a folder on a disk that all nodes share, by its whole path"
-                )
-    finally:
+        return None
+    probe, first = f".probe-{launched_by()}", host()
+    with agreement(place), explain_out_of_space(output_dir / probe):
         if place.rank == 0:
-            probe.unlink(missing_ok=True)
+            write_text(output_dir / probe, first)
+    told: list[Any] = [(probe, first)]
+    dist.broadcast_object_list(told)
+    name, says = told[0]
+    apart = False
+    if is_first_here() and place.rank != 0:
+        apart = not appears(output_dir / name, OWN_DISK_S if is_on_own_disk(output_dir) else SEEN_S)
+    found: list[Any] = [None] * place.world
+    dist.all_gather_object(found, (apart, place.node, host()))
+    if place.rank == 0:
+        (output_dir / probe).unlink()
+    if hosts := sorted({where for is_apart, _, where in found if is_apart}):
+        log(
+            f"output_dir: {', '.join(hosts)} has another disk there than {says}, where checkpoints and adapters are brought "
+            "together; their settings and data have to be the same on all"
+        )
+    nodes_apart = frozenset(node for is_apart, node, _ in found if is_apart)
+    return Carrier(output_dir, place, nodes_apart) if nodes_apart else None
 
 
-def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_toml: str) -> RunFolder:
+def open_run(
+    output_dir: Path, resumed: Resumed | None, place: Place, config_toml: str, carrier: Carrier | None = None
+) -> RunFolder:
     """The run's folder, locked, the same on all processes. Call when nothing can be wrong with the checkpoint any more:
     later saves than its step are put aside. Raises UserError, everywhere, if another run is at work in the folder.
     """
@@ -195,7 +209,22 @@ def open_run(output_dir: Path, resumed: Resumed | None, place: Place, config_tom
         raise UserError(*told[1])
     path, name = told[0]
     log(f"run:      {path}")
+    if carrier:
+        with agreement(place), explain_out_of_space(Path(path)):
+            if carrier.is_apart and is_first_here():
+                _prepare_apart(Path(path))
+        carrier.begin(Path(path))
     return taken or RunFolder(Path(path), name, None)
+
+
+def _prepare_apart(run_dir: Path) -> None:
+    """On a node with a disk of its own: what a restart by torchrun asks there, and nothing that an earlier start left."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    for left in (*run_dir.glob(".staging-*"), *run_dir.glob(".*.partial-*")):
+        retention.delete(left)
+    if launch.is_torchrun():
+        write_text(run_dir / LAUNCH, f"{launcher()}\n")
 
 
 def _take_folder(output_dir: Path, resumed: Resumed | None, config_toml: str) -> RunFolder:

@@ -61,7 +61,7 @@ class Watcher:
         self._since: float | None = None
         self._handed_over = False
         self._over = False
-        self._resume_line = ""
+        self._resume_line = self._kept_on = ""
         self._peers: Peers | None = None
         self._lost_since: float | None = None
         self._launcher = _launcher_chain()
@@ -81,8 +81,12 @@ class Watcher:
         if self._peers:
             self._peers.doing(what, waits)
 
-    def attach(self, run_dir: Path, save: Callable[[], None], resume_line: str = "") -> None:
-        """From here on a stop saves first. `save` writes the last completed step and may be called from this thread."""
+    def attach(self, run_dir: Path, save: Callable[[], None], resume_line: str = "", kept_on: str = "") -> None:
+        """From here on a stop saves first. `save` writes the last completed step and may be called from this thread.
+
+        `kept_on`: the host on whose disk the checkpoints are, if not on this one's.
+        """
+        self._kept_on = kept_on
         self._save = save
         self._run_dir = run_dir
         self._resume_line = resume_line
@@ -199,6 +203,8 @@ class Watcher:
 
     def _kept(self) -> str:
         """What there is to resume from."""
+        if self._kept_on:
+            return f"the checkpoints are on {self._kept_on}; if there is one, resume with\n  {self._resume_line}"
         steps = (
             [p.name.removeprefix("global_step") for p in self._run_dir.glob("global_step*")] if self._run_dir else []
         )

@@ -50,17 +50,16 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
     try:
         place = engine.initialise(config.pipeline_stages, store or file, config.use_column_major_topology)
         watch(watcher, place, file, config.hang_timeout_minutes)
-        folder.check_shared(Path(config.output_dir), place)
+        carrier = folder.find_carrier(Path(config.output_dir), place)
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
-        if place.over_nodes:
-            check_same_on_nodes(Path(config.model), batches.order_hash(0))
+        check_same_on_nodes(place, Path(config.model), batches.order_hash(0))
         prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
         attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)
             times.ended("self-test")
-            run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv)
+            run = assemble.trainer(config, plan, data, place, watcher, resumed, sys.argv, carrier)
             log_file.open(run.saver.run_dir)
         times.ended("model")
         run.times = times
@@ -73,6 +72,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         for line in data.warnings if code == EXIT_DONE else ():
             warn(line)
         watcher.part()
+        run.saver.close()
         engine.shutdown()
         if code == EXIT_DONE and rank() == 0:
             run_folder, step, resume_line = run.folder, run.step, run.resume_line  # the folder stays locked
@@ -111,8 +111,10 @@ def last_or_best(run_dir: Path, step: int, best: bool) -> saved_at.Saved:
     return saved
 
 
-def check_same_on_nodes(model: Path, order: str) -> None:
+def check_same_on_nodes(place: engine.Place, model: Path, order: str) -> None:
     """UserError, everywhere, where a node has another model in its folder, or other training data (`order`: their hash)."""
+    if not place.over_nodes:
+        return
     meeting.check_same({"the model's folder": fingerprint(read_base(model, "model")), "the training data": order})
 
 

@@ -94,7 +94,7 @@ class Trainer:
     def run(self) -> int:
         """To the end of the run (exit code 0) or to a stop (75)."""
         self._completed(self.progress)
-        self.watcher.attach(self.saver.run_dir, self.save_between_boundaries, self.resume_line)
+        self.watcher.attach(self.saver.run_dir, self.save_between_boundaries, self.resume_line, self.saver.kept_on)
         total = self.total_steps()
         if self.step == 0 and self.intervals.eval_before_first_step:
             self._evaluate(may_be_best=False)
@@ -271,9 +271,8 @@ class Trainer:
         self._say_stopped(self.optimizer.completed_steps)
 
     def _stopped(self) -> int:
-        if self.place.rank == 0:
-            with suppress(OSError):  # also where another file asked for it: no launcher is to restart the run
-                (self.saver.run_dir / STOP_FILE).touch()
+        with suppress(OSError):  # also where another file asked for it: no launcher is to restart the run
+            (self.saver.run_dir / STOP_FILE).touch()
         self.watcher.detach()
         self.metrics.close()
         self._say_stopped(self.step)

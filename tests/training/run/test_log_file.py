@@ -88,6 +88,20 @@ def test_the_terminal_shows_from_a_level_on_and_the_file_has_all(
     assert [level for level, *_ in lines(tmp_path)] == ["debug", "info", "warning", "error"]
 
 
+def test_a_terminal_that_has_gone_ends_nothing(
+    tmp_path: Path, log_file: LogFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when DeepSpeed's launcher is stopped and takes its ssh with it: the run is to save, and its log says that it did."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    log_file.open(tmp_path)
+    with open(writes, "w") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        for text in ("step 1", "step 2"):
+            console.log(text)
+    assert [line[2] for line in lines(tmp_path)] == ["step 1", "step 2"]
+
+
 def test_an_error_that_python_prints_is_in_the_file_only(
     tmp_path: Path, log_file: LogFile, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,20 @@ def adapter_of(run: Path, step: int) -> str:
     return sha256((run / f"step{step}" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def test_two_torchrun_agents_train_what_one_machine_does(tmp_path: Path, base: Path) -> None:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """The run of three steps on one machine."""
+    folder = tmp_path_factory.mktemp("one")
+    train(2, "--config", config(folder, base, "one", 3))
+    return only_run(folder / "one")
+
+
+def test_two_torchrun_agents_train_what_one_machine_does(tmp_path: Path, base: Path, one: Path) -> None:
     """The same adapter to the byte, the same state and metrics; only the first says it."""
     launchers = nodes.agents(tmp_path, "--config", config(tmp_path, base, "two", 3))
     said = nodes.ended(launchers, 400)
     assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
-    train(2, "--config", config(tmp_path, base, "one", 3))
-    two, one = (only_run(tmp_path / name) for name in ("two", "one"))
+    two = only_run(tmp_path / "two")
     assert adapter_of(two, 3) == adapter_of(one, 3)
     assert numbers(str(two)) == numbers(str(one))
     assert_equal(final_state(str(two), 3), final_state(str(one), 3))
@@ -40,6 +48,23 @@ def test_two_torchrun_agents_train_what_one_machine_does(tmp_path: Path, base: P
     assert "done: 3 steps" not in said[1]
     assert {path.name for path in (tmp_path / "two").iterdir()} == {two.name, "dataset_cache"}, (
         "nothing is left beside it"
+    )
+
+
+def test_nodes_with_disks_of_their_own_train_what_one_machine_does(tmp_path: Path, base: Path, one: Path) -> None:
+    """A relative output_dir is another folder on each node here. Saved, brought together, stopped, brought back, gone on with."""
+    path = config(tmp_path, base, "apart", 3, output_dir="runs")
+    said = nodes.deepspeed(tmp_path, "--config", path, "--set", "max_steps=2")
+    assert f"output_dir: {os.uname().nodename} has another disk there than {os.uname().nodename}" in said
+    assert "resumed:  after step 2" in nodes.deepspeed(tmp_path, "--config", path, "--resume_from_checkpoint")
+    first, second = (tmp_path / f"node{node}" / "runs" for node in (0, 1))
+    apart = only_run(first)
+    assert adapter_of(apart, 3) == adapter_of(one, 3)
+    assert_equal(final_state(str(apart), 3), final_state(str(one), 3))
+    assert {p.name for p in second.iterdir()} == {apart.name, "dataset_cache"}, "data is prepared once a node"
+    assert not [p for p in (second / apart.name).rglob("*") if p.suffix == ".safetensors"], "all has gone to the first"
+    assert not [p for folder in (first, apart, second, second / apart.name) for p in folder.glob(".[!l]*")], (
+        "left behind"
     )
 
 
@@ -104,11 +129,81 @@ def test_a_rank_killed_on_one_node_is_named_on_the_other(tmp_path: Path, base: P
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, base: Path) -> None:
-    """A relative output_dir is another folder on each node here."""
-    path = config(tmp_path, base, "runs", 2, output_dir="runs")
-    nodes_said = nodes.deepspeed(tmp_path, "--config", path, expect=2)
-    assert "output_dir = 'runs' is not one folder on all nodes" in nodes_said
+@pytest.mark.parametrize("disks", ["shared", "apart"])
+def test_what_a_run_does_beside_its_steps(tmp_path: Path, base: Path, disks: str) -> None:
+    """Evaluations, samples, saves, the fold and an export after the training: all as one machine does them."""
+    settings = {
+        "eval_steps": 2,
+        "eval_before_first_step": True,
+        "save_every_n_epochs": 1,
+        "samples": {"prompts": ["The salt was", "He came"], "every_steps": 2, "max_new_tokens": 8, "seed": 3},
+        "after_training": ["merge", "export:peft"],
+    }
+    of_two = {"output_dir": "runs"} if disks == "apart" else {}
+    nodes.deepspeed(tmp_path, "--config", config(tmp_path, base, "two", 4, **settings, **of_two))
+    train(2, "--config", config(tmp_path, base, "one", 4, **settings))
+    one = only_run(tmp_path / "one")
+    two = only_run(tmp_path / ("node0/runs" if disks == "apart" else "two"))
+    assert numbers(str(two)) == numbers(str(one))
+    assert {"eval/book/loss", "samples/stopped", "train/loss"} <= {key for line in metrics(two) for key in line}
+    assert (two / "samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes()
+    for folder in ("step4", "best_loss", "merged", "peft"):
+        assert tensors_in(two / folder) == tensors_in(one / folder), folder
+
+
+def tensors_in(folder: Path) -> dict[str, str]:
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, folder
+    return {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disks", ["shared", "apart"])
+def test_a_step_that_hangs_on_one_node_is_saved_by_both(tmp_path: Path, base: Path, disks: str) -> None:
+    """While the main threads wait in the step, from the others: the last completed step, from which the run goes on."""
+    of_two = {"output_dir": "runs"} if disks == "apart" else {}
+    path = config(tmp_path, base, "two", 5, hang_timeout_minutes=0.05, **of_two)
+    launchers = nodes.agents(tmp_path, "--config", path, script="tests/workers/faulty_train.py", FAULT="step-hang:3")
+    said = nodes.ended(launchers, 240)
+    host = os.uname().nodename
+    assert f"rank 1 hangs:\n  rank 1 on {host} (process " in said[0]
+    assert "stopped after step 2; resume with" in said[0]
+    nodes.deepspeed(tmp_path, "--config", path, "--resume_from_checkpoint")
+    train(2, "--config", config(tmp_path, base, "one", 5))
+    two = only_run(tmp_path / ("node0/runs" if disks == "apart" else "two"))
+    assert adapter_of(two, 5) == adapter_of(only_run(tmp_path / "one"), 5)
+
+
+@pytest.mark.slow
+def test_disks_apart_torchrun_s_restart_goes_on_and_a_stop_is_not_restarted(tmp_path: Path, base: Path) -> None:
+    """A rank of the other node is killed after a checkpoint, later its launcher is told to stop."""
+    settings = {"save_steps": 2, "checkpoint_on_save": True, "output_dir": "runs"}
+    path = config(tmp_path, base, "two", 100000, **settings)
+    launchers = nodes.agents(tmp_path, "--config", path, options=("--max-restarts", "2"))
+    first = tmp_path / "node0" / "runs"
+    wait_for(lambda: list(first.glob("2*/global_step*/manifest.json")))
+    run = only_run(first)
+    killed = psutil.Process(launchers[1].pid).children(recursive=True)[0]
+    killed.kill()
+    wait_for(lambda: not killed.is_running() and psutil.Process(launchers[1].pid).children(recursive=True))
+    done = max(line["step"] for line in metrics(run))
+    wait_for(lambda: max((line["step"] for line in metrics(run)), default=0) > done + 2)
+    ranks = [child.pid for one in launchers for child in psutil.Process(one.pid).children(recursive=True)]
+    os.kill(launchers[1].pid, signal.SIGTERM)
+    assert gone(ranks, 60), "orphans"
+    said = nodes.ended(launchers, 60)
+    assert said[0].count("resumed:  after step ") == 1
+    last = max(line["step"] for line in metrics(run))
+    assert f"stopped after step {last}; resume with\n  torchrun --nnodes 2 " in said[0]
+    assert (run / f"global_step{last}/manifest.json").exists()
+    assert only_run(first) == run, "one run"
+
+
+def wait_for(true: Callable[[], Any], within_s: float = 240) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
