@@ -63,6 +63,7 @@ bench: setup ## the benchmarks that run on this machine, which should be idle (w
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.cpu_training --kernels
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.pipeline_schedule
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.families
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.peft_types
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.product
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.preparing --megabytes 100
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m benchmarks.preference

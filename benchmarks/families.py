@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +128,11 @@ class Variant:
         if name.startswith(FROZEN):
             return
         began = time.perf_counter()
-        adapter_families.inject(self.stage, resolve.adapter_of(config, targets))
+        adapter = resolve.adapter_of(config, targets)
+        if config.peft:
+            asked = resolve.asked_of(config.peft.model_dump(), config.lora_dropout, targets, model)
+            adapter = replace(adapter, by_peft=asked)
+        adapter_families.inject(self.stage, adapter)
         self.start_s = time.perf_counter() - began
         trained = trainable(self.stage)
         inner = make_inner(
@@ -208,7 +213,8 @@ def kept_bytes(variant: Variant, ids_BT: Tensor) -> int:
     saved: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            saved[part.untyped_storage().data_ptr()] = part
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -5,7 +5,7 @@
     python -m docs.models                        writes the page
     python -m docs.models --check                exit code 1 if it is not what would be written
 
-The whole list takes an hour of one core; `-k` runs a part of it, which is recorded beside what is there.
+The whole list takes about twenty minutes of one core; `-k` runs a part of it, which is recorded beside what is there.
 """
 
 import argparse
@@ -46,6 +46,12 @@ Their weights for images are neither read nor changed; the fold leaves them in t
 ## On one stage only
 
 {one}
+Where layers hand each other a second tensor beside the hidden state the family is not cut, unless the cut lies where none is
+read. Layers that are given something made of the token ids (gemma4's and gemma3n's small ones, deepseek_v4) get the ids on every
+stage, which has a frozen copy of the embeddings for it: `--check` counts it with each stage's weights. Keys and values that
+several layers share stay within a stage; `layers_per_stage` says where to cut.
+
+
 ## No such adapter, or not over 4 bits
 
 {partly}

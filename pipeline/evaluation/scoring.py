@@ -20,6 +20,7 @@ from pipeline.evaluation.units import Row
 from pipeline.kernels.cross_entropy import linear_cross_entropy, tokens_per_block
 from pipeline.model.stage import Stage
 from pipeline.model.structure.build import logit_transform
+from pipeline.model.structure.parts import carried_width
 
 
 class Score(NamedTuple):
@@ -104,7 +105,9 @@ class Scorer:
         """This process's part of a micro-batch; the scores on the last stage, nothing on others."""
         ids, following = padded(rows, self._filler)
         positions = torch.arange(ids.shape[1], device=self._device).expand_as(ids)
-        carried: Any = (ids.to(self._device) if self._stages[0].is_first else self._received(ids.shape), positions)
+        ids = ids.to(self._device)
+        first = self._stages[0]
+        carried: Any = first.handed(ids if first.is_first else self._received(ids.shape), positions, ids)
         for stage in self._stages:
             carried = stage(carried)
         last = self._stages[-1]
@@ -117,7 +120,7 @@ class Scorer:
     def _received(self, shape: torch.Size) -> Tensor:
         """The hidden state [B, T, D] of the stage before."""
         assert self._links is not None
-        width = self._stages[0].model.config.get_text_config().hidden_size
+        width = carried_width(self._stages[0].model)
         hidden = torch.empty(*shape, width, dtype=self._dtype, device=self._device)
         dist.recv(hidden, self._links.ranks[self._links.ranks.index(dist.get_rank()) - 1])
         return hidden

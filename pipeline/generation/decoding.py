@@ -24,6 +24,7 @@ from pipeline.console import UserError
 from pipeline.generation.sampling import NOT_FINITE, Sampling
 from pipeline.model.stage import Stage
 from pipeline.model.structure.build import logit_transform
+from pipeline.model.structure.parts import carried_width
 
 
 class Memory:
@@ -230,7 +231,7 @@ class OverProcesses:
     def forward(self, turn: Turn, sampling: Sampling) -> None:
         ids_1T, positions_1T = turn.inputs(self._device)
         x = ids_1T if self._stage.is_first else self._received(turn.length)
-        given: Any = self._stage((x, positions_1T), turn.caches[0])
+        given: Any = self._stage(self._stage.handed(x, positions_1T, ids_1T), turn.caches[0])
         if self._stage.is_last:
             self._tell(_choose(self._stage, given, turn, sampling))
         else:
@@ -249,9 +250,8 @@ class OverProcesses:
 
     def _received(self, length: int) -> Tensor:
         """The hidden state [1, T, D] of the stage before."""
-        hidden_1TD = torch.empty(
-            1, length, self._stage.model.config.hidden_size, dtype=self._dtype, device=self._device
-        )
+        width = carried_width(self._stage.model)
+        hidden_1TD = torch.empty(1, length, width, dtype=self._dtype, device=self._device)
         dist.recv(hidden_1TD, self._ranks[self._own - 1])
         return hidden_1TD
 

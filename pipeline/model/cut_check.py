@@ -67,18 +67,29 @@ def _check_cut(whole: PreTrainedModel, logits: Tensor, ranges: Sequence[tuple[in
         with torch.no_grad(), named(kind, f"cutting it into {len(ranges)} stages, tried on a tiny copy,"):
             off = difference(_logits(stages_of(whole, ranges)), logits) if len(ranges) > 1 else alone
     except UserError as error:
+        if len(ranges) > 1 and parts_of(whole).second:
+            raise UserError(_second_tensor(kind)) from error
         raise UserError(f"{error}; use pipeline_stages = 1" if len(ranges) > 1 else str(error)) from error
     if alone > TOLERANCE:
         raise UserError(
             f"model_type '{kind}' changes its logits in a way this program does not know; "
             "training it would minimise another loss than the model's own"
         )
+    if off > TOLERANCE and parts_of(whole).second:
+        raise UserError(_second_tensor(kind))
     if off > TOLERANCE:
         raise UserError(
             f"model_type '{kind}' cannot be cut into stages: on a tiny copy the logits of {len(ranges)} stages differ from "
             f"the whole model's by {off:.2g} of the largest. More than one hidden state goes from layer to layer, or what "
             "comes before the first layer or after the last is done on every stage; use pipeline_stages = 1"
         )
+
+
+def _second_tensor(kind: str) -> str:
+    return (
+        f"model_type '{kind}' cannot be cut into stages here: a layer hands the next one a second tensor beside the hidden "
+        "state, and one alone crosses from stage to stage; cut it elsewhere (layers_per_stage), or use pipeline_stages = 1"
+    )
 
 
 def _check_adapters(
@@ -168,7 +179,7 @@ def _logits(stages: list[Stage], backward: bool = False) -> Tensor:
     for stage in stages[:-1]:
         output = stage(carried)
         entered.append((output[0], output[0].detach().requires_grad_(backward)))
-        carried = (entered[-1][1], output[1])
+        carried = (entered[-1][1], *output[1:])
     logits = logit_transform(stages[-1].model.config).apply(stages[-1].head(stages[-1](carried)))
     if backward:
         _backward(logits.square().sum())

@@ -64,7 +64,7 @@ def run_layerwise(
     with progress("through the layers", total=len(firsts) * len(rows)) as advance:
         for first in firsts:
             end = min(first + layers_at_once, n_layers)
-            _run_group(folder, config, range(first, end), states, modules, tap, device, dtype, advance)
+            _run_group(folder, config, range(first, end), rows, states, modules, tap, device, dtype, advance)
 
 
 def mean_hidden_states(
@@ -115,6 +115,7 @@ def _run_group(
     folder: str,
     config: PretrainedConfig,
     layers: range,
+    rows: Sequence[Tensor],
     states: list[Tensor],
     modules: Callable[[str], bool],
     tap: Tap,
@@ -122,7 +123,7 @@ def _run_group(
     dtype: torch.dtype,
     advance: Callable[[int], None],
 ) -> None:
-    """Load `layers` and replace each of `states` by what they make of it. The weights go when this returns."""
+    """Load `layers` and replace each of `states`, of the ids in `rows`, by what they make of it. Then the weights go."""
     stage = _headless_stage(empty_model(config, dtype, None), layers)
     load(stage, folder, dtype, device)
     stage.eval().to(device)  # the buffers
@@ -134,7 +135,7 @@ def _run_group(
     for row, state in enumerate(states):
         at[0] = row
         positions_BT = torch.arange(state.shape[1], device=device).unsqueeze(0)
-        output = stage((state.to(device), positions_BT))
+        output = stage(stage.handed(state.to(device), positions_BT, rows[row].unsqueeze(0).to(device)))
         states[row] = (output if isinstance(output, Tensor) else output[0]).to("cpu")
         advance(1)
 

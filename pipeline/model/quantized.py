@@ -21,7 +21,7 @@ from pipeline.formats.choices import RunQuant
 from pipeline.formats.dtypes import DTYPES, dtype_name
 from pipeline.formats.nf4 import ABSMAX_BLOCK, BLOCK
 from pipeline.kernels.packed_experts import PackedExperts
-from pipeline.model.structure.parts import layers_of_model, parts_of, reads_weight
+from pipeline.model.structure.parts import casts_to_weight, layers_of_model, parts_of, reads_weight
 from pipeline.model.tiny_copy import NoCopyError, tiny_copy, token_ids
 from pipeline.names import ROUTERS
 
@@ -257,8 +257,9 @@ def check_experts(config: PretrainedConfig, names: Collection[str]) -> None:
 
 def _is_called(model: nn.Module, name: str) -> bool:
     """Whether a linear layer is called, and none of those whose weight the model's code reads, or that only choose."""
-    parent, _, leaf = name.rpartition(".")
-    return leaf not in ROUTERS and not reads_weight(model.get_submodule(parent), leaf)
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    return leaf not in ROUTERS and not reads_weight(parent, leaf) and not casts_to_weight(parent, leaf)
 
 
 def _check_model(model: PreTrainedModel, quantisable: list[str]) -> None:

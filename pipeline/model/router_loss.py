@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from pipeline.model.stage import FIRST_READS, Stage
 from pipeline.model.structure.carried import pack, rows_behind, unpack
+from pipeline.model.structure.parts import carried_width
 from pipeline.names import layer_of
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # what models call its weight
@@ -48,7 +49,7 @@ def asked_for(model: PreTrainedModel) -> float:
 
 def bytes_behind(model: PreTrainedModel, rows: int) -> int:
     """Of a micro-batch of `rows` rows, what travels behind the hidden state of `model`."""
-    width = model.config.get_text_config().hidden_size
+    width = carried_width(model)
     return rows * rows_behind(2 * int(model.num_experts) + 1 + rows, rows, width) * width * model.dtype.itemsize
 
 
@@ -127,7 +128,7 @@ class RouterLoss:
             self._loss = torch.sum((chosen / n).detach() * (probable / n)) * self._experts
             self._losses.append(self._loss.detach())
             return output
-        return pack(output[0], torch.cat([totals, lengths_B]), SCALE), output[1]
+        return pack(output[0], torch.cat([totals, lengths_B]), SCALE), *output[1:]
 
     def _sums(self, layer: int, logits_NE: Tensor, kept_N: Tensor) -> Tensor:
         """Choices, probabilities and tokens of one layer: fp32 [2·E + 1]."""

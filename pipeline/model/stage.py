@@ -1,12 +1,13 @@
 """A pipeline stage: the Hugging Face model itself, without the parts its stage does not own.
 
 Takes a model folder and the layers owned; gives a module that maps (token ids or hidden state, positions) to (hidden
-state, positions), or on the last stage to the normed hidden state. Masks, RoPE, sliding windows and layer types stay
+state, positions), or on the last stage to the normed hidden state. Of a model whose layers are given something made of the
+token ids, these go behind the positions. Masks, RoPE, sliding windows and layer types stay
 the model's own, so there is no class per model family: what belongs to other stages is replaced by a stand-in under its own
 name (stand_ins.py).
 
 One floating-point tensor crosses a stage boundary. DeepSpeed runs backward once per floating-point output; integers
-(here the positions) follow behind it.
+(here the positions, and the ids where layers need them) follow behind it.
 """
 
 import contextlib
@@ -25,8 +26,10 @@ from pipeline.foreign import printable, read_by_library, read_object
 from pipeline.formats.base_model import has_weights, head_of, read_base
 from pipeline.model.structure.apart import WAYS, Way
 from pipeline.model.structure.build import build, leaves_transform_out, logit_transform
+from pipeline.model.structure.handed import from_wire, to_wire
 from pipeline.model.structure.parts import (
     base_of,
+    carried_width,
     head_of_model,
     layers_of_model,
     parts_of,
@@ -174,25 +177,37 @@ class Stage(nn.Module):
         self.model = model
         self.kept_apart_by: Way = "positions"  # where rows hold several documents: packing_check.py knows
 
-    def forward(self, inputs: tuple[Tensor, ...], cache: Cache | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """First stage: the tensors of `FIRST_READS`, int64 [B, T] (lengths [B]); later ones: (hidden [B, T, D], positions).
+    def forward(self, inputs: tuple[Tensor, ...], cache: Cache | None = None) -> Tensor | tuple[Tensor, ...]:
+        """First stage: the tensors of `FIRST_READS`, int64 [B, T] (lengths [B]); later ones: (hidden [B, T, D], positions), and
+        the ids where `rereads_ids`. D is of all streams (`parts.carried_width`).
 
         `cache`: from `new_cache`, with the keys and values of the same rows' earlier positions, to which those of these are
         added. Then the first stage reads no lengths.
 
-        Returns (hidden [B, T, D], positions), or on the last stage the normed hidden state [B, T, D].
+        Returns what the next stage is handed, or on the last one the normed hidden state [B, T, D].
         """
         x, positions_BT = inputs[:2]
+        parts = parts_of(self.model)
+        behind = (x if self.is_first else inputs[2],) if parts.rereads_ids else ()
         given: dict[str, Any] = {self._cache_argument: cache} if cache is not None else {}
         if cache is None:
             given = WAYS[self.kept_apart_by](self.model, positions_BT)
         if self.is_first:
             normed_BTD = run_base(self.model, positions_BT, input_ids=x, **given)
         else:
-            with arrives(self.model, x):
-                # Of what is given here the model takes the size, for its masks and rotary tables.
-                normed_BTD = run_base(self.model, positions_BT, inputs_embeds=x.detach(), **given)
-        return normed_BTD if self.is_last else (departed(self.model, self.layer_indices.stop), positions_BT)
+            if behind:
+                given["input_ids"] = behind[0]
+            else:  # of what is given here the model takes the size, for its masks and rotary tables
+                given["inputs_embeds"] = x.detach()[..., : x.shape[-1] // parts.streams]
+            with arrives(self.model, from_wire(parts, x)):
+                normed_BTD = run_base(self.model, positions_BT, **given)
+        if self.is_last:
+            return normed_BTD
+        return to_wire(parts, departed(self.model, self.layer_indices.stop)), positions_BT, *behind
+
+    def handed(self, x: Tensor, positions_BT: Tensor, ids_BT: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` takes of `x`, ids or a hidden state, where all three are at hand."""
+        return (x, positions_BT, ids_BT)[: 3 if self.has_embedding and not self.is_first else 2]
 
     def new_cache(self) -> Cache:
         """An empty cache of keys and values. It has a place for every layer of the whole model, so that layers keep their
@@ -207,6 +222,11 @@ class Stage(nn.Module):
     def layers(self) -> dict[int, nn.Module]:
         """The decoder layers this stage owns, by their index in the whole model."""
         return {index: layers_of_model(self.model)[index] for index in self.layer_indices}
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the embedding, with what else runs before the layers, is here: on the first stage, or where layers need ids."""
+        return self.is_first or parts_of(self.model).rereads_ids
 
     @property
     def has_head(self) -> bool:
@@ -240,11 +260,13 @@ def check_head(stage: Stage, tokens: int = 4) -> None:
     if stage.is_first:
         normed, theirs = stage((positions, positions)), model(input_ids=positions, use_cache=False).logits
     else:
-        generator, width = torch.Generator().manual_seed(0), text_config(model.config).hidden_size
-        hidden = torch.randn(1, tokens, width, generator=generator).to(weight)
-        normed = stage((hidden, positions))
-        with arrives(model, hidden):
-            theirs = model(inputs_embeds=hidden, use_cache=False).logits
+        generator, parts = torch.Generator().manual_seed(0), parts_of(model)
+        hidden = torch.randn(1, tokens, carried_width(model), generator=generator).to(weight)
+        normed = stage(stage.handed(hidden, positions, positions))
+        embeds = hidden[..., : hidden.shape[-1] // parts.streams]
+        given = {"input_ids": positions} if parts.rereads_ids else {"inputs_embeds": embeds}
+        with arrives(model, from_wire(parts, hidden)):
+            theirs = model(**given, use_cache=False).logits
     theirs = theirs.float()
     raw = stage.head(normed)
     ours = raw.float() if leaves_transform_out(model.config) else logit_transform(model.config).apply(raw)

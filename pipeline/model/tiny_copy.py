@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.model.structure.build import build, leaves_transform_out, logit_transform
+from pipeline.model.structure.handed import with_handed
 from pipeline.model.structure.parts import Parts, observed, parts_of
 from pipeline.model.unsupported import reason
 
@@ -77,7 +78,7 @@ def _made(config: PretrainedConfig) -> tuple[PreTrainedModel, Tensor]:
                 logits = model.eval()(input_ids=token_ids(), use_cache=False).logits
             if leaves_transform_out(config):
                 logits = logit_transform(config).apply(logits)
-            model.__dict__["parts"] = parts()
+            model.__dict__["parts"] = with_handed(model, parts())
             if not torch.isfinite(logits).all() or float(logits.std()) == 0.0:
                 raise ValueError("a copy with random weights gives no finite logits")
             return model, logits

@@ -56,13 +56,13 @@ def load(stage: Stage, folder: str, dtype: torch.dtype, device: torch.device) ->
 
 def _separate_tied_head(stage: Stage) -> None:
     """On a last stage without the embedding, give a tied head a parameter of its own: it reads the embedding's tensor."""
-    if stage.has_head and not stage.is_first:
+    if stage.has_head and not stage.has_embedding:
         stage.head.weight = nn.Parameter(stage.head.weight.detach(), requires_grad=False)
 
 
 def _shares_head(stage: Stage) -> bool:
     """Whether head and embedding are one parameter: tied, and both on this stage."""
-    return stage.is_first and stage.has_head and bool(tied_head(stage.model))
+    return stage.has_embedding and stage.has_head and bool(tied_head(stage.model))
 
 
 def check_saved_as_run(model: PreTrainedModel) -> None:
@@ -130,7 +130,11 @@ def _packed_sources(
     packed = {name for name in wanted if _mark(model, name)}
     whole = dict(sources)
     if missing := [name for name in wanted if name not in whole]:
-        renamed, apart = stored_names(base), expert_pieces(base)
+        renamed, apart = dict(stored_names(base)), expert_pieces(base)
+        for head, embedding in tied_head(model).items():  # of the two a folder holds one, here under another name
+            for name, other in ((head, embedding), (embedding, head)):
+                if name not in renamed and other in renamed:
+                    renamed[name] = renamed[other]
         whole |= {n: base.tensors[renamed[n].tensor] for n in missing if n in renamed and renamed[n].n_rows is None}
         pieces = {n: tuple(tuple(base.tensors[s] for s in one) for one in apart[n]) for n in missing if n in apart}
     else:
@@ -293,7 +297,7 @@ def _load_converted(stage: Stage, base: Base, device: torch.device, missing: lis
     for name, embedding in tied_head(stage.model).items():
         if stage.has_head and name not in slices and head.head:
             slices[name] = _Slice(head.head)
-        if stage.is_first and head.embedding and head.embedding.name == name:
+        if stage.has_embedding and head.embedding and head.embedding.name == name:
             slices[embedding] = slices[name]
     config = LoadStateDictConfig(device_map={"": device}, dtype=stage.model.dtype, weight_mapping=mapping)
     report, _ = convert_and_load_state_dict_in_model(stage.model, slices, config)

@@ -26,6 +26,7 @@ class Costs(NamedTuple):
     layer_bytes: list[int]
     embedding_bytes: int
     head_bytes: int
+    embedding_everywhere: bool = False  # layers need the token ids
 
 
 def costs(
@@ -68,6 +69,7 @@ def costs(
         layer_bytes=[_bytes(layer) for layer in layers],
         embedding_bytes=sum(_bytes(model.get_submodule(n)) for n in (parts.embedding, *parts.entry)),
         head_bytes=_bytes(head),
+        embedding_everywhere=parts.rereads_ids,
     )
 
 
@@ -78,9 +80,10 @@ def shares(cost: Costs, ranges: Ranges) -> list[float]:
 
 
 def stage_bytes(cost: Costs, ranges: Ranges) -> list[int]:
-    """Bytes of weights on each stage, with the embedding on the first and the head on the last."""
+    """Bytes of weights on each stage, with the embedding on the first (or on all) and the head on the last."""
     sizes = [sum(cost.layer_bytes[a:b]) for a, b in ranges]
-    sizes[0] += cost.embedding_bytes
+    for stage in range(len(ranges) if cost.embedding_everywhere else 1):
+        sizes[stage] += cost.embedding_bytes
     sizes[-1] += cost.head_bytes
     return sizes
 

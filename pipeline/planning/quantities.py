@@ -68,6 +68,7 @@ class ModelCost(NamedTuple):
     `reference_bytes`: of a token's, what a reference that runs in every step hands on beside it.
 
     `embedding_gradient_bytes`: of one micro-batch, which the embedding's backward makes where it is trained, else 0.
+    `embedding_everywhere`: each stage has the embedding, frozen, because its layers need the token ids (structure/handed.py).
     """
 
     layers: list[LayerCost]
@@ -81,6 +82,7 @@ class ModelCost(NamedTuple):
     embedding_update: Update = Update()
     behind_bytes: int = 0
     reference_bytes: int = 0
+    embedding_everywhere: bool = False
 
     def carried_bytes(self, tokens: int) -> int:
         """Of a micro-batch of so many tokens, what goes from stage to stage and, as its gradient, back."""

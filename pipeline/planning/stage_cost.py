@@ -51,9 +51,10 @@ def weights_of(model: ModelCost, first: int, end: int) -> tuple[int, int]:
     layers = model.layers[first:end]
     weights, trained = sum(c.weight_bytes for c in layers), sum(c.trained_bytes for c in layers)
     is_first, is_last = first == 0, end == len(model.layers)
-    if is_first:
+    has_embedding = is_first or model.embedding_everywhere
+    if has_embedding:
         weights, trained = weights + model.embedding_bytes, trained + model.embedding_trained_bytes
-    if is_last and not (model.tied and is_first):
+    if is_last and not (model.tied and has_embedding):
         weights, trained = weights + model.head.weight_bytes, trained + model.head.trained_bytes
     return weights, trained
 

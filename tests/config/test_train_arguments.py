@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.data.selection import Streams, whole
+from pipeline.peft.types import Asked
 from pipeline.training.start import plan as planned
 from pipeline.training.start import prepare, resolve
 from pipeline.training.start.resolved import Updates
@@ -61,6 +63,20 @@ def test_warmup_that_outlasts_the_run_is_said(
     updates = Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
     prepare.describe_steps(spec, updates, prepare.micro_batches(spec, prepare.Data([rows], {})), replicas=1)
     assert ("never reaches optimizer.lr" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize(("planned", "warns"), [(5, False), (6, True)])
+def test_a_budget_of_ranks_that_outlasts_the_run_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], planned: int, warns: bool
+) -> None:
+    config = loading.validate(small(epochs=None, max_steps=5), "x")
+    asked = Asked("ADALORA", {"total_step": planned}, {})
+    spec, adapter = resolve.data_of(config), replace(resolve.adapter_of(config, ["layers.0.q_proj"]), by_peft=asked)
+    updates = Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
+    batches = prepare.micro_batches(spec, prepare.Data([whole(Streams(store(tmp_path / "store", 8, 40)))], {}))
+    prepare.describe_steps(spec, updates, batches, 1, adapter)
+    said = capsys.readouterr().err
+    assert ("peft.total_step = 6 in a run of 5 steps" in said and "set peft.total_step = 5" in said) == warns
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def model_config(kind: str = "cohere", layers: int = 4, **changes: Any) -> Any:
         "cohere2": "Cohere2Config",
         "llama": "LlamaConfig",
         "gemma2": "Gemma2Config",
+        "gemma3n_text": "Gemma3nTextConfig",
+        "gemma4_text": "Gemma4TextConfig",
         "mixtral": "MixtralConfig",
         "granite": "GraniteConfig",
         "qwen2": "Qwen2Config",

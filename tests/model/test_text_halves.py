@@ -22,11 +22,12 @@ from pipeline.training.stage import families
 from pipeline.training.start import resolve
 from tests.helpers.stages import build
 from tests.helpers.what_works import note
-from tests.model.test_every_family import config_of, run
+from tests.model.test_every_family import ROUNDINGS, config_of, one_rounding, run
 
 LAYERS = 4
 KINDS = (
     "gemma3",
+    "gemma4",
     "mistral3",
     "qwen2_5_vl",
     "qwen3_vl",
@@ -41,12 +42,19 @@ KINDS = (
     "lfm2_vl",
 )
 QUICK = ("llava",)
+# Sizes of single layers go by the number of layers.
+COMPLETED: dict[str, dict[str, Any]] = {
+    "gemma4": {
+        "text_config": {"num_hidden_layers": LAYERS, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "vision_config": {"model_type": "gemma4_vision"},
+    }
+}
 UNSCALED = ("aya_vision", "cohere2_vision")  # transformers' model leaves out logit_scale, by which the text half goes
 
 
 def small_config(kind: str) -> Any:
     """A family's own sizes made small, the parts for images too, of one layer."""
-    config = AutoConfig.for_model(kind)
+    config = AutoConfig.for_model(kind, **COMPLETED.get(kind, {}))
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = LAYERS
     for name in ("layer_types", "no_rope_layers"):
@@ -74,19 +82,20 @@ def saved(kind: str, folder: Path) -> None:
 
 
 @torch.no_grad()
-def logits_of(folder: Path) -> Tensor:
-    """[1, T, V] of the model in `folder`, with what its config says of the text half's logits."""
+def logits_of(folder: Path) -> tuple[Tensor, Tensor]:
+    """[1, T, V] of the model in `folder`, with what its config says of the text half's; and what rounding changes of them."""
     config = AutoConfig.from_pretrained(folder)
     model = auto_class(config).from_pretrained(folder, dtype=torch.float32).eval()
-    logits = model(input_ids=tiny_copy.token_ids(), use_cache=False).logits
-    return logits * config.text_config.logit_scale if config.model_type in UNSCALED else logits
+    scale = config.text_config.logit_scale if config.model_type in UNSCALED else 1.0
+    logits = model(input_ids=tiny_copy.token_ids(), use_cache=False).logits * scale
+    return logits, one_rounding(model, logits, scale)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS])
 def test_trained_folded_and_the_rest_as_it_was(kind: str, tmp_path: Path, record_property: Callable[..., None]) -> None:
     base, adapter, folded = tmp_path / "base", tmp_path / "adapter", tmp_path / "folded"
     saved(kind, base)
-    right, off = logits_of(base), 0.0
+    (right, _), off = logits_of(base), 0.0
     for n_stages in (3, 2):
         plan = resolve.resolve(config_of(base, n_stages, target_modules="all-linear"))
         stages = [build(base, first, end) for first, end in plan.ranges]
@@ -110,8 +119,9 @@ def test_trained_folded_and_the_rest_as_it_was(kind: str, tmp_path: Path, record
     adapter.mkdir()
     families.writer(plan.trained.adapter, plan.base)(adapter, tensors)
     merge(base, adapter, folded)
-    fold = float((logits_of(folded) - live).abs().max() / live.abs().max())
-    assert fold <= 1e-4
+    found, once = logits_of(folded)
+    assert (found - live).abs().amax(dim=-1).median() <= ROUNDINGS * once
+    fold = float((found - live).abs().amax(dim=-1).median() / live.abs().max())
     before, after = read_base(base).tensors, read_base(folded).tensors
     assert before.keys() == after.keys()
     of_images = [name for name in before if "vision" in name or "visual" in name]

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from benchmarks import families as benchmark
+from benchmarks import peft_types
 from docs import families as docs
 from pipeline.console import UserError
+from pipeline.peft.types import LOCAL
 
 SIZE = benchmark.TINY
 Formula = Callable[[int, int, int, int], float]
@@ -111,8 +113,11 @@ def test_every_family_is_on_the_page_with_the_bases_it_trains_over(tmp_path: Pat
 
 
 def test_the_page_says_what_the_results_say() -> None:
-    result = json.loads(docs.RESULTS.read_text(encoding="utf-8"))
-    assert docs.PAGE.read_text(encoding="utf-8") == docs.page(result), "run python -m docs.families"
+    result, of_peft = (
+        json.loads((docs.RESULTS / f"{n}.json").read_text(encoding="utf-8")) for n in ("families", "peft_types")
+    )
+    assert docs.PAGE.read_text(encoding="utf-8") == docs.page(result, of_peft), "run python -m docs.families"
+    assert [row["variant"] for row in of_peft["rows"]] == list(LOCAL)
     assert {row["variant"] for row in result["rows"]} == set(benchmark.variants(benchmark.USUAL))
     size = benchmark.USUAL
     assert {key: result["settings"][key] for key in size._fields} == size._asdict()
@@ -120,6 +125,28 @@ def test_the_page_says_what_the_results_say() -> None:
         for key, formula in FORMULAS.get(row["variant"].partition(", ")[0], {}).items():
             if key in row:
                 assert row[key] == formula(size.feed_forward, size.hidden, size.rank, size.block), (row["variant"], key)
+
+
+# Numbers that PEFT's types train in a module; what they keep and multiply is PEFT's own layers' affair.
+OF_PEFT: dict[str, Formula] = {
+    "ADALORA": lambda i, o, R, k: (i + o + 1) * R,
+    "DELORA": lambda i, o, R, k: (i + o) * R + 1,
+    "HIRA": lambda i, o, R, k: (i + o) * R,
+    "LOHA": lambda i, o, R, k: 2 * (i + o) * R,
+    "ROAD": lambda i, o, R, k: 2 * o,
+    "SHIRA": lambda i, o, R, k: (i + o) * R,
+    "VERA": lambda i, o, R, k: o + R,
+}
+
+
+@pytest.mark.slow
+def test_what_pefts_types_take_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["peft_types", "--tiny", "--out", str(tmp_path)])
+    peft_types.main()
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "peft_types.json").read_text())["rows"]}
+    assert list(rows) == list(LOCAL)
+    for name, formula in OF_PEFT.items():
+        assert rows[name]["trained"] == formula(SIZE.feed_forward, SIZE.hidden, SIZE.rank, SIZE.block), name
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from pipeline.model.memory import replay
 from pipeline.model.memory.host_arena import HostArena, Ticket
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage
-from pipeline.model.structure.parts import embedding_of_model, text_config
+from pipeline.model.structure.parts import carried_width, embedding_of_model
 
 PROBE_TOKENS = 32
 
@@ -165,11 +165,9 @@ def _calls(stage: Stage) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
     if stage.is_first:
         x = torch.zeros_like(positions)
     else:
-        x = torch.ones(
-            1, PROBE_TOKENS, text_config(stage.model.config).hidden_size, device=like.device, dtype=stage.model.dtype
-        )
+        x = torch.ones(1, PROBE_TOKENS, carried_width(stage.model), device=like.device, dtype=stage.model.dtype)
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-        stage((x, positions))
+        stage(stage.handed(x, positions, torch.zeros_like(positions)))
     for hook in hooks:
         hook.remove()
     return calls

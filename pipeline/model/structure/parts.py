@@ -30,7 +30,10 @@ class Parts:
     `base`: runs the layers, from ids or embeddings to the normed hidden state. `layers`: the list. `entry`, `leaving`: the
     modules with weights of their own, besides the embedding, that run in `base` before the first layer, and after the last.
     `adds`: those of `entry` whose result is added to the hidden state, and not made of it. `tuples`: of how many things what
-    each layer returns is a tuple, None for a tensor; of all layers, in order.
+    each layer returns is a tuple, None for a tensor; of all layers, in order. `axes`: of the hidden state between layers, B rows,
+    T tokens, D numbers, and where there are several of it S `streams`. `rereads_ids`: layers are given, beside the hidden
+    state, what is made of the token ids (vectors of each layer's own), so that a later stage needs these. `second`: a layer
+    gives the next one another tensor beside the hidden state.
     """
 
     base: str
@@ -41,6 +44,10 @@ class Parts:
     adds: frozenset[str] = frozenset()
     leaving: tuple[str, ...] = ()
     tuples: tuple[int | None, ...] = field(default=())
+    axes: str = "BTD"
+    streams: int = 1
+    rereads_ids: bool = False
+    second: bool = False
 
     def layer(self, index: int) -> str:
         """The name of a decoder layer."""
@@ -71,6 +78,11 @@ def embedding_of_model(model: nn.Module) -> Any:
 def head_of_model(model: nn.Module) -> Any:
     """The output head; on a stage other than the last, what stands for it."""
     return model.get_submodule(parts_of(model).head)
+
+
+def carried_width(model: Any) -> int:
+    """Numbers of a token that go from stage to stage: those of the hidden state, of all its streams."""
+    return int(text_config(model.config).hidden_size) * parts_of(model).streams
 
 
 def text_config(config: PretrainedConfig) -> Any:
@@ -155,6 +167,12 @@ def reads_weight(parent: nn.Module, leaf: str) -> bool:
     )
 
 
+def casts_to_weight(parent: nn.Module, leaf: str) -> bool:
+    """Whether the code of `parent`'s class turns states into the type of the weight of its module `leaf`, which a packed one
+    has no longer: DeepSeek's indexers would choose by states in uint8."""
+    return re.search(rf"\.to\((dtype=)?self\.{re.escape(leaf)}\.weight\.dtype\)", _source(type(parent))) is not None  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=256)
 def _source(kind: type) -> str:
     try:
@@ -193,13 +211,20 @@ def observed(model: PreTrainedModel) -> Iterator[Callable[[], Parts]]:
     ran: dict[str, list[str]] = {"before": [], "after": []}
     adds: set[str] = set()
     tuples: dict[int, int | None] = {}
+    beside: list[Tensor] = []  # what the last layer that has run gave beside the hidden state
+    second = [False]
     at = ["outside"]
     names = set(_with_weights(base, parts.base, apart=(parts.layers, parts.embedding)))
 
     def enters(*_: Any) -> None:
         at[0] = "before"
 
+    def given_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        at[0] = "within"
+        second[0] = second[0] or any(one is other for one in beside for other in (*args, *kwargs.values()))
+
     def leaves(index: int, output: Any) -> None:
+        beside[:] = [one for one in output[1:] if isinstance(one, Tensor)] if isinstance(output, tuple | list) else []
         tuples[index] = len(output) if isinstance(output, tuple | list) else None
         at[0] = "after" if index == len(layers) - 1 else at[0]
 
@@ -214,7 +239,7 @@ def observed(model: PreTrainedModel) -> Iterator[Callable[[], Parts]]:
         base.register_forward_hook(lambda *_: at.__setitem__(0, "outside")),
     ]
     for index, layer in enumerate(layers):
-        hooks.append(layer.register_forward_pre_hook(lambda *_: at.__setitem__(0, "within")))
+        hooks.append(layer.register_forward_pre_hook(lambda _, args, kwargs: given_to(args, kwargs), with_kwargs=True))
         hooks.append(layer.register_forward_hook(lambda _, __, output, i=index: leaves(i, output)))
     for name in sorted(names):
         module = model.get_submodule(name)
@@ -228,6 +253,7 @@ def observed(model: PreTrainedModel) -> Iterator[Callable[[], Parts]]:
             adds=frozenset(adds & set(entry)),
             leaving=tuple(ran["after"]),
             tuples=tuple(tuples.get(index) for index in range(len(layers))),
+            second=second[0],
         )
 
     try:

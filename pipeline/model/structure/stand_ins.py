@@ -2,7 +2,8 @@
 
 Takes a model that `stage.empty_model` made, and the layers a stage owns. The model's own code runs as ever; what enters the
 first layer is put in where the model would call it, and what leaves is taken where it calls the next stage's first layer, so
-whatever a model does before its layers and after them happens once.
+whatever a model does before its layers and after them happens once. Only where layers are given something made of the token
+ids does what runs before the first one stay on each stage, for the sake of that; its hidden state is thrown away.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ class PassThrough(nn.Module):
 
     def __init__(self, replaced: nn.Module | None = None, items: int | None = None) -> None:
         super().__init__()
-        for name, value in vars(replaced).items() if replaced is not None else ():
+        for name, value in _read_of(replaced) if replaced is not None else ():
             if isinstance(value, str | int | float) and not name.startswith("_") and name != "training":
                 setattr(self, name, value)
         self.items = items
@@ -38,6 +39,14 @@ class PassThrough(nn.Module):
     def hidden(self, given: Any) -> Any:
         """What it hands on, of what it is given."""
         return given
+
+
+def _read_of(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A layer's attributes, with those of its family's classes and their properties."""
+    for kind in reversed(type(layer).__mro__):
+        if kind.__module__.startswith("transformers.models"):
+            yield from ((name, getattr(layer, name, None)) for name in vars(kind) if not name.startswith("_"))
+    yield from vars(layer).items()
 
 
 class Arrival(PassThrough):
@@ -77,7 +86,7 @@ def put_stand_ins(model: PreTrainedModel, first_layer: int, end_layer: int) -> N
     if end_layer < len(layers):
         for name in (*parts.leaving, parts.head):
             model.set_submodule(name, PassThrough())
-    if first_layer > 0:
+    if first_layer > 0 and not parts.rereads_ids:
         for name in (parts.embedding, *parts.entry):
             model.set_submodule(name, _for_entry(parts, name))
 
@@ -88,9 +97,12 @@ def _for_entry(parts: Parts, name: str) -> nn.Module:
 
 @contextmanager
 def only_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, a whole model whose decoder layers are `layers` and that has nothing else with weights in its base."""
+    """Inside, a whole model whose decoder layers are `layers` and that has nothing else with weights in its base, but for what
+    layers need of the token ids."""
     parts = parts_of(model)
-    stand_ins = {name: _for_entry(parts, name) for name in parts.entry} | {n: PassThrough() for n in parts.leaving}
+    stand_ins: dict[str, nn.Module] = {name: PassThrough() for name in parts.leaving}
+    if not parts.rereads_ids:
+        stand_ins |= {name: _for_entry(parts, name) for name in parts.entry}
     stand_ins[parts.layers] = nn.ModuleList(layers)
     there = {name: model.get_submodule(name) for name in stand_ins}
     for name, module in stand_ins.items():

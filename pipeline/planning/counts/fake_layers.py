@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
 
 from pipeline.model.stage import run_base
-from pipeline.model.structure.parts import layers_of_model, parts_of, text_config
+from pipeline.model.structure.handed import from_wire
+from pipeline.model.structure.parts import carried_width, layers_of_model, parts_of, text_config
 from pipeline.model.structure.stand_ins import PassThrough, only_layers
 from pipeline.planning.counts.counting import received
 
@@ -40,16 +41,24 @@ def layer_alone(
         FakeTensorMode(allow_non_fake_inputs=True),
         GroupedProductsOfAnyDtype(),
         fake_parameters(layer),
+        fake_parameters(_what_ids_need(model)),
         _one_document_a_row(),
     ):
-        shape = (rows, tokens, text_config(model.config).hidden_size)
-        args, kwargs = _what_it_is_called_with(model, index, torch.empty(shape, dtype=model.dtype))
+        shape, parts = (rows, tokens, carried_width(model)), parts_of(model)
+        args, kwargs = _what_it_is_called_with(model, index, rows, tokens)
 
         def run() -> Tensor:
-            output = layer(received(shape, model.dtype, gradients_enter), *args, **kwargs)
+            output = layer(from_wire(parts, received(shape, model.dtype, gradients_enter)), *args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
         yield run
+
+
+def _what_ids_need(model: PreTrainedModel) -> nn.Module:
+    """What runs before the layers, where these are given something made of the token ids; else nothing."""
+    parts = parts_of(model)
+    names = (parts.embedding, *parts.entry) if parts.rereads_ids else ()
+    return nn.ModuleList(map(model.get_submodule, names))
 
 
 @contextlib.contextmanager
@@ -118,13 +127,19 @@ class _Recorder(PassThrough):
 
 @torch.no_grad()
 def _what_it_is_called_with(
-    model: PreTrainedModel, index: int, hidden: Tensor
+    model: PreTrainedModel, index: int, rows: int, tokens: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     parts, layers = parts_of(model), layers_of_model(model)
     items = parts.tuples or [None] * len(layers)
     recorder = _Recorder(layers[index], items[index])
     others = [recorder if i == index else PassThrough(other, items[i]) for i, other in enumerate(layers)]
-    positions = torch.arange(hidden.shape[1]).unsqueeze(0).expand(len(hidden), -1)
+    positions = torch.arange(tokens).unsqueeze(0).expand(rows, -1)
+    width = text_config(model.config).hidden_size
+    given = (
+        {"input_ids": torch.zeros_like(positions)}
+        if parts.rereads_ids
+        else {"inputs_embeds": torch.empty(rows, tokens, width, dtype=model.dtype)}
+    )
     with only_layers(model, others):
-        run_base(model, positions, inputs_embeds=hidden)
+        run_base(model, positions, **given)
     return recorder.called_with

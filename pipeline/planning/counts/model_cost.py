@@ -18,7 +18,7 @@ from pipeline.model.memory.activation import whole_layer
 from pipeline.model.memory.levels import RecomputeLevel
 from pipeline.model.quantized import dequantised_bytes, dequantising_traffic, saved_bytes
 from pipeline.model.stage import Stage, tied_head
-from pipeline.model.structure.parts import parts_of, text_config
+from pipeline.model.structure.parts import carried_width, parts_of, text_config
 from pipeline.planning.counts.counting import Measured, measure, received
 from pipeline.planning.counts.fake_layers import fake_parameters, layer_alone
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Update, Work, together
@@ -64,11 +64,12 @@ def model_cost(
         _bytes(embedding),
         state,
         _head_cost(stage, rows * tokens, training, transform, gradient=first < len(layers), on_gpu=on_gpu),
-        text_config(stage.model.config).hidden_size * stage.model.dtype.itemsize,
+        carried_width(stage.model) * stage.model.dtype.itemsize,
         first,
         tied,
         sum(p.nbytes for p in embedding.parameters() if p.requires_grad),
         update,
+        embedding_everywhere=parts_of(stage.model).rereads_ids,
     )
 
 

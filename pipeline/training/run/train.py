@@ -54,7 +54,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         times.ended("meeting")
         batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
         check_same_on_nodes(place, Path(config.model), batches.order_hash(0))
-        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas)
+        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas, plan.trained.adapter)
         attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)

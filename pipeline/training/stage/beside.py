@@ -25,8 +25,6 @@ from pipeline.model.stage import FIRST_READS, Stage
 from pipeline.model.structure.carried import pack, unpack
 from pipeline.objectives.representation import Tap
 
-UNTAPPED = 2  # tensors that a later stage is handed without taps: hidden state and positions
-
 
 class _Pass(NamedTuple):
     """One forward through the stage that is running: of the reference's rows, or of all with what was measured so far [K, U]."""
@@ -92,10 +90,11 @@ class Beside:
     ) -> Any:
         """As `Stage.forward`; where marks are handed in, with the taps.
 
-        First stage: (*FIRST_READS, marks int8 [B, T]). Later: (hidden with what was measured, positions, marks, and the
+        First stage: (*FIRST_READS, marks int8 [B, T]). Later: (hidden with what was measured, what follows it, marks, and the
         reference's hidden state where it is read). Returns these, or on the last stage the normed hidden state.
         """
-        if len(inputs) <= (len(FIRST_READS) if stage.is_first else UNTAPPED):
+        untapped = len(FIRST_READS) if stage.is_first else 3 if stage.has_embedding else 2
+        if len(inputs) <= untapped:
             return forward(inputs, cache)
         positions_BT = inputs[1]
         rows, tokens = positions_BT.shape
@@ -109,14 +108,14 @@ class Beside:
             x, values = (
                 unpack(inputs[0], tokens, shape[0] * shape[1]) if self.taps else (inputs[0], inputs[0].new_empty(0))
             )
-            marks_BT, carried = inputs[2], values.view(shape)
-            reference = inputs[3].view(x.dtype) if self._runs_reference else x
-            mine = x, positions_BT
+            marks_BT, carried = inputs[untapped], values.view(shape)
+            reference = inputs[untapped + 1].view(x.dtype) if self._runs_reference else x
+            mine = x, *inputs[1:untapped]
         marks_SUT = marks_BT.view(self._slots, units, tokens)
         left = None
         if self._runs_reference:
             with torch.no_grad(), _evaluating(stage), self.as_reference(), self._passing(units, marks_SUT, None):
-                left = forward((reference, self._of_reference(positions_BT)))
+                left = forward((reference, *map(self._of_reference, mine[1 : 2 if stage.is_first else None])))
         with self._passing(units, marks_SUT, carried):
             output = forward(mine)
             assert self._pass is not None
@@ -128,7 +127,7 @@ class Beside:
             return output
         sent = (left[0].view(torch.int32),) if self._hands_reference_on and left is not None else ()
         handed = pack(output[0], carried.flatten()) if self.taps else output[0]
-        return handed, positions_BT, marks_BT, *sent
+        return handed, *output[1:], marks_BT, *sent
 
     def _of_reference(self, x: Tensor) -> Tensor:
         """Of all rows [B, …], those that the reference runs."""

@@ -29,7 +29,7 @@ def check(config: Config, preview_rows: int | None) -> int:
     tokenizer = prepare.tokenizer_for(plan, config.model)
     batches = prepare.micro_batches(plan.data, data := prepare.read_data(plan.data, tokenizer, plan))
     prepare.evaluation_batches(plan.data, data)
-    prepare.describe_steps(plan.data, plan.updates, batches, replicas=1)
+    prepare.describe_steps(plan.data, plan.updates, batches, replicas=1, adapter=plan.trained.adapter)
     if preview_rows is not None:
         show(rows(batches, tokenizer, preview_rows))
     return EXIT_DONE
@@ -39,7 +39,7 @@ def prepare_data(config: Config) -> int:
     """Resolve, read the data into the cache and say what became of it."""
     plan = resolve.resolve(config)
     data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
-    prepare.describe_steps(plan.data, plan.updates, prepare.micro_batches(plan.data, data), replicas=1)
+    prepare.describe_steps(plan.data, plan.updates, prepare.micro_batches(plan.data, data), 1, plan.trained.adapter)
     log(f"prepared: in {plan.data.cache}; a run finds it there")
     return EXIT_DONE
 

@@ -45,6 +45,7 @@ from pipeline.model.structure.parts import parts_of
 from pipeline.names import HEAD
 from pipeline.training.optim.lr_schedule import warmup_steps
 from pipeline.training.stage.meta_model import MetaModel
+from pipeline.training.stage.spec import AdapterSpec
 from pipeline.training.start import data_fits
 from pipeline.training.start.questions import Questions, questions_of
 from pipeline.training.start.resolved import DataSpec, Resolved, Updates
@@ -443,8 +444,10 @@ def evaluation_batches(spec: DataSpec, data: Data, replica: int = 0, replicas: i
     }
 
 
-def describe_steps(spec: DataSpec, updates: Updates, batches: TrainBatches, replicas: int) -> None:
-    """Say the size of a step and of the run as equations."""
+def describe_steps(
+    spec: DataSpec, updates: Updates, batches: TrainBatches, replicas: int, adapter: AdapterSpec | None = None
+) -> None:
+    """Say the size of a step and of the run as equations; warn of what is planned beyond the run's end."""
     info = batches.info(batches.at_hand)
     per_step = batches.micro_batches_per_step
     steps = batches.steps_per_epoch(batches.at_hand.epoch)
@@ -459,5 +462,11 @@ def describe_steps(spec: DataSpec, updates: Updates, batches: TrainBatches, repl
         warn(
             f"warmup_steps: {warmup} steps of warmup in a run of {total:.0f}: the learning rate never reaches "
             f"optimizer.lr = {updates.optimizer.lr:g}; give fewer"
+        )
+    planned = adapter.by_peft.settings.get("total_step") if adapter and adapter.by_peft else None
+    if planned is not None and planned > total:
+        warn(
+            f"peft.total_step = {planned} in a run of {total:.0f} steps: the budget of ranks is not what target_r says when it "
+            f"ends; set peft.total_step = {total:.0f}"
         )
     log(f"the run:  {length}; warmup {updates.warmup:g}, then {updates.lr_shape} at lr {updates.optimizer.lr:g}")

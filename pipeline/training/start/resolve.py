@@ -32,7 +32,7 @@ from pipeline.model.adapters import full as trained_modules
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
 from pipeline.model.stage import read_model_config, tied_head
-from pipeline.model.structure.parts import layers_of_model
+from pipeline.model.structure.parts import layers_of_model, parts_of
 from pipeline.model.trial import attention_check, packing_check
 from pipeline.names import id_in_cache, layers_of, within_layer
 from pipeline.peft.types import PATTERNS, Asked, settings_of
@@ -126,6 +126,8 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     intervals = Intervals(**{field.name: getattr(config, field.name) for field in fields(Intervals)})
     if streams:  # a window is no epoch
         intervals = replace(intervals, save_every_n_epochs=None, save_checkpoint_on_epoch_end=False)
+    if config.pipeline_stages > 1:
+        check_copies(trained, model, noise=bool(config.neftune_noise_alpha))
     ranges = cut_into_stages(layout, model, trained)
     return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
@@ -273,6 +275,24 @@ def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:
     elif weight == 0 and router_loss.asked_for(model):
         log("routers:  without their load-balancing loss, which config.json asks for (load_balancing_loss_coef = 0)")
     return used
+
+
+def check_copies(trained: Trained, model: PreTrainedModel, *, noise: bool) -> None:
+    """UserError for what changes the embedding where each stage has one, because layers are given something made of the ids."""
+    parts = parts_of(model)
+    if not parts.rereads_ids:
+        return
+    copied = tuple(f"{one}." for one in (parts.embedding, *parts.entry))
+    wrong = {
+        "full_fine_tune": trained.adapter is None,
+        "trainable_modules": any(name.startswith(copied) for name in trained.in_full),
+        "neftune_noise_alpha": noise,
+    }
+    if keys := [key for key, is_wrong in wrong.items() if is_wrong]:
+        raise UserError(
+            f"{', '.join(keys)}: the layers of model_type '{model.config.model_type}' are given vectors of their own, made of "
+            "the embedding, of which each stage has a copy; these would come apart. Use pipeline_stages = 1, or leave it out"
+        )
 
 
 def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list[str] | None:
@@ -427,7 +447,9 @@ def cut_into_stages(layout: Layout, model: PreTrainedModel, trained: Trained) ->
         log("stages:   balanced by floating-point operations, the head's included")
     shares, sizes = formula.shares(cost, ranges), formula.stage_bytes(cost, ranges)
     for stage, ((first, end), share, size) in enumerate(zip(ranges, shares, sizes, strict=True)):
-        extra = (" + embedding" if stage == 0 else "") + (" + head" if stage == len(ranges) - 1 else "")
+        extra = (" + embedding" if stage == 0 or cost.embedding_everywhere else "") + (
+            " + head" if stage == len(ranges) - 1 else ""
+        )
         log(
             f"  stage {stage}: layers {first} to {end - 1} ({end - first}){extra}, "
             f"{gib(size)} of weights, {share:.0%} of the work"

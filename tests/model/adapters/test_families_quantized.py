@@ -37,6 +37,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "oft": {**NO_RANK, "adapter_type": "oft", "oft_block_size": 8, "target_modules": ["q_proj", "down_proj"]},
     "boft": {**NO_RANK, "adapter_type": "boft", "boft_block_size": 8, "target_modules": ["q_proj", "down_proj"]},
 }
+# PEFT's own types that train over such bases, but for those that draw (PVERA) or change biases, which no layer here has (BEFT).
+PEFT_KEYS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10, "lora_alpha": 8},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 10},
+    "GRALORA": {"r": 4},
+    "HIRA": {"r": 4},
+    "MISS": {"r": 4},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 4},
+    "VERA": {"r": 4},
+    "WAVEFT": {"n_frequency": 16},
+}
+OF_PEFT: dict[str, Any] = {**NO_RANK, "adapter_type": "peft", "lora_weight_dtype": "float32"}
+FAMILIES |= {name.lower(): {**OF_PEFT, "peft": {"type": name, **keys}} for name, keys in PEFT_KEYS.items()}
 SCHEMES = {"4": NF4, "8": NF4._replace(bits=8)}
 QUICK = ("multiplicative", "moslora", "dora", "boft")
 
@@ -48,13 +64,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stages_of(folder: Path, config: Config, scheme: Any, cuts: list[int], plain: bool) -> list[Stage]:
     """Stages with the configured adapter, its parameters moved off their start; `plain`: over dequantised weights."""
-    targets = resolve.resolve(config).trained.targets
+    adapter = resolve.resolve(config).trained.adapter
     stages = [build(folder, scheme, first, end) for first, end in pairwise(cuts)]
     for stage in stages:
         if plain:
             dequantised(stage)
             stage.model.is_loaded_in_4bit = stage.model.is_loaded_in_8bit = False  # type: ignore[assignment]
-        families.inject(stage, resolve.adapter_of(config, targets))
+        families.inject(stage, adapter)
         stage.train()
         for name, parameter in trainable(stage).items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
