@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from pipeline.artifacts.adapter.adapter import WEIGHTS_FILE
 from pipeline.config import loading
+from pipeline.data.batches import Position
 from pipeline.formats.base_model import read_base
 from pipeline.generation import adapter as adapters
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, answers, speaking
@@ -207,7 +208,7 @@ def test_what_is_trained_is_the_answer_against_the_reference(runs: dict[str, Pat
     store, data = units_of(run)
     answered = {row: ids for (step, row), ids in said(run).items() if step == 3}
     batches = prepare.micro_batches(resolve.data_of(loading.load(str(run / "config.toml"), None, [])), data)
-    position = batches.info(batches.info(prepare.Position()).next_position).next_position
+    position = batches.info(batches.info(Position()).next_position).next_position
     rows = batches.info(position).rows
     assert {row for index, row in rows if index == 0} == set(answered)
     assert {index for index, _ in rows} == {0, 1}, "both kinds of pairs are in the step"
