@@ -33,13 +33,14 @@ TRAINED, ELSEWHERE, UNRELATED = range(8), range(8, 12), range(12, 16)  # topics
 
 class Sizes(NamedTuple):
     """How much of everything: steps of pre-training, pairs to train on, pairs of each set to measure on, steps of losses of
-    answers and of hidden states."""
+    answers, of hidden states and of circuit breakers."""
 
     pretraining: int = 250
     trained: int = 256
     measured: int = 200
     steps: int = 60
     tap_steps: int = 150
+    breaker_steps: int = 300
     micro_batch: int = 16
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from pipeline.kernels.cross_entropy import LogitTransform
 from torch import Tensor, nn
 
 from pipeline.objectives.preference import Preference, StepTotals
-from pipeline.objectives.preference_losses import Mixture, Settings
+from pipeline.objectives.preference_losses import LOSSES, Mixture, Settings
 
 SLOTS, UNITS, TOKENS, WIDTH, VOCABULARY = 2, 3, 7, 8, 30
 SCALE = 0.5
@@ -89,3 +90,22 @@ def test_a_step_that_is_not_logged_measures_no_logits() -> None:
         found = objective.means(objective.step.taken(), 0)
         assert ("entropy" in found) == logged
         assert found["rewards/chosen"]
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.data == "preference"])
+def test_neither_the_order_of_units_nor_padding_changes_anything(name: str) -> None:
+    """Sums are taken in another order, which rounds otherwise; of each row the gradient stays, and padding has none."""
+    objective = replace(preference(), mixture=Mixture({name: 1.0}, Settings(label_smoothing=1e-3)))
+    hidden, tensors = given()
+    order = torch.tensor([2, 0, 1])
+    rows = (torch.arange(SLOTS)[:, None] * UNITS + order).flatten()
+    moved = {**tensors, "labels": nn.functional.pad(tensors["labels"][rows], (0, 4), value=-100)}
+    moved |= {"reference": tensors["reference"][:, order], "desirable": tensors["desirable"][order]}
+    other = nn.functional.pad(hidden[rows], (0, 0, 0, 4), value=3.0)
+    hidden.requires_grad_()
+    other.requires_grad_()
+    losses = objective.loss(hidden, tensors), objective.loss(other, moved)
+    torch.testing.assert_close(*losses, rtol=8 * 2**-24, atol=0)
+    mine, theirs = (torch.autograd.grad(loss, of)[0] for loss, of in zip(losses, (hidden, other), strict=True))
+    torch.testing.assert_close(theirs[:, :TOKENS], mine[rows], rtol=32 * 2**-24, atol=2**-24 * float(mine.abs().max()))
+    assert not theirs[:, TOKENS:].any()

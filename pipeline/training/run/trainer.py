@@ -111,12 +111,14 @@ class Trainer:
                 self.times.ended("first step")
                 self.times.say()
                 self.first_step_done()
-            if clock.steps == unmoved.AFTER_STEPS or (self.step == total and clock.steps < unmoved.AFTER_STEPS):
+            if clock.steps == unmoved.AFTER_STEPS:
                 self._say_unmoved(clock.steps)
             self._after_step(last=self.step == total)
             self.reports.step_done()
             if self._boundary():
                 return self._stopped()
+        if 0 < clock.steps < unmoved.AFTER_STEPS:  # it ends before, by its length or its patience
+            self._say_unmoved(clock.steps)
         self._finish()
         if clock.mean_s:
             self.outcome(clock.mean_s, self.memory.peak())

@@ -1,5 +1,6 @@
 """What goes by the best evaluation: a run that ends early, and what follows a run. Oracle: losses that cannot change."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,16 @@ def test_a_run_that_gets_no_better_ends_and_its_best_is_what_follows(tmp_path: P
     run = only_run(tmp_path / "runs")
     assert max(line["step"] for line in metrics(run)) == 3
     assert "ended early: 2 evaluations in a row were not clearly better than" in output
+    still = re.search(r"after 3 steps (\d+) of (\d+) trained tensors have not moved", output)
+    assert still, "it ends before it would be asked"
+    assert 2 * int(still[1]) == int(still[2]), "every A; a B of zeros becomes 1e-30"
     assert saved_at.last_or_best(run, 3, best=True) == (run / "best_loss", 1)
     assert saved_at.step_of(run / "merged") == 1
     assert f"--lora {run / 'best_loss'}" in output
 
     again = train(1, "--config", toml, "--resume_from_checkpoint")
     assert "step 4/" not in again
+    assert "have not moved" not in again, "of no step there is nothing to say"
     assert "ended early" in again
     more = train(1, "--config", toml, "--resume_from_checkpoint", "--set", "early_stopping_patience=3")
     assert "step 4/9" in more

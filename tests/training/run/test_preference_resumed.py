@@ -91,6 +91,35 @@ def test_killed_half_way_through_a_save_and_resumed_is_bit_equal(root: Path) -> 
         assert numbers(both[0]) == numbers(both[1])
 
 
+@pytest.mark.slow
+def test_a_folder_beside_the_model_is_the_cached_one_and_resumed_bit_equal(root: Path) -> None:
+    """The folder's adapter takes the trained one's place in every step, on both stages, and leaves it as it was."""
+    toml = str(config(root, "sigmoid"))
+    common = [f"max_steps={STEPS}", "epochs=9", "eval_steps=2"]
+    first = run_plan(root, 2, [{"config": toml, "overrides": common}], name="first")["runs"][0]
+    cached = [*common, f"objective.reference.model='{first}/step{STEPS}'"]
+    live = [*cached, "objective.reference.precompute_ref_log_probs=false"]
+    plan = [
+        {"config": toml, "overrides": cached},
+        {"config": toml, "overrides": live},
+        {"config": toml, "overrides": live, "stop_after": 2},
+        {"config": toml, "overrides": live, "resume": 2},
+    ]
+    result = run_plan(root, 2, plan, name="beside")
+    runs = result["runs"]
+    assert result["codes"] == [0, 0, 75, 0]
+    assert_equal(final_state(runs[3]), final_state(runs[1]))
+    assert numbers(runs[3]) == numbers(runs[1])
+    of_cached, of_live, of_base = (
+        [{name: value for name, value in line.items() if name.endswith("/loss")} for line in numbers(run)]
+        for run in (runs[0], runs[1], first)
+    )
+    assert len(of_live) == len(of_cached) > STEPS
+    for ours, theirs in zip(of_live, of_cached, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert of_live[0] != pytest.approx(of_base[0], rel=1e-3), "it is not the base that is compared with"
+
+
 def test_a_start_that_is_not_the_runs_is_refused(tmp_path: Path) -> None:
     values = np.array([[-1.5, -2.0], [np.nan, np.nan]], np.float32)
     reference._write(tmp_path / "reference-a.arrow", values)

@@ -5,6 +5,8 @@ it takes the formulas.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from pipeline.training.start import prepare, resolve
 from tests.helpers import builders, plain_distances, stage_runs, unsplit
 from tests.helpers.data import prose
 from tests.helpers.stage_runs import Case, Result
-from tests.helpers.unsplit import GRADIENT_TOLERANCE
 
 STEPS, LR, EPS, RANK, ALPHA, BETA = 3, 1e-2, 1e-3, 4, 8, 0.5
 MICRO_BATCHES, UNITS = 4, 8  # of a step
+# A plain fp32 loop rounds about as often as ours, in another order, so both are off from fp64 alike. Most of it is what the sums
+# of log-probabilities leave in the factors of a step's 8 units, of which a norm is a draw of few.
+AS_NEAR = 4
 WORDS = prose(1500, seed=4).split()
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss_type": "sigmoid"},
@@ -137,13 +141,17 @@ def results(root: Path) -> Launched:
 class Oracle:
     """The whole model, a plain loop over the same units."""
 
-    def __init__(self, root: Path, name: str, initial: dict[str, Tensor]) -> None:
+    def __init__(
+        self, root: Path, name: str, initial: dict[str, Tensor], compared_with: "Oracle | None" = None
+    ) -> None:
+        """In fp64; or in fp32, beside the references that one in fp64 found, rounded: so the two do not err alike."""
+        dtype = torch.float32 if compared_with else torch.float64
         chosen = loading.load(str(root / f"{name}.toml"), None, [])
         spec = resolve.data_of(chosen)
         data = prepare.read_data(spec, tokenizer.load(chosen.model))
         batches = prepare.micro_batches(spec, data)
         self.mixture = Mixture(dict(zip(*_weights(OBJECTIVES[name]), strict=True)), Settings(beta=BETA))
-        self.model = unsplit.load(root / "cohere")
+        self.model = unsplit.load(root / "cohere", dtype)
         self.steps, position = [], Position()
         for _ in range(STEPS):
             micro, info = batches.step(position)
@@ -152,11 +160,17 @@ class Oracle:
         self.store: Any = batches.stores[0]
         self.held_out = [int(row) for row in data.evaluation["pairs"].rows]
         needed = sorted({unit for step in self.steps for batch in step for unit in batch} | set(self.held_out))
-        with torch.no_grad():
-            self.reference = {unit: self.sums(unit) for unit in needed}
         self.taps: list[dict[str, Any]] = OBJECTIVES[name].get("tap", [])
-        with torch.no_grad():
-            self.as_base = {unit: self.states(unit) for unit in needed} if self.taps else {}
+        if compared_with:
+            self.reference = {unit: sums.float() for unit, sums in compared_with.reference.items()}
+            self.as_base = {
+                unit: [{layer: state.float() for layer, state in row.items()} for row in rows]
+                for unit, rows in compared_with.as_base.items()
+            }
+        else:
+            with torch.no_grad():
+                self.reference = {unit: self.sums(unit) for unit in needed}
+                self.as_base = {unit: self.states(unit) for unit in needed} if self.taps else {}
         self.leaves = unsplit.with_multiplicative(self.model, initial, ALPHA / RANK)
 
     def sums(self, unit: int) -> Tensor:
@@ -165,7 +179,7 @@ class Oracle:
         for slot in self.store.slots:
             ids = torch.from_numpy(slot.ids(unit).copy()).long()
             ((start, end),) = slot.spans(unit)
-            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
             found.append(logits[start - 1 : end - 1].gather(1, ids[start:end, None]).sum())
         return torch.stack(found)
 
@@ -245,24 +259,29 @@ def _weights(objective: dict[str, Any]) -> tuple[list[str], list[float]]:
 def test_stages_train_what_the_whole_model_would(root: Path, results: Launched, name: str) -> None:
     result = results[name]
     oracle = Oracle(root, name, result.initial)
+    plain = Oracle(root, name, result.initial, oracle)
     with torch.no_grad():
         before = float(oracle.loss([oracle.held_out]))
     losses, gradients = oracle.run()
+    _, rounded = plain.run()
     assert result.losses == pytest.approx(losses, rel=1e-4, abs=1e-5)
     assert len(result.losses) == STEPS
-    for step, theirs in enumerate(gradients, start=1):
+    for step, (exact, other) in enumerate(zip(gradients, rounded, strict=True), start=1):
         ours = result.gradients(step)
-        assert ours.keys() == theirs.keys()
-        largest = max(unsplit.size(gradient) for gradient in theirs.values())
-        for key, gradient in theirs.items():
-            assert unsplit.size(ours[key] - gradient) <= 20 * step * GRADIENT_TOLERANCE * largest, (step, key)
+        assert ours.keys() == exact.keys()
+        assert apart(ours, exact) <= AS_NEAR * apart(other, exact), step
     if not LOSSES[next(iter(oracle.mixture.weights))].compares:
         assert result.evaluation(0)["pairs"] == pytest.approx(before, rel=1e-5, abs=1e-5)
         with torch.no_grad():
             after = float(oracle.loss([oracle.held_out]))
         assert result.evaluation(STEPS)["pairs"] == pytest.approx(after, rel=1e-4, abs=1e-5)
-    for key, leaf in oracle.leaves.items():
-        assert unsplit.size(result.weights[key] - leaf.detach()) <= 1e-3 * unsplit.size(leaf.detach())
+    weights = {key: leaf.detach() for key, leaf in oracle.leaves.items()}
+    assert apart(result.weights, weights) <= AS_NEAR * apart(plain.leaves, weights)
+
+
+def apart(some: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """The 2-norm of the difference of all tensors together."""
+    return math.sqrt(sum(unsplit.size(some[key].detach().double() - tensor) ** 2 for key, tensor in exact.items()))
 
 
 @pytest.mark.parametrize("name", QUICK)
