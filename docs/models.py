@@ -90,7 +90,7 @@ def record(files: Iterable[Path]) -> list[str]:
     new |= {family: {} for family in every_family() if family not in new}
     for family, cells in new.items():
         before = known.get(family, {})
-        stale = before if UNTRIED in cells or UNTRIED in before else {}
+        stale = before if cells and (UNTRIED in cells or UNTRIED in before) else {}
         known[family] = {column: cell for column, cell in before.items() if column not in stale} | cells
     order = (*COLUMNS, UNTRIED)
     families = {

@@ -44,7 +44,7 @@ def figures(inspection: Inspection) -> list[Figure]:
         names = [short_name(module.name) for module in inspection.modules]
         caption = (
             "How far what a module's first response writes is what a later layer's first detector looks for: |cos|, from 0 "
-            f"(empty) to {float(known.max()):.2g} (darkest)."
+            f"(empty) to {float(known.max()):.2g} (strongest)."
         )
         drawings.append((plots.shades(inspection.hand_overs_NN.tolist(), names), caption))
     found = []
