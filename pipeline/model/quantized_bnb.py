@@ -9,6 +9,7 @@ Importing this imports bitsandbytes, so it is imported where a base is quantised
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,44 @@ class Linear4bit(bnb.nn.Linear4bit):
             module=self,
         )
         return parameter.to(weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = self.weight.quant_state  # type: ignore[union-attr]
+        if x.device.type == "cpu" and self.in_features % state.blocksize:
+            return _Product4bit.apply(x, self)  # type: ignore[no-any-return]
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+class _Product4bit(torch.autograd.Function):
+    """x·Wᵀ, forward and backward in the layer's compute dtype, with W as `dequantised` gives it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        x = x.to(layer.compute_dtype)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return nn.functional.linear(x, _matrix(layer, x.dtype), bias).to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.to(ctx.layer.compute_dtype)
+        return (gradient @ _matrix(ctx.layer, gradient.dtype)).to(ctx.dtype), None
+
+
+def _matrix(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
+    weight: Any = layer.weight
+    return dequantised(weight.data, weight.quant_state).to(dtype)
+
+
+def dequantised(codes: Tensor, state: Any) -> Tensor:
+    """The matrix that these codes stand for, in the dtype it was quantised from.
+
+    It is unpacked as one row: on processors with AVX512 bitsandbytes 0.50.2 takes wrong scales for a matrix whose rows are no
+    multiple of a block, though blocks run over the ends of rows.
+    """
+    flat = copy(state)
+    flat.shape = torch.Size((1, state.shape.numel()))
+    return bnb.functional.dequantize_4bit(codes, flat).view(state.shape)
 
 
 class Linear8bit(bnb.nn.Linear8bitLt):
@@ -113,7 +152,7 @@ def _pack_four(scheme: Scheme, W: Tensor) -> Callable[[], Tensor]:
     codes, state = bnb.functional.quantize_4bit(
         W, compress_statistics=scheme.double_quant, quant_type=scheme.quant_type
     )
-    return lambda: bnb.functional.dequantize_4bit(codes, state).to(scheme.compute_dtype)
+    return lambda: dequantised(codes, state).to(scheme.compute_dtype)
 
 
 def _pack_eight(scheme: Scheme, W: Tensor) -> Callable[[], Tensor]:

@@ -121,7 +121,7 @@ def dequantise_into(whole: Any, stages: list[Stage]) -> Any:
     for stage in stages:
         for name, module in stage.model.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
-                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                weight = quantized_bnb.dequantised(module.weight.data, module.weight.quant_state)
             elif isinstance(module, bnb.nn.Linear8bitLt):
                 weight = bnb.functional.int8_vectorwise_dequant(module.weight.CB, module.weight.SCB)
             else:

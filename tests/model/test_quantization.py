@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from pipeline.console import UserError
+from pipeline.formats import nf4
 from pipeline.model import quantized, quantized_bnb
 from pipeline.model.fusion import apply as fusion
 from pipeline.model.stage import Stage, check_head, empty_model
@@ -178,6 +179,22 @@ def layer_of(plain: nn.Linear, scheme: Any) -> Any:
     if plain.bias is not None:
         made.bias = nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
     return made.train()
+
+
+def test_rows_that_are_no_multiple_of_a_block_have_their_own_scales() -> None:
+    """Blocks of 64 run over the ends of rows. bitsandbytes 0.50.2 forgets that, on processors with AVX512 alone."""
+    plain = nn.Linear(96, 48, bias=False)
+    W = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 49)[:, None]
+    plain.weight.data.copy_(W)
+    layer = layer_of(plain, NF4)
+    indices, absmax = nf4.quantise(W.flatten(), nf4.CODE, nf4.BLOCK)
+    right = nf4.dequantise(indices, absmax, nf4.CODE, nf4.BLOCK).view_as(W)
+    assert torch.equal(quantized_bnb.dequantised(layer.weight.data, layer.weight.quant_state), right)
+    x: Any = torch.randn(5, 96, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, x @ right.T)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, (2 * y.detach()) @ right)
 
 
 @pytest.mark.parametrize("scheme", [NF4, EIGHT], ids=["nf4", "8-bit"])

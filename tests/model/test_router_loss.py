@@ -149,7 +149,8 @@ def test_packed_documents_choose_as_each_does_alone(folders: dict[str, Path]) ->
 
 def test_what_travels_behind_the_hidden_state_is_counted() -> None:
     model = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)),
+        config=SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(hidden_size=8)),
+        parts=SimpleNamespace(streams=1),
         num_experts=4,
         dtype=torch.bfloat16,
     )

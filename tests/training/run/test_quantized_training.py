@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import loading
 from pipeline.console import UserError
+from pipeline.model import quantized_bnb
 from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
@@ -55,7 +56,7 @@ def dequantised(stage: Stage) -> None:
     """In place: plain linear layers with what the quantised ones stand for."""
     for name, module in list(stage.model.named_modules()):
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight = quantized_bnb.dequantised(module.weight.data, module.weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             weight = bnb.functional.int8_vectorwise_dequant(module.weight.CB, module.weight.SCB)
         else:
