@@ -92,13 +92,17 @@ def test_gradients_are_those_over_the_dequantised_weights(folder: Path, family: 
     expected = gradients(oracle, trained(oracle))
     assert len(expected) == 1 + len(trained(oracle))
     assert all(t.abs().max() > 0 for t in expected.values())
+    for stage in oracle:
+        stage.double()
+    exact = gradients(oracle, trained(oracle))
     for cuts in ([0, 4], [0, 2, 4]):
         stages = stages_of(folder, config, SCHEMES[scheme], cuts, plain=False)
         found = gradients(stages, trained(stages))
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            # fp32: the same products in another order of rounding, some forty of them behind one another.
-            assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), (name, cuts)
+            # fp32: the same products in another order of rounding; by how much that counts, fp64 says of the oracle's own.
+            allowed = max(1e-5 * tensor.norm(), 4 * (tensor - exact[name]).norm())
+            assert (found[name] - tensor).norm() <= allowed, (name, cuts)
 
 
 @pytest.mark.parametrize("family", only(QUICK, FAMILIES))
