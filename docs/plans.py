@@ -55,6 +55,7 @@ class Case(NamedTuple):
     keys: dict[str, Any]
 
 
+BOOKS = {"dataset_type": "textfile", "dataset_path": "books/*.txt", "sequence_len": 8192}
 AUTO = {"activation_checkpointing": "auto", "kernels": "all"}
 PAIRS = {
     "batch_size_tokens": None,
@@ -62,6 +63,7 @@ PAIRS = {
     "objective": {"type": "preference"},
     "datasets": [{"dataset_type": "preference", "dataset_path": "pairs/*.jsonl", "sequence_len": 8192}],
 }
+LONG = {**AUTO, "host_memory_gib": 128.0}
 CASES = [
     Case("2 × 24 GiB, a 12B model (Mistral Nemo's dimensions)", NEMO, "2x3090", AUTO),
     Case("2 × 24 GiB, Command-R 35B", COMMAND_R, "2x3090", AUTO),
@@ -86,6 +88,15 @@ CASES = [
     ),
     Case("1 × 80 GiB, Command-R 35B", COMMAND_R, "A100", AUTO),
     Case("1 × 80 GiB, Command-R 35B, with 64 GiB of host memory", COMMAND_R, "A100", {**AUTO, "host_memory_gib": 64.0}),
+    *(
+        Case(
+            f"2 × 80 GiB, Command-R 35B, rows of {tokens} tokens, with 128 GiB of host memory",
+            COMMAND_R,
+            "2xA100",
+            {**LONG, "batch_size_tokens": tokens, "datasets": [{**BOOKS, "sequence_len": tokens}]},
+        )
+        for tokens in (32768, 65536, 131072)
+    ),
 ]
 
 
@@ -108,7 +119,7 @@ def section(case: Case) -> str:
                 "pipeline_stages": stages,
                 "gradient_accumulation_steps": 16,
                 "optimizer": {"type": "adamw_kahan", "lr": 5e-6},
-                "datasets": [{"dataset_type": "textfile", "dataset_path": "books/*.txt", "sequence_len": 8192}],
+                "datasets": [BOOKS],
                 **case.keys,
             }
         )

@@ -9,6 +9,7 @@ Takes and gives what that does; a rank's facts also have `steps` and `evaluated`
     asked        whether the hidden state (or ids) given to the stage asked for a gradient, by forward pass
     ticks        length of every schedule that was run
     left         tensors that the pipeline's buffers still hold at the end
+    asked_host   numbers taken out of tensors, for each of which the host waits for a device
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.model.stage import Stage
 from pipeline.training.engine import evaluate as evaluation
@@ -51,10 +53,30 @@ def counted_train(case: Any, config: Any, place: Any, watcher: Any, facts: dict[
         train(case, config, place, watcher, facts, tensors)
 
 
+class Numbers(TorchDispatchMode):
+    """Counts what `item`, `float` and the like come down to."""
+
+    def __init__(self, counts: dict[str, Any]) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._counts["asked_host"] += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def counting(into: list[dict[str, Any]], engine: Callable[[], PipelineEngine]) -> Iterator[None]:
     """Append what happens inside to `into`."""
-    counts: dict[str, Any] = {"sent": [], "reduced": [], "saved": 0, "backward": 0, "asked": [], "ticks": []}
+    counts: dict[str, Any] = {
+        "sent": [],
+        "reduced": [],
+        "saved": 0,
+        "backward": 0,
+        "asked": [],
+        "ticks": [],
+        "asked_host": 0,
+    }
     send, backward, execute, forward = p2p.send, Tensor.backward, PipelineEngine._exec_schedule, Stage.forward
     reduce = dist.all_reduce
 
@@ -89,6 +111,7 @@ def counting(into: list[dict[str, Any]], engine: Callable[[], PipelineEngine]) -
         mock.patch.object(PipelineEngine, "_exec_schedule", counted_execute),
         mock.patch.object(Stage, "forward", counted_forward),
         torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor),
+        Numbers(counts),
     ):
         yield
     counts["left"] = sum(buffer is not None for kind in engine().pipe_buffers.values() for buffer in kind)

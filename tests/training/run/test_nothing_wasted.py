@@ -186,6 +186,16 @@ def test_replicas_exchange_the_adapters_gradients_and_nothing_else(cut: Cut, res
         assert sum(len(step["reduced"]) for step in rank["steps"]) > 0
 
 
+@pytest.mark.slow
+def test_the_host_waits_as_often_whatever_the_micro_batches(root: Path) -> None:
+    """A step's numbers (loss, norm, whether it is finite) are taken out once a step, not once a micro-batch."""
+    cuts = [Cut("0:3", (2, 2), 0, overrides=(f"gradient_accumulation_steps={n}",)) for n in (3, 9)]
+    results = stage_runs.run(2, [case(root, cut) for cut in cuts], root / "waits", WORKER)
+    few, many = ([[step["asked_host"] for step in rank["steps"]] for rank in results[str(cut)].ranks] for cut in cuts)
+    for ours, theirs in zip(few, many, strict=True):
+        assert ours[-1] == theirs[-1] > 0, (few, many)
+
+
 @over_cuts
 def test_work_of_a_step(cut: Cut, result: Callable[[Cut], Result]) -> None:
     """Stages below the first adapted one record nothing and have no backward; at it, the input asks for no gradient."""
