@@ -133,7 +133,7 @@ OF_PEFT: dict[str, Formula] = {
     "DELORA": lambda i, o, R, k: (i + o) * R + 1,
     "HIRA": lambda i, o, R, k: (i + o) * R,
     "LOHA": lambda i, o, R, k: 2 * (i + o) * R,
-    "ROAD": lambda i, o, R, k: 2 * o,
+    "ROAD": lambda i, o, R, k: o,  # an angle and a length for each pair of outputs
     "SHIRA": lambda i, o, R, k: (i + o) * R,
     "VERA": lambda i, o, R, k: o + R,
 }
