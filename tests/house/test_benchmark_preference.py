@@ -124,13 +124,14 @@ def test_with_retained_rows_of_the_topics_to_be_broken_the_terms_are_at_odds(see
             assert "incoherent" in row["lights"], dataset
 
 
-def test_smollm_learns_the_preference_and_loses_coherence() -> None:
+def test_smollm_learns_the_preference_and_stays_coherent() -> None:
     result = json.loads((docs.RESULTS / "preference_smollm.json").read_text(encoding="utf-8"))
     found = {(row["dataset"], row["measure"]): row for row in result["rows"] if row["adapter"] == "adapter"}
-    assert found["trained", "pref_acc_mean"]["value"] == 1
+    assert found["trained", "pref_acc_mean"]["value"] * 40 == pytest.approx(39)
+    assert found["other_quantities", "pref_acc_mean"]["value"] * 16 == pytest.approx(13, abs=0.01)
     for dataset in ("trained", "new_questions", "other_quantities"):
         assert found[dataset, "pref_acc_mean"]["delta_low"] > 0, dataset
-    assert {(light["what"], light["dataset"]) for light in result["settings"]["lights"]} == {
-        ("incoherent", dataset) for dataset in ("trained", "new_questions", "other_quantities", "other_answers")
-    }
-    assert found["other_answers", "nll"]["delta_low"] > 0
+    for dataset in ("trained", "new_questions"):  # the chosen answers
+        assert found[dataset, "nll"]["delta_high"] < 0, dataset
+    assert result["settings"]["lights"] == []
+    assert 0.05 < math.expm1(found["other_answers", "nll"]["delta"]) < 0.07
