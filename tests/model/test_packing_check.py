@@ -63,11 +63,13 @@ def test_no_family_that_is_accepted_shows_a_document_another(kind: str) -> None:
     """Of every family that transformers has: refused, or its logits of a second document are those of that document alone."""
     try:
         asked = config(kind)
+    except Exception as error:  # of transformers, which wants more of some families' configs
+        pytest.skip(str(error)[:200])
+    try:
         way = packing_check.check(asked)
-        model, _ = tiny_copy.tiny_copy(asked)
-    except Exception as refused:  # no such config, no copy, or a leak that the check itself has found
-        assert not isinstance(refused, AssertionError)
+    except UserError:  # no copy of it, or a leak that the check itself has found
         return
+    model, _ = tiny_copy.tiny_copy(asked)
     ids, others = torch.arange(8, 24)[None], torch.cat([torch.arange(31, 38), torch.arange(15, 24)])[None]
     positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
     given = {"position_ids": positions, **apart.WAYS[way](model, positions)}
