@@ -184,12 +184,12 @@ class _Search(Generic[How]):
         return high, longest
 
     def _furthest(self, limit: float) -> tuple[list[int] | None, float, float]:
-        """The furthest that the stages may end with no value above `limit`, 0 for the first's beginning; None where one cannot
+        """The furthest that the stages could end with no value above `limit`, 0 for the first's beginning; None where one cannot
         be. The largest value there, and the smallest that was too large: limits between them give the same."""
         bounds, largest, beyond = [0], -math.inf, math.inf
         for stage in range(self._stages):
             most = self._n - (self._stages - stage - 1)
-            furthest = 0
+            furthest = bounds[-1]  # where nothing may begin there, an earlier beginning may end there
             for first in {bounds[-1], max(stage, min(bounds[-1], self._fall - 1))}:
                 ends = range(first + 1 if stage < self._stages - 1 else most, most + 1)
                 n_open = bisect.bisect_right(ends, limit, key=lambda end, first=first: self._value(stage, first, end))
@@ -198,7 +198,7 @@ class _Search(Generic[How]):
                     largest = max(largest, self._value(stage, first, ends[n_open - 1]))
                 if n_open < len(ends):
                     beyond = min(beyond, self._value(stage, first, ends[n_open]))
-            if not furthest:
+            if furthest <= stage or (stage == self._stages - 1 and furthest < self._n):
                 return None, largest, beyond
             bounds.append(furthest)
         return bounds, largest, beyond
