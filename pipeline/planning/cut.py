@@ -23,6 +23,7 @@ from pipeline.console import UserError
 
 Ranges = list[tuple[int, int]]  # of layers, [first, end), one for each stage
 MOST = sys.float_info.max
+HALVINGS = 5
 
 How = TypeVar("How")
 
@@ -43,6 +44,10 @@ class _Split(NamedTuple, Generic[How]):
     squares: float
     ends: tuple[int, ...]
     choices: tuple[Choice[How], ...]
+
+    @property
+    def largest(self) -> float:
+        return max(choice.value for choice in self.choices)
 
 
 def undominated(choices: Iterable[Choice[How]]) -> list[Choice[How]]:
@@ -99,21 +104,26 @@ class _Search(Generic[How]):
     def of_all(self) -> _Split[How] | None:
         """The best of every cut.
 
-        `_least_limit` is the answer's largest value where host memory is not scarce. Otherwise the limit is raised, in steps
-        that double, until there is a split; nothing beyond that one's largest value has to be looked at.
+        `_least_limit` is the answer's largest value where host memory is not scarce. Otherwise the limit is raised, in growing
+        steps, until there is a split, and then halved back towards what was too little: the nearer it is to the answer, the
+        fewer ranges are within it.
         """
         if (least := self._least_limit()) is None:
             return None
         limit, longest = least
         if (split := self._within(limit, self._windows(limit))) is not None:
             return split
-        steps = [limit + (longest - limit) * 2.0**-i for i in range(10, -1, -1)]
-        for above in (*(step for step in steps if step > limit), MOST):
-            if (split := self._within(above, self._windows(above))) is not None:
-                largest = max(choice.value for choice in split.choices)
-                return self._least(self._windows(largest), limit, largest)
-            limit = above
-        return None
+        for step in (*((longest - limit) * 2.0 ** (-i / 2) for i in range(20, -1, -1)), MOST):
+            if (split := self._within(least[0] + step, self._windows(least[0] + step))) is not None:
+                break
+            limit = max(limit, least[0] + step)
+        if split is None:
+            return None
+        for _ in range(HALVINGS):
+            middle = limit + (split.largest - limit) / 2
+            nearer = self._within(middle, self._windows(middle))
+            limit, split = (middle, split) if nearer is None else (limit, nearer)
+        return self._least(self._windows(split.largest), limit, split.largest)
 
     def _least(self, windows: Ranges, above: float, largest: float) -> _Split[How] | None:
         """The best split whose largest value is within (above, largest]; the stages begin and end within `windows`."""
