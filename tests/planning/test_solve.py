@@ -361,7 +361,9 @@ def many_layers(n: int, every: int) -> ModelCost:
 
 
 @pytest.mark.parametrize("n_stages", [8, 16])
-@pytest.mark.parametrize("every", [1, 6], ids=["like layers", "layers of two kinds"])
+@pytest.mark.parametrize(
+    "every", [1, pytest.param(6, marks=pytest.mark.slow)], ids=["like layers", "layers of two kinds"]
+)
 @pytest.mark.parametrize(
     ("room", "host_gib", "most"),
     [(3.0, 0, 6), (1.35, 64, 20), (1.2, 512, 6), (1.0, 64, 6)],
