@@ -16,7 +16,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Generic, NamedTuple, TypeVar
 
 from pipeline.console import UserError
@@ -91,7 +91,7 @@ class _Search(Generic[How]):
         host_bytes: float,
         may_fall_at: int,
     ) -> None:
-        self._look = cache(choices)
+        self._look: Callable[[int, int, int], list[Choice[How]]] = cache(choices)
         self._n, self._stages, self._host_bytes, self._fall = n_layers, n_stages, host_bytes, may_fall_at
 
     def of_ranges(self, ranges: Ranges) -> _Split[How] | None:
@@ -125,11 +125,9 @@ class _Search(Generic[How]):
             limit, split = (middle, split) if nearer is None else (limit, nearer)
         return self._least(self._windows(split.largest), limit, split.largest)
 
-    def _least(self, windows: Ranges, above: float, largest: float) -> _Split[How] | None:
+    def _least(self, windows: Ranges | None, above: float, largest: float) -> _Split[How] | None:
         """The best split whose largest value is within (above, largest]; the stages begin and end within `windows`."""
-        values = {
-            c.value for _, _, of_cut in self._open(windows, largest) for c in of_cut if above < c.value <= largest
-        }
+        values = {c.value for of_cut in self._open(windows, largest) for c in of_cut if above < c.value <= largest}
         ordered = sorted(values)
         at = bisect.bisect_left(ordered, True, key=lambda limit: self._within(limit, windows) is not None)
         return self._within(ordered[at], windows) if at < len(ordered) else None
@@ -167,12 +165,11 @@ class _Search(Generic[How]):
                 return
             yield end, of_cut
 
-    def _open(self, windows: Ranges | None, limit: float) -> Iterator[tuple[int, int, list[Choice[How]]]]:
-        """First layer, end and choices of every stage within `windows` with a value that is not above `limit`."""
+    def _open(self, windows: Ranges | None, limit: float) -> Iterator[list[Choice[How]]]:
+        """The choices of every range within `windows` that has a value which is not above `limit`."""
         for stage, ((low, high), ends) in enumerate(itertools.pairwise(windows or ())):
             for first in range(low, high + 1):
-                for end, of_cut in self._ends(stage, first, ends, limit):
-                    yield first, end, of_cut
+                yield from (of_cut for _, of_cut in self._ends(stage, first, ends, limit))
 
     def _least_limit(self) -> tuple[float, float] | None:
         """The least limit with which the stages reach the last layer, each with all the host memory, and the largest value if
@@ -202,7 +199,7 @@ class _Search(Generic[How]):
             furthest = bounds[-1]  # where nothing may begin there, an earlier beginning may end there
             for first in {bounds[-1], max(stage, min(bounds[-1], self._fall - 1))}:
                 ends = range(first + 1 if stage < self._stages - 1 else most, most + 1)
-                n_open = bisect.bisect_right(ends, limit, key=lambda end, first=first: self._value(stage, first, end))
+                n_open = bisect.bisect_right(ends, limit, key=partial(self._value, stage, first))
                 if n_open:
                     furthest = max(furthest, ends[n_open - 1])
                     largest = max(largest, self._value(stage, first, ends[n_open - 1]))
@@ -226,11 +223,13 @@ class _Search(Generic[How]):
                 return None
             fall = min(max(self._fall, stage), end)
             before, behind = range(stage, fall), range(fall, end)
-            firsts = before if before and self._value(stage, before[-1], end) <= limit else behind
-            # Values fall with a later beginning.
-            at = bisect.bisect_left(firsts, -limit, key=lambda first, end=end: -self._value(stage, first, end))
+            firsts = before if before and self._is_open(stage, end, limit, before[-1]) else behind
+            at = bisect.bisect_left(firsts, True, key=partial(self._is_open, stage, end, limit))
             earliest.append(firsts[at] if at < len(firsts) else end)
         return [(0, 0), *zip(earliest[::-1][: self._stages - 1], latest[1:-1], strict=True), (self._n, self._n)]
+
+    def _is_open(self, stage: int, end: int, limit: float, first: int) -> bool:
+        return self._value(stage, first, end) <= limit
 
     def _value(self, stage: int, first: int, end: int) -> float:
         """The least for these layers with all the host memory; infinite where nothing is possible."""
