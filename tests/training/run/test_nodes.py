@@ -15,6 +15,7 @@ import pytest
 from tests.helpers import nodes
 from tests.helpers.builders import metrics, only_run, train, write_config
 from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers
+from tests.training.run.test_preference_trained import write_rows
 from tests.training.run.test_stop import gone
 
 
@@ -248,3 +249,33 @@ def test_replicas_lie_across_nodes_and_pipelines_within(tmp_path: Path, base: Pa
     assert adapter_of(two, 3) == adapter_of(one, 3), said
     assert numbers(str(two)) == numbers(str(one))
     assert_equal(final_state(str(two), 3), final_state(str(one), 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["full fine-tuning", "a start to compare with"])
+def test_disks_apart_all_that_a_run_keeps_is_on_the_first(tmp_path: Path, base: Path, one: Path, what: str) -> None:
+    """Whole models, and what the reference said before the first step, which a resumption reads: as one machine has them."""
+    settings: dict[str, Any] = {"full_fine_tune": True}
+    settings |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform"))
+    if what != "full fine-tuning":
+        write_rows(tmp_path)
+        rows = {"dataset_type": "preference", "dataset_path": str(tmp_path / "preference.jsonl"), "sequence_len": 64}
+        settings = {
+            "datasets": [{"name": "pairs", **rows}],
+            "objective": {"type": "preference", "loss_type": "sigmoid", "reference": {"model": "start"}},
+            "init_adapter": str(one / "step3"),
+        }
+    path = config(tmp_path, base, "two", 4, output_dir="runs", after_training=[], **settings)
+    nodes.deepspeed(tmp_path, "--config", path, "--set", "max_steps=2")
+    assert "resumed:  after step 2" in nodes.deepspeed(tmp_path, "--config", path, "--resume_from_checkpoint")
+    train(2, "--config", config(tmp_path, base, "one", 4, after_training=[], **settings))
+    first, second = (tmp_path / f"node{node}" / "runs" for node in (0, 1))
+    two, whole = only_run(first), only_run(tmp_path / "one")
+    assert tensors_in(two / "step4") == tensors_in(whole / "step4")
+    assert numbers(str(two)) == numbers(str(whole))
+    assert_equal(final_state(str(two), 4), final_state(str(whole), 4))
+    assert not list((second / two.name).rglob("*.safetensors"))
+    kept = [{file.name: file.read_bytes() for file in run.glob("reference-*.arrow")} for run in (two, whole)]
+    assert kept[0] == kept[1]
+    assert bool(kept[0]) == (what != "full fine-tuning")
+    assert not list(second.rglob("reference-*.arrow"))
