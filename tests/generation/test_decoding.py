@@ -36,7 +36,9 @@ NO_CACHE = {
     "openai-gpt": "takes no cache",
     "xlnet": "takes no cache",
 }
-QUICK = ("llama", "gpt_oss", "qwen3_next", "gemma3_text", "minimax")
+# From a cache they go on by one token, and drop their state where it is several.
+BY_ONE_ONLY = ("falcon_mamba", "jamba", "mamba", "recurrent_gemma")
+QUICK = ("llama", "gpt_oss", "qwen3_next", "gemma3_text", "minimax", "moshi")
 FAMILIES = [
     pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -81,7 +83,7 @@ def test_greedy_is_generates_token_for_token(kind: str) -> None:
             with pytest.raises(UserError, match=NO_CACHE[kind]):
                 cache_check.check(whole.config, ranges, "[samples]: leave it out")
             continue
-        cache_check.check(whole.config, ranges, "[samples]: leave it out")
+        assert cache_check.check(whole.config, ranges, "[samples]: leave it out") == (kind not in BY_ONE_ONLY)
         prompt = tiny_copy.token_ids()
         said = ours(stages_of(whole, ranges), prompt[0].tolist()).tokens
         assert said == theirs(whole, prompt) == theirs(whole, prompt, use_cache=False)
