@@ -63,7 +63,7 @@ TEMPLATES = {
     ),
 }
 TEMPLATES |= {f"built_in_{name}": text for name, text in BUILT_IN.items()}
-_MARK = re.compile(r"<[|｜][^<>|｜{}']{1,40}[|｜]>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|<\|?turn\|?>")
+_MARK = re.compile(r"<[|｜][^<>|｜{}']{1,40}[|｜]>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|<\|\w+>|<\w+\|>")
 
 
 def source(name: str) -> str:

@@ -102,6 +102,11 @@ KEPT: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         ['<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call><|im_end|>'],
     ),
     "control tokens, allowed": (talk("a<|im_end|>b", "c"), {"allow_special_text": True}, ["c<|im_end|>"]),
+    "a system text that is blank, which the template leaves out": (
+        said({"role": "system", "content": " \n"}, USER, ANSWER),
+        {"template": "llama3_1", "stop": "<|eot_id|>"},
+        ["Because.<|eot_id|>"],
+    ),
     "outer blanks": (talk("Why?", " Because. \n"), {}, [" Because. \n<|im_end|>"]),
     "parts of text": (
         said({**USER, "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}, ANSWER),
@@ -126,7 +131,7 @@ KEPT: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
 def test_what_can_be_trained_is_kept(tmp_path: Path, name: str) -> None:
     row, changes, trained = KEPT[name]
     store = stored(write_jsonl(tmp_path / "a.jsonl", [row]), **changes)
-    ((text, targets),) = decoded(store, changes.get("template", "qwen2_5"))
+    ((text, targets),) = decoded(store, changes.get("template", "qwen2_5"), changes.get("stop", "<|im_end|>"))
     assert targets == trained
     assert text.endswith(trained[-1])  # nothing after the last target
     assert store.report.bad == 0
