@@ -158,7 +158,9 @@ class StageCache(DynamicCache):
         if index in self._own or index >= len(self.layers):
             return index
         kind = type(self.layers[index])
-        filled = (i for i, layer in enumerate(self.layers) if type(layer) is kind and getattr(layer, "is_initialized", False))
+        filled = (
+            i for i, layer in enumerate(self.layers) if type(layer) is kind and getattr(layer, "is_initialized", False)
+        )
         return next(filled, index)
 
 

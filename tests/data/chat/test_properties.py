@@ -33,7 +33,14 @@ ENDS = {
     "<｜end▁of▁sentence｜>": ("deepseekv3", "deepseek_r1_distill"),
     "<|im_end|>": (
         *("lfm2_training", "lfm2_v2", "lfm2_v2_training", "lfm2_2_5_v2", "lfm2_2_5_vl", "nemotron_3_nano_training"),
-        *("nemotron_3_5_lightning", "nemotron_3_super", "nemotron_3_ultra", "qwen2_5_training", "qwen2_5_vl", "qwen3_6"),
+        *(
+            "nemotron_3_5_lightning",
+            "nemotron_3_super",
+            "nemotron_3_ultra",
+            "qwen2_5_training",
+            "qwen2_5_vl",
+            "qwen3_6",
+        ),
         *("qwen3_training", "qwen3_5_nothink_training", "qwen3_5_think_training", "qwen3_8", "qwen3_vl", "smollm2"),
         *("qwen3_instruct_2507_training",),
     ),
@@ -63,7 +70,11 @@ TOOLS = [
         "function": {
             "name": "sum",
             "description": "Adds.",
-            "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "one"}}, "required": ["a"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer", "description": "one"}},
+                "required": ["a"],
+            },
         },
     }
 ]
