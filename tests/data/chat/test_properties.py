@@ -59,6 +59,7 @@ REASONS = (
     "the template leaves out tools' answers",
     "the template leaves out the system text",
     "the template does not write this turn after its own prompt for it",
+    "the template writes nothing for a turn of the assistant",
     "no turn of it is trained",
     "empty answer",
     "there is no turn of the assistant",
