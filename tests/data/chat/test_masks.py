@@ -170,10 +170,11 @@ def test_a_turn_that_goes_on_where_the_one_before_stopped_is_refused_with_the_re
 
 
 def test_a_turn_of_which_the_template_writes_nothing_is_refused() -> None:
-    """Gemma 4 takes the blanks off an answer to a tool's, and ends no turn in which nothing is left."""
+    """Gemma 4 takes the blanks off an answer, and where the call before it had words, too, it ends no turn that is left empty."""
     template, _ = chat.template("gemma4_v5", ("<turn|>", "<|tool_response>"))
     blank = {"role": "assistant", "content": "\n\n"}
-    talk = conversation({"messages": [USER, CALL, {"role": "tool", "content": "1"}, blank, USER]}, Fields())
+    call, result = {**CALL, "content": "Let me add."}, {"role": "tool", "content": "1"}
+    talk = conversation({"messages": [USER, call, result, blank, USER]}, Fields())
     with pytest.raises(Refused, match="the template writes nothing for a turn of the assistant"):
         derive.texts(talk, template, derive.Rules(10**6))
 
