@@ -36,8 +36,8 @@ def of_start(run: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """`train.py` with a pair to a micro-batch, dropout, which the reference must not see, and a checkpoint after every second step:
-    its arguments, and the run of them to its end."""
+    """The arguments of `train.py` and a folder, where the run of them is whole: a pair to a micro-batch, a checkpoint after every
+    second step, and dropout, which the reference must not see."""
     root = tmp_path_factory.mktemp("commands")
     builders.save_model(root / "cohere", "cohere", logit_scale=1.0)
     write_rows(root)
@@ -56,7 +56,7 @@ def left_by(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]
 
 
 def test_killed_in_a_step_and_resumed_is_bit_equal(commands: tuple[list[str], Path]) -> None:
-    """One process gets SIGKILL in the step after the next checkpoint would have been due last; the others end with it."""
+    """One process gets SIGKILL in the step whose end would have been the next checkpoint, and the launcher ends the other."""
     arguments, root = commands
     arguments = [*arguments, "--set", f"output_dir={str(root / 'killed')!r}"]
     faulty = WORKERS / "faulty_train.py"

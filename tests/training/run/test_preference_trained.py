@@ -270,6 +270,12 @@ class Oracle:
         return self.of_units([self.held_out])
 
 
+def _weights(objective: dict[str, Any]) -> tuple[list[str], list[float]]:
+    names = objective["loss_type"]
+    names = [names] if isinstance(names, str) else names
+    return names, objective.get("loss_weights", [1.0] * len(names))
+
+
 class Trained(NamedTuple):
     """What a plain loop computed: of each step the losses of its units [STEPS, U] and the gradients; those of the held-out units
     before and after [2, U]; the weights in the end."""
