@@ -205,14 +205,15 @@ def test_both_answers_begin_at_one_place(tmp_path: Path) -> None:
     assert len(starts) == 1
 
 
-def test_a_template_that_rewrites_its_prompt_goes_by_ids(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "end"), [("thinks_in_the_prompt", "<|end|>"), ("thinks_in_the_prompt_without_an_end", STOP)]
+)
+def test_a_template_that_rewrites_its_prompt_goes_by_ids(tmp_path: Path, template: str, end: str) -> None:
     """Its generation prompt opens a thought that a row without one does not have: TRL's rule, and it is counted."""
     row = {"prompt": USER, "chosen": ANSWER, "rejected": NO}
-    store = stored(tmp_path, [row], template="thinks_in_the_prompt")
-    assert [text.split("«")[1].startswith(("Yes.", "No.")) for text in shown(store, "thinks_in_the_prompt")[0]] == [
-        True,
-        True,
-    ]
+    store = stored(tmp_path, [row], template=template)
+    answers = [text.split("«")[1] for text in shown(store, template)[0]]
+    assert answers == [f"Yes.{end}»", f"No.{end}»"]
     assert any("straddles" in note for note in store.report.notes)
 
 
@@ -254,9 +255,10 @@ def test_an_end_that_is_the_padding_token_too_is_trained(tmp_path: Path, monkeyp
         {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
         {"prompt": "a", "chosen": " long" * 9, "rejected": "b"},
     ]
-    monkeypatch.setattr(chat.tokenizer("qwen2_5", STOP), "pad_token", STOP)
-    store = stored(tmp_path, rows)
-    stop = chat.tokenizer("qwen2_5", STOP).eos_token_id
+    tokenizer = chat.tokenizer("qwen2_5", STOP)
+    monkeypatch.setitem(tokenizer._special_tokens_map, "pad_token", STOP)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    store, stop = stored(tmp_path, rows), tokenizer.eos_token_id
     batch = Layout([store], 2, None).micro_batch(whole_rows(store), 1.0)
     assert batch.input_ids.shape[0] == 4
     for row, length in enumerate(batch.lengths.tolist()):
@@ -274,7 +276,7 @@ def test_what_is_too_long_loses_its_end(tmp_path: Path) -> None:
     rows = [
         {"prompt": prompt, "chosen": long, "rejected": " no"},
         {"prompt": long, "chosen": " a", "rejected": " b"},
-        {"prompt": "!" * 19, "chosen": " yes", "rejected": " no"},
+        {"prompt": "!?" * 9 + "!", "chosen": "yes", "rejected": "no"},
         {"prompt": prompt, "chosen": f"{long} x", "rejected": f"{long} y"},
         {"prompt": prompt, "chosen": " yes", "rejected": " no"},
     ]
