@@ -57,6 +57,10 @@ TEMPLATES = {
         "{{ call.function.name }}({{ call.function.arguments | tojson }})#{{ call.id }}{% endfor %}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
+    "thinks_in_the_prompt_without_an_end": (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    ),
     "two_bos": (
         "{{ bos_token }}{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -93,6 +93,17 @@ def of_message(messages: Sequence[Message], tools: Any, index: int, template: Te
     return Turn(index, prompt, reply, _end_length(reply, template))
 
 
+def whole(messages: Sequence[Message], template: Template) -> tuple[str, int]:
+    """The messages to the end of the last one's turn, whatever their prompt is written like; how many of the last characters are
+    that end. Refused if the template cannot say it."""
+    try:
+        full = template.render(messages)
+    except NotRendered as error:
+        raise Refused(f"the template raises: {error}") from None
+    text = full[: _end_of_reply(full, bool(messages[-1].get("tool_calls")), template)]
+    return text, _end_length(text, template)
+
+
 def _end_of_reply(text: str, calls_tools: bool, template: Template) -> int:
     """Where the end of turn ends in what follows a prompt; a turn that calls tools may have an end of its own."""
     tail, end = template.tail, template.end_of_turn
