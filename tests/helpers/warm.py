@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
 from tests.helpers.paths import ROOT
 
 LIBRARIES = (
@@ -221,6 +219,8 @@ def _put(environment: Mapping[str, str]) -> None:
 
 def _launch(request: dict[str, Any]) -> list[str]:
     """Be the launcher to the end of the run; in a process that it starts, returns the script and its arguments."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
     launch = importlib.import_module(request["module"])
     os.setsid()
     node, others = _fork_for_others(len(request["folders"]))
