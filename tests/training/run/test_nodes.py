@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.training.nodes.records import EXCHANGE_S
 from tests.helpers import nodes
 from tests.helpers.builders import metrics, only_run, train, write_config
 from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers
@@ -141,10 +142,11 @@ def under_way(tmp_path: Path, base: Path, *options: str) -> tuple[list[subproces
 @pytest.mark.slow
 def test_a_rank_killed_on_one_node_is_named_on_the_other(tmp_path: Path, base: Path) -> None:
     launchers, ranks, _ = under_way(tmp_path, base)
+    time.sleep(3 * EXCHANGE_S)  # until then the other node has it that this one was starting
     os.kill(ranks[1], signal.SIGKILL)
     assert gone(ranks, 45), "orphans"
     said = nodes.ended(launchers, 60)
-    assert f"rank 0: lost rank 1 on {os.uname().nodename} (process {ranks[1]}): step " in said[0]
+    assert f"rank 0: lost rank 1 on {os.uname().nodename} (process {ranks[1]}): step " in said[0], said[0]
 
 
 @pytest.mark.slow
