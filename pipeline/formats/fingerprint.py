@@ -36,7 +36,7 @@ def fingerprint(base: Base) -> str:
 
 
 def of_all(base: Base) -> str:
-    """As `fingerprint`, of the config and three rows of every tensor, the head too: for what is computed with the model and kept."""
+    """As `fingerprint`, of the config and of every tensor, the head too: for what is computed with the model and kept."""
     config = hashlib.sha256(json.dumps(base.config, sort_keys=True).encode()).hexdigest()
     return config[:DIGITS] + _digest(base, sorted(_with_numbers(base)))
 

@@ -67,8 +67,8 @@ class Pass:
 def attached(data: Data, run: Pass, run_dir: Path, came_from: Path | None) -> tuple[Data, dict[str, str]]:
     """The data with the reference's numbers, and for a checkpoint the SHA-256 of those that belong to the run, by file.
 
-    `run_dir`: this run's folder; `came_from`: that of the checkpoint it goes on from. All processes must come here. UserError where
-    rows are to be compared with a start that is gone.
+    `run_dir`: this run's folder; `came_from`: that of the checkpoint it goes on from. All processes must come here. UserError
+    where rows are to be compared with a start that is gone.
     """
     stores: dict[int, UnitRows] = {}
     rows: dict[int, list[NDArray[np.int64]]] = {}

@@ -204,7 +204,7 @@ def test_a_start_is_never_made_of_the_adapter_that_was_trained(tmp_path: Path, m
     found = reference._numbers(run, store, np.array([0]), there, there, too_late=True)
     assert np.array_equal(found, values, equal_nan=True)
     for source, rows in ((tmp_path / "reference-b.arrow", [0]), (there, [0, 1])):
-        with pytest.raises(UserError, match="'more' before it was trained .* cannot be made again"):
+        with pytest.raises(UserError, match=r"'more' before it was trained .* cannot be made again"):
             reference._numbers(run, store, np.array(rows), source, source, too_late=True)
 
 
