@@ -64,6 +64,7 @@ def model_config(kind: str = "cohere", layers: int = 4, **changes: Any) -> Any:
         "gemma2": "Gemma2Config",
         "gemma3n_text": "Gemma3nTextConfig",
         "gemma4_text": "Gemma4TextConfig",
+        "mamba": "MambaConfig",
         "mixtral": "MixtralConfig",
         "granite": "GraniteConfig",
         "qwen2": "Qwen2Config",

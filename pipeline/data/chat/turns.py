@@ -86,6 +86,10 @@ def of_message(messages: Sequence[Message], tools: Any, index: int, template: Te
         raise Refused("the template does not write this turn after its own prompt for it", detail)
     text = full[len(prompt) :]
     reply = text[: _end_of_reply(text, bool(messages[index].get("tool_calls")), template)]
+    if not reply and template.end_of_turn:
+        raise Refused(
+            "the template writes nothing for a turn of the assistant", "leave the turn out; its text is blank"
+        )
     return Turn(index, prompt, reply, _end_length(reply, template))
 
 
