@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from pipeline import drawing
 from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA
@@ -71,7 +72,7 @@ def curve(facts: Facts) -> bytes:
     """The losses over the steps, as an SVG file."""
     found = {"training": facts.training, **facts.evaluation}
     series = {name: [Value(loss.step, loss.loss) for loss in losses] for name, losses in found.items() if losses}
-    return pictures.alone(pictures.svg(pictures.lines(series, "loss"), "losses"))
+    return drawing.alone(drawing.svg(pictures.lines(series, "loss"), "losses", "losses by step"))
 
 
 def contents(folder: Path, facts: Facts) -> str:
