@@ -1,7 +1,7 @@
 """Matplotlib's figures as elements of a page, and as files.
 
-Takes figures drawn in STYLE; gives SVG whose text and axes have the colour of the text around them, so that a page can be light or
-dark, and PNG on white paper. Needs no display.
+Takes figures drawn in STYLE; gives SVG whose text and axes have the colour of the text around them, so that a page can be light
+or dark, and PNG on white paper. Needs no display.
 """
 
 import io
@@ -47,8 +47,8 @@ STYLE: dict[Any, Any] = {
 def svg(figure: Figure, name: str, label: str, colours: Mapping[str, str] | None = None) -> str:
     """The picture as an element of a page, well-formed without namespaces.
 
-    `name` begins every id, so that they differ from those of other pictures there. `label`: what is drawn, for those who do not see
-    it. `colours`: by a colour that the figure was drawn in, the one that takes its place in the page.
+    `name` is its class and begins every id, so that they differ from those of other pictures there. `label`: what is drawn, for
+    those who do not see it. `colours`: by a colour that the figure was drawn in, the one that takes its place in the page.
     """
     out = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -58,7 +58,7 @@ def svg(figure: Figure, name: str, label: str, colours: Mapping[str, str] | None
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for drawn, shown in {INK: "currentColor", **(colours or {})}.items():
         text = text.replace(drawn, shown)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return text.replace("<svg", f'<svg class="{name}" role="img" aria-label="{escape(label)}"', 1)
 
 
 def alone(svg: str) -> bytes:

@@ -1,7 +1,7 @@
 """The drawings of an inspection: figures by layer, gains, eigenvalues in the complex plane, a table of overlaps as shades.
 
-Takes plain numbers and names; gives matplotlib's SVG as an element of the page. A series (`c0`, `c1`, …), an effect and a cell have
-the colours of the page's variables of that name, light or dark, and each mark says under the pointer what it is.
+Takes plain numbers and names; gives matplotlib's SVG as an element of the page. A series (`c0`, `c1`, …), an effect and a cell
+have the colours of the page's variables of that name, light or dark, and each mark says under the pointer what it is.
 """
 
 import math
@@ -16,7 +16,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from pipeline import drawing
 from pipeline.drawing import HEIGHT, INK, STYLE, WIDTH
@@ -52,9 +52,15 @@ def by_layer(series: Mapping[str, Sequence[Point]], *, y_name: str, log: bool, l
         for number, points in enumerate(kept.values()):
             drawn = [p for p in points if not log or p.y >= largest * 1e-6]
             hints[f"series{number}"] = _dots(axes, f"series{number}", f"c{number % COLOURS}", drawn, line=lines)
-        if any(hints.values()):
-            axes.set_ylim(**({} if log else {"bottom": 0.0, "top": largest * 1.08 or 1.0}))
-            axes.set_yscale("log" if log else "linear")
+        if any(hints.values()) and log:
+            least = min(y for line in axes.lines for y in line.get_ydata())
+            axes.set_yscale("log")
+            axes.set_ylim(least / 1.5, largest * 1.5)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if largest > 4 * least else MaxNLocator(5))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        elif any(hints.values()):
+            axes.set_ylim(0.0, largest * 1.08 or 1.0)
         else:
             axes.text(0.5, 0.5, "nothing to draw: all are zero", ha="center", transform=axes.transAxes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -89,7 +95,7 @@ def plane(points: Sequence[tuple[complex, str, str]], *, zoomed: bool) -> str:
             dots = [Point(v.real, v.imag, f"λ = {complex_number(v)} {what}. {hint}") for v, _, hint in of_effect]
             hints[what] = _dots(axes, what, what, dots)
         axes.set(xlim=(left, right), ylim=(-up, up), xlabel="Re λ", ylabel="Im λ")
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_aspect("equal")
     return _element(figure, f"plane{'-near' if zoomed else ''}", "eigenvalues of s·A·B in the complex plane", hints)
 
 

@@ -247,7 +247,9 @@ def test_the_curve_is_the_losses(tmp_path: Path) -> None:
     svg = "{http://www.w3.org/2000/svg}"
     root = ElementTree.fromstring(curve(facts).decode())
     assert root.tag == f"{svg}svg"
-    lines = {e.attrib["id"]: e.find(f"{svg}path") for e in root.iter(f"{svg}g") if e.get("id", "").startswith("losses-line")}
+    lines = {
+        e.attrib["id"]: e.find(f"{svg}path") for e in root.iter(f"{svg}g") if e.get("id", "").startswith("losses-line")
+    }
     drawn = []
     for number in range(2):
         path = lines[f"losses-line{number}"]
