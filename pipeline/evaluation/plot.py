@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from pipeline.drawing import shown
 from pipeline.evaluation.cells import BASE, ROLES, Cell
+from pipeline.pages.drawing import shown
 
 PANEL_INCHES, ROW_INCHES, EDGE_INCHES = 3.4, 0.34, 1.3
 DPI = 130

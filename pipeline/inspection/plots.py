@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from pipeline import drawing
-from pipeline.drawing import HEIGHT, INK, STYLE, WIDTH
 from pipeline.inspection.words import ORDER, complex_number
+from pipeline.pages import drawing
+from pipeline.pages.drawing import HEIGHT, INK, STYLE, WIDTH
 
 COLOURS = 6  # series of different colours; more than these begin again
 VARIABLES = (*(f"c{number}" for number in range(COLOURS)), *map(str, ORDER), "cell")
@@ -53,7 +53,7 @@ def by_layer(series: Mapping[str, Sequence[Point]], *, y_name: str, log: bool, l
             drawn = [p for p in points if not log or p.y >= largest * 1e-6]
             hints[f"series{number}"] = _dots(axes, f"series{number}", f"c{number % COLOURS}", drawn, line=lines)
         if any(hints.values()) and log:
-            least = min(y for line in axes.lines for y in line.get_ydata())
+            least = min(p.y for points in kept.values() for p in points if p.y >= largest * 1e-6)
             axes.set_yscale("log")
             axes.set_ylim(least / 1.5, largest * 1.5)
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if largest > 4 * least else MaxNLocator(5))

@@ -11,12 +11,12 @@ from typing import Any
 import tomli_w
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pipeline import drawing
 from pipeline.artifacts.adapter.adapter import CONFIG_FILE, OWN_TYPE
 from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA
 from pipeline.files import atomic_file
 from pipeline.foreign import read_front_matter, read_object
+from pipeline.pages import drawing
 from pipeline.publishing import card_text
 from pipeline.publishing.facts import Facts
 from pipeline.publishing.markdown import environment

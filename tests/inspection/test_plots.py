@@ -8,9 +8,9 @@ from xml.etree.ElementTree import Element, fromstring
 
 import pytest
 
-from pipeline import drawing
 from pipeline.inspection import plots
 from pipeline.inspection.plots import Point
+from pipeline.pages import drawing
 
 
 def marks(svg: str) -> dict[str, Element]:

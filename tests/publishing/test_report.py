@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline import drawing
 from pipeline.console import UserError
+from pipeline.pages import drawing
 from pipeline.publishing.report import beside, comparison, page, pictures
 from pipeline.publishing.report.beside import Reports
 from pipeline.publishing.report.read import Value, read

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import drawing
 from pipeline.console import UserError, log
 from pipeline.files import atomic_file, check_file_free
+from pipeline.pages import drawing
 from pipeline.publishing.report import pictures
 from pipeline.publishing.report.page import environment
 from pipeline.publishing.report.read import Run, Series, read

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jinja2
 import tomli_w
 
-from pipeline import drawing, templates
 from pipeline.console import duration, gib
 from pipeline.files import atomic_file
 from pipeline.generation.shown import ending
+from pipeline.pages import drawing, templates
 from pipeline.publishing import card_text, next_steps
 from pipeline.publishing.report import pictures
 from pipeline.publishing.report.read import Run, read

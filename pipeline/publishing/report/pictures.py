@@ -1,6 +1,6 @@
 """The pictures of a report, drawn by matplotlib: lines over steps, norms by module, memory by stage.
 
-Takes series of numbers; gives figures, which pipeline/drawing.py makes part of a page. Needs no display.
+Takes series of numbers; gives figures, which pipeline/pages/drawing.py makes part of a page. Needs no display.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.drawing import COLOURS, HEIGHT, STYLE, WIDTH, shown
 from pipeline.names import natural_order
+from pipeline.pages.drawing import COLOURS, HEIGHT, STYLE, WIDTH, shown
 from pipeline.publishing.report.read import Series
 
 MOST_POINTS = 1500  # of one line: more cannot be told apart
