@@ -164,11 +164,13 @@ def half_of_the_run() -> int:
     """Half of the adapter's steps, from its configuration and the cut text, without training."""
     from pipeline.config.loading import load
     from pipeline.data import tokenizer
-    from pipeline.training.start import prepare, resolve
+    from pipeline.training.data import specs
+    from pipeline.training.data.batches import micro_batches
+    from pipeline.training.data.read import read_data
 
     config = load("quickstart.toml")
-    data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
-    return prepare.micro_batches(resolve.data_of(config), data).steps_per_epoch(0) * (config.epochs or 1) // 2
+    data = read_data(specs.data_of(config), tokenizer.load(config.model))
+    return micro_batches(specs.data_of(config), data).steps_per_epoch(0) * (config.epochs or 1) // 2
 
 
 def merged_loss() -> float:
@@ -178,10 +180,11 @@ def merged_loss() -> float:
 
     from pipeline.config.loading import load
     from pipeline.data import tokenizer
-    from pipeline.training.start import prepare, resolve
+    from pipeline.training.data import specs
+    from pipeline.training.data.read import read_data
 
     config = load("quickstart.toml")
-    rows = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model)).evaluation["held_out"]
+    rows = read_data(specs.data_of(config), tokenizer.load(config.model)).evaluation["held_out"]
     model = AutoModelForCausalLM.from_pretrained(HERE / "merged").eval()
     total = 0.0
     with torch.no_grad():

@@ -18,9 +18,9 @@ from pathlib import Path  # noqa: E402
 
 from pipeline.console import TERMINAL, debug, log_if_slow, run_command  # noqa: E402
 from pipeline.log_file import LogFile  # noqa: E402
-from pipeline.training.run.start_times import StartTimes  # noqa: E402
 from pipeline.training.start import launch  # noqa: E402
 from pipeline.training.start.arguments import parse  # noqa: E402
+from pipeline.training.start.times import StartTimes  # noqa: E402
 from pipeline.version import NAME, full  # noqa: E402
 
 IMPORTING = "starting: importing torch, transformers and DeepSpeed"

@@ -39,7 +39,7 @@ from pipeline.training.optim.inner import make_inner
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.stage import families as adapter_families
 from pipeline.training.stage import parts
-from pipeline.training.start import resolve
+from pipeline.training.start import resolve, to_train
 
 CPU = torch.device("cpu")
 
@@ -128,9 +128,9 @@ class Variant:
         if name.startswith(FROZEN):
             return
         began = time.perf_counter()
-        adapter = resolve.adapter_of(config, targets)
+        adapter = to_train.adapter_of(config, targets)
         if config.peft:
-            asked = resolve.asked_of(config.peft.model_dump(), config.lora_dropout, targets, model)
+            asked = to_train.asked_of(config.peft.model_dump(), config.lora_dropout, targets, model)
             adapter = replace(adapter, by_peft=asked)
         adapter_families.inject(self.stage, adapter)
         self.start_s = time.perf_counter() - began

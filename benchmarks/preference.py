@@ -27,10 +27,11 @@ from benchmarks import planted, record
 from benchmarks.planted import Sizes
 from pipeline.config import loading
 from pipeline.data import tokenizer
+from pipeline.training.data.read import read_data
 from pipeline.training.engine import engine
 from pipeline.training.run import assemble
 from pipeline.training.run.stop import Watcher, hold_signals
-from pipeline.training.start import prepare, resolve
+from pipeline.training.start import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 LR, BETA, RANK = 3e-3, 0.1, 8
@@ -133,7 +134,7 @@ def train(file: Path, watcher: Watcher) -> Path:
     config = loading.load(str(file), None, [])
     place = engine.initialise(1, file.parent / ".rendezvous", column_major=False)
     plan = resolve.resolve(config)
-    data = prepare.read_data(plan.data, tokenizer.load(config.model), plan)
+    data = read_data(plan.data, tokenizer.load(config.model), plan)
     run = assemble.trainer(config, plan, data, place, watcher, None, ["train.py", "--config", str(file)])
     run.outcome = lambda seconds, peak_bytes: None  # what was planned of so small a model takes longer than to train it
     run.run()

@@ -4,6 +4,7 @@
     formats.hub.model_folder         a model's name on the Hub → its folder in the Hub's cache, downloaded once
     formats.base_model.read_base     a model's folder → its tensors' places, its config, which tensor is the head
     training.start.resolve           the model's structure on `meta`, what is trained, each stage's layers: one `Resolved`
+    training.data.read               the rows of a run: every dataset read by one of the next three, checked against the model
     data.reading.documents           files → documents
     data.chunks.build                documents → one token stream → chunks of `sequence_len` in a memory-mapped cache
     data.rows.build                  conversations, completions, token ids → rows with runs of targets, in the same cache

@@ -20,8 +20,9 @@ from pipeline.evaluation import multiple_choice
 from pipeline.evaluation.units import Decode, UnitSet, subsampled, units_of_answers, units_of_rows
 from pipeline.formats import base_model
 from pipeline.generation import positions
-from pipeline.training.start import data_fits
-from pipeline.training.start.prepare import MOST_BAD, Places, read_streams
+from pipeline.training.data import fits as data_fits
+from pipeline.training.data.read import Places, read_streams
+from pipeline.training.data.specs import MOST_BAD
 
 
 def read(

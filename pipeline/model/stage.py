@@ -170,6 +170,7 @@ class Stage(nn.Module):
 
     def __init__(self, model: PreTrainedModel, first_layer: int, end_layer: int) -> None:
         super().__init__()
+        model.__dict__["parts"] = parts_of(model)  # found while it is whole
         n_layers = len(layers_of_model(model))
         self.layer_indices = range(first_layer, end_layer)
         self.is_first, self.is_last = first_layer == 0, end_layer == n_layers

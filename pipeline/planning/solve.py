@@ -125,7 +125,7 @@ def solve(
     if (plan := _fastest(search, ranges)) is not None:
         return plan
     for memory in (host_bytes, math.inf):
-        if (split := best_split(search.least, len(model.layers), shape.stages, memory, ranges)) is not None:
+        if (split := search.best_split(search.least, memory, ranges)) is not None:
             return _plan(search, split, fits=False)
     raise ValueError(f"ranges {ranges} do not follow on one another from 0 to {len(model.layers)}")
 
@@ -136,7 +136,7 @@ def fastest(model: ModelCost, devices: list[int], rates: Rates, shape: Shape, ho
 
 
 def _fastest(search: "_Search", ranges: Ranges | None) -> Plan | None:
-    split = best_split(search.fitting, len(search.model.layers), search.shape.stages, search.host_bytes, ranges)
+    split = search.best_split(search.fitting, search.host_bytes, ranges)
     return _plan(search, split, fits=True) if split is not None else None
 
 
@@ -179,6 +179,14 @@ class _Search:
         ]
         self._fronts: dict[tuple[RecomputeLevel, tuple[int, ...]], list[Point]] = {}
         self._choices: dict[tuple[Any, ...], list[_Choice]] = {}
+
+    def best_split(
+        self, choices: Callable[[int, int, int], list[_Choice]], host_bytes: float, ranges: Ranges | None
+    ) -> list[tuple[int, int, _Choice]] | None:
+        """Of all cuts, or of the one given. A stage that begins behind the first trained layer sends a gradient back, and may
+        hold what that takes where one that begins there has a layer more and does not."""
+        behind = self.model.first_trained + 1
+        return best_split(choices, len(self.model.layers), self.shape.stages, host_bytes, ranges, behind)
 
     def fitting(self, stage: int, first: int, end: int) -> list[_Choice]:
         """By host memory, the fastest that fits the device: more host memory, fewer seconds."""

@@ -11,8 +11,11 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.data.selection import Streams, whole
 from pipeline.peft.types import Asked
+from pipeline.training.data import specs
+from pipeline.training.data.batches import describe_steps, micro_batches
+from pipeline.training.data.read import Data
 from pipeline.training.start import plan as planned
-from pipeline.training.start import prepare, resolve
+from pipeline.training.start import to_train
 from pipeline.training.start.resolved import Updates
 from tests.helpers.builders import ROOT, environment
 from tests.helpers.configs import small
@@ -59,9 +62,9 @@ def test_warmup_that_outlasts_the_run_is_said(
 ) -> None:
     config = loading.validate(small(**{"epochs": None, **changes}), "x")
     rows = whole(Streams(store(tmp_path / "store", 8, 40)))
-    spec = resolve.data_of(config)
+    spec = specs.data_of(config)
     updates = Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
-    prepare.describe_steps(spec, updates, prepare.micro_batches(spec, prepare.Data([rows], {})), replicas=1)
+    describe_steps(spec, updates, micro_batches(spec, Data([rows], {})), replicas=1)
     assert ("never reaches optimizer.lr" in capsys.readouterr().err) == warns
 
 
@@ -71,10 +74,10 @@ def test_a_budget_of_ranks_that_outlasts_the_run_is_said(
 ) -> None:
     config = loading.validate(small(epochs=None, max_steps=5), "x")
     asked = Asked("ADALORA", {"total_step": planned}, {})
-    spec, adapter = resolve.data_of(config), replace(resolve.adapter_of(config, ["layers.0.q_proj"]), by_peft=asked)
+    spec, adapter = specs.data_of(config), replace(to_train.adapter_of(config, ["layers.0.q_proj"]), by_peft=asked)
     updates = Updates(config.optimizer, 1.0, None, None, config.lr_scheduler, config.warmup_steps, None)
-    batches = prepare.micro_batches(spec, prepare.Data([whole(Streams(store(tmp_path / "store", 8, 40)))], {}))
-    prepare.describe_steps(spec, updates, batches, 1, adapter)
+    batches = micro_batches(spec, Data([whole(Streams(store(tmp_path / "store", 8, 40)))], {}))
+    describe_steps(spec, updates, batches, 1, adapter)
     said = capsys.readouterr().err
     assert ("peft.total_step = 6 in a run of 5 steps" in said and "set peft.total_step = 5" in said) == warns
 

@@ -16,8 +16,8 @@ from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
 from pipeline.generation import positions
 from pipeline.model.stage import empty_model, read_model_config
+from pipeline.training.data import fits as data_fits
 from pipeline.training.start import check as start
-from pipeline.training.start import data_fits
 from tests.helpers.builders import BOOKS, save_model, save_tokenizer, write_config
 
 ROWS = 320  # of the tiny model's embedding

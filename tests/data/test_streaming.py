@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import loading
+from pipeline.config.data_tables import Dataset
 from pipeline.console import UserError
 from pipeline.data.batches import Position
 from pipeline.data.streaming import kinds
@@ -22,8 +23,10 @@ from pipeline.data.streaming.cursor import Cursor
 from pipeline.data.streaming.sources import LocalFiles, rows_of
 from pipeline.data.streaming.windows import INDEX, Windows
 from pipeline.publishing import card_text
+from pipeline.training.data import specs
+from pipeline.training.data.batches import micro_batches
+from pipeline.training.data.read import read_data
 from pipeline.training.run import record
-from pipeline.training.start import prepare, resolve
 from tests.helpers.configs import problems, small
 from tests.helpers.data import tokenizer
 from tests.helpers.rows import write_jsonl
@@ -46,16 +49,16 @@ def numbered(folder: Path, counts: list[int], bad: tuple[int, ...] = ()) -> Path
 
 def spec_of(folder: Path, path: Path | str, **changes: Any) -> Any:
     dataset = {"name": "ids", "dataset_type": "pretokenized", "dataset_path": str(path), "sequence_len": 8, **STREAMED}
-    keys = {key: changes.pop(key) for key in list(changes) if key in prepare.Dataset.model_fields}
+    keys = {key: changes.pop(key) for key in list(changes) if key in Dataset.model_fields}
     raw = small(
         model="m", output_dir=str(folder / "runs"), epochs=None, max_steps=9, datasets=[dataset | keys], **changes
     )
-    return resolve.data_of(loading.validate(raw, "x.toml"))
+    return specs.data_of(loading.validate(raw, "x.toml"))
 
 
 @pytest.fixture(autouse=True)
 def _without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "stop_ids", lambda folder: [])
+    monkeypatch.setattr(specs, "stop_ids", lambda folder: [])
 
 
 def steps_of(batches: Any, position: Position, count: int) -> tuple[list[list[int]], Position]:
@@ -70,7 +73,7 @@ def steps_of(batches: Any, position: Position, count: int) -> tuple[list[list[in
 
 
 def opened(spec: Any, replica: int = 0, replicas: int = 1) -> Any:
-    return prepare.micro_batches(spec, prepare.read_data(spec, tokenizer()), replica, replicas)
+    return micro_batches(spec, read_data(spec, tokenizer()), replica, replicas)
 
 
 # What a window holds
@@ -165,8 +168,8 @@ def test_few_windows_are_on_the_disk(tmp_path: Path) -> None:
 
 def test_what_was_read_is_recorded(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, numbered(tmp_path, [47]), micro_batch_size_per_gpu=20)
-    data = prepare.read_data(spec, tokenizer())
-    steps_of(prepare.micro_batches(spec, data), Position(), 3)
+    data = read_data(spec, tokenizer())
+    steps_of(micro_batches(spec, data), Position(), 3)
     described = record.describe(data)
     made = {"windows": 3, "window_rows": SIZE, "windows_in_all": 3}
     tokens = sum(2 + number % 5 for number in range(47))
@@ -310,7 +313,7 @@ def test_rows_from_elsewhere_are_gone_on_with_at_any_row(tmp_path: Path, ending:
 
 def test_a_window_that_was_half_made_is_made_anew(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, numbered(tmp_path, [47]))
-    data = prepare.read_data(spec, tokenizer())
+    data = read_data(spec, tokenizer())
     assert data.stream is not None
     windows: Windows[Any] = data.stream.windows
     write = kinds.Rows.write

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def facts(world: int, **changes: Any) -> dict[str, Any]:
-    """As a run of `world` stages says them: its progress (state.Progress) and itself (assemble.facts)."""
+    """As a run of `world` stages says them: its progress (state.Progress) and itself (begin.facts)."""
     said = {
         "epoch": 0,
         "rows": 3,

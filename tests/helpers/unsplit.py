@@ -16,7 +16,9 @@ from torch.nn.functional import cross_entropy
 from pipeline.config import loading
 from pipeline.data import tokenizer
 from pipeline.data.batches import Position
-from pipeline.training.start import prepare, resolve
+from pipeline.training.data import specs
+from pipeline.training.data.batches import micro_batches
+from pipeline.training.data.read import read_data
 
 Rows = list[Tensor]  # token ids, int64 [T], of each row
 
@@ -42,8 +44,8 @@ class Trace:
 def rows(config_path: Path, overrides: list[str], steps: int, replicas: int = 1) -> tuple[list[Rows], dict[str, Rows]]:
     """The training rows of each step over all replicas, unpadded, and the evaluation rows by set."""
     config = loading.load(str(config_path), None, overrides)
-    data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
-    batches = prepare.micro_batches(resolve.data_of(config), data, 0, replicas)
+    data = read_data(specs.data_of(config), tokenizer.load(config.model))
+    batches = micro_batches(specs.data_of(config), data, 0, replicas)
     training, position = [], Position()
     for _ in range(steps):
         info = batches.info(position)

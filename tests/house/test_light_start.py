@@ -35,7 +35,7 @@ LIGHT_MODULES = (
     "pipeline.commands.known_models",
     "pipeline.names",
     "pipeline.peft.types",
-    "pipeline.training.run.start_times",
+    "pipeline.training.start.times",
     "pipeline.training.run.stop",
     "pipeline.training.start.arguments",
     "pipeline.training.start.launch",

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from hypothesis import example, given, settings
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from pipeline.console import UserError
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.planning import quantities
+from pipeline.planning import solve as planner
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Plan, Rates, Shape, StagePlan, Work
-from pipeline.planning.solve import _Search, solve
-from tests.helpers.planning import A6000, GIB, L, command_r
+from pipeline.planning.solve import _Search, fastest, solve
+from tests.helpers.planning import A6000, GIB, L, command_r, split_by_every_range
 
 LEVELS = (RecomputeLevel.INPUT, RecomputeLevel.ATTENTION, RecomputeLevel.EVERYTHING)
 # Powers of two: with whole numbers everywhere, sums are exact in either order.
@@ -46,7 +48,7 @@ def layer(
 
 
 @st.composite
-def models(draw: st.DrawFn) -> ModelCost:
+def models(draw: st.DrawFn, most_layers: int = 4) -> ModelCost:
     small = st.integers(0, 9)
     most = draw(st.sampled_from([0, 10, 50]))
     update = st.builds(quantities.Update, st.integers(0, most), st.integers(0, most))
@@ -55,7 +57,7 @@ def models(draw: st.DrawFn) -> ModelCost:
         layer(draw(small), draw(small), draw(small), draw(three), draw(three), draw(small), draw(update))
         for _ in range(2)
     ]
-    n = draw(st.integers(2, 4))
+    n = draw(st.integers(2, most_layers))
     first = draw(st.sampled_from([0, 0, *range(1, n)]))
     chosen = [kinds[draw(st.integers(0, 1))] for _ in range(n)]
     layers = [c if i >= first else c._replace(backward=Work(0.0), levels={}) for i, c in enumerate(chosen)]
@@ -237,6 +239,25 @@ def test_fixed_keeping_is_kept(
         assert max(s.forward_s + s.backward_s for s in plan.stages) == min(every)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    models(most_layers=9),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.lists(st.integers(40, 400), min_size=4, max_size=4),
+    st.sampled_from([0, 20, 60, 150, 500]),
+    st.sampled_from([None, ActivationPolicy(RecomputeLevel.INPUT), ActivationPolicy(RecomputeLevel.INPUT, True)]),
+)
+def test_plan_is_that_of_a_look_at_every_range(
+    model: ModelCost, p: int, m: int, devices: list[int], host_bytes: int, keeping: ActivationPolicy | None
+) -> None:
+    """Few ranges of layers are looked at, and the plan is the same to the last bit, of equals too."""
+    given_ = (model, devices[: min(p, len(model.layers))], RATES, Shape(2, m, min(p, len(model.layers))), host_bytes)
+    few = solve(*given_, keeping=keeping)
+    with mock.patch.object(planner, "best_split", split_by_every_range):
+        assert few == solve(*given_, keeping=keeping)
+
+
 @given(models(), st.integers(20, 200))
 @example(command_r(64)._replace(layers=command_r(64).layers[:4]), 10 * GIB)
 @settings(max_examples=40, deadline=None)
@@ -330,24 +351,32 @@ def test_stages_below_the_first_adapter_run_forward_only() -> None:
     assert four.fits
 
 
-@pytest.mark.slow
+def many_layers(n: int, every: int) -> ModelCost:
+    """Command-R with `n` layers, of which each but every so-manieth is smaller."""
+    model = command_r()
+    one = model.layers[1]
+    small = one._replace(weight_bytes=one.weight_bytes * 4 // 5, forward=Work(one.forward.flops * 0.8))
+    layers = [one if i % every == 0 else small for i in range(1, n - 1)]
+    return model._replace(layers=[model.layers[0], *layers, model.layers[-1]])
+
+
 @pytest.mark.parametrize("n_stages", [8, 16])
-def test_what_is_reckoned_for_many_layers_grows_with_layers_times_stages(
-    monkeypatch: pytest.MonkeyPatch, n_stages: int
+@pytest.mark.parametrize(
+    "every", [1, pytest.param(6, marks=pytest.mark.slow)], ids=["like layers", "layers of two kinds"]
+)
+@pytest.mark.parametrize(
+    ("room", "host_gib", "most"),
+    [(3.0, 0, 6), (1.35, 64, 20), (1.2, 512, 6), (1.0, 64, 6)],
+    ids=["ample", "host scarce", "device scarce", "too little"],
+)
+def test_what_is_reckoned_for_many_layers_grows_as_they_do(
+    n_stages: int, every: int, room: float, host_gib: int, most: int
 ) -> None:
-    """A stage's choices for so many like layers are reckoned once, wherever they begin: for 80 and 200 layers."""
-    runs = []
-    fitting = _Search._fitting
-
-    def counted(self: _Search, stage: int, first: int, end: int) -> Iterator[object]:
-        runs.append((stage, end - first))
-        return fitting(self, stage, first, end)
-
-    monkeypatch.setattr(_Search, "_fitting", counted)
+    """For 80 and 200 layers: the ranges of layers whose choices are asked for, on 8 stages as on 16. A look at every range of
+    every stage is some n_stages · n² / 2: 25 000 and 160 000, 50 000 and 320 000."""
     for n in (80, 200):
-        runs.clear()
-        model = command_r()
-        model = model._replace(layers=[model.layers[0], *[model.layers[1]] * (n - 2), model.layers[-1]])
-        given = ActivationPolicy(RecomputeLevel.INPUT)
-        solve(model, [140 * GIB] * n_stages, A6000, Shape(8192, 32, n_stages), 0, keeping=given)
-        assert len(runs) <= n * n_stages * 1.1
+        model = many_layers(n, every)
+        device = int(sum(c.weight_bytes for c in model.layers) / n_stages * room)
+        with mock.patch.object(_Search, "_kept_choices", autospec=True, side_effect=_Search._kept_choices) as looked:
+            fastest(model, [device] * n_stages, A6000, Shape(8192, 4 * n_stages, n_stages), host_gib * GIB)
+        assert looked.call_count <= most * n

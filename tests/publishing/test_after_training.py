@@ -26,7 +26,7 @@ from pipeline.publishing import after_training as publishing
 from pipeline.publishing.after_training import by_hand, follow
 from pipeline.training.run import after_training
 from pipeline.training.stage import families
-from pipeline.training.start import resolve
+from pipeline.training.start import resolve, to_train
 from tests.artifacts.fold.test_merge_process import adapter_for, big_base
 from tests.helpers.artifacts import files_of, hooked, load_model, logits, make_base, tensors_of
 from tests.helpers.builders import environment, launch, metrics, only_run, save_model, train, write_config
@@ -155,7 +155,7 @@ def test_an_adapter_names_its_base_as_the_hub_does(tmp_path: Path) -> None:
         "hub_base_model": "org/a-base",
     }
     config = loading.validate(small(**keys), "x.toml")
-    write = families.writer(resolve.adapter_of(config, TARGETS[:1]), resolve.base_of(config))
+    write = families.writer(to_train.adapter_of(config, TARGETS[:1]), resolve.base_of(config))
     write(tmp_path, {f"{TARGETS[0]}.A": torch.ones(4, 32), f"{TARGETS[0]}.B": torch.ones(32, 4)})
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/a-base"
 

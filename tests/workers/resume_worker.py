@@ -16,6 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.training.data import specs
+from pipeline.training.data.read import read_data
 from pipeline.training.run.stop import Watcher, hold_signals
 from pipeline.training.start import resolve
 
@@ -29,7 +31,6 @@ from pipeline.processes import launched_by  # noqa: E402
 from pipeline.training.checkpoint import commit as checkpoint  # noqa: E402
 from pipeline.training.engine import engine  # noqa: E402
 from pipeline.training.run import assemble, folder, stop  # noqa: E402
-from pipeline.training.start import prepare  # noqa: E402
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
         resume = runs[resume] if isinstance(resume, int) else resume
         found = folder.find_checkpoint(Path(config.output_dir), resume or False)
         model = resolve.resolve(config)
-        data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
+        data = read_data(specs.data_of(config), tokenizer.load(config.model))
         run = assemble.trainer(config, model, data, place, watcher, found, ["train.py", "--config", case["config"]])
         arrange(case, run, place)
         codes.append(run.run())

@@ -36,12 +36,14 @@ from pipeline.data.selection import Selection
 from pipeline.model.memory.host_arena import Ticket
 from pipeline.model.stage import Stage
 from pipeline.processes import launched_by
+from pipeline.training.data import specs
+from pipeline.training.data.read import Data, read_data
 from pipeline.training.engine import engine, evaluate, schedule, selftest
 from pipeline.training.metrics import Clock
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run import assemble
 from pipeline.training.run.stop import Watcher
-from pipeline.training.start import prepare, resolve
+from pipeline.training.start import resolve
 from tests.helpers.row_store import ListStore
 
 
@@ -78,10 +80,10 @@ def train(
 ) -> None:
     """As `train.py` puts a run together, then the trainer's own step and evaluation; fills `facts` and `tensors`."""
     plan = resolve.resolve(config)
-    data = prepare.read_data(resolve.data_of(config), tokenizer.load(config.model))
+    data = read_data(specs.data_of(config), tokenizer.load(config.model))
     if "rows" in case:
         train_on, held_out = (ListStore(rows) for rows in case["rows"])
-        data = prepare.Data(
+        data = Data(
             [Selection(train_on, np.arange(len(train_on)))],
             {"held_out": Selection(held_out, np.arange(len(held_out)))},
         )

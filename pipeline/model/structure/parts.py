@@ -55,8 +55,8 @@ class Parts:
 
 
 def parts_of(model: Any) -> Parts:
-    """The model's parts. Of one that `stage.empty_model` or `tiny_copy` made they are known and stay what they were when it
-    is cut; any other must be whole."""
+    """The model's parts. Those of a model that `stage.empty_model` or `tiny_copy` made, and of a `Stage`'s, are known, and
+    stay what they were when it is cut; any other must be whole."""
     return model.__dict__.get("parts") or find(model)
 
 

@@ -52,7 +52,7 @@ class _Config(_Form, extra="allow"):
 
 
 class _Facts(_Form):
-    """What every process says of the run: state.Progress, assemble.facts."""
+    """What every process says of the run: state.Progress, begin.facts."""
 
     epoch: Count
     rows: Count

@@ -16,9 +16,9 @@ from pipeline.data.row_store import RowId, RowStore
 from pipeline.data.units.generated import GeneratedPairs
 from pipeline.files import sync_stream, write_text
 from pipeline.generation.decoding import Asked
+from pipeline.training.data.read import Spoken
 from pipeline.training.engine import reference
 from pipeline.training.engine.asking import RunAsker
-from pipeline.training.start.prepare import Spoken
 from pipeline.training.start.resolved import GenerationSpec
 
 FILE = "generated.jsonl"

@@ -38,11 +38,11 @@ from pipeline.model.adapters.switch import adapters_off, holding
 from pipeline.model.stage import Stage
 from pipeline.model.structure.build import logit_transform
 from pipeline.objectives.rows import RowScores
+from pipeline.training.data.read import Data
 from pipeline.training.engine import evaluate
 from pipeline.training.engine.engine import Place, agreement
 from pipeline.training.stage import initial_adapter
 from pipeline.training.start.objective import ObjectiveSpec
-from pipeline.training.start.prepare import Data
 from pipeline.training.start.resolve import initial_adapter_of
 from pipeline.training.start.resolved import Resolved
 

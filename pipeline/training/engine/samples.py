@@ -15,10 +15,10 @@ from pipeline.generation.decoding import Answer, Asked
 from pipeline.generation.prompts import keys_of_noise
 from pipeline.model.adapters.switch import adapters_off
 from pipeline.model.stage import Stage
+from pipeline.training.data.questions import Questions
 from pipeline.training.engine.asking import RunAsker
 from pipeline.training.engine.engine import Place
 from pipeline.training.metrics import Metrics
-from pipeline.training.start.questions import Questions
 from pipeline.training.start.resolved import SampleSpec
 
 

@@ -20,9 +20,9 @@ from pipeline.console import UserError
 from pipeline.data.selection import Selection
 from pipeline.files import write_json
 from pipeline.foreign import read_object
+from pipeline.training.data.read import Data
 from pipeline.training.engine.engine import Place
 from pipeline.training.metrics import peak_memory
-from pipeline.training.start.prepare import Data
 
 FILE = "run.json"
 FORMAT = 1

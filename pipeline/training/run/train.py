@@ -17,15 +17,17 @@ from pipeline.log_file import LogFile
 from pipeline.model.trial import attention_check
 from pipeline.publishing import next_steps
 from pipeline.training import trackers
+from pipeline.training.data.batches import describe_steps, micro_batches
+from pipeline.training.data.read import read_data
 from pipeline.training.engine import engine, selftest
 from pipeline.training.nodes import meeting
 from pipeline.training.nodes.records import Exchanged, Mapped, Records
 from pipeline.training.run import after_training, assemble, errors, folder, profiler
 from pipeline.training.run.peers import RECORD
 from pipeline.training.run.record import RunRecord
-from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import Watcher
 from pipeline.training.start import prepare, resolve
+from pipeline.training.start.times import StartTimes
 
 
 def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_file: LogFile, times: StartTimes) -> int:
@@ -43,7 +45,7 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
         trackers.check(config.trackers)
         times.ended("checks")
-        data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
+        data = read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
         times.ended("data")
         resumed = folder.find_checkpoint(Path(config.output_dir), resume, restarted) if rank() == 0 else None
     file = meeting.file_in(Path(config.output_dir))
@@ -52,9 +54,9 @@ def train(config: Config, arguments: argparse.Namespace, watcher: Watcher, log_f
         watch(watcher, place, file, config.hang_timeout_minutes)
         carrier = folder.find_carrier(Path(config.output_dir), place)
         times.ended("meeting")
-        batches = prepare.micro_batches(plan.data, data, place.replica, place.replicas)
+        batches = micro_batches(plan.data, data, place.replica, place.replicas)
         check_same_on_nodes(place, Path(config.model), batches.order_hash(0))
-        prepare.describe_steps(plan.data, plan.updates, batches, place.replicas, plan.trained.adapter)
+        describe_steps(plan.data, plan.updates, batches, place.replicas, plan.trained.adapter)
         attention_check.check_device(config.attn_implementation, place.device)
         with errors.explained(watcher, save=lambda: None):
             selftest.run(place, config.gradient_accumulation_steps)

@@ -23,6 +23,7 @@ from pipeline.objectives.preference import StepTotals
 from pipeline.publishing.report.beside import Reports
 from pipeline.training.checkpoint.saver import Saver
 from pipeline.training.checkpoint.state import Progress, RunState
+from pipeline.training.data.batches import TrainBatches
 from pipeline.training.engine import evaluate, prefetch, wires
 from pipeline.training.engine.engine import Place, held_tensors
 from pipeline.training.engine.on_policy import Negatives
@@ -30,12 +31,11 @@ from pipeline.training.engine.samples import Samples
 from pipeline.training.metrics import Clock, Metrics, StepMemory, peak_memory
 from pipeline.training.optim.pipeline_optimizer import NonFiniteError, PipelineOptimizer
 from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.start_times import StartTimes
 from pipeline.training.run.stop import STOP_FILE, Watcher
 from pipeline.training.stage import unmoved
 from pipeline.training.stage.unmoved import Unmoved
-from pipeline.training.start.prepare import TrainBatches
 from pipeline.training.start.resolved import Intervals
+from pipeline.training.start.times import StartTimes
 from pipeline.training.step_measures import StepTimes
 
 SIGNAL_FILES = ("save", "save_quit")

@@ -1,4 +1,4 @@
-"""What is trained, in plain values: resolved from the config once (training/start/resolve.py), read by all that follows.
+"""What is trained, in plain values: resolved from the config once (training/start/to_train.py), read by all that follows.
 
 Knows neither the config nor a model that is there: names of modules and parameters, sizes, dtypes.
 """

@@ -12,6 +12,8 @@ from pipeline.console import EXIT_DONE, log
 from pipeline.data.preview import Piece, as_lines, rows
 from pipeline.formats.hub import awaits_weights
 from pipeline.training import trackers
+from pipeline.training.data.batches import describe_steps, evaluation_batches, micro_batches
+from pipeline.training.data.read import read_data
 from pipeline.training.run import after_training
 from pipeline.training.start import kernel_places, prepare, resolve
 
@@ -27,9 +29,9 @@ def check(config: Config, preview_rows: int | None) -> int:
         prepare.check_files(config.model, config.output_dir, plan.meta_model)
         after_training.check(config.after_training, config.model, config.output_dir, plan, config.trainable_modules)
     tokenizer = prepare.tokenizer_for(plan, config.model)
-    batches = prepare.micro_batches(plan.data, data := prepare.read_data(plan.data, tokenizer, plan))
-    prepare.evaluation_batches(plan.data, data)
-    prepare.describe_steps(plan.data, plan.updates, batches, replicas=1, adapter=plan.trained.adapter)
+    batches = micro_batches(plan.data, data := read_data(plan.data, tokenizer, plan))
+    evaluation_batches(plan.data, data)
+    describe_steps(plan.data, plan.updates, batches, replicas=1, adapter=plan.trained.adapter)
     if preview_rows is not None:
         show(rows(batches, tokenizer, preview_rows))
     return EXIT_DONE
@@ -38,8 +40,8 @@ def check(config: Config, preview_rows: int | None) -> int:
 def prepare_data(config: Config) -> int:
     """Resolve, read the data into the cache and say what became of it."""
     plan = resolve.resolve(config)
-    data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
-    prepare.describe_steps(plan.data, plan.updates, prepare.micro_batches(plan.data, data), 1, plan.trained.adapter)
+    data = read_data(plan.data, prepare.tokenizer_for(plan, config.model), plan)
+    describe_steps(plan.data, plan.updates, micro_batches(plan.data, data), 1, plan.trained.adapter)
     log(f"prepared: in {plan.data.cache}; a run finds it there")
     return EXIT_DONE
 

@@ -36,6 +36,8 @@ from pipeline.planning.nearest import nearest
 from pipeline.planning.quantities import Link, ModelCost, Plan, Rates, Shape, Update
 from pipeline.planning.solve import solve
 from pipeline.planning.timeline import in_flight
+from pipeline.training.data.batches import micro_batches
+from pipeline.training.data.read import read_data
 from pipeline.training.engine import links
 from pipeline.training.engine.engine import Place
 from pipeline.training.optim import parameter_groups
@@ -175,8 +177,8 @@ def full_report(plan: Resolved, described: str | None, total_steps: int | None) 
 def _total_steps(plan: Resolved) -> int | None:
     """Optimizer steps of the whole run; None, and a line saying why, where the data cannot be read."""
     try:
-        data = prepare.read_data(plan.data, prepare.tokenizer_for(plan, plan.base.folder), plan)
-        batches = prepare.micro_batches(plan.data, data)
+        data = read_data(plan.data, prepare.tokenizer_for(plan, plan.base.folder), plan)
+        batches = micro_batches(plan.data, data)
     except UserError as error:
         log(f"data:     the run's length is not known: {error}")
         return plan.data.max_steps

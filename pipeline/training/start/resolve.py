@@ -4,45 +4,43 @@ Says what it resolves to (layers, modules, stages), or raises one UserError. Wha
 itself goes no further.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.config.data_tables import Dataset, EvalDataset
 from pipeline.config.schema import Config
-from pipeline.config.tables import Samples
-from pipeline.config.tables import Sampling as TableOfSampling
 from pipeline.console import CollectedErrors, UserError, gib, log, log_if_slow, warn
 from pipeline.data.reading.sources import find
 from pipeline.files import check_writable
-from pipeline.formats.base_model import stop_ids
-from pipeline.formats.dtypes import DTYPES, dtype_name
-from pipeline.formats.experts import NO_EXPERTS, ExpertWeights
+from pipeline.formats.dtypes import DTYPES
 from pipeline.generation import cache_check
-from pipeline.generation.prompts import read_prompts
-from pipeline.generation.sampling import Sampling
-from pipeline.model import cut_check, quantized, router_loss, unsupported, weights
-from pipeline.model.adapters import by_peft, experts, parameters
+from pipeline.model import cut_check, quantized, router_loss, unsupported
 from pipeline.model.adapters import full as trained_modules
-from pipeline.model.adapters.base import trainable
-from pipeline.model.adapters.targets import describe_layers, describe_targets, resolve_layers, resolve_targets, routers
-from pipeline.model.stage import read_model_config, tied_head
-from pipeline.model.structure.parts import layers_of_model, parts_of
+from pipeline.model.adapters import parameters
+from pipeline.model.adapters.targets import resolve_layers, resolve_targets
+from pipeline.model.stage import read_model_config
+from pipeline.model.structure.parts import layers_of_model
 from pipeline.model.trial import attention_check, packing_check
-from pipeline.names import id_in_cache, layers_of, within_layer
-from pipeline.peft.types import PATTERNS, Asked, settings_of
+from pipeline.names import id_in_cache, layers_of
 from pipeline.planning import cut, formula
+from pipeline.training.data.specs import data_of
 from pipeline.training.optim import parameter_groups
-from pipeline.training.stage import families, initial_adapter, parts, patterns
+from pipeline.training.stage import families
 from pipeline.training.stage.meta_model import MetaModel
-from pipeline.training.stage.spec import AdapterSpec, BaseModel, Trained, size_of
+from pipeline.training.stage.spec import BaseModel, Trained
 from pipeline.training.start.objective import Around, spec_of
-from pipeline.training.start.resolved import DataSpec, GenerationSpec, Intervals, Layout, Resolved, SampleSpec, Updates
+from pipeline.training.start.resolved import Intervals, Layout, Resolved, Updates
+from pipeline.training.start.to_train import (
+    check_copies,
+    check_groups,
+    initial_adapter_of,
+    mixture_of,
+    trained_of,
+    wanted_modules,
+)
 
 
 def resolve(config: Config, *, resumes: bool = False) -> Resolved:
@@ -132,65 +130,6 @@ def _resolve(config: Config, model_config: PretrainedConfig, resumes: bool) -> R
     return Resolved(base, meta_model, trained, ranges, updates, layout, data, intervals, router_weight, objective)
 
 
-def data_of(config: Config) -> DataSpec:
-    """The data as the config has it."""
-    keeps_base = not config.full_fine_tune and not config.trainable_modules
-    return DataSpec(
-        config.datasets,
-        config.eval_datasets,
-        cache=Path(config.output_dir) / "dataset_cache",
-        processes=config.dataset_processes,
-        stops=stop_ids(Path(config.model)),
-        combination=config.dataset_combination_mode,
-        stopping=config.dataset_interleave_stopping_strategy,
-        mix_by=config.mix_by,
-        seed=config.seed,
-        micro_batch_size=config.micro_batch_size_per_gpu,
-        batch_size_tokens=config.batch_size_tokens,
-        accumulation=config.gradient_accumulation_steps,
-        group_by_length=config.group_by_length,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        samples=samples_of(config.samples, config.model, config.datasets, keeps_base),
-        generation=generation_of(config.sampling, config.datasets),
-    )
-
-
-def generation_of(s: TableOfSampling | None, datasets: Sequence[Dataset]) -> GenerationSpec | None:
-    """How the model answers prompts that it is trained on; None where it does not."""
-    if not any(dataset.generates for dataset in datasets):
-        return None
-    s = s or TableOfSampling.model_validate({})
-    drawn = Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.temperature_last, s.seed)
-    return GenerationSpec(drawn, s.max_new_tokens)
-
-
-def samples_of(s: Samples | None, folder: str, datasets: Sequence[Dataset], keeps_base: bool) -> SampleSpec | None:
-    """What the model in `folder` is asked while it is trained. `keeps_base`: whether its own weights stay as they are.
-
-    UserError for a file of prompts that has none.
-    """
-    if s is None:
-        return None
-    prompts = read_prompts(Path(s.prompts_file), "samples.prompts_file") if s.prompts_file else s.prompts
-    spoken = next((dataset for dataset in datasets if dataset.dataset_type == "chat"), None)
-    return SampleSpec(
-        folder,
-        tuple(prompts),
-        chat=spoken is not None if s.chat is None else s.chat,
-        system=s.system,
-        chat_template=spoken.chat_template if spoken else None,
-        template_kwargs=dict(spoken.chat_template_kwargs) if spoken else {},
-        merge_system=spoken is not None and spoken.merge_system,
-        sampling=Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.temperature_last, s.seed),
-        max_new_tokens=s.max_new_tokens,
-        compare=keeps_base if s.compare is None else s.compare,
-        every_steps=s.every_steps,
-        at_start=s.at_start,
-        at_end=s.at_end,
-    )
-
-
 def base_of(config: Config) -> BaseModel:
     """The base model as the config has it."""
     dtype, scheme = DTYPES[config.model_weight_dtype], None
@@ -198,19 +137,6 @@ def base_of(config: Config) -> BaseModel:
         scheme = quantized.Scheme.from_bnb(config.quantization.bnb.model_dump(), dtype)
     name = config.hub_base_model or id_in_cache(Path(config.model)) or config.model
     return BaseModel(config.model, dtype, config.attn_implementation, scheme, name)
-
-
-def trained_of(config: Config, base: BaseModel, model: PreTrainedModel) -> Trained:
-    """What is trained of this model; says it in words."""
-    tied = tied_head(model)
-    if config.full_fine_tune:
-        return Trained(None, own_weights(config.target_modules, model), tied=tied)
-    adapter = resolve_adapter(config, model)
-    in_full = trained_modules.resolve(model, config.trainable_modules, adapter.targets)
-    if in_full:
-        described = trained_modules.describe(model, config.trainable_modules, in_full)
-        log(f"          and in full, in {dtype_name(base.dtype)}: {described}")
-    return Trained(adapter, in_full=in_full, tied=tied)
 
 
 def check_apart(config: Config, model: PreTrainedModel) -> None:
@@ -275,153 +201,6 @@ def router_loss_of(weight: float | None, model: PreTrainedModel) -> float:
     elif weight == 0 and router_loss.asked_for(model):
         log("routers:  without their load-balancing loss, which config.json asks for (load_balancing_loss_coef = 0)")
     return used
-
-
-def check_copies(trained: Trained, model: PreTrainedModel, *, noise: bool) -> None:
-    """UserError for what changes the embedding where each stage has one, because layers are given something made of the ids."""
-    parts = parts_of(model)
-    if not parts.rereads_ids:
-        return
-    copied = tuple(f"{one}." for one in (parts.embedding, *parts.entry))
-    wrong = {
-        "full_fine_tune": trained.adapter is None,
-        "trainable_modules": any(name.startswith(copied) for name in trained.in_full),
-        "neftune_noise_alpha": noise,
-    }
-    if keys := [key for key, is_wrong in wrong.items() if is_wrong]:
-        raise UserError(
-            f"{', '.join(keys)}: the layers of model_type '{model.config.model_type}' are given vectors of their own, made of "
-            "the embedding, of which each stage has a copy; these would come apart. Use pipeline_stages = 1, or leave it out"
-        )
-
-
-def own_weights(targets: list[str] | str | None, model: PreTrainedModel) -> list[str] | None:
-    """Of full fine-tuning: target_modules, said in words; UserError where the weights cannot be trained or saved."""
-    weights.check_saved_as_run(model)
-    if isinstance(targets, str):
-        raise UserError(
-            "target_modules = 'all-linear': with full_fine_tune, give names of modules, or leave the key out to train everything"
-        )
-    there = {part for name, _ in model.named_parameters() for part in name.split(".")}
-    if unknown := [name for name in targets or () if name not in there]:
-        raise UserError(
-            f"target_modules: no parameter has {', '.join(unknown)} in its name; there are {', '.join(sorted(there))}"
-        )
-    which = "" if targets is None else f", those of {', '.join(targets)}"
-    log(f"training: the model's own weights{which}")
-    return targets
-
-
-def resolve_adapter(config: Config, model: PreTrainedModel) -> AdapterSpec:
-    """The adapter on this model's modules, which it fits; says it in words."""
-    n_layers = len(layers_of_model(model))
-    layers = resolve_layers(config.layers_to_transform, n_layers)
-    names = wanted_modules(config.adapter_type, config.target_modules)
-    mixture = mixture_of(config.adapter_type, names, model)
-    modules = resolve_targets(model, names, layers, mixture) if names else []
-    of_parameters = parameters.shapes(model, parameters.resolve(model, config.target_parameters, layers))
-    targets = [*modules, *of_parameters]
-    experts_of = {name: mixture[within_layer(name)] for name in modules if within_layer(name) in mixture}
-    biased = any(getattr(model.get_submodule(name), "bias", None) is not None for name in modules)
-    biased = biased or any(form.bias for form in experts_of.values())
-    table = config.peft.model_dump() if config.peft else None
-    asked = asked_of(table, config.lora_dropout, targets, model)
-    adapter = replace(adapter_of(config, targets, biased, experts_of), by_peft=asked, parameters=of_parameters)
-    families.check_fits(adapter, model)
-    where = "the output of" if adapter.row.on_output else "the weights of"
-    named = "all linear modules" if names == "all-linear" else ", ".join(names) or "no linear module"
-    log(f"training: {adapter.family} on {where} {named}, {describe_layers(layers_of(targets), n_layers)}")
-    for line in describe_targets(model, modules, layers, experts_of, list(of_parameters)):
-        log(f"          {line}")
-    if names == "all-linear" and (left_out := routers(model, layers)):
-        log(f"          without {', '.join(left_out)}, which only choose")
-    log(f"          {families.describe(adapter)}")
-    return adapter
-
-
-def wanted_modules(adapter_type: str, given: list[str] | str | None) -> list[str] | str:
-    """target_modules as `given`, which may be none beside target_parameters; else the family's default."""
-    return families.default_targets(adapter_type) if given is None else given
-
-
-def mixture_of(adapter_type: str, names: list[str] | str, model: PreTrainedModel) -> dict[str, ExpertWeights]:
-    """The modules of experts that `names` may mean, by their name within a layer. UserError where the family has none."""
-    if isinstance(names, str) or not experts.has_experts(model):
-        return {}
-    if families.FAMILIES[adapter_type].on_output:
-        return experts.find(model.config)
-    if experts.EXPERTS in names:
-        raise UserError(
-            f"target_modules: adapter_type = '{adapter_type}' changes what a module reads, and the experts of a layer "
-            "are one module here; 'multiplicative_lora' and 'control_adapter' change what they write"
-        )
-    return {}
-
-
-def adapter_of(
-    config: Config,
-    targets: list[str],
-    biased_targets: bool = False,
-    experts_of: Mapping[str, ExpertWeights] = NO_EXPERTS,
-) -> AdapterSpec:
-    """The configured adapter on `targets`. UserError for a key that names a module which is none of them."""
-    rank, alpha, rslora = config.lora_rank, config.lora_alpha, config.use_rslora
-    patterns.check({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, targets)
-    if unknown := set(config.feedforward_modules or ()) - {name.rpartition(".")[2] for name in targets}:
-        raise UserError(f"feedforward_modules: {', '.join(sorted(unknown))} is none of target_modules")
-    sizes = {name: size_of(rank, alpha, rslora) for name in targets}
-    if rank is not None and alpha is not None:
-        own = {n: patterns.resolve(n, rank, alpha, config.rank_pattern, config.alpha_pattern) for n in targets}
-        sizes = {name: size_of(*rank_and_alpha, rslora) for name, rank_and_alpha in own.items()}
-    return AdapterSpec(
-        family=config.adapter_type,
-        sizes=sizes,
-        common=size_of(rank, alpha, rslora),
-        dtype=DTYPES[config.lora_weight_dtype],
-        dropout=config.lora_dropout,
-        seed=config.seed,
-        biased_targets=biased_targets,
-        use_rslora=rslora,
-        use_dora=config.use_dora,
-        start=config.init_lora_weights,
-        block_size=config.oft_block_size or config.boft_block_size,
-        feedforward=tuple(families.feedforward(config.adapter_type, config.feedforward_modules, targets)),
-        experts=dict(experts_of),
-    )
-
-
-def asked_of(
-    table: Mapping[str, Any] | None, dropout: float, targets: list[str], model: PreTrainedModel
-) -> Asked | None:
-    """The table [peft], checked by PEFT, where there is one. UserError with every key that PEFT does not take."""
-    if table is None:
-        return None
-    from pipeline.peft.layers import check_settings
-
-    peft_type, settings = table["type"], settings_of(table, dropout)
-    check_settings(peft_type, settings, by_peft.WHERE)
-    patterns.check({f"{by_peft.WHERE}{key}": settings[key] for key in PATTERNS if settings.get(key)}, targets)
-    unbiased = next((name for name in targets if getattr(model.get_submodule(name), "bias", None) is None), "")
-    asked = Asked(peft_type, settings, by_peft.shapes_of(model, targets), unbiased)
-    if asked.not_folded:
-        warn(f"{asked.not_folded}: the adapter is for PEFT to load, and merge_lora.py will refuse it")
-    return asked
-
-
-def check_groups(
-    specials: Sequence[parameter_groups.ParamGroupOverride], meta_model: MetaModel, trained: Trained
-) -> None:
-    """UserError for a name in [[optimizer.groups]] that nothing trained has. A tied head goes by its embedding's name."""
-    if specials:
-        names = trainable(parts.whole_on_meta(meta_model, trained))
-        parameter_groups.check(specials, [name for name in names if name not in trained.tied])
-
-
-def initial_adapter_of(trained: Trained, folder: str) -> dict[str, Tensor]:
-    """All that init_adapter's `folder` holds, by global name. UserError where it is not what this run trains."""
-    if trained.adapter is None:
-        raise ValueError("the config refuses init_adapter with full_fine_tune")
-    return families.saved(trained.adapter, folder) | initial_adapter.read_in_full(folder, trained.in_full, trained.tied)
 
 
 def cut_into_stages(layout: Layout, model: PreTrainedModel, trained: Trained) -> list[tuple[int, int]]:

@@ -94,16 +94,19 @@ def test_a_tensor_in_full_is_read_where_it_lies(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_about_one_tensor(tmp_path: Path) -> None:
-    """256 MiB in one file of 4 tensors of 64 MiB; the libraries and one small fold are in the figure before."""
+    """256 MiB in one file of 4 tensors of 64 MiB; the libraries and one small fold are in the figure before.
+
+    What is counted is held: blocks that are free again go back to the system at once, by the allocator's threshold.
+    """
     big_base(tmp_path / "small", 1, 64, 96, 1), adapters(tmp_path, "small", 1, 64, 96)
     big_base(tmp_path / "large", LAYERS, ROWS, COLUMNS, 1), adapters(tmp_path, "large", LAYERS, ROWS, COLUMNS)
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**18)},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
     print(f"{int(done.stdout) / 2**20:.0f} MiB more")
-    assert int(done.stdout) < 1.5 * 2 * ROWS * COLUMNS, f"{int(done.stdout) / 2**20:.0f} MiB more"
+    assert int(done.stdout) < 2 * ROWS * COLUMNS, f"{int(done.stdout) / 2**20:.0f} MiB more"

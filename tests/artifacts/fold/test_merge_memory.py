@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 GROWTH = """
 import contextlib, io, json, re, sys
 from pathlib import Path
-from pipeline.artifacts.export import export
+from pipeline.artifacts.export.export import export
 from pipeline.artifacts.fold.merge import merge
 folder, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
 

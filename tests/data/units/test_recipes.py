@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import loading
 from pipeline.data.units.build import build
-from pipeline.training.start import prepare
+from pipeline.training.data.specs import unit_spec
 from tests.helpers import chat
 from tests.helpers.paths import ROOT
 
@@ -108,7 +108,7 @@ def test_a_recipe_reads_its_set(path: Path, tmp_path: Path) -> None:
     tokenizer = chat.tokenizer("qwen2_5", "<|im_end|>")
     tokenizer.chat_template = chat.source("qwen2_5")
     try:
-        store = build(prepare.unit_spec(config.datasets[0], "made"), tokenizer, [], tmp_path / "cache")
+        store = build(unit_spec(config.datasets[0], "made"), tokenizer, [], tmp_path / "cache")
     finally:
         tokenizer.chat_template = None
     assert store.report.bad == 0

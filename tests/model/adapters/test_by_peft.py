@@ -22,7 +22,7 @@ from pipeline.model.stage import Stage, empty_model, read_model_config
 from pipeline.peft.types import LOCAL, REFUSED
 from pipeline.training.stage import families, initial_adapter
 from pipeline.training.stage.spec import AdapterSpec
-from pipeline.training.start import resolve
+from pipeline.training.start import resolve, to_train
 from tests.helpers.artifacts import tensors_of
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
@@ -85,8 +85,8 @@ def config_of(folder: Path, peft_type: str, **changes: Any) -> Any:
 
 
 def spec_of(config: Any, on_meta: PreTrainedModel, targets: list[str] = TARGETS) -> AdapterSpec:
-    asked = resolve.asked_of(config.peft.model_dump(), config.lora_dropout, targets, on_meta)
-    return replace(resolve.adapter_of(config, targets), by_peft=asked)
+    asked = to_train.asked_of(config.peft.model_dump(), config.lora_dropout, targets, on_meta)
+    return replace(to_train.adapter_of(config, targets), by_peft=asked)
 
 
 def stages_with(folder: Path, adapter: AdapterSpec, cuts: list[int]) -> list[Stage]:

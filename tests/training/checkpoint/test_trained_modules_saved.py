@@ -30,7 +30,7 @@ from pipeline.training.checkpoint import trained as saving
 from pipeline.training.checkpoint.commit import CheckpointError
 from pipeline.training.engine.engine import Place
 from pipeline.training.stage import families, initial_adapter
-from pipeline.training.start import resolve
+from pipeline.training.start import resolve, to_train
 from pipeline.training.start.resolved import Resolved
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
@@ -230,7 +230,7 @@ def test_a_run_begins_with_it(folders: dict[str, Path], tmp_path: Path, family: 
     adapter = save(tmp_path / "adapter", config, plan, stages)
     again, plan = planned(folders[kind], **FAMILIES[family], seed=7, init_adapter=str(adapter))
     begun = stages_of(folders[kind], again, plan, [0, 2, 3, 4])
-    tensors = resolve.initial_adapter_of(plan.trained, again.init_adapter)
+    tensors = to_train.initial_adapter_of(plan.trained, again.init_adapter)
     for stage in begun:
         initial_adapter.put(stage, tensors)
     assert torch.equal(logits(begun), logits(stages))
@@ -265,7 +265,7 @@ def test_a_run_begins_with_an_adapter_that_peft_saved(
         folders[kind], **LORA, trainable_modules=["embed_tokens", "norm"], init_adapter=str(tmp_path / "theirs")
     )
     for stage in begun:
-        initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, again.init_adapter))
+        initial_adapter.put(stage, to_train.initial_adapter_of(plan.trained, again.init_adapter))
     if kind == "untied" or ties:  # else PEFT has left the head as it was
         torch.testing.assert_close(logits(begun), theirs(peft), rtol=0, atol=TOLERANCE)
 

@@ -17,8 +17,10 @@ from pipeline.formats.base_model import read_base
 from pipeline.generation import adapter as adapters
 from pipeline.generation.decoding import Answer, Asked, InOneProcess, answers, speaking
 from pipeline.generation.sampling import Sampling
+from pipeline.training.data import specs
+from pipeline.training.data.batches import micro_batches
+from pipeline.training.data.read import Data, read_data
 from pipeline.training.engine import on_policy
-from pipeline.training.start import prepare, resolve
 from tests.helpers import unsplit
 from tests.helpers.builders import metrics, save_model, write_config
 from tests.helpers.configs import problems, small
@@ -59,13 +61,11 @@ def test_qlora_pipes_keys_are_the_same_run() -> None:
     config = loading.validate({**small(datasets=[PAIRS]), **ON, **theirs}, "x.toml")
     ours = {"datasets": [{**PAIRS, "rejected": "generate"}], "sampling": {"max_new_tokens": 9, "temperature": 0.7}}
     same = loading.validate({**small(), **ON, **ours}, "x.toml")
-    assert resolve.generation_of(config.sampling, config.datasets) == resolve.generation_of(
-        same.sampling, same.datasets
-    )
+    assert specs.generation_of(config.sampling, config.datasets) == specs.generation_of(same.sampling, same.datasets)
     assert config.datasets == same.datasets
     again = loading.validate(config.model_dump(exclude_unset=True), "written back")
     assert again.datasets == config.datasets
-    assert resolve.generation_of(None, loading.validate(small(), "x.toml").datasets) is None
+    assert specs.generation_of(None, loading.validate(small(), "x.toml").datasets) is None
 
 
 def test_a_line_that_a_kill_cut_short_is_asked_for_again(tmp_path: Path) -> None:
@@ -163,10 +163,10 @@ def test_killed_and_resumed_is_bit_equal_and_reads_what_was_said(runs: dict[str,
     assert any(not torch.equal(state[key], whole[key]) for key in whole if key.startswith("weights/"))
 
 
-def units_of(run: Path) -> tuple[Any, prepare.Data]:
+def units_of(run: Path) -> tuple[Any, Data]:
     chosen = loading.load(str(run / "config.toml"), None, [])
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    data = prepare.read_data(resolve.data_of(chosen), tokenizer)
+    data = read_data(specs.data_of(chosen), tokenizer)
     return data.train[0].store, data
 
 
@@ -207,7 +207,7 @@ def test_what_is_trained_is_the_answer_against_the_reference(runs: dict[str, Pat
     assert losses[0] == pytest.approx(0.693147, abs=1e-5), "at the start policy and reference are one"
     store, data = units_of(run)
     answered = {row: ids for (step, row), ids in said(run).items() if step == 3}
-    batches = prepare.micro_batches(resolve.data_of(loading.load(str(run / "config.toml"), None, [])), data)
+    batches = micro_batches(specs.data_of(loading.load(str(run / "config.toml"), None, [])), data)
     position = batches.info(batches.info(Position()).next_position).next_position
     rows = batches.info(position).rows
     assert {row for index, row in rows if index == 0} == set(answered)

@@ -19,7 +19,7 @@ from pipeline.training.optim.parameter_groups import build
 from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.optim.regularisation import Factors, bound_norms, decay_products, factors_of
 from pipeline.training.stage import families, parts
-from pipeline.training.start import resolve
+from pipeline.training.start import to_train
 from tests.helpers.builders import save_model
 from tests.helpers.configs import small
 from tests.helpers.stages import chain
@@ -216,7 +216,7 @@ def test_factors_of_a_stage(tmp_path: Path, keys: dict[str, Any], scaling: float
     config = loading.validate(small(lora_weight_dtype="float32", target_modules=["down_proj"], **keys), "x.toml")
     (stage,) = chain(tmp_path, [0, 2])
     targets = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
-    families.inject(stage, resolve.adapter_of(config, targets))
+    families.inject(stage, to_train.adapter_of(config, targets))
     parts.put_kernels(stage, kernels)
     factors = factors_of(stage)
     assert list(factors) == targets

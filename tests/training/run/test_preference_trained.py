@@ -19,7 +19,9 @@ from pipeline.config import loading
 from pipeline.data import tokenizer
 from pipeline.data.batches import Position
 from pipeline.objectives.preference_losses import LOSSES, Batch, Mixture, Settings
-from pipeline.training.start import prepare, resolve
+from pipeline.training.data import specs
+from pipeline.training.data.batches import micro_batches
+from pipeline.training.data.read import read_data
 from tests.helpers import builders, plain_distances, stage_runs, unsplit
 from tests.helpers.data import prose
 from tests.helpers.stage_runs import Case, Result
@@ -147,9 +149,9 @@ class Oracle:
         """In fp64; or in fp32, beside the references that one in fp64 found, rounded: so the two do not err alike."""
         dtype = torch.float32 if compared_with else torch.float64
         chosen = loading.load(str(root / f"{name}.toml"), None, [])
-        spec = resolve.data_of(chosen)
-        data = prepare.read_data(spec, tokenizer.load(chosen.model))
-        batches = prepare.micro_batches(spec, data)
+        spec = specs.data_of(chosen)
+        data = read_data(spec, tokenizer.load(chosen.model))
+        batches = micro_batches(spec, data)
         self.mixture = Mixture(dict(zip(*_weights(OBJECTIVES[name]), strict=True)), Settings(beta=BETA))
         self.model = unsplit.load(root / "cohere", dtype)
         self.steps, position = [], Position()

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import loading
 from pipeline.data.batches import Position
-from pipeline.training.start import prepare, resolve
+from pipeline.training.data import specs
+from pipeline.training.data.batches import micro_batches
+from pipeline.training.data.read import read_data
 from tests.helpers.builders import write_config
 from tests.helpers.data import prose
 from tests.helpers.rows import talk, write_jsonl
@@ -71,8 +73,8 @@ def config(folder: Path, base: Path, dataset: dict[str, Any], **changes: Any) ->
 def first_loss(toml: str, base: Path) -> float:
     """Of the first step's rows by the unsplit model: the mean over what the text says is an answer or its end."""
     loaded = loading.load(toml)
-    spec, tokenizer = resolve.data_of(loaded), AutoTokenizer.from_pretrained(base)
-    batches = prepare.micro_batches(spec, prepare.read_data(spec, tokenizer))
+    spec, tokenizer = specs.data_of(loaded), AutoTokenizer.from_pretrained(base)
+    batches = micro_batches(spec, read_data(spec, tokenizer))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     total, targets = 0.0, 0
     for index, row in batches.info(Position()).rows:
@@ -184,8 +186,8 @@ def paragraphs(folder: Path) -> dict[str, Any]:
 def loss_of_parts(toml: str, base: Path) -> float:
     """Of the first step by the unsplit model: what begins anew in a row is a row by itself, its first token untrained."""
     loaded = loading.load(toml)
-    spec = resolve.data_of(loaded)
-    batches = prepare.micro_batches(spec, prepare.read_data(spec, AutoTokenizer.from_pretrained(base)))
+    spec = specs.data_of(loaded)
+    batches = micro_batches(spec, read_data(spec, AutoTokenizer.from_pretrained(base)))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     total, targets, parts = 0.0, 0, 0
     for index, row in batches.info(Position()).rows:
@@ -271,9 +273,9 @@ def test_a_mixed_run_killed_in_a_save_and_resumed_is_bit_equal(tmp_path: Path, b
     assert_equal(final_state(both["runs"][0]), final_state(both["runs"][1]))
     assert numbers(both["runs"][0]) == numbers(both["runs"][1])
     # What the run was given: in the order of the second epoch, whose first micro-batch is not moved, every share holds.
-    spec = resolve.data_of(loading.load(toml))
-    data = prepare.read_data(spec, AutoTokenizer.from_pretrained(base))
-    epoch = prepare.micro_batches(spec, data).epoch_rows(1).tolist()
+    spec = specs.data_of(loading.load(toml))
+    data = read_data(spec, AutoTokenizer.from_pretrained(base))
+    epoch = micro_batches(spec, data).epoch_rows(1).tolist()
     targets = [rows.store.targets for rows in data.train]
     largest, given = max(int(of_set.max()) for of_set in targets), torch.zeros(3, dtype=torch.float64)
     for index, row in epoch:

@@ -13,7 +13,7 @@ from pipeline.console import UserError
 from pipeline.model.adapters.base import trainable, written
 from pipeline.model.adapters.control import ControlAdapter
 from pipeline.training.stage import families, initial_adapter
-from pipeline.training.start import resolve
+from pipeline.training.start import resolve, to_train
 from tests.helpers.configs import small
 from tests.helpers.stages import chain, hidden, token_ids
 
@@ -46,7 +46,7 @@ def config_of(llama: Path, **changes: Any) -> Any:
 def stages_with(llama: Path, config: Any, cuts: list[int]) -> list[Any]:
     stages = chain(llama, cuts)
     for stage in stages:
-        families.inject(stage, resolve.adapter_of(config, TARGETS))
+        families.inject(stage, to_train.adapter_of(config, TARGETS))
         stage.eval()
     return stages
 
@@ -67,7 +67,7 @@ def save(folder: Path, stages: list[Any], config: Any) -> None:
     for stage in stages:
         tensors |= written(stage)
     folder.mkdir()
-    families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(folder, tensors)
+    families.writer(to_train.adapter_of(config, TARGETS), resolve.base_of(config))(folder, tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,7 +80,7 @@ def test_goes_on_as_the_function_that_was_saved(llama: Path, tmp_path: Path, fam
     save(tmp_path / "saved", trained, config)
     again = config_of(llama, seed=7, init_adapter=str(tmp_path / "saved"), **GOES_ON_AS[family])
     begun = stages_with(llama, again, [0, 1, 3, 4])
-    tensors = families.saved(resolve.adapter_of(again, TARGETS), again.init_adapter)
+    tensors = families.saved(to_train.adapter_of(again, TARGETS), again.init_adapter)
     for stage in begun:
         initial_adapter.put(stage, tensors)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_what_differs_is_named(llama: Path, saved: Mapping[str, Path], case: str
     family, changes, said = REFUSALS[case]
     config = config_of(llama, init_adapter=str(saved[family]), **changes)
     with pytest.raises(UserError) as caught:
-        families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
+        families.saved(to_train.adapter_of(config, TARGETS), config.init_adapter)
     assert said in str(caught.value)
     assert str(saved[family]) in str(caught.value)
     assert caught.value.exit_code == 2
@@ -148,15 +148,15 @@ def test_what_differs_is_named(llama: Path, saved: Mapping[str, Path], case: str
 def test_modules_are_the_same(llama: Path, saved: Mapping[str, Path], family: str) -> None:
     config = config_of(llama, init_adapter=str(saved[family]), **FAMILIES[family])
     with pytest.raises(UserError, match=r"has nothing for model\.layers\.2\.mlp\.down_proj, which this run trains"):
-        families.saved(resolve.adapter_of(config, [*TARGETS, "model.layers.2.mlp.down_proj"]), config.init_adapter)
+        families.saved(to_train.adapter_of(config, [*TARGETS, "model.layers.2.mlp.down_proj"]), config.init_adapter)
     with pytest.raises(UserError, match=r"has model\.layers\.1\.mlp\.down_proj and 1 more, which this run does not"):
-        families.saved(resolve.adapter_of(config, TARGETS[:1]), config.init_adapter)
+        families.saved(to_train.adapter_of(config, TARGETS[:1]), config.init_adapter)
 
 
 def test_no_folder(llama: Path, tmp_path: Path) -> None:
     config = config_of(llama, init_adapter=str(tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):
-        families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
+        families.saved(to_train.adapter_of(config, TARGETS), config.init_adapter)
 
 
 def test_it_is_not_looked_at_when_resuming(llama: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_it_is_not_looked_at_when_resuming(llama: Path, tmp_path: Path) -> None:
 def test_another_models_shapes_change_nothing(llama: Path, saved: Mapping[str, Path]) -> None:
     config = config_of(llama, init_adapter=str(saved["multiplicative_lora"]))
     (stage,) = stages_with(llama, config, [0, 4])
-    tensors = families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
+    tensors = families.saved(to_train.adapter_of(config, TARGETS), config.init_adapter)
     tensors[f"{TARGETS[2]}.B"] = torch.ones(48, 4)
     before = {name: p.detach().clone() for name, p in trainable(stage).items()}
     with pytest.raises(UserError, match=r"is \[48, 4\], and the model's module asks for \[32, 4\]"):
@@ -188,6 +188,6 @@ def test_peanut_of_others_leaves_biases_alone(llama: Path, saved: Mapping[str, P
     (theirs / "adapter_config.json").write_bytes((ours / "adapter_config.json").read_bytes())
     save_file(load_file(ours / "adapter_model.safetensors"), theirs / "adapter_model.safetensors", {"format": "pt"})
     config = config_of(llama, init_adapter=str(theirs))
-    assert families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter)
+    assert families.saved(to_train.adapter_of(config, TARGETS), config.init_adapter)
     with pytest.raises(UserError, match="without their biases"):
-        families.saved(resolve.adapter_of(config, TARGETS, biased_targets=True), config.init_adapter)
+        families.saved(to_train.adapter_of(config, TARGETS, biased_targets=True), config.init_adapter)

@@ -14,7 +14,7 @@ from pipeline.config import loading
 from pipeline.console import UserError
 from pipeline.model.adapters.base import trainable, written
 from pipeline.training.stage import families, initial_adapter, patterns
-from pipeline.training.start import resolve
+from pipeline.training.start import resolve, to_train
 from tests.helpers.configs import problems, small
 from tests.helpers.stages import chain, hidden, token_ids
 
@@ -49,7 +49,7 @@ def trained(llama: Path, config: Any, cuts: list[int]) -> list[Any]:
     """Stages with adapters of known values, as if trained."""
     stages = chain(llama, cuts)
     for stage in stages:
-        families.inject(stage, resolve.adapter_of(config, TARGETS))
+        families.inject(stage, to_train.adapter_of(config, TARGETS))
         with torch.no_grad():
             for name, parameter in trainable(stage).items():
                 g = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -114,7 +114,7 @@ def test_stock_peft_runs_what_is_saved(llama: Path, tmp_path: Path, family: str)
     for stage in stages:
         tensors |= written(stage)
     (tmp_path / "saved").mkdir()
-    families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(tmp_path / "saved", tensors)
+    families.writer(to_train.adapter_of(config, TARGETS), resolve.base_of(config))(tmp_path / "saved", tensors)
     whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     plain = whole.model(token_ids())[0]
     peft = PeftModel.from_pretrained(whole, str(tmp_path / "saved")).eval()
@@ -129,21 +129,21 @@ def test_goes_on_from_what_is_saved(llama: Path, tmp_path: Path, family: str) ->
     config = config_of(llama, family)
     stages = trained(llama, config, [0, 4])
     (tmp_path / "saved").mkdir()
-    families.writer(resolve.adapter_of(config, TARGETS), resolve.base_of(config))(
+    families.writer(to_train.adapter_of(config, TARGETS), resolve.base_of(config))(
         tmp_path / "saved", written(stages[0])
     )
     again = config_of(llama, family, init_adapter=str(tmp_path / "saved"), seed=7)
     begun = chain(llama, [0, 2, 4])
     for stage in begun:
-        families.inject(stage, resolve.adapter_of(again, TARGETS))
-        initial_adapter.put(stage, families.saved(resolve.adapter_of(again, TARGETS), again.init_adapter))
+        families.inject(stage, to_train.adapter_of(again, TARGETS))
+        initial_adapter.put(stage, families.saved(to_train.adapter_of(again, TARGETS), again.init_adapter))
         stage.eval()
     with torch.no_grad():
         # B went through two factors, each rounded.
         torch.testing.assert_close(hidden(begun, token_ids()), hidden(stages, token_ids()), rtol=0, atol=1e-5)
     other = config_of(llama, family, init_adapter=str(tmp_path / "saved"), rank_pattern={**RANKS, "o_proj": 2})
     with pytest.raises(UserError, match=r"makes use of more than rank 2"):
-        families.saved(resolve.adapter_of(other, TARGETS), other.init_adapter)
+        families.saved(to_train.adapter_of(other, TARGETS), other.init_adapter)
 
 
 @pytest.mark.parametrize("family", ["lora", "rslora"])
@@ -170,8 +170,8 @@ def test_goes_on_from_what_peft_saves(llama: Path, tmp_path: Path, family: str) 
     config = config_of(llama, family, init_adapter=str(tmp_path / "saved"))
     begun = chain(llama, [0, 2, 4])
     for stage in begun:
-        families.inject(stage, resolve.adapter_of(config, TARGETS))
-        initial_adapter.put(stage, families.saved(resolve.adapter_of(config, TARGETS), config.init_adapter))
+        families.inject(stage, to_train.adapter_of(config, TARGETS))
+        initial_adapter.put(stage, families.saved(to_train.adapter_of(config, TARGETS), config.init_adapter))
         stage.eval()
     theirs = {
         name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".A"): p.detach()
@@ -193,14 +193,14 @@ def test_goes_on_from_what_peft_saves(llama: Path, tmp_path: Path, family: str) 
     ):
         other = config_of(llama, family, init_adapter=str(tmp_path / "saved"), **changes)
         with pytest.raises(UserError, match=said):
-            families.saved(resolve.adapter_of(other, TARGETS), other.init_adapter)
+            families.saved(to_train.adapter_of(other, TARGETS), other.init_adapter)
 
 
 @pytest.mark.parametrize("family", ["multiplicative_lora", "lora", "rslora"])
 def test_norms_are_those_of_each_modules_own_scaling(llama: Path, family: str) -> None:
     config = config_of(llama, family)
     stages = trained(llama, config, [0, 4])
-    own, found = parameters(stages), families.norms(stages[0], resolve.adapter_of(config, TARGETS))
+    own, found = parameters(stages), families.norms(stages[0], to_train.adapter_of(config, TARGETS))
     assert found.keys() == set(TARGETS)
     for module, (rank, alpha) in expected_sizes().items():
         s = alpha / (rank**0.5 if family == "rslora" else rank)

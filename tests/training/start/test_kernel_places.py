@@ -15,7 +15,7 @@ from pipeline.model.stage import Stage
 from pipeline.training.stage import parts
 from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained
-from pipeline.training.start import check, kernel_places, resolve
+from pipeline.training.start import check, kernel_places, to_train
 from tests.helpers.builders import model_config, save_model, train, write_config
 
 ALL = frozenset(fusion.KERNELS)
@@ -172,7 +172,7 @@ def test_what_found_no_place_is_said_with_the_reason(
     meta_model = MetaModel(model_config(kind, **changes), torch.float32)
     layers = range(4) if "layers_to_transform" in keys else range(3)
     part = {"o_proj": "self_attn.o_proj"}.get(keys.get("target_modules", [""])[0], "mlp.down_proj")
-    adapter = resolve.adapter_of(config, [f"{meta_model.shared.base_model_prefix}.layers.{i}.{part}" for i in layers])
+    adapter = to_train.adapter_of(config, [f"{meta_model.shared.base_model_prefix}.layers.{i}.{part}" for i in layers])
     kernel_places.foresee(config.kernels, meta_model, Trained(adapter))
     lines = capsys.readouterr().out.splitlines()
     said = dict(line.removeprefix("kernels:  no place for ").split(": ", 1) for line in lines if "no place" in line)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pipeline.console import UserError, log
 from pipeline.generation import positions
 from pipeline.generation.prompts import Asker, asker
-from pipeline.training.start import data_fits
+from pipeline.training.data import fits as data_fits
 from pipeline.training.start.resolved import SampleSpec
 
 
