@@ -142,6 +142,30 @@ def test_a_conversation_keeps_what_was_said(
     assert sum(line.startswith("[") for line in lines) == 3
 
 
+def test_a_conversation_of_a_model_that_goes_on_by_one_token_only_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mamba drops its state where several tokens go on from it; the oracle reads all turns at once, without a cache."""
+    whole = save_model(tmp_path, "mamba", layers=2)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    seen: list[tuple[list[int], list[int]]] = []
+    answers = command.answers
+
+    def noted(stages: Any, asked: Any, *rest: Any) -> Any:
+        found = answers(stages, asked, *rest)
+        seen.append((list(asked[0].ids), found[0].tokens))
+        return found
+
+    monkeypatch.setattr(command, "answers", noted)
+    typed(monkeypatch, "Who are you?", "And now, what is it that you do?", "Why?")
+    run(monkeypatch, capsys, "--model", tmp_path, "--chat", "--temperature", "0", "--max-new-tokens", "6")
+    assert len(seen) == 3
+    for ids, tokens in seen:
+        for token in tokens:
+            assert int(whole(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
+            ids.append(token)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
