@@ -1,12 +1,15 @@
 """Preference runs stopped and resumed, begun from an adapter, compared with one; and on one, two and three stages."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts.adapter.adapter import WEIGHTS_FILE
 from pipeline.console import UserError
@@ -119,6 +122,10 @@ def test_stopped_and_resumed_is_bit_equal_whatever_the_reference(root: Path) -> 
     assert first_loss(runs[5]) != pytest.approx(first_loss(runs[0]), abs=1e-6)
     assert first_loss(runs[6]) < first_loss(runs[0]), "the adapter had learnt to prefer the chosen"
 
+    eager = [*start, "attn_implementation='eager'", f"max_steps={STEPS + 1}"]
+    before = {file.name: file.read_bytes() for file in Path(runs[1]).glob("reference-*.arrow")}
+    run_plan(root, 2, [{"config": toml, "overrides": eager, "resume": runs[1]}], name="eager")
+    assert {file.name: file.read_bytes() for file in Path(runs[1]).glob("reference-*.arrow")} == before
     for file in Path(runs[1]).glob("reference-*.arrow"):
         file.unlink()
     with pytest.raises(UserError, match="it cannot be made again"):
@@ -182,6 +189,61 @@ def test_a_start_that_is_not_the_runs_is_refused(tmp_path: Path) -> None:
     for other in ({"reference": {"reference-a.arrow": "0"}}, {"reference": {"reference-b.arrow": "0"}}, {}):
         with pytest.raises(UserError, match=r"objective.reference.model = 'start'.*it cannot be made again"):
             reference.check_kept(tmp_path, other, "start")
+
+
+def test_a_start_is_never_made_of_the_adapter_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of data that a resumed run has and the first one had not, or of which it scored other rows."""
+    monkeypatch.setattr(reference.dist, "broadcast_object_list", lambda told: None)
+    monkeypatch.setattr(reference.dist, "barrier", lambda: None)
+    monkeypatch.setattr(reference, "agreement", nullcontext)
+    run: Any = SimpleNamespace(place=SimpleNamespace(rank=0), spec=SimpleNamespace(reference="start"))
+    store: Any = SimpleNamespace(name="more")
+    there = tmp_path / "reference-a.arrow"
+    values = np.array([[-1.5, -2.0], [np.nan, np.nan]], np.float32)
+    reference._write(there, values)
+    found = reference._numbers(run, store, np.array([0]), there, there, too_late=True)
+    assert np.array_equal(found, values, equal_nan=True)
+    for source, rows in ((tmp_path / "reference-b.arrow", [0]), (there, [0, 1])):
+        with pytest.raises(UserError, match=r"'more' before it was trained .* cannot be made again"):
+            reference._numbers(run, store, np.array(rows), source, source, too_late=True)
+
+
+def test_whatever_decides_a_rows_number_is_in_the_name_of_what_is_kept(tmp_path: Path) -> None:
+    """The base's weights and config, the reference's, how the stages compute; the rows are there by their store's hash."""
+    for name, changes in {"base": {}, "other": {"seed": 1}, "scaled": {"logit_scale": 0.5}, "edited": {}}.items():
+        builders.save_model(tmp_path / name, "cohere", layers=4, **changes)
+    weights = load_file(tmp_path / "edited" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] += 1  # neither the first, the middle nor the last
+    save_file(weights, tmp_path / "edited" / "model.safetensors", {"format": "pt"})
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / WEIGHTS_FILE).write_text(name)
+
+    def name(reference: str = "base", kernels: str = "none", **changes: Any) -> str:
+        as_base = {"folder": tmp_path / "base", "dtype": torch.float32, "attn_implementation": "sdpa", "scheme": None}
+        plan = SimpleNamespace(base=SimpleNamespace(**as_base | changes), layout=SimpleNamespace(kernels=kernels))
+        run: Any = SimpleNamespace(plan=plan, spec=SimpleNamespace(reference=reference))
+        return reference_digest(run)
+
+    names = [
+        name(),
+        *(name(folder=tmp_path / other) for other in ("other", "scaled", "edited")),
+        name(dtype=torch.bfloat16),
+        name(attn_implementation="eager"),
+        name(scheme="nf4"),
+        name(kernels="all"),
+        name("start"),
+        name(str(tmp_path / "one")),
+        name(str(tmp_path / "two")),
+    ]
+    assert len(set(names)) == len(names)
+    assert name("start", kernels="all", dtype=torch.bfloat16) == name("start"), "a run has one start"
+    (tmp_path / "two" / WEIGHTS_FILE).write_text("one")
+    assert name(str(tmp_path / "two")) == name(str(tmp_path / "one"))
+
+
+def reference_digest(run: Any) -> str:
+    return reference._digest(reference._about(run))
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ DIVIDED = {
     "replicas": ("pipeline_stages=1", "gradient_accumulation_steps=2"),
 }
 TRAINED = ("kto", "representation")  # in `make test`
-QUICK = (*TRAINED, "one by one", "all at once")
+QUICK = (*TRAINED, "taps, one by one", "taps, all at once")
 KINDS = {"kto": "unpaired", "ranked": "ranked"}
 
 
@@ -347,11 +347,20 @@ def test_each_layer_runs_backward_once_a_micro_batch(results: Launched, name: st
     ]
 
 
+@pytest.mark.slow
 def test_the_first_loss_of_dpo_is_that_of_no_preference(results: Launched) -> None:
     """Policy and reference are the same operations on the same shapes, so only the sum over units rounds."""
     losses = results["one by one"].losses
     assert losses[0] == pytest.approx(math.log(2), rel=UNITS * UNIT)
     assert losses[-1] < losses[0]
+
+
+def test_taps_begin_at_the_reference(results: Launched) -> None:
+    """Retained rows are where they were, to the bit, and so are the differences that a projection is of."""
+    first, *_ = (line for line in builders.metrics(results["representation"].run_dir) if "train/loss" in line)
+    assert first["train/tap/retain"] == 0
+    assert first["tap_cosine/retain/1"] == first["tap_cosine/retain/3"] == first["tap_cosine/axis/2"] == 1
+    assert 0 < first["tap_cosine/reroute/1"] < 1 < first["train/tap/reroute"]
 
 
 @pytest.mark.slow
@@ -366,14 +375,11 @@ def test_a_live_reference_is_the_cached_one(results: Launched, name: str, cached
         assert torch.equal(other.weights[key], weight), key
 
 
-@pytest.mark.parametrize("taps", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "taps"])
-@pytest.mark.parametrize("name", only(("one by one", "all at once"), DIVIDED))
-def test_a_step_is_the_mean_over_its_units_however_divided(
-    results: Launched, oracles: Oracles, name: str, taps: bool
-) -> None:
-    """Micro-batches of other sizes and other padding: each the whole model's, to rounding."""
-    result = results[f"taps, {name}" if taps else name]
-    _, exact, plain = oracles.of("representation" if taps else "sigmoid", result)
+@pytest.mark.parametrize("name", only(QUICK, [f"{taps}{name}" for taps in ("taps, ", "") for name in DIVIDED]))
+def test_a_step_is_the_mean_over_its_units_however_divided(results: Launched, oracles: Oracles, name: str) -> None:
+    """Micro-batches of other sizes and other padding: each the whole model's, to rounding; so is where taps' schedules are."""
+    result = results[name]
+    _, exact, plain = oracles.of("representation" if "taps" in name else "sigmoid", result)
     near(result.losses, exact.losses, plain.losses)
     near([result.evaluation(step)["pairs"] for step in (0, STEPS)], exact.evaluated, plain.evaluated)
     assert apart(result.weights, exact.weights) <= AS_NEAR * apart(plain.weights, exact.weights)
@@ -390,7 +396,7 @@ def test_recomputed_or_compared_with_its_start_it_is_the_same(results: Launched,
 
 
 def test_metrics_have_trls_names(results: Launched) -> None:
-    lines = [line for line in builders.metrics(results["one by one"].run_dir) if "train/loss" in line]
+    lines = [line for line in builders.metrics(results["taps, one by one"].run_dir) if "train/loss" in line]
     first, last = lines[0], lines[-1]
     assert first["train/rewards/margins"] == 0
     difference = last["train/rewards/chosen"] - last["train/rewards/rejected"]

@@ -130,6 +130,13 @@ def test_what_does_not_go_together_is_refused(keys: dict[str, Any], around: dict
         spec(around=PLAIN.__class__(**{**PLAIN.__dict__, **around}), **keys)
 
 
+def test_dropout_is_said_as_trl_turns_it_off(capsys: pytest.CaptureFixture[str]) -> None:
+    spec()
+    assert "dropout" not in capsys.readouterr().err
+    spec(around=dataclasses.replace(PLAIN, dropout=0.1))
+    assert "lora_dropout = 0.1: TRL turns dropout off in preference training" in capsys.readouterr().err
+
+
 def tapped(kind: str = "representation", around: Around = PLAIN, **keys: Any) -> ObjectiveSpec:
     found = spec(around=around, **{"type": kind, "tap": [RETAIN], **keys})
     assert found is not None
