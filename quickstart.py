@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+BIN = Path(sys.executable).parent  # of the commands that are shown: .venv/bin, or where an image has its Python
+BIN = BIN.relative_to(ROOT) if BIN.is_relative_to(ROOT) else BIN
 HERE = Path("runs/quickstart")
 BOOKS = ROOT / "datasets/sample_books"
 ADAPTER_BOOK = "the_cartographers_of_low_water.md"
@@ -221,9 +223,9 @@ def report(summary: dict, seconds: float) -> None:
         f"\n{summary['steps']} steps over {summary['stages']} stages, stopped and resumed at step "
         f"{summary['resumed_at_step']}, {summary['tokens_per_s']:,.0f} tokens/s (median), {seconds:.0f} s in all\n"
         f"adapter        {summary['adapter']}\nmerged model   {summary['merged_model']}\n\nnext:\n"
-        "  .venv/bin/tensorboard --logdir runs/quickstart/adapter_runs\n"
-        "  .venv/bin/python train.py --config quickstart.toml --preview 2\n"
-        "  .venv/bin/python train.py --config config_creative_writer.toml --check   # after setting its paths"
+        f"  {BIN}/tensorboard --logdir runs/quickstart/adapter_runs\n"
+        f"  {BIN}/python train.py --config quickstart.toml --preview 2\n"
+        f"  {BIN}/python train.py --config config_creative_writer.toml --check   # after setting its paths"
     )
     if not summary["adapter_eval_loss"] < summary["base_eval_loss"] - 0.1:
         sys.exit("the adapter's loss is not clearly below the base's")

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ BROKEN, KEPT = ("train", "test"), ("ood", "unrelated")  # topics that circuit br
 BREAKERS = "circuit breakers"
 
 Rows = list[dict[str, Any]]
+Column = Callable[[Rows], str]  # a cell of a run's rows, of all seeds
 
 
 def spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
@@ -33,63 +34,87 @@ def spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
 
 def learnt(result: dict[str, Any]) -> str:
     """A row per run on pairs, of all seeds."""
-    header = (
-        "run",
-        "trained pairs",
-        "new prompts",
-        "other topics",
-        "nothing to prefer",
-        "p(chosen), trained, to the base",
-        "lp̄ chosen, trained",
-        "lp̄ rejected",
-        "lights, trained",
-    )
-    return table(
-        header, [_learnt(rows) for rows in _by("run", result["rows"]) if not rows[0]["run"].startswith(BREAKERS)]
-    )
-
-
-def _learnt(rows: Rows) -> tuple[str, ...]:
-    trained = _of(rows, "train")
-    return (
-        rows[0]["run"],
-        *(spread([row["pref_acc_mean"] for row in _of(rows, name)]) for name in ("train", "test", "ood", "unrelated")),
-        _hull([row["pref_prob_mean_delta"] for row in trained if "pref_prob_mean_delta" in row]),
-        spread([row["lp_w"] for row in trained]),
-        spread([row["lp_l"] for row in trained]),
-        _lights(trained),
-    )
+    return _runs(result, LEARNT, lambda run: not run.startswith(BREAKERS))
 
 
 def broken(result: dict[str, Any]) -> str:
     """A row per run of circuit breakers, and the base's, of all seeds."""
-    header = (
-        "run",
-        "lp̄, trained topics",
-        "perplexity, trained topics",
-        "lp̄, other topics",
-        "perplexity, other topics",
-        "cos, broken rows",
-        "cos, retained rows",
+    return _runs(result, TURNED, lambda run: run.startswith(("base", BREAKERS)))
+
+
+def _runs(result: dict[str, Any], columns: Mapping[str, Column], chosen: Callable[[str], bool]) -> str:
+    """A row for each run whose name is `chosen`."""
+    found = {rows[0]["run"]: rows for rows in _by("run", result["rows"])}
+    lines = [(run, *(cell(rows) for cell in columns.values())) for run, rows in found.items() if chosen(run)]
+    return table(("run", *columns), lines)
+
+
+def _accuracy(dataset: str) -> Column:
+    return lambda rows: spread([row["pref_acc_mean"] for row in _of(rows, dataset)])
+
+
+def _trained(measure: str) -> Column:
+    return lambda rows: spread([row[measure] for row in _of(rows, "train")])
+
+
+def _moved(rows: Rows) -> str:
+    return _hull([row["pref_prob_mean_delta"] for row in _of(rows, "train") if "pref_prob_mean_delta" in row])
+
+
+def _mean_lp(datasets: Sequence[str]) -> Column:
+    """Of both answers, as circuit breakers know no better one."""
+    return lambda rows: spread(
+        [_mean([(row["lp_w"] + row["lp_l"]) / 2 for row in seed]) for seed in _seeds(rows, datasets)]
     )
-    runs = [rows for rows in _by("run", result["rows"]) if rows[0]["run"].startswith(("base", BREAKERS))]
-    return table(header, [_broken(rows) for rows in runs])
 
 
-def _broken(rows: Rows) -> tuple[str, ...]:
-    cells = [rows[0]["run"]]
-    for names in (BROKEN, KEPT):
-        mine = [[row for row in seed if row["dataset"] in names] for seed in _by("seed", rows)]
-        cells.append(spread([_mean([(row["lp_w"] + row["lp_l"]) / 2 for row in seed]) for seed in mine]))
-        ratios = [[row["perplexity_ratio"] for row in seed if "perplexity_ratio" in row] for seed in mine]
-        cells.append(f"× {spread([_mean(seed) for seed in ratios])}" if all(ratios) else "–")
-    for tap in ("break", "retain"):
+def _perplexity(datasets: Sequence[str]) -> Column:
+    def cell(rows: Rows) -> str:
+        ratios = [
+            [row["perplexity_ratio"] for row in seed if "perplexity_ratio" in row] for seed in _seeds(rows, datasets)
+        ]
+        return f"× {spread([_mean(seed) for seed in ratios])}" if all(ratios) else "–"
+
+    return cell
+
+
+def _cosine(tap: str) -> Column:
+    """Over the tap's layers."""
+
+    def cell(rows: Rows) -> str:
         cosines = [
             [cosine for name, cosine in row.get("cosines", {}).items() if name.startswith(f"{tap}/")]
             for row in _of(rows, "train")
         ]
-        cells.append(spread([_mean(seed) for seed in cosines]) if all(cosines) else "–")
-    return tuple(cells)
+        return spread([_mean(seed) for seed in cosines]) if all(cosines) else "–"
+
+    return cell
+
+
+def _lit(rows: Rows) -> str:
+    trained = _of(rows, "train")
+    counted = Counter(light for row in trained for light in row["lights"])
+    return ", ".join(f"{what} ({count} of {len(trained)})" for what, count in counted.items()) or "–"
+
+
+LEARNT: dict[str, Column] = {
+    "trained pairs": _accuracy("train"),
+    "new prompts": _accuracy("test"),
+    "other topics": _accuracy("ood"),
+    "nothing to prefer": _accuracy("unrelated"),
+    "p(chosen), trained, to the base": _moved,
+    "lp̄ chosen, trained": _trained("lp_w"),
+    "lp̄ rejected": _trained("lp_l"),
+    "lights, trained": _lit,
+}
+TURNED: dict[str, Column] = {
+    "lp̄, trained topics": _mean_lp(BROKEN),
+    "perplexity, trained topics": _perplexity(BROKEN),
+    "lp̄, other topics": _mean_lp(KEPT),
+    "perplexity, other topics": _perplexity(KEPT),
+    "cos, broken rows": _cosine("break"),
+    "cos, retained rows": _cosine("retain"),
+}
 
 
 def setting(result: dict[str, Any]) -> str:
@@ -169,6 +194,11 @@ def _by(key: str, rows: Rows) -> list[Rows]:
     return [[row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)]
 
 
+def _seeds(rows: Rows, datasets: Sequence[str]) -> list[Rows]:
+    """By seed, the rows of these datasets."""
+    return [[row for row in seed if row["dataset"] in datasets] for seed in _by("seed", rows)]
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -183,11 +213,6 @@ def _hull(deltas: Sequence[Sequence[float]]) -> str:
         return "–"
     values = [value for delta in deltas for value in delta]
     return f"{_mean([delta[0] for delta in deltas]):+.3f} [{min(values):+.3f}, {max(values):+.3f}]"
-
-
-def _lights(rows: Rows) -> str:
-    counted = Counter(light for row in rows for light in row["lights"])
-    return ", ".join(f"{what} ({count} of {len(rows)})" for what, count in counted.items()) or "–"
 
 
 def _interval(row: dict[str, Any], value: str, low: str, high: str, sign: str = "") -> str:

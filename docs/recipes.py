@@ -32,10 +32,14 @@ DATA: dict[Kind, str] = {"books": "books/*.txt", "chat": "conversations.jsonl", 
 
 
 class Model(NamedTuple):
-    """`label`: as recipes call it. `name`: on the Hub. `dimensions`: its config.json's that differ from the class's."""
+    """`label`: as recipes call it. `name`: on the Hub. `weights`: how many, in billions, as published.
+
+    `dimensions`: those of the published config.json of `name` that differ from the class's, of which none ties its head.
+    """
 
     label: str
     name: str
+    weights: float
     of: type[Any]
     dimensions: dict[str, Any]
 
@@ -45,6 +49,7 @@ MODELS = (
     Model(
         "7b",
         "mistralai/Mistral-7B-Instruct-v0.3",
+        7.25,
         transformers.MistralConfig,
         {
             **_MISTRAL,
@@ -58,6 +63,7 @@ MODELS = (
     Model(
         "12b",
         "mistralai/Mistral-Nemo-Instruct-2407",
+        12.2,
         transformers.MistralConfig,
         {
             **_MISTRAL,
@@ -71,6 +77,7 @@ MODELS = (
     Model(
         "24b",
         "mistralai/Mistral-Small-24B-Instruct-2501",
+        23.6,
         transformers.MistralConfig,
         {
             **_MISTRAL,
@@ -84,6 +91,7 @@ MODELS = (
     Model(
         "32b",
         "Qwen/Qwen3-32B",
+        32.8,
         transformers.Qwen3Config,
         {
             "hidden_size": 5120,
@@ -99,6 +107,7 @@ MODELS = (
     Model(
         "70b",
         "meta-llama/Llama-3.3-70B-Instruct",
+        70.6,
         transformers.LlamaConfig,
         {
             "hidden_size": 8192,
@@ -114,6 +123,7 @@ MODELS = (
     Model(
         "30b-a3b",
         "Qwen/Qwen3-30B-A3B",
+        30.5,
         transformers.Qwen3MoeConfig,
         {
             "hidden_size": 2048,
@@ -133,6 +143,7 @@ MODELS = (
     Model(
         "106b-a12b",
         "zai-org/GLM-4.5-Air",
+        106,  # without num_nextn_predict_layers = 1, a further layer that transformers leaves out
         transformers.Glm4MoeConfig,
         {
             "hidden_size": 4096,

@@ -33,7 +33,8 @@ from pipeline.model.stage import Stage, read_model_config
 
 
 class Speaker(NamedTuple):
-    """A loaded model, ready to be asked. `whole`: without weights, for its structure."""
+    """A loaded model, ready to be asked. `whole`: without weights, for its structure. `goes_on`: whether a conversation may go on
+    from the caches of its turn before."""
 
     stage: Stage
     stages: Stages
@@ -41,6 +42,7 @@ class Speaker(NamedTuple):
     whole: PreTrainedModel
     sampling: Sampling
     max_new_tokens: int
+    goes_on: bool
 
 
 def generate(asked: argparse.Namespace) -> None:
@@ -92,7 +94,7 @@ def load(asked: argparse.Namespace, sampling: Sampling, device: torch.device) ->
     scheme = Scheme.named(asked.base_quant, dtype) if asked.base_quant else None
     found = loading.look(folder, "--model", loading.processes(), dtype=dtype, scheme=scheme)
     with log_if_slow("trying out a tiny copy of the model"):
-        cache_check.check(found.config, found.ranges, "generate.py")
+        goes_on = cache_check.check(found.config, found.ranges, "generate.py")
     tokenizer = tokenizers.load(found.folder)
     asks = asker(tokenizer, found.folder, chat=asked.chat, system=asked.system, chat_template=asked.chat_template)
     saved = adapters.read(asked.lora, found.base, asked.kind) if asked.lora else None
@@ -111,7 +113,7 @@ def load(asked: argparse.Namespace, sampling: Sampling, device: torch.device) ->
     stages: Stages = InOneProcess([stage], device)
     if dist.is_initialized():
         stages = OverProcesses(stage, range(dist.get_world_size()), device, found.dtype)
-    return Speaker(stage, stages, asks, found.whole, sampling, asked.max_new_tokens)
+    return Speaker(stage, stages, asks, found.whole, sampling, asked.max_new_tokens, goes_on)
 
 
 def _answer_all(speaker: Speaker, prompts: list[str], compare: bool) -> None:
@@ -150,7 +152,7 @@ def _converse(speaker: Speaker, chat: bool) -> None:
         else "a text to go on from; Ctrl-D ends"
     )
     messages: list[dict[str, Any]] = []
-    memory, turn = Memory(), 0
+    memory, turn = Memory() if speaker.goes_on else None, 0
     while (line := _line()) is not None:
         if chat and line.strip() == "/new":
             messages = []
@@ -181,8 +183,8 @@ def _line() -> str | None:
     return typed[0]
 
 
-def _spoken(speaker: Speaker, ids: list[int], turn: int, memory: Memory) -> Answer:
-    """One answer, shown while it is said. `memory`: of what was said before."""
+def _spoken(speaker: Speaker, ids: list[int], turn: int, memory: Memory | None) -> Answer:
+    """One answer, shown while it is said. `memory`: of what was said before; without one, that is read anew."""
     streamer = _Shown(speaker.asker.tokenizer, skip_special_tokens=True)
 
     def show(_: int, token: int) -> None:

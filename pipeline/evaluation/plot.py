@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.cells import BASE, ROLES, Cell
-from pipeline.foreign import printable
+from pipeline.pages.drawing import shown
 
 PANEL_INCHES, ROW_INCHES, EDGE_INCHES = 3.4, 0.34, 1.3
 DPI = 130
@@ -26,22 +26,17 @@ def picture(found: Sequence[Cell]) -> bytes:
     for panel, (role, dataset, measure) in zip(panels, datasets, strict=True):
         for cell in mains:
             if cell.dataset == dataset:
-                shown = cell.delta or cell.figure
-                low, high = shown.interval or (shown.value, shown.value)
+                value = cell.delta or cell.figure
+                low, high = value.interval or (value.value, value.value)
                 place = adapters.index(cell.adapter)
                 panel.plot([low, high], [place, place], color="tab:blue")
-                panel.plot([shown.value], [place], "o", color="tab:blue")
-        panel.set_title(f"{_shown(dataset)}\n{ROLES[role]}", fontsize=9)
+                panel.plot([value.value], [place], "o", color="tab:blue")
+        panel.set_title(f"{shown(dataset)}\n{ROLES[role]}", fontsize=9)
         panel.set_xlabel(measure if adapters == [BASE] else f"{measure}, difference to the base", fontsize=8)
         if adapters != [BASE]:
             panel.axvline(0, color="grey", linewidth=0.8)
-    panels[0].set_yticks(range(len(adapters)), [_shown(name) for name in adapters], fontsize=8)
+    panels[0].set_yticks(range(len(adapters)), [shown(name) for name in adapters], fontsize=8)
     panels[0].set_ylim(len(adapters) - 0.5, -0.5)
     out = io.BytesIO()
     figure.savefig(out, dpi=DPI, format="png")
     return out.getvalue()
-
-
-def _shown(name: str) -> str:
-    """A name as matplotlib draws it: a dollar sign would begin a formula."""
-    return printable(name, 40).replace("$", r"\$")

@@ -7,7 +7,9 @@ model is. The head is left out, as a tied one may be stored or not.
 """
 
 import hashlib
+import json
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -21,16 +23,32 @@ DIGITS = 32  # of the digest in hexadecimal: 128 bits
 
 def fingerprint(base: Base) -> str:
     """The digest, in hexadecimal. Values are compared in bf16, so that a copy in a wider dtype is the same model."""
-    digest = hashlib.sha256()
     kinds: dict[str, list[tuple[list[int], str]]] = {}
-    for name, tensor in base.tensors.items():
-        if tensor.dtype in FLOATS and tensor.n_bytes and name != HEAD:
+    for name in _with_numbers(base):
+        if name != HEAD:
             numbers = [int(number) for number in re.findall(r"\d+", name)]
             kinds.setdefault(re.sub(r"\d+", "#", name), []).append((numbers, name))
+    chosen = []
     for kind in sorted(kinds):
         members = sorted(kinds[kind])
-        for index in sorted({0, len(members) // 2, len(members) - 1}):
-            _add(digest, base.tensors[members[index][1]])
+        chosen += [members[index][1] for index in sorted({0, len(members) // 2, len(members) - 1})]
+    return _digest(base, chosen)
+
+
+def of_all(base: Base) -> str:
+    """As `fingerprint`, of the config and of every tensor, the head too: for what is computed with the model and kept."""
+    config = hashlib.sha256(json.dumps(base.config, sort_keys=True).encode()).hexdigest()
+    return config[:DIGITS] + _digest(base, sorted(_with_numbers(base)))
+
+
+def _with_numbers(base: Base) -> list[str]:
+    return [name for name, tensor in base.tensors.items() if tensor.dtype in FLOATS and tensor.n_bytes]
+
+
+def _digest(base: Base, names: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        _add(digest, base.tensors[name])
     return digest.hexdigest()[:DIGITS]
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from pipeline import templates
 from pipeline.families import MULTIPLICATIVE
 from pipeline.inspection.page_plots import figures
 from pipeline.inspection.passages import Passage, Text
@@ -27,6 +26,7 @@ from pipeline.inspection.words import (
     percent,
     short_name,
 )
+from pipeline.pages import templates
 
 OPEN_UP_TO = 3  # modules whose details stand open from the start; of more, the strongest's
 PALEST = 0.15  # of a passage's peak: a token with less is not marked

@@ -15,7 +15,7 @@ MOST_MODULES = 100  # in the table of shades
 
 
 class Figure(NamedTuple):
-    """A drawing. `keys`: (class of the colour, what has it)."""
+    """A drawing. `keys`: (colour of the page, what has it)."""
 
     svg: str
     caption: str
@@ -25,20 +25,26 @@ class Figure(NamedTuple):
 def figures(inspection: Inspection) -> list[Figure]:
     """All figures."""
     series = _series(inspection)
-    of_series = [(f"s{i % plots.COLOURS}", name) for i, name in enumerate(series)] if len(series) > 1 else []
-    drawings = [
-        (_by_layer(series, lambda m: [m.spectrum.norm], "‖sBA‖₂", lines=True), "The largest gain of each module."),
-        (
+    keys = [(f"c{i % plots.COLOURS}", name) for i, name in enumerate(series)] if len(series) > 1 else []
+    found = [
+        Figure(
+            _by_layer(series, lambda m: [m.spectrum.norm], "‖sBA‖₂", lines=True),
+            "The largest gain of each module.",
+            keys,
+        ),
+        Figure(
             _by_layer(series, lambda m: m.spectrum.gains_K.tolist(), "gain", log=True),
             "All gains, the singular values of s·B·A.",
+            keys,
         ),
-        (
+        Figure(
             _by_layer(series, lambda m: [effective_rank(m.spectrum.gains_K)], "effective rank", lines=True),
             "How many directions share a module's work.",
+            keys,
         ),
     ]
     if inspection.kind == MULTIPLICATIVE:
-        drawings += _planes(inspection)
+        found += _planes(inspection)
     known = inspection.hand_overs_NN.nan_to_num()
     if bool(known.any()) and len(inspection.modules) <= MOST_MODULES:
         names = [short_name(module.name) for module in inspection.modules]
@@ -46,11 +52,7 @@ def figures(inspection: Inspection) -> list[Figure]:
             "How far what a module's first response writes is what a later layer's first detector looks for: |cos|, from 0 "
             f"(empty) to {float(known.max()):.2g} (strongest)."
         )
-        drawings.append((plots.shades(inspection.hand_overs_NN.tolist(), names), caption))
-    found = []
-    for svg, caption in drawings:
-        keys = of_series if 'class="dot s' in svg else _effects(inspection) if 'class="unit"' in svg else []
-        found.append(Figure(svg, caption, keys))
+        found.append(Figure(plots.shades(inspection.hand_overs_NN.tolist(), names), caption, []))
     return found
 
 
@@ -87,7 +89,7 @@ def _effects(inspection: Inspection) -> list[tuple[str, str]]:
     return [(what, what) for what in ORDER if what in occurring]
 
 
-def _planes(inspection: Inspection) -> list[tuple[str, str]]:
+def _planes(inspection: Inspection) -> list[Figure]:
     """The complex plane with the circle, and close by where all eigenvalues are small."""
     points = [
         (value, str(what), short_name(module.name))
@@ -98,8 +100,10 @@ def _planes(inspection: Inspection) -> list[tuple[str, str]]:
         "Eigenvalues λ of s·A·B, all modules. On the circle |1 + λ| = 1 a direction keeps its length; inside it shrinks, at the "
         "centre it is erased, outside it grows; off the axis a plane turns."
     )
-    found = [(plots.plane(points, zoomed=False), whole)]
+    keys = _effects(inspection)
+    found = [Figure(plots.plane(points, zoomed=False), whole, keys)]
     largest = max((abs(value) for value, _, _ in points), default=0.0)
     if 0 < largest < ZOOM_BELOW:
-        found.append((plots.plane(points, zoomed=True), "The same, close by. The line through 0 is the circle's edge."))
+        near = "The same, close by. The line through 0 is the circle's edge."
+        found.append(Figure(plots.plane(points, zoomed=True), near, keys))
     return found

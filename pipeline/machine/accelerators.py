@@ -6,6 +6,7 @@ Gives findings; where there is no GPU, of what a run uses then. Imports torch.
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -142,6 +143,8 @@ def neighbours(gpus: int) -> Finding:
 
 def bitsandbytes(device: torch.device) -> Finding:
     """[quantization.bnb] and optimizer.type = 'adamw8bit'."""
+    # On some processors it says on import that a faster kernel of the Hub's is not there, which is none of these lines.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         functional = importlib.import_module("bitsandbytes.functional")
         packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")

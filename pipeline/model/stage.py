@@ -138,8 +138,8 @@ def cache_argument(model: nn.Module) -> str:
 class StageCache(DynamicCache):
     """A cache with a place for every layer of the whole model, of which a stage fills its own.
 
-    transformers sizes its masks by the first layer of a kind; that of another stage is empty, and one of the stage's own stands
-    for it.
+    transformers sizes its masks by the first layer of a kind; that of another stage is empty, and one that this stage has filled
+    stands for it. (Which are its own the number of a decoder layer does not say: longcat_flash has two attentions in each.)
     """
 
     def __init__(self, config: PretrainedConfig, own: range) -> None:
@@ -158,7 +158,10 @@ class StageCache(DynamicCache):
         if index in self._own or index >= len(self.layers):
             return index
         kind = type(self.layers[index])
-        return next((i for i in self._own if i < len(self.layers) and type(self.layers[i]) is kind), index)
+        filled = (
+            i for i, layer in enumerate(self.layers) if type(layer) is kind and getattr(layer, "is_initialized", False)
+        )
+        return next(filled, index)
 
 
 class Stage(nn.Module):

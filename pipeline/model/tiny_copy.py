@@ -21,6 +21,9 @@ from pipeline.model.structure.parts import Parts, observed, parts_of
 from pipeline.model.unsupported import reason
 
 VOCABULARY, HIDDEN, WIDTH, HEADS, WINDOW, TOKENS = 64, 64, 32, 4, 5, 12
+# Heads whose summed, clipped scores choose the keys: of few, some scores are exactly 0, and which of them is chosen is chance.
+SCORING_HEADS, MOST_SCORING = {"index_n_heads"}, 32
+SPECIAL = 8  # the first ids of the vocabulary, which alone may stand for something else than text: an image, the end
 MOST_WEIGHTS = 150_000_000  # of a copy: 600 MB in fp32
 POOL = (1 << 20) + 7  # random numbers of which all weights are made; no multiple of a usual size, so that rows differ
 
@@ -109,9 +112,9 @@ def _key(config: PretrainedConfig) -> str:
     return str(config.to_json_string(use_diff=False))
 
 
-def token_ids() -> Tensor:
-    """Ids [1, TOKENS] int64 for a tiny copy; the first ones of the vocabulary, which may be special, are left out."""
-    return torch.randint(8, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+def token_ids(count: int = TOKENS) -> Tensor:
+    """Ids [1, count] int64 for a tiny copy; the first ones of the vocabulary, which may be special, are left out."""
+    return torch.randint(SPECIAL, VOCABULARY, (1, count), generator=torch.Generator().manual_seed(1))
 
 
 def shrunk(config: PretrainedConfig, which: tuple[str, ...]) -> PretrainedConfig:
@@ -151,7 +154,7 @@ def _smaller(sizes: dict[str, Any], which: tuple[str, ...]) -> dict[str, Any]:
     changed = {name: min(size, VOCABULARY) for name, size in sizes.items() if "vocab_size" in name and _is_size(size)}
     for name, value in sizes.items():
         if name.endswith("token_id") and isinstance(value, int | list):
-            changed[name] = value % VOCABULARY if isinstance(value, int) else 1
+            changed[name] = value % SPECIAL if isinstance(value, int) else 1
     for kind in which:
         if kind != "hidden":
             changed |= kinds[kind](sizes)
@@ -166,7 +169,7 @@ def _is_size(value: Any) -> TypeGuard[int]:
 def _fewer_heads(sizes: dict[str, Any]) -> dict[str, Any]:
     """Keys' heads stay one, as many as the queries', or half; the hidden size follows, as heads may make it up."""
     counts = {name: n for name, n in sizes.items() if HEAD_COUNT.search(name) and _is_size(n) and n > 1}
-    changed = {}
+    changed = {name: min(counts.pop(name), MOST_SCORING) for name in SCORING_HEADS & counts.keys()}
     for name, count in counts.items():
         partner = name.replace("key_value", "attention").replace("num_key_", "num_value_")
         changed[name] = HEADS if count >= counts.get(partner, count) else HEADS // 2

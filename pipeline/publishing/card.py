@@ -16,6 +16,7 @@ from pipeline.console import UserError
 from pipeline.families import FAMILIES, LORA
 from pipeline.files import atomic_file
 from pipeline.foreign import read_front_matter, read_object
+from pipeline.pages import drawing
 from pipeline.publishing import card_text
 from pipeline.publishing.facts import Facts
 from pipeline.publishing.markdown import environment
@@ -71,7 +72,7 @@ def curve(facts: Facts) -> bytes:
     """The losses over the steps, as an SVG file."""
     found = {"training": facts.training, **facts.evaluation}
     series = {name: [Value(loss.step, loss.loss) for loss in losses] for name, losses in found.items() if losses}
-    return pictures.alone(pictures.svg(pictures.lines(series, "loss"), "losses"))
+    return drawing.alone(drawing.svg(pictures.lines(series, "loss"), "losses", "losses by step"))
 
 
 def contents(folder: Path, facts: Facts) -> str:

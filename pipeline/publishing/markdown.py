@@ -13,9 +13,9 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from pipeline import templates
 from pipeline.foreign import printable
 from pipeline.generation.shown import ending
+from pipeline.pages import templates
 
 LONGEST = 2000  # characters of a text of others
 

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ import torch
 import evaluate_lora
 from pipeline.commands.evaluate import names
 from pipeline.console import UserError
+from pipeline.model import weights
 from tests.helpers.builders import BOOKS, launch, save_model
 from tests.helpers.families import by_peft
 from tests.helpers.paths import ROOT
@@ -108,7 +110,11 @@ def run(place: Place, monkeypatch: pytest.MonkeyPatch, *arguments: object, **cha
 @pytest.fixture(scope="module")
 def folder(place: Place) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        return run(place, patch, "--adapters", *place.adapters)
+        loads = mock.Mock(wraps=weights.load)
+        patch.setattr(weights, "load", loads)
+        made = run(place, patch, "--adapters", *place.adapters)
+    assert loads.call_count == 1, "the base is loaded once, however many adapters there are"
+    return made
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pipeline.commands import generate as command
 from pipeline.console import UserError
 from pipeline.model.quantized import Scheme
 from tests.helpers import quantization
-from tests.helpers.builders import save_model
+from tests.helpers.builders import ROOT, launch, save_model
 from tests.helpers.families import by_peft
 
 TEMPLATE = (
@@ -140,6 +140,46 @@ def test_a_conversation_keeps_what_was_said(
     assert second.endswith("user: And now?\nassistant: ")
     assert third == "system: Be brief.\nuser: Again?\nassistant: "
     assert sum(line.startswith("[") for line in lines) == 3
+
+
+@pytest.mark.slow
+def test_two_stages_under_a_launcher_say_what_one_process_says(
+    model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = model
+    given = ["--model", str(folder), "--temperature", "0.8", "--max-new-tokens", "8"]
+    given += [word for prompt in (*PROMPTS, "And then") for word in ("--prompt", prompt)]
+    alone = run(monkeypatch, capsys, *given)
+    said = launch(2, ROOT / "generate.py", *given).splitlines()
+    first = next(place for place, line in enumerate(alone) if line == f"  > {PROMPTS[0]}")
+    answers = alone[first:]
+    assert sum(line.startswith("  > ") for line in answers) == 3
+    begin = said.index(answers[0])
+    assert said[begin : begin + len(answers)] == answers
+
+
+def test_a_conversation_of_a_model_that_goes_on_by_one_token_only_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mamba drops its state where several tokens go on from it; the oracle reads all turns at once, without a cache."""
+    whole = save_model(tmp_path, "mamba", layers=2)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    seen: list[tuple[list[int], list[int]]] = []
+    answers = command.answers
+
+    def noted(stages: Any, asked: Any, *rest: Any) -> Any:
+        found = answers(stages, asked, *rest)
+        seen.append((list(asked[0].ids), found[0].tokens))
+        return found
+
+    monkeypatch.setattr(command, "answers", noted)
+    typed(monkeypatch, "Who are you?", "And now, what is it that you do?", "Why?")
+    run(monkeypatch, capsys, "--model", tmp_path, "--chat", "--temperature", "0", "--max-new-tokens", "6")
+    assert len(seen) == 3
+    for ids, tokens in seen:
+        for token in tokens:
+            assert int(whole(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
+            ids.append(token)
 
 
 @pytest.mark.parametrize(

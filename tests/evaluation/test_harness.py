@@ -83,7 +83,9 @@ def test_figures_are_those_of_the_harness_itself(place: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(place / "base")
     tasks = harness.load(["rivers", "texts", "next"], place / "tasks")
     stages = chain(place / "base", [0, 1, 2])
-    scorer = Scorer(stages, CPU, torch.float32, 2, micro_batch_size=3)
+    scorer = Scorer(
+        stages, CPU, torch.float32, 2, micro_batch_size=1
+    )  # as the harness's below, so that shapes are the same
     ours = harness.run("base", scorer, tokenizer, stages[0].model, tasks, None)
     whole = AutoModelForCausalLM.from_pretrained(place / "base").eval()
     hflm = HFLM(pretrained=whole, tokenizer=tokenizer, batch_size=1)
@@ -94,10 +96,11 @@ def test_figures_are_those_of_the_harness_itself(place: Path) -> None:
         for document, sample in zip(result.documents, samples, strict=True):
             right = [answer for of_request in sample["resps"] for answer in of_request]
             lps = [answer[0] if isinstance(answer, tuple | list) else answer for answer in right]
-            assert document.logprobs == pytest.approx(lps, rel=1e-5)
+            assert document.logprobs == pytest.approx(lps, rel=2**-23), "a bit of fp32 at most"
         expected = {key.partition(",")[0]: v for key, v in theirs["results"][result.task].items()}
         for name, value in result.summary.items():
-            assert value == pytest.approx(expected[name], rel=1e-5), name
+            # A perplexity is e to a power below 100, of which such sums are off by 2⁻²³.
+            assert value == pytest.approx(expected[name], rel=100 * 2**-23), name
 
 
 def test_a_task_is_a_column_of_the_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.special import comb
 
 from pipeline.evaluation.statistics import Estimate, by_prompt, detectable, estimate, sign_test
@@ -43,6 +44,28 @@ def test_an_effect_that_was_planted_is_found_and_none_where_there_is_none() -> N
     values, prompts = drawn(np.random.default_rng(1), mean=0.8)
     assert not holds(interval(values, prompts), 0.0)
     assert holds(interval(values - 0.8, prompts), 0.0)
+
+
+def test_an_interval_is_scipys_over_prompts() -> None:
+    """By rows that are drawn with their prompts here, one resample at a time, and scipy's percentile interval of a plain mean."""
+    values, prompts = drawn(np.random.default_rng(6))
+    found = interval(values, np.arange(len(values)))
+    one = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=300, confidence_level=0.95, rng=np.random.default_rng(0)
+    )
+    assert found.interval == pytest.approx(tuple(one.confidence_interval), rel=1e-12)
+    assert found.error == pytest.approx(float(one.standard_error), rel=1e-12)
+    rows = [np.flatnonzero(prompts == prompt) for prompt in range(PROMPTS)]
+    places, means = np.random.default_rng(0).integers(0, PROMPTS, (300, PROMPTS)), []
+    for draw in places:
+        means.append(values[np.concatenate([rows[prompt] for prompt in draw])].mean())
+    assert interval(values, prompts).interval == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), rel=1e-12)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(5, 0), (9, 3), (4, 4)])
+def test_the_sign_test_is_scipys(better: int, worse: int) -> None:
+    differences = np.array([0.5] * better + [-2.0] * worse + [0.0] * 3)
+    assert sign_test(differences) == stats.binomtest(better, better + worse).pvalue
 
 
 def test_the_figure_is_the_mean_over_rows() -> None:

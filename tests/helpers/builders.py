@@ -64,6 +64,7 @@ def model_config(kind: str = "cohere", layers: int = 4, **changes: Any) -> Any:
         "gemma2": "Gemma2Config",
         "gemma3n_text": "Gemma3nTextConfig",
         "gemma4_text": "Gemma4TextConfig",
+        "mamba": "MambaConfig",
         "mixtral": "MixtralConfig",
         "granite": "GraniteConfig",
         "qwen2": "Qwen2Config",
@@ -157,10 +158,13 @@ def train(processes: int, *arguments: str, expect: int = 0, timeout: float = 240
     return launch(processes, ROOT / "train.py", *arguments, expect=expect, timeout=timeout)
 
 
-def launch(processes: int, script: Path, *arguments: str, expect: int = 0, timeout: float = 240) -> str:
-    """Run a script under DeepSpeed's launcher to its end and return what it printed; fails if it ends with another code."""
+def launch(processes: int, script: Path, *arguments: str, expect: int = 0, timeout: float = 240, **extra: str) -> str:
+    """Run a script under DeepSpeed's launcher to its end and return what it printed; fails if it ends with another code.
+
+    `extra`: variables of the environment, but for those that are read when an interpreter starts.
+    """
     try:
-        code, output = warm.run(processes, script, arguments, environment(), timeout)
+        code, output = warm.run(processes, script, arguments, environment(**extra), timeout)
     except TimeoutError as late:
         raise AssertionError(f"timed out:\n{late}") from None
     assert code == expect, f"exit code {code}, expected {expect}:\n{output}"

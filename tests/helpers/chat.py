@@ -44,13 +44,30 @@ TEMPLATES = {
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
     ),
+    "smollm2": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "nine_letters": (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}"
+        "{% if call.id is not defined or call.id | length != 9 %}"
+        "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}"
+        "{{ call.function.name }}({{ call.function.arguments | tojson }})#{{ call.id }}{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "thinks_in_the_prompt_without_an_end": (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    ),
     "two_bos": (
         "{{ bos_token }}{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
 }
 TEMPLATES |= {f"built_in_{name}": text for name, text in BUILT_IN.items()}
-_MARK = re.compile(r"<[|｜][^<>|｜{}']{1,40}[|｜]>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|<\|?turn\|?>")
+_MARK = re.compile(r"<[|｜][^<>|｜{}']{1,40}[|｜]>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|<\|\w+>|<\w+\|>")
 
 
 def source(name: str) -> str:

@@ -154,9 +154,11 @@ def test_the_passages_are_marked(written, base: Path) -> None:
     # The sign of a pair is free: the planted token is raised or, with detector and response turned round, lowered.
     chips = [[code.text for code in row.iter("code")] for row in module.iter("tr") if row.find(".//code") is not None]
     assert "␣the" in (chips[2][0], chips[3][0])
-    circles = [c for c in tree.iter("circle") if c.attrib["class"].startswith("dot")]
-    assert sum("erases" in c.attrib["class"] for c in circles) == 1
-    assert sum("reflects" in c.attrib["class"] for c in circles) == 1
+    (plane,) = (svg for svg in tree.iter("svg") if svg.attrib["class"] == "plane")
+    dots = [use for use in plane.iter("use") if use.find("title") is not None]
+    for effect in ("erases", "reflects"):
+        (dot,) = (dot for dot in dots if f" {effect}. " in dot.find("title").text)  # type: ignore[union-attr, operator]
+        assert f"fill: var(--{effect})" in dot.attrib["style"]
 
 
 @pytest.mark.slow

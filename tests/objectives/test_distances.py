@@ -116,7 +116,7 @@ def test_masked_mean() -> None:
     )
 
 
-@pytest.mark.parametrize("name", OF_ROWS)
+@pytest.mark.parametrize("name", DISTANCES)
 def test_backward_keeps_the_states_and_a_few_numbers_a_token(name: str) -> None:
     """Of x and y themselves nothing new; no copy of them, which in fp32 would be 4096 bytes a token here."""
     width, tokens = 1024, 2 * 50
@@ -129,9 +129,15 @@ def test_backward_keeps_the_states_and_a_few_numbers_a_token(name: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = ours(name, x, y, mask)
+        found = ours(name, x, y, mask) if name in OF_ROWS else between(name, x, y, mask)
     assert found.requires_grad
     theirs = {x.untyped_storage().data_ptr(), y.untyped_storage().data_ptr()}
-    assert theirs & held.keys()
+    assert name in BETWEEN or theirs & held.keys()
     new = sum(size for place, size in held.items() if place not in theirs)
-    assert new <= tokens * (256 + (4 * NUMBERS.k if name == "top_k" else 0))
+    of_rows = 2 * 10 * 4 * width if name in BETWEEN else 0  # means of rows, in fp32
+    assert new <= tokens * (256 + (4 * NUMBERS.k if name == "top_k" else 0)) + of_rows
+    assert new < tokens * 4 * width, "a copy of the states"
+
+
+def between(name: str, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return distances.between(name, distances.masked_mean(x, mask), distances.masked_mean(y, mask))[0]

@@ -1,12 +1,15 @@
 """The losses of preference training against TRL's own functions, the paper's formulas, and where policy and reference agree."""
 
+import inspect
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from pipeline.objectives.preference_losses import LOSSES, Batch, Mixture, Settings
 from tests.helpers.trl_losses import cpo_trainer, dpo_loss, kto_loss, orpo_trainer
@@ -43,9 +46,19 @@ def agree(mine: Tensor, theirs: Tensor, given: dict[str, Any], other: Tensor) ->
     """Equal, and equal in what they give back to each row's sum."""
     tolerance = TOLERANCE[mine.dtype]
     torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
-    gradient = torch.autograd.grad(mine, given["policy"], allow_unused=True)[0]
+    gradient = torch.autograd.grad(mine, given["policy"], allow_unused=True, retain_graph=True)[0]
     expected = torch.autograd.grad(theirs, other, allow_unused=True)[0]
     torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_every_loss_that_trl_has_is_compared_with_it() -> None:
+    theirs = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
+    assert theirs == set(OF_TRL)
+    assert len(theirs) == 15
+    assert set(LOSSES) - theirs == {
+        *("cdpo", "plackett_luce"),  # not in TRL
+        *("simpo", "cpo", "orpo", "kto", "apo_zero_unpaired"),  # of its other trainers
+    }
 
 
 @pytest.mark.parametrize("name", OF_TRL)
@@ -58,14 +71,33 @@ def test_a_loss_and_its_gradient_are_trls(name: str, dtype: torch.dtype) -> None
         agree(ours({name: 1.0}, settings, given), theirs, given, other)
 
 
-@pytest.mark.parametrize("name", [name for name in OF_TRL if LOSSES[name].by_divergence])
+@pytest.mark.parametrize("name", OF_TRL)
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
 def test_divergences_are_trls(name: str, divergence: Any) -> None:
+    """Where they change the loss, and where they do not."""
     dtype = torch.float32 if divergence == "alpha_divergence" else torch.float64  # TRL's has no table for fp64
     settings = Settings(label_smoothing=0.1, divergence=divergence, alpha=0.7)
     given = drawn(2, 4, 7, dtype)
     theirs, other = dpo_loss([name], [1.0], settings, given)
     agree(ours({name: 1.0}, settings, given), theirs, given, other)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRED if LOSSES[name].by_divergence])
+def test_alpha_divergences_are_their_formula(name: str) -> None:
+    """In fp64, where TRL has none: f'(t) = (t^(α−1) − 1)/(α − 1) is 1 − 1/t at α = 0, its forward KL, and log t at α = 1; between
+    them, what the loss makes of scores that are given."""
+    given = drawn(2, 4, 7)
+
+    def of(divergence: Any, alpha: float = 0.5) -> Tensor:
+        return ours({name: 1.0}, Settings(label_smoothing=0.1, divergence=divergence, alpha=alpha), given)
+
+    agree(of("alpha_divergence", 0.0), of("forward_kl"), given, given["policy"])
+    agree(of("alpha_divergence", 1.0), of("reverse_kl"), given, given["policy"])
+    ratios = given["policy"] - given["reference"]
+    as_scores = {**given, "policy": (torch.exp(-0.3 * ratios) - 1) / -0.3, "reference": torch.zeros_like(ratios)}
+    agree(
+        of("alpha_divergence", 0.7), ours({name: 1.0}, Settings(label_smoothing=0.1), as_scores), given, given["policy"]
+    )
 
 
 def test_a_divergence_changes_only_the_losses_that_say_so() -> None:
@@ -114,9 +146,11 @@ def test_losses_without_a_reference_are_trls(name: str, theirs: str) -> None:
     torch.testing.assert_close(with_likelihood, mixed)
 
 
-def test_orpo_is_trls_with_the_completions_likelihood() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_orpo_is_trls_with_the_completions_likelihood(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor)  # TRL's casts to fp32
     settings = Settings(beta=0.2)
-    given = drawn(2, 5, 3, torch.float32)  # TRL's casts to it
+    given = drawn(2, 5, 3, dtype)
     means = given["policy"] / given["tokens"]
     odds = -orpo_trainer(settings).odds_ratio_loss(means[0], means[1])[0].mean()
     expected = odds - given["policy"][0].sum() / given["tokens"][0].sum()
@@ -153,12 +187,22 @@ def test_plackett_luce_over_two_is_sigmoid_and_sums_to_one_over_orders() -> None
     torch.testing.assert_close(probability, torch.ones_like(probability))
 
 
+def test_plackett_luce_is_the_product_of_choices() -> None:
+    """Π_k e^{s_k} / Σ_{j ≥ k} e^{s_j}: the best of all, the next best of the rest, and so on; s = β·Δ."""
+    given, settings = drawn(4, 3, 6), Settings(beta=0.7)
+    odds = torch.exp(settings.beta * (given["policy"] - given["reference"]))
+    chosen = [odds[k] / odds[k:].sum(0) for k in range(4)]
+    agree(
+        ours({"plackett_luce": 1.0}, settings, given), -torch.stack(chosen).prod(0).log().mean(), given, given["policy"]
+    )
+
+
 def test_cdpo_is_robust_before_its_correction() -> None:
     given, smoothing = drawn(2, 4, 8), 0.2
     settings = Settings(label_smoothing=smoothing)
     plain, flipped = Settings(), {**given, "policy": given["policy"].flip(0), "reference": given["reference"].flip(0)}
     mixed = (1 - smoothing) * ours({"sigmoid": 1.0}, plain, given) + smoothing * ours({"sigmoid": 1.0}, plain, flipped)
-    torch.testing.assert_close(ours({"cdpo": 1.0}, settings, given), mixed, rtol=1e-12, atol=1e-12)
+    agree(ours({"cdpo": 1.0}, settings, given), mixed, given, given["policy"])
 
 
 AT_THE_REFERENCE = {

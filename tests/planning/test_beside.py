@@ -1,14 +1,20 @@
 """What a reference in every step and taps add to a plan: forward work, states at tapped layers, a second state on the wires."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from pipeline.config import loading
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.objectives.preference_losses import Mixture, Settings
 from pipeline.objectives.representation import Tap
 from pipeline.planning.quantities import HeadCost, LayerCost, LevelCost, ModelCost, Rates, Shape, Work
 from pipeline.planning.solve import solve
+from pipeline.training.start import resolve
 from pipeline.training.start.objective import ObjectiveSpec
-from pipeline.training.start.plan import with_objective
+from pipeline.training.start.plan import shape_of, with_objective
+from tests.helpers.configs import small
 
 HIDDEN, TOKENS, MICRO_BATCHES = 64, 100, 4
 LEVELS = {
@@ -29,6 +35,28 @@ def plan(objective: ObjectiveSpec | None) -> list[float]:
         cost, [10**9] * 2, RATES, SHAPE, 0, ranges=[(0, 2), (2, 4)], keeping=ActivationPolicy(RecomputeLevel.INPUT)
     )
     return [value for s in found.stages for value in (s.activation_bytes, s.forward_s, s.flops)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "rows"),
+    [
+        ("completion", {}, 3),
+        ("preference", {}, 2 * 3),
+        ("ranked", {"ranks": 4}, 4 * 3),
+    ],
+)
+def test_rows_of_a_micro_batch_are_those_of_its_units(
+    base: Path, kind: str, changes: dict[str, Any], rows: int
+) -> None:
+    data = {"dataset_type": kind, "dataset_path": "x.jsonl", "sequence_len": 64, **changes}
+    loss = {"completion": {}, "preference": {"type": "preference"}}.get(
+        kind, {"type": "preference", "loss_type": "plackett_luce"}
+    )
+    keys: dict[str, Any] = {"datasets": [data], "micro_batch_size_per_gpu": 3, **({"objective": loss} if loss else {})}
+    config = loading.validate(small(model=str(base), **keys), "x.toml")
+    layout = resolve.resolve(config).layout
+    assert layout.rows == rows
+    assert shape_of(layout, 2).tokens == rows * 64
 
 
 def test_a_cached_reference_costs_a_step_nothing() -> None:

@@ -247,10 +247,12 @@ def test_the_curve_is_the_losses(tmp_path: Path) -> None:
     svg = "{http://www.w3.org/2000/svg}"
     root = ElementTree.fromstring(curve(facts).decode())
     assert root.tag == f"{svg}svg"
-    lines = {e.attrib["id"]: e.find(f"{svg}path") for e in root.iter(f"{svg}g") if e.get("id", "").startswith("line")}
+    lines = {
+        e.attrib["id"]: e.find(f"{svg}path") for e in root.iter(f"{svg}g") if e.get("id", "").startswith("losses-line")
+    }
     drawn = []
     for number in range(2):
-        path = lines[f"line{number}"]
+        path = lines[f"losses-line{number}"]
         assert path is not None
         drawn.append([tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", path.attrib["d"])])
     a, b = facts.training[0], facts.training[-1]

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.console import UserError
+from pipeline.pages import drawing
 from pipeline.publishing.report import beside, comparison, page, pictures
 from pipeline.publishing.report.beside import Reports
 from pipeline.publishing.report.read import Value, read
@@ -50,11 +51,13 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.ids: list[str] = []
         self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value or "" for key, value in attrs if key == "id"]
         self.links += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
 
     def handle_data(self, data: str) -> None:
@@ -70,6 +73,7 @@ def test_the_page_stands_alone_and_says_what_the_run_did(run: Path) -> None:
     best = min(line["eval/book/loss"] for line in last if "eval/book/loss" in line)
     for words in (run.name, f"{losses[-1]:.4f}", f"{best:.4f}", "down_proj of layers 0 to 2", "merge_lora.py", NASTY):
         assert words in found.text, words
+    assert len(found.ids) == len(set(found.ids)), "pictures share no ids"
     assert found.tags.count("svg") == len(list((run / "report").glob("*.svg")))
 
 
@@ -80,7 +84,7 @@ def test_every_picture_is_there_as_svg_and_png(run: Path) -> None:
         assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         svg = (run / "report" / f"{name}.svg").read_text(encoding="utf-8")
         ElementTree.fromstring(svg)
-        assert pictures.INK not in svg, "text has the colour of the page"
+        assert drawing.INK not in svg, "text has the colour of the page"
         assert not re.search(r'(href|src)="http', svg)
 
 

@@ -1,9 +1,12 @@
 """configs/recipes/ and docs/recipes.md: each recipe is valid, the page has every cell, and the planner says the same again."""
 
+import math
 import re
 from collections.abc import Iterator
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from docs import recipes
 from docs.recipes import FOLDER, KINDS, MACHINES, MODELS, Model
@@ -50,6 +53,15 @@ def test_every_recipe_is_valid_and_says_what_the_page_says() -> None:
         assert config.host_memory_gib == (0 if host == "–" else float(host)), file
         held, room = map(float, memory.split(" of "))
         assert held <= room < float(machine.partition("x")[2]), file
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.label)
+def test_the_dimensions_come_to_the_weights_that_are_published(model: Model) -> None:
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(model.of(**model.dimensions))
+    counted, digits = sum(p.numel() for p in made.parameters()) / 1e9, len(str(model.weights).partition(".")[2])
+    assert model.weights in (round(counted, digits), math.floor(counted * 10**digits) / 10**digits)
+    assert not made.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(("machine", "label", "kind"), [("1x24", "7b", "chat"), ("2x24", "7b", "preference")])

@@ -3,11 +3,14 @@
 `step-memory:<step>`: the last process asks in that step's forward for 4 PiB more than it has. `load-memory`: it does so
 where it would read its weights. `metrics-disk:<step>`: the metrics' file is on a full disk when the step is logged. These
 are refused by the system itself: its allocator, or /dev/full. `step-hang:<step>`: the last process sleeps in that step's forward.
+`step-kill:<step>`: it is killed there by SIGKILL, as by a system that is out of memory.
 """
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,13 +36,13 @@ def too_much() -> None:
 
 
 def faulty_trainer(*arguments: Any) -> Any:
-    """The run, with a forward that needs too much in one step, or too long."""
+    """The run, with a forward that in one step needs too much, or too long, or does not come back."""
     run = assembled(*arguments)
     forward = run.engine.module.forward
 
     def hungry(*inputs: Any, **named: Any) -> Any:
         if run.step == int(AT) - 1 and IS_LAST:
-            too_much() if KIND == "step-memory" else time.sleep(3600)
+            IN_A_STEP[KIND]()
         return forward(*inputs, **named)
 
     run.engine.module.forward = hungry
@@ -53,10 +56,14 @@ def log_on_a_full_disk(self: Metrics, step: int, values: dict[str, float]) -> No
     log(self, step, values)
 
 
+IN_A_STEP: dict[str, Callable[[], None]] = {
+    "step-memory": too_much,
+    "step-hang": lambda: time.sleep(3600),
+    "step-kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
 assembled, load, log = assemble.trainer, weights.load, Metrics.log
 PATCHES = {
-    "step-memory": lambda: mock.patch.object(assemble, "trainer", faulty_trainer),
-    "step-hang": lambda: mock.patch.object(assemble, "trainer", faulty_trainer),
+    **dict.fromkeys(IN_A_STEP, lambda: mock.patch.object(assemble, "trainer", faulty_trainer)),
     "load-memory": lambda: mock.patch.object(weights, "load", lambda *a: too_much() if IS_LAST else load(*a)),
     "metrics-disk": lambda: mock.patch.object(Metrics, "log", log_on_a_full_disk),
 }

@@ -17,7 +17,9 @@ def check(conversation: Conversation, template: Template) -> list[str]:
     """What is left out and may be (REASONING, TOOLS). Refused for tool calls, tools' answers and system texts."""
     messages, tools = conversation.messages, conversation.tools
     lost: list[str] = []
-    if messages[0]["role"] == "system" and not _differs(messages, messages[1:], tools, template):
+    first = messages[0]
+    says = first["role"] == "system" and (first.get("content") or "").strip()
+    if says and not _differs(messages, messages[1:], tools, template):
         raise Refused("the template leaves out the system text", "set merge_system = true")
     for index, message in enumerate(messages):
         before, after = messages[:index], messages[: index + 1]

@@ -86,7 +86,22 @@ def of_message(messages: Sequence[Message], tools: Any, index: int, template: Te
         raise Refused("the template does not write this turn after its own prompt for it", detail)
     text = full[len(prompt) :]
     reply = text[: _end_of_reply(text, bool(messages[index].get("tool_calls")), template)]
+    if not reply and template.end_of_turn:
+        raise Refused(
+            "the template writes nothing for a turn of the assistant", "leave the turn out; its text is blank"
+        )
     return Turn(index, prompt, reply, _end_length(reply, template))
+
+
+def whole(messages: Sequence[Message], template: Template) -> tuple[str, int]:
+    """The messages to the end of the last one's turn, whatever their prompt is written like; how many of the last characters are
+    that end. Refused if the template cannot say it."""
+    try:
+        full = template.render(messages)
+    except NotRendered as error:
+        raise Refused(f"the template raises: {error}") from None
+    text = full[: _end_of_reply(full, bool(messages[-1].get("tool_calls")), template)]
+    return text, _end_length(text, template)
 
 
 def _end_of_reply(text: str, calls_tools: bool, template: Template) -> int:

@@ -141,7 +141,7 @@ class RowWork:
         results = []
         for record, found in zip(batch, looked_at, strict=True):
             if isinstance(found, str):
-                results.append(Prepared(record.where, None, len(str(record.value)), [], {}, (found, "")))
+                results.append(Prepared(record.where, None, len(str(record.value)), [], {}, (found, detail(record))))
                 continue
             digest, result = digest_of(found), next(made)
             if isinstance(result, Refused):
@@ -161,6 +161,12 @@ def content(record: Record) -> bytes | str:
         return json.dumps(record.value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8")
     except UnicodeEncodeError:
         return "half a surrogate pair in its text, which is not a character"
+
+
+def detail(record: Record) -> str:
+    """Where within a row that cannot be read the fault is, for the report, which has this of the first of a reason."""
+    broken = record.value
+    return f"the first {broken.sentence}" if isinstance(broken, Broken) and broken.sentence != broken.reason else ""
 
 
 def digest_of(found: bytes) -> str:

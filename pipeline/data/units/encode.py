@@ -14,7 +14,7 @@ from pipeline.console import UserError
 from pipeline.data.chat.encode import Encoder
 from pipeline.data.chat.lost import spelled_out
 from pipeline.data.chat.template import NotRendered, Template
-from pipeline.data.chat.turns import Refused, of_message
+from pipeline.data.chat.turns import Refused, of_message, whole
 from pipeline.data.units.formats import Unit
 
 # What is counted of units, and how the report calls it after the number.
@@ -154,13 +154,14 @@ def _rendered(messages: list[Any], template: Template) -> tuple[str, str]:
     it writes them, to be compared as ids."""
     try:
         turn = of_message(messages, None, len(messages) - 1, template)
-        end = "" if turn.end or template.end_of_turn else template.specials.eos
-        return turn.prompt, turn.prompt + turn.reply + end
+        prompt, row, end = turn.prompt, turn.prompt + turn.reply, turn.end
     except Refused:
         try:
-            return template.render(messages[:-1], prompt=True), template.render(messages)
+            prompt = template.render(messages[:-1], prompt=True)
         except NotRendered as error:
             raise Refused(f"the template raises: {error}") from None
+        row, end = whole(messages, template)
+    return prompt, row + ("" if end or template.end_of_turn else template.specials.eos)
 
 
 def _common(first: list[int], second: list[int]) -> int:

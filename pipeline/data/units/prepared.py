@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.data.chat.turns import Refused
 from pipeline.data.preparing.journal import Entry
 from pipeline.data.reading.records import Record
-from pipeline.data.rows.prepared import content, digest_of, made_of
+from pipeline.data.rows.prepared import content, detail, digest_of, made_of
 from pipeline.data.units.encode import Rows, UnitEncoder
 from pipeline.data.units.formats import Kind, Names, Unit, units
 
@@ -68,7 +68,7 @@ class UnitWork:
         for record, found in zip(batch, looked_at, strict=True):
             if isinstance(found, str):
                 size = len(str(record.value))
-                results.append(PreparedUnits(record.where, None, size, [], {}, [(found, "")]))
+                results.append(PreparedUnits(record.where, None, size, [], {}, [(found, detail(record))]))
             else:
                 results.append(PreparedUnits(record.where, digest_of(found), len(found), *next(made)))
         return results

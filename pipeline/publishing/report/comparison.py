@@ -3,12 +3,14 @@
 Takes runs' folders; gives lines for the console, and one page with the picture beside it.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.console import UserError, log
 from pipeline.files import atomic_file, check_file_free
+from pipeline.pages import drawing
 from pipeline.publishing.report import pictures
 from pipeline.publishing.report.page import environment
 from pipeline.publishing.report.read import Run, Series, read
@@ -38,9 +40,9 @@ def compare(folders: Sequence[Path], output: Path | None, *, force: bool) -> Non
     log(table(names, rows))
     if output is not None:
         figure = pictures.lines(curves(runs, names), "loss")
-        svg = pictures.svg(figure, "comparison")
+        svg = drawing.svg(figure, "comparison", "the losses of the runs over their steps")
         page = environment().get_template("comparison.html.j2").render(names=names, rows=rows, svg=svg)
-        for file, content in ((output, page.encode()), (output.with_suffix(".png"), pictures.png(figure))):
+        for file, content in ((output, page.encode()), (output.with_suffix(".png"), drawing.png(figure))):
             with atomic_file(file, replace=force) as unfinished:
                 unfinished.write_bytes(content)
         log(f"written: {output}, {output.with_suffix('.png')}")
@@ -77,8 +79,13 @@ def differences(configs: Sequence[dict[str, Any]]) -> list[Row]:
     """The keys whose values are not the same in all, in the order of the file."""
     flat = [dict(_flat("", config)) for config in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    cells = {key: tuple(str(one.get(key, ABSENT)) for one in flat) for key in keys}
+    cells = {key: tuple(_shown(one[key]) if key in one else ABSENT for one in flat) for key in keys}
     return [Row(key, values) for key, values in cells.items() if len(set(values)) > 1]
+
+
+def _shown(value: Any) -> str:
+    """As TOML has it, a text without its quotes. Lists of numbers and texts, numbers and booleans are the same in JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jinja2
 import tomli_w
 
-from pipeline import templates
 from pipeline.console import duration, gib
 from pipeline.files import atomic_file
 from pipeline.generation.shown import ending
+from pipeline.pages import drawing, templates
 from pipeline.publishing import card_text, next_steps
 from pipeline.publishing.report import pictures
 from pipeline.publishing.report.read import Run, read
@@ -38,7 +38,7 @@ def write(folder: Path) -> Path:
     drawn = list(_pictures(run))
     (folder / FOLDER).mkdir(exist_ok=True)
     for picture in drawn:
-        for suffix, content in ((".svg", pictures.alone(picture.svg)), (".png", picture.png)):
+        for suffix, content in ((".svg", drawing.alone(picture.svg)), (".png", picture.png)):
             _put(folder / FOLDER / f"{picture.name}{suffix}", content)
     _put(folder / PAGE, page(run, drawn).encode())
     return folder / PAGE
@@ -125,7 +125,7 @@ def _pictures(run: Run) -> Iterator[Picture]:
 
 
 def _drawn(name: str, caption: str, figure: Any) -> Picture:
-    return Picture(name, caption, pictures.svg(figure, name), pictures.png(figure))
+    return Picture(name, caption, drawing.svg(figure, name, caption), drawing.png(figure))
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

@@ -1,48 +1,21 @@
 """The pictures of a report, drawn by matplotlib: lines over steps, norms by module, memory by stage.
 
-Takes series of numbers; gives figures, and these as SVG for a page or as PNG. Text and axes of an SVG have the colour of the text
-around it, so that a page can be light or dark. Needs no display.
+Takes series of numbers; gives figures, which pipeline/pages/drawing.py makes part of a page. Needs no display.
 """
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.foreign import printable
 from pipeline.names import natural_order
+from pipeline.pages.drawing import COLOURS, HEIGHT, STYLE, WIDTH, shown
 from pipeline.publishing.report.read import Series
 
-WIDTH, HEIGHT, DPI = 5.0, 2.8, 160  # inches: on a phone, 340 pixels wide, text of 9 points is legible
-INK = "#010203"  # stands for the colour of the text around the picture
-PAPER = "#ffffff"
-COLOURS = ("#2a7fbf", "#d0622a", "#3a9a63", "#9a5cc0", "#b58a2f", "#7d8794")
 MOST_POINTS = 1500  # of one line: more cannot be told apart
 LABELLED = 24  # modules of the picture of norms that are named
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.facecolor": "none",
-    "font.size": 9,
-    "grid.alpha": 0.25,
-    "grid.color": INK,
-    "legend.frameon": False,
-    "path.simplify": False,  # thinned here, by means
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.usetex": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 
 def lines(series: Mapping[str, Series], y_label: str, *, logarithmic: bool = False) -> Figure:
@@ -51,12 +24,12 @@ def lines(series: Mapping[str, Series], y_label: str, *, logarithmic: bool = Fal
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()
         for number, (name, values) in enumerate(series.items()):
-            shown = thinned(values)
-            colour, marker = COLOURS[number % len(COLOURS)], "o" if len(shown) <= 30 else ""
+            points = thinned(values)
+            colour, marker = COLOURS[number % len(COLOURS)], "o" if len(points) <= 30 else ""
             axes.plot(
-                [v.step for v in shown],
-                [v.value for v in shown],
-                label=_shown(name),
+                [v.step for v in points],
+                [v.value for v in points],
+                label=shown(name),
                 color=colour,
                 marker=marker,
                 markersize=3,
@@ -89,7 +62,7 @@ def norms(by_module: Mapping[str, Series]) -> Figure:
         axes = figure.subplots()
         mesh = axes.pcolormesh(steps, np.arange(len(modules)), grid, cmap="viridis", rasterized=True, shading="nearest")
         labelled = np.unique(np.linspace(0, len(modules) - 1, min(LABELLED, len(modules))).round().astype(int))
-        axes.set_yticks(labelled, [_shown(modules[place]) for place in labelled])
+        axes.set_yticks(labelled, [shown(modules[place]) for place in labelled])
         axes.invert_yaxis()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
@@ -108,7 +81,7 @@ def memory(stages: Sequence[tuple[float, float]]) -> Figure:
             axes.bar(places + offset, [stage[column] for stage in stages], 0.38, label=label, color=COLOURS[column])
         axes.set_xticks(places, [f"stage {place}" for place in places])
         axes.set_ylabel("GiB at the peak")
-        axes.legend()
+        figure.legend(loc="outside upper right", ncols=2)  # the bars leave no room
     return figure
 
 
@@ -117,30 +90,3 @@ def thinned(values: Series) -> Series:
     width = -(-len(values) // MOST_POINTS) or 1
     stretches = [values[start : start + width] for start in range(0, len(values), width)]
     return [s[-1]._replace(value=sum(v.value for v in s) / len(s)) for s in stretches]
-
-
-def svg(figure: Figure, name: str) -> str:
-    """The picture as an element of a page. `name` tells its ids from those of other pictures there."""
-    out = io.StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :].replace(INK, "currentColor")
-
-
-def alone(svg: str) -> bytes:
-    """A picture as a file: dark on light or light on dark, as the viewer has it."""
-    scheme = "<style>svg { color: #222 } @media (prefers-color-scheme: dark) { svg { color: #ddd } }</style>"
-    return svg.replace(">", f">{scheme}", 1).encode()
-
-
-def png(figure: Figure) -> bytes:
-    """The picture on white paper."""
-    out = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(out, format="png", dpi=DPI, facecolor=PAPER)
-    return out.getvalue()
-
-
-def _shown(name: str) -> str:
-    """A name as matplotlib draws it: a dollar sign would begin a formula, and `_` at its beginning hides it from a legend."""
-    return printable(name, 60).replace("$", r"\$").removeprefix("_")

@@ -32,7 +32,7 @@ from pipeline.data.units.generated import GeneratedPairs
 from pipeline.data.units.store import UnitRows
 from pipeline.files import rename
 from pipeline.formats.base_model import read_base
-from pipeline.formats.fingerprint import fingerprint
+from pipeline.formats.fingerprint import of_all
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.switch import adapters_off, holding
 from pipeline.model.stage import Stage
@@ -67,7 +67,8 @@ class Pass:
 def attached(data: Data, run: Pass, run_dir: Path, came_from: Path | None) -> tuple[Data, dict[str, str]]:
     """The data with the reference's numbers, and for a checkpoint the SHA-256 of those that belong to the run, by file.
 
-    `run_dir`: this run's folder; `came_from`: that of the checkpoint it goes on from. All processes must come here.
+    `run_dir`: this run's folder; `came_from`: that of the checkpoint it goes on from. All processes must come here. UserError
+    where rows are to be compared with a start that is gone.
     """
     stores: dict[int, UnitRows] = {}
     rows: dict[int, list[NDArray[np.int64]]] = {}
@@ -86,7 +87,9 @@ def attached(data: Data, run: Pass, run_dir: Path, came_from: Path | None) -> tu
         name = f"reference-{_digest([*about, store.content_hash])}.arrow"
         path = (run_dir if at_start else run.plan.data.cache) / name
         source = came_from / name if at_start and came_from else path
-        numbers = _numbers(run, store, np.unique(np.concatenate(rows[key])), source, path)
+        numbers = _numbers(
+            run, store, np.unique(np.concatenate(rows[key])), source, path, at_start and came_from is not None
+        )
         known[key] = store.with_reference(numbers)
         kept |= {name: _digest_of(numbers)} if at_start else {}
 
@@ -124,14 +127,21 @@ def in_every_step(run: Pass) -> Callable[[], AbstractContextManager[None]]:
     return partial(holding, run.stage, values)
 
 
-def _numbers(run: Pass, store: UnitRows, rows: NDArray[np.int64], source: Path, path: Path) -> Numbers:
-    """fp32 [U, S], NaN for units other than `rows`: read from `source`, or computed; then they are at `path`."""
+def _numbers(run: Pass, store: UnitRows, rows: NDArray[np.int64], source: Path, path: Path, too_late: bool) -> Numbers:
+    """fp32 [U, S], NaN for units other than `rows`: read from `source`, or, unless it is `too_late`, computed; then at `path`."""
     told: list[Any] = [None]
     if run.place.rank == 0:
         found = _read(source) if source.is_file() else None
         told = [found if found is not None and not np.isnan(found[rows]).any() else None]
     dist.broadcast_object_list(told)
     numbers: Numbers | None = told[0]
+    with agreement(run.place):
+        if numbers is None and too_late:
+            raise UserError(
+                f"objective.reference.model = 'start': what the adapter said of '{store.name}' before it was trained is not in "
+                f"{source.parent}, or not of all its rows, and cannot be made again. Give the datasets of the run that goes on, "
+                "or start a new run"
+            )
     if numbers is None:
         numbers = _computed(run, store, rows, f"the reference on {store.name}")
         log(f"reference: {len(rows):,} units of '{store.name}' scored by {run.spec.reference}")
@@ -201,15 +211,17 @@ def _adapter(run: Pass) -> dict[str, torch.Tensor]:
 
 
 def _about(run: Pass) -> list[Any]:
-    """All that decides a row's number but the row."""
+    """All that decides a row's number but the row. Of a start nothing: a run has one, however it computes when it goes on."""
     base, reference = run.plan.base, str(run.spec.reference)
-    if reference not in ("base", START):
+    if reference == START:
+        return [FORMAT, START]
+    if reference != "base":
         file = Path(reference).expanduser() / WEIGHTS_FILE
         if not file.is_file():
             raise UserError(f"objective.reference.model = '{reference}': there is no {WEIGHTS_FILE} in it")
         reference = hashlib.sha256(file.read_bytes()).hexdigest()
     settings = [str(base.dtype), base.attn_implementation, str(base.scheme), str(run.plan.layout.kernels)]
-    return [FORMAT, fingerprint(read_base(Path(base.folder), "model")), reference, *settings]
+    return [FORMAT, of_all(read_base(Path(base.folder), "model")), reference, *settings]
 
 
 def _digest(content: list[Any]) -> str:

@@ -169,6 +169,16 @@ def test_a_turn_that_goes_on_where_the_one_before_stopped_is_refused_with_the_re
     assert "train_on = 'last'" in found.value.detail
 
 
+def test_a_turn_of_which_the_template_writes_nothing_is_refused() -> None:
+    """Gemma 4 takes the blanks off an answer, and where the call before it had words, too, it ends no turn that is left empty."""
+    template, _ = chat.template("gemma4_v5", ("<turn|>", "<|tool_response>"))
+    blank = {"role": "assistant", "content": "\n\n"}
+    call, result = {**CALL, "content": "Let me add."}, {"role": "tool", "content": "1"}
+    talk = conversation({"messages": [USER, call, result, blank, USER]}, Fields())
+    with pytest.raises(Refused, match="the template writes nothing for a turn of the assistant"):
+        derive.texts(talk, template, derive.Rules(10**6))
+
+
 @pytest.mark.parametrize("name", ["llama3", "phi3", "dated"])
 def test_tool_calls_that_a_template_leaves_out_are_refused(name: str) -> None:
     assert "tool calls" in refused(name, [USER, CALL, {"role": "tool", "content": "1"}, ANSWER]).reason

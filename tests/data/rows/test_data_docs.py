@@ -52,6 +52,26 @@ def test_there_is_a_page_for_each_kind() -> None:
     assert set(PAGES) == set(SHOWN)
 
 
+@pytest.mark.parametrize(("kind", "place", "shown"), [("unpaired", 0, "« a tall tower"), ("ranked", 1, "« a wall")])
+def test_rows_of_the_other_kinds_of_preferences_are_read(
+    kind: Any, place: int, shown: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(blocks(PAGES["preference"], "json")[place])
+    rows = {"dataset_type": kind, "dataset_path": str(tmp_path / "rows.jsonl"), "sequence_len": 64}
+    loss = {"unpaired": "kto", "ranked": "plackett_luce"}[kind]
+    raw = small(
+        model=str(model),
+        output_dir=str(tmp_path / "runs"),
+        pipeline_stages=1,
+        micro_batch_size_per_gpu=2,
+        datasets=[{**rows, "ranks": 3} if kind == "ranked" else rows],
+        target_modules=["down_proj"],
+        objective={"type": "preference", "loss_type": loss},
+    )
+    assert check.check(loading.validate(raw, "x.toml"), 9) == 0
+    assert shown in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", SHOWN)
 def test_the_example_of_the_page_is_a_dataset(
     kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

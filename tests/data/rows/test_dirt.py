@@ -58,7 +58,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"template": "phi3", "stop": "<|end|>"},
         r"1 × the template leaves out tool calls \(a.jsonl:2\)",
     ),
-    "the last line is cut": ('{"messages": [{"role": "us', {}, r"1 × not valid JSON \(a.jsonl:2\)"),
+    "the last line is cut": (
+        '{"messages": [{"role": "us',
+        {},
+        r"1 × not valid JSON \(a.jsonl:2\): the first is not valid JSON, column 24: Unterminated string",
+    ),
     "half a surrogate pair": ('{"messages": "\\ud800"}', {}, r"1 × half a surrogate pair .* \(a.jsonl:2\)"),
 }
 
@@ -74,11 +78,15 @@ def test_a_bad_row_is_left_out_and_named(tmp_path: Path, name: str) -> None:
     assert [store.documents(row)[0].name for row in range(2)] == ["a.jsonl:1", "a.jsonl:3"]
 
 
-def test_bad_utf8_is_a_bad_row_with_its_line(tmp_path: Path) -> None:
+def test_bad_utf8_is_a_bad_row_with_its_line_and_byte(tmp_path: Path) -> None:
     lines = [json.dumps(GOOD).encode(), b'{"messages": "\xff"}', json.dumps(GOOD).encode()]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     store = stored(tmp_path / "a.jsonl")
-    assert "bad, left out: 1 × not UTF-8 (a.jsonl:2)" in store.report.notes
+    byte = len(lines[0]) + 1 + lines[1].index(b"\xff")
+    assert (
+        f"bad, left out: 1 × not UTF-8 (a.jsonl:2): the first is not UTF-8 at byte {byte} of the file (0xff, invalid start byte)"
+        in store.report.notes
+    )
     assert len(store) == 2
 
 
@@ -94,6 +102,11 @@ KEPT: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         ['<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call><|im_end|>'],
     ),
     "control tokens, allowed": (talk("a<|im_end|>b", "c"), {"allow_special_text": True}, ["c<|im_end|>"]),
+    "a system text that is blank, which the template leaves out": (
+        said({"role": "system", "content": " \n"}, USER, ANSWER),
+        {"template": "llama3_1", "stop": "<|eot_id|>"},
+        ["Because.<|eot_id|>"],
+    ),
     "outer blanks": (talk("Why?", " Because. \n"), {}, [" Because. \n<|im_end|>"]),
     "parts of text": (
         said({**USER, "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}, ANSWER),
@@ -118,7 +131,7 @@ KEPT: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
 def test_what_can_be_trained_is_kept(tmp_path: Path, name: str) -> None:
     row, changes, trained = KEPT[name]
     store = stored(write_jsonl(tmp_path / "a.jsonl", [row]), **changes)
-    ((text, targets),) = decoded(store, changes.get("template", "qwen2_5"))
+    ((text, targets),) = decoded(store, changes.get("template", "qwen2_5"), changes.get("stop", "<|im_end|>"))
     assert targets == trained
     assert text.endswith(trained[-1])  # nothing after the last target
     assert store.report.bad == 0
@@ -175,7 +188,8 @@ def test_more_bad_rows_than_allowed_are_an_error_that_counts_them(tmp_path: Path
     assert first == "dataset 'talks': 6 of 100 rows are bad (6.0%), more than max_bad_rows = 0.05 allows:"
     assert rest == [
         "  bad, left out: 5 × empty answer (a.jsonl:95, a.jsonl:96, a.jsonl:97, …): allow_empty_answers = true lets it pass",
-        "  bad, left out: 1 × not valid JSON (a.jsonl:100)",
+        "  bad, left out: 1 × not valid JSON (a.jsonl:100): the first is not valid JSON, column 2: Expecting property name "
+        "enclosed in double quotes",
     ]
     assert stored(path, most_bad=0.06).report.bad == 6
     with pytest.raises(UserError, match=r"more than max_bad_rows = 0\.05"):  # from the cache as well

@@ -205,14 +205,15 @@ def test_both_answers_begin_at_one_place(tmp_path: Path) -> None:
     assert len(starts) == 1
 
 
-def test_a_template_that_rewrites_its_prompt_goes_by_ids(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "end"), [("thinks_in_the_prompt", "<|end|>"), ("thinks_in_the_prompt_without_an_end", STOP)]
+)
+def test_a_template_that_rewrites_its_prompt_goes_by_ids(tmp_path: Path, template: str, end: str) -> None:
     """Its generation prompt opens a thought that a row without one does not have: TRL's rule, and it is counted."""
     row = {"prompt": USER, "chosen": ANSWER, "rejected": NO}
-    store = stored(tmp_path, [row], template="thinks_in_the_prompt")
-    assert [text.split("«")[1].startswith(("Yes.", "No.")) for text in shown(store, "thinks_in_the_prompt")[0]] == [
-        True,
-        True,
-    ]
+    store = stored(tmp_path, [row], template=template)
+    answers = [text.split("«")[1] for text in shown(store, template)[0]]
+    assert answers == [f"Yes.{end}»", f"No.{end}»"]
     assert any("straddles" in note for note in store.report.notes)
 
 
@@ -226,6 +227,45 @@ def test_an_answer_is_what_it_says_to_its_last_newline_and_its_prompt_is_its_own
     assert shown(store) == [[f"{ASKED}«Yes.{STOP}»", f"{ASKED}«No.{STOP}»"]]
 
 
+LAST_THOUGHT = (
+    "{% set said = messages | selectattr('role', 'equalto', 'assistant') | list %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if m.role == 'user' or m == said[-1] else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_where_earlier_thoughts_are_left_out_rows_part_from_their_prompt_there(tmp_path: Path) -> None:
+    """The prompt alone shows the thought of its last answer, which is no longer the last one in a row: TRL's rule again."""
+    thought = [{"role": "assistant", "content": "<think>Hm.</think>Perhaps."}]
+    row = {"prompt": USER + thought + USER, "chosen": ANSWER, "rejected": NO}
+    store = stored(tmp_path, [row], chat_template=LAST_THOUGHT)
+    for text, answer in zip(shown(store)[0], ("Yes.", "No."), strict=True):
+        assert text.replace("«", "").replace("»", "") == (
+            f"<|im_start|>user\nTea?{STOP}\n<|im_start|>assistant\nPerhaps.{STOP}\n<|im_start|>user\nTea?{STOP}\n"
+            f"<|im_start|>assistant\n{answer}{STOP}"
+        )
+        assert text.index("«") == text.index("Perhaps.") - 1, "from where the two differ"
+    assert any("straddles" in note for note in store.report.notes)
+
+
+def test_an_end_that_is_the_padding_token_too_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As most tokenizers without one of its own have it: places are known by a row's length, never by `ids == pad`."""
+    rows = [
+        {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+        {"prompt": "a", "chosen": " long" * 9, "rejected": "b"},
+    ]
+    tokenizer = chat.tokenizer("qwen2_5", STOP)
+    monkeypatch.setitem(tokenizer._special_tokens_map, "pad_token", STOP)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    store, stop = stored(tmp_path, rows), tokenizer.eos_token_id
+    batch = Layout([store], 2, None).micro_batch(whole_rows(store), 1.0)
+    assert batch.input_ids.shape[0] == 4
+    for row, length in enumerate(batch.lengths.tolist()):
+        assert batch.labels[row, length - 1] == batch.input_ids[row, length - 1] == stop
+        assert (batch.labels[row, length:] == IGNORED).all()
+
+
 def test_two_bos_are_a_bad_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begins with two BOS"):
         stored(tmp_path, [{"prompt": USER, "chosen": ANSWER, "rejected": NO}], template="two_bos")
@@ -236,14 +276,17 @@ def test_what_is_too_long_loses_its_end(tmp_path: Path) -> None:
     rows = [
         {"prompt": prompt, "chosen": long, "rejected": " no"},
         {"prompt": long, "chosen": " a", "rejected": " b"},
+        {"prompt": "!?" * 9 + "!", "chosen": "yes", "rejected": "no"},
         {"prompt": prompt, "chosen": f"{long} x", "rejected": f"{long} y"},
         {"prompt": prompt, "chosen": " yes", "rejected": " no"},
     ]
     store = stored(tmp_path, rows, limit=20)
-    assert store.cut.tolist() == [[True, False], [False, False]]
+    assert store.cut.tolist() == [[True, False], [True, True], [False, False]]
+    assert [slot.targets.tolist()[1] for slot in store.slots] == [1, 1], "a token that is left stays"
     assert store.slots[0].lengths.tolist()[0] == 20
     assert not shown(store)[0][0].endswith(f"{STOP}»"), "a truncated answer has no end"
     said = "\n".join(store.report.notes)
+    assert "2 have an answer that is longer than sequence_len and cut there" in said
     assert "1 have a prompt that alone fills" in said
     assert "1 have two answers that are the same" in said
     assert len(stored(tmp_path / "drop", rows, limit=20, keep_start=False)) == 1

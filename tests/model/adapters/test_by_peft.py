@@ -18,6 +18,7 @@ from pipeline.console import UserError
 from pipeline.formats.base_model import read_base
 from pipeline.generation import adapter as generation
 from pipeline.model.adapters.base import _plain, trainable, written
+from pipeline.model.adapters.switch import adapters_off
 from pipeline.model.stage import Stage, empty_model, read_model_config
 from pipeline.peft.types import LOCAL, REFUSED
 from pipeline.training.stage import families, initial_adapter
@@ -124,6 +125,19 @@ def stock(folder: Path, adapter: Path) -> Any:
 
 def theirs(model: Any) -> Tensor:
     return model.model(token_ids(), use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("peft_type", only(QUICK, LOCAL))
+@torch.no_grad()
+def test_off_it_is_the_base_to_the_bit(folder: Path, on_meta: PreTrainedModel, peft_type: str) -> None:
+    """So it is where preferences are trained: the reference is the model with its adapters off."""
+    stages = stages_with(folder, spec_of(config_of(folder, peft_type), on_meta), [0, 4])
+    move(stages)
+    base, moved = hidden([build(folder, 0, 4)], token_ids()), hidden(stages, token_ids())
+    assert not torch.equal(moved, base)
+    with adapters_off(stages[0]):
+        assert torch.equal(hidden(stages, token_ids()), base)
+    assert torch.equal(hidden(stages, token_ids()), moved)
 
 
 @pytest.mark.parametrize("peft_type", only(QUICK, LOCAL))

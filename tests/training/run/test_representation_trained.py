@@ -1,6 +1,7 @@
 """Taps in real runs: on one, two and three stages equal to the bit; circuit breakers break their stream and leave the other.
 
-Two stages against the unsplit model is `test_preference_trained.py`'s, which has the processes for it.
+Two stages against the unsplit model, also with a step divided otherwise, is `test_preference_trained.py`'s, which has the
+processes for it.
 """
 
 import json
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import builders, stage_runs, unsplit
+from tests.helpers import builders, stage_runs
 from tests.helpers.stage_runs import Case
+from tests.helpers.unsplit import UNIT
 from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers, run_plan
-from tests.training.run.test_preference_trained import BETA, WORDS, config, text, write_rows
+from tests.training.run.test_preference_trained import UNITS, WORDS, config, text, write_rows
 
 STEPS = 4
 
@@ -51,7 +53,7 @@ def breakers(root: Path, keep: float = 0.3) -> Path:
 
 @pytest.mark.slow
 def test_one_two_and_three_stages_are_bit_equal(root: Path) -> None:
-    """Also recomputed, and with another division of a step to rounding."""
+    """Also recomputed."""
     pairs, streams = config(root, "representation"), breakers(root)
     found = {}
     for stages in (1, 2, 3):
@@ -63,11 +65,7 @@ def test_one_two_and_three_stages_are_bit_equal(root: Path) -> None:
 
         cases = [case("pairs", pairs), case("streams", streams)]
         if stages == 2:
-            cases += [
-                case("recomputed", pairs, "activation_checkpointing=true"),
-                case("one by one", pairs, "micro_batch_size_per_gpu=1", "gradient_accumulation_steps=8"),
-                case("all at once", pairs, "micro_batch_size_per_gpu=8", "gradient_accumulation_steps=1"),
-            ]
+            cases.append(case("recomputed", pairs, "activation_checkpointing=true"))
         found[stages] = stage_runs.run(stages, cases, root / f"results{stages}")
     for name in ("pairs", "streams"):
         whole = found[1][name]
@@ -78,18 +76,12 @@ def test_one_two_and_three_stages_are_bit_equal(root: Path) -> None:
                 assert torch.equal(other.weights[key], weight), key
     pairs_on_two = found[2]["pairs"]
     assert found[2]["recomputed"].losses == pairs_on_two.losses
-    for name in ("one by one", "all at once"):
-        assert found[2][name].losses == pytest.approx(pairs_on_two.losses, rel=1e-5)
-        for key, weight in pairs_on_two.weights.items():
-            assert unsplit.size(found[2][name].weights[key] - weight) <= 1e-3 * unsplit.size(weight)
     first = next(line for line in builders.metrics(pairs_on_two.run_dir) if "train/loss" in line)
     assert first["train/tap/retain"] == 0
     assert first["tap_cosine/retain/3"] == 1
-    assert first["train/loss"] == pytest.approx(
-        sum(first[f"train/tap/{name}/weighted"] for name in ("reroute", "retain", "axis")) + math.log(2),
-        rel=1e-5,
-    )
-    assert BETA > 0
+    terms = [first[f"train/tap/{name}/weighted"] for name in ("reroute", "retain", "axis")]
+    terms.append(math.log(2) - first["train/rewards/margins"] / 2)  # margins are rounding here, so −log σ is a line
+    assert abs(first["train/loss"] - sum(terms)) <= UNITS * UNIT * sum(map(abs, terms))
 
 
 @pytest.mark.slow
@@ -110,8 +102,8 @@ def test_circuit_breakers_turn_states_away_and_are_resumed_bit_equal(root: Path)
     lines = builders.metrics(Path(whole))
     evaluated = [line for line in lines if any(key.startswith("eval/streams/tap/") for key in line)]
     before, after = evaluated[0], evaluated[-1]
-    assert before["eval/streams/tap/break"] == pytest.approx(2.0, abs=1e-6)
-    assert before["eval/streams/tap/keep"] == pytest.approx(0.0, abs=1e-4)
+    assert before["eval/streams/tap/break"] == 2
+    assert before["eval/streams/tap/keep"] == 0
     assert after["eval/streams/tap/break"] < 1.5
     trained = [line for line in lines if "train/loss" in line]
     assert trained[-1]["tap_cosine/break/2"] < 0.8 < trained[0]["tap_cosine/break/2"]

@@ -5,6 +5,8 @@ one floating-point tensor at each boundary.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import loading
+from pipeline.model import neftune
 from pipeline.model.adapters.base import trainable
 from pipeline.model.adapters.switch import adapters_off, holding
 from pipeline.model.memory import activation
@@ -96,6 +99,7 @@ class Run:
         dropout: bool = False,
         live: bool = False,
         reference: Tensor = REFERENCE,
+        as_reference: Callable[[Any], AbstractContextManager[None]] = adapters_off,
     ) -> None:
         if not dropout:
             for stage in stages:
@@ -103,7 +107,7 @@ class Run:
                     if name.endswith("dropout"):
                         module.p = 0.0
         slots = tuple(range(SLOTS)) if live else slots_of(taps)
-        tapped = [Beside(stage, taps, SLOTS, slots, partial(adapters_off, stage), scores=live) for stage in stages]
+        tapped = [Beside(stage, taps, SLOTS, slots, partial(as_reference, stage), scores=live) for stage in stages]
         last, step = stages[-1], StepTotals()
         step.begin(PROGRESS)
         transform = logit_transform(last.model.config)
@@ -288,14 +292,22 @@ def test_at_its_start_an_adapter_changes_nothing(llama: Path, adapter: Any) -> N
     assert set(run.logged.values()) == {1.0}
 
 
-def test_the_reference_sees_no_dropout(llama: Path, adapter: Any) -> None:
-    """The policy does, or the tap at its start would not be 0 for another reason."""
-    own = (Tap("retain", CHOSEN, CHOSEN, (1, 2, 3), "l2"),)
-    torch.manual_seed(0)
-    noisy = Run(stages_of(llama, adapter, [0, 4]), own, dropout=True)
-    torch.manual_seed(1)
-    other = Run(stages_of(llama, adapter, [0, 4]), own, dropout=True)
-    assert noisy.means["tap/retain"] != other.means["tap/retain"]
+def test_the_reference_sees_neither_dropout_nor_noise(llama: Path, adapter: Any) -> None:
+    """Of an adapter in a folder, as the base's adapters drop nothing while they are off. The policy sees both."""
+    (other,) = stages_of(llama, adapter, [0, 4], 0.2)
+    values = {name: parameter.detach().clone() for name, parameter in trainable(other).items()}
+
+    def run(seed: int, noise: bool) -> Run:
+        stages = stages_of(llama, adapter, [0, 2, 4])
+        if noise:
+            neftune.apply(stages[0], 5.0)
+        torch.manual_seed(seed)
+        return Run(stages, (), dropout=noise, live=True, as_reference=partial(holding, values=values))
+
+    quiet, noisy, again = run(0, noise=False), run(0, noise=True), run(1, noise=True)
+    assert len({float(one.loss) for one in (quiet, noisy, again)}) == 3
+    for one in (noisy, again):
+        assert torch.equal(one.reference, quiet.reference)  # type: ignore[arg-type]
 
 
 def test_without_marks_a_stage_is_as_it_was(llama: Path, adapter: Any) -> None:

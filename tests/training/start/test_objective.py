@@ -1,5 +1,6 @@
 """What [objective] may say, and with which data and keys; what is refused by name."""
 
+import dataclasses
 import re
 from typing import Any, get_args
 
@@ -38,7 +39,7 @@ def spec(kind: str = "preference", around: Around = PLAIN, **keys: Any) -> Objec
 def test_every_loss_is_in_the_config_and_on_the_page() -> None:
     assert set(get_args(LossType)) == set(LOSSES)
     page = (ROOT / "docs" / "preference.md").read_text(encoding="utf-8")
-    table = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
+    table = "".join(re.findall(r"(?m)^\| `(?:loss_type|distance)` \| a .*\n(?:\|.*\n)+", page))
     assert set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))) == {
         *LOSSES,
         *DISTANCES,
@@ -46,6 +47,28 @@ def test_every_loss_is_in_the_config_and_on_the_page() -> None:
         "loss_type",
         "distance",
     }
+
+
+def test_trls_keys_and_ours_are_as_the_page_says() -> None:
+    """Each name on its left is a field of TRL's configurations or a class of it, each key on its right one of ours."""
+    import trl
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    page = (ROOT / "docs" / "preference.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"(?m)^\| TRL \| here \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+    rows = [[re.findall(r"`([\w.]+)`", cell) for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    configs = (trl.DPOConfig, trl.KTOConfig, CPOConfig, ORPOConfig)
+    fields = {field.name for config in configs for field in dataclasses.fields(config)}
+    gone = {"rpo_alpha", "ref_model"}  # the latter is an argument of the trainer
+    theirs = {name for left, _ in rows for name in left}
+    assert {name for name in theirs - fields if not name.endswith("Trainer")} == gone
+    assert {"loss_type", "precompute_ref_log_probs", "max_length"} <= theirs
+    keys = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    for name in {name for _, right in rows for name in right if not name.endswith("Trainer")}:
+        assert f"| `{name.rpartition('.')[2]}` |" in keys, name
+    same = next(left for left, _ in rows if "discopop_tau" in left)
+    assert set(same) == Objective.model_fields.keys() - {"type", "tap", "reference"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -105,6 +128,13 @@ def test_without_it_the_next_token_is_trained_of_rows_by_themselves() -> None:
 def test_what_does_not_go_together_is_refused(keys: dict[str, Any], around: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         spec(around=PLAIN.__class__(**{**PLAIN.__dict__, **around}), **keys)
+
+
+def test_dropout_is_said_as_trl_turns_it_off(capsys: pytest.CaptureFixture[str]) -> None:
+    spec()
+    assert "dropout" not in capsys.readouterr().err
+    spec(around=dataclasses.replace(PLAIN, dropout=0.1))
+    assert "lora_dropout = 0.1: TRL turns dropout off in preference training" in capsys.readouterr().err
 
 
 def tapped(kind: str = "representation", around: Around = PLAIN, **keys: Any) -> ObjectiveSpec:

@@ -1,0 +1,1 @@
+"""What pages and cards are made of: templates, and matplotlib's figures as elements of them."""
