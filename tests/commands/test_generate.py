@@ -13,7 +13,7 @@ from pipeline.commands import generate as command
 from pipeline.console import UserError
 from pipeline.model.quantized import Scheme
 from tests.helpers import quantization
-from tests.helpers.builders import save_model
+from tests.helpers.builders import ROOT, launch, save_model
 from tests.helpers.families import by_peft
 
 TEMPLATE = (
@@ -140,6 +140,22 @@ def test_a_conversation_keeps_what_was_said(
     assert second.endswith("user: And now?\nassistant: ")
     assert third == "system: Be brief.\nuser: Again?\nassistant: "
     assert sum(line.startswith("[") for line in lines) == 3
+
+
+@pytest.mark.slow
+def test_two_stages_under_a_launcher_say_what_one_process_says(
+    model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = model
+    given = ["--model", str(folder), "--temperature", "0.8", "--max-new-tokens", "8"]
+    given += [word for prompt in (*PROMPTS, "And then") for word in ("--prompt", prompt)]
+    alone = run(monkeypatch, capsys, *given)
+    said = launch(2, ROOT / "generate.py", *given).splitlines()
+    first = next(place for place, line in enumerate(alone) if line == f"  > {PROMPTS[0]}")
+    answers = alone[first:]
+    assert sum(line.startswith("  > ") for line in answers) == 3
+    begin = said.index(answers[0])
+    assert said[begin : begin + len(answers)] == answers
 
 
 def test_a_conversation_of_a_model_that_goes_on_by_one_token_only_is_read_anew(

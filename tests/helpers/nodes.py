@@ -46,6 +46,11 @@ def agents(
     ]
 
 
+def warm_agents(folder: Path, *arguments: str) -> warm.Launched:
+    """As `agents`, in forks of an interpreter that has the libraries: torchrun's own code, and the run's."""
+    return warm.torchrun(arguments, ROOT / "train.py", environment(**LOOPBACK), tuple(folders(folder)))
+
+
 def ended(launchers: list[subprocess.Popen[str]], timeout: float) -> list[str]:
     """What each printed, when all have ended."""
     said = []

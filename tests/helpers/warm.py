@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed's launcher whose processes are forks of one that has imported the libraries.
+"""Runs under DeepSpeed's launcher, or torchrun, whose processes are forks of one that has imported the libraries.
 
 `deepspeed train.py` imports torch and DeepSpeed in the launcher, in its part on the node and, with transformers, in every
 process of the run: some eight seconds of CPU each, far more than the tests' runs take. Here DeepSpeed's own `launch.main` is
@@ -11,6 +11,7 @@ import atexit
 import base64
 import importlib
 import json
+import math
 import os
 import runpy
 import signal
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,7 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "deepspeed.runtime.pipe.engine",
     "deepspeed.launcher.launch",
+    "torch.distributed.run",
     "pyarrow.parquet",
     "pydantic",
     "rich.progress",
@@ -55,23 +58,58 @@ def run(
     `timeout` seconds; nothing of it is left then.
     """
     count, port = max(1, len(nodes)), free_port() if nodes else 29500
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
+    launchers = [[*_launcher(processes, count, node, port), str(script), *arguments] for node in range(count)]
+    launched = Launched("deepspeed.launcher.launch", launchers, environment, nodes or (Path.cwd(),))
+    return launched.ended(timeout)
+
+
+def torchrun(
+    options: tuple[str, ...], script: Path, environment: Mapping[str, str], nodes: tuple[Path, ...]
+) -> "Launched":
+    """`torchrun --nnodes … --nproc-per-node 1 SCRIPT` on `nodes`, each in its working folder; `options` go to the script."""
+    at = ("--nnodes", str(len(nodes)), "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
+    port = str(free_port())
+    launchers = [
+        [*at, "--master-port", port, "--node-rank", str(node), str(script), *options] for node in range(len(nodes))
+    ]
+    return Launched("torch.distributed.run", launchers, environment, nodes)
+
+
+class Launched:
+    """A launch that is under way, with a launcher on each node: its `main`, run in a fork. One at a time."""
+
+    def __init__(
+        self, module: str, launchers: list[list[str]], environment: Mapping[str, str], folders: tuple[Path, ...]
+    ) -> None:
+        self._output = tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace")  # noqa: SIM115
         request = {
-            "launchers": [[*_launcher(processes, count, node, port), str(script), *arguments] for node in range(count)],
+            "module": module,
+            "launchers": launchers,
             "environment": dict(environment),
-            "folders": [str(folder) for folder in nodes or (Path.cwd(),)],
-            "output": output.name,
+            "folders": [str(folder) for folder in folders],
+            "output": self._output.name,
         }
-        connection = _server()
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        launcher = json.loads(_line(connection, None))
-        try:
-            code = json.loads(_line(connection, timeout))
-        except TimeoutError:
-            os.killpg(launcher, signal.SIGKILL)
-            _line(connection, None)
-            raise TimeoutError(output.read()) from None
-        return code, output.read()
+        self._connection = _server()
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        self.launchers: list[int] = [json.loads(_line(self._connection, None))]  # process ids, of each node
+        while len(self.launchers) < len(folders):
+            below = Path(f"/proc/{self.launchers[0]}/task/{self.launchers[0]}/children")
+            self.launchers[1:] = [int(child) for child in below.read_text().split()[: len(folders) - 1]]
+
+    def said(self) -> str:
+        """What all of it has printed so far."""
+        return Path(self._output.name).read_text(encoding="utf-8", errors="replace")
+
+    def ended(self, timeout: float) -> Any:
+        """The first launcher's exit code and what was printed, when all have ended; TimeoutError as in `run`."""
+        with self._output:
+            try:
+                code = json.loads(_line(self._connection, timeout))
+            except TimeoutError:
+                os.killpg(self.launchers[0], signal.SIGKILL)
+                _line(self._connection, None)
+                raise TimeoutError(self._output.read()) from None
+            return code, self._output.read()
 
 
 def _launcher(processes: int, nodes: int, node: int, port: int) -> list[str]:
@@ -134,14 +172,20 @@ class _Script(BaseException):
 
 
 class _Forked:
-    """As much of `subprocess.Popen` as DeepSpeed's launcher uses, by a fork that leaves the launcher's code as `_Script`."""
+    """As much of `subprocess.Popen` as the launchers use, by a fork that leaves the launcher's code as `_Script`."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, args: list[str], env: Mapping[str, str], *, start_new_session: bool = False, **_streams: None
+    ) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:
+            if start_new_session:
+                os.setsid()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)  # the launcher's handlers do not outlive an exec
             _put(env)
-            raise _Script(*command[2:])  # after the interpreter and its -u
+            raise _Script(*args[2:])  # after the interpreter and its -u
 
     def poll(self) -> int | None:
         """The exit code, None while it runs."""
@@ -149,6 +193,23 @@ class _Forked:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if done else None
         return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; subprocess.TimeoutExpired."""
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("", timeout or 0.0)
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """To the process alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _put(environment: Mapping[str, str]) -> None:
@@ -158,8 +219,9 @@ def _put(environment: Mapping[str, str]) -> None:
 
 def _launch(request: dict[str, Any]) -> list[str]:
     """Be the launcher to the end of the run; in a process that it starts, returns the script and its arguments."""
-    from deepspeed.launcher import launch
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+    launch = importlib.import_module(request["module"])
     os.setsid()
     node, others = _fork_for_others(len(request["folders"]))
     itself = os.getpid()
@@ -168,9 +230,9 @@ def _launch(request: dict[str, Any]) -> list[str]:
     for stream in (1, 2):
         os.dup2(output, stream)
     _put(request["environment"])
-    sys.argv = [launch.__file__, *request["launchers"][node]]
+    sys.argv = [str(launch.__file__), *request["launchers"][node]]
     try:
-        with mock.patch.object(subprocess, "Popen", _Forked):
+        with mock.patch.object(subprocess, "Popen", _Forked), mock.patch.object(subprocess_handler, "Popen", _Forked):
             launch.main()
     except _Script as script:
         return list(script.args)

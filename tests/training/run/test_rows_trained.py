@@ -17,7 +17,7 @@ from pipeline.data.batches import Position
 from pipeline.training.data import specs
 from pipeline.training.data.batches import micro_batches
 from pipeline.training.data.read import read_data
-from tests.helpers.builders import write_config
+from tests.helpers.builders import train, write_config
 from tests.helpers.data import prose
 from tests.helpers.rows import talk, write_jsonl
 from tests.training.checkpoint.test_resume import assert_equal, final_state, numbers, run_plan
@@ -130,6 +130,17 @@ def test_completions_killed_in_a_save_and_resumed_are_bit_equal(tmp_path: Path, 
     both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")["runs"]
     assert_equal(final_state(both[0]), final_state(both[1]))
     assert numbers(both[0]) == numbers(both[1])
+
+
+@pytest.mark.slow
+def test_that_a_model_will_not_stop_is_said_at_the_start_and_again_at_the_end(tmp_path: Path, base: Path) -> None:
+    talks = {**chat_rows(tmp_path), "train_on_eos": "none"}
+    toml = config(tmp_path, base, talks, pipeline_stages=1, max_steps=1, eval_steps=None)
+    lines = train(1, "--config", toml).splitlines()
+    said = [place for place, line in enumerate(lines) if "it will not learn to stop" in line]
+    step = next(place for place, line in enumerate(lines) if "step 1" in line)
+    assert len(said) == 2
+    assert said[0] < step < said[1]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from pipeline.config import loading
+from pipeline.console import UserError
 from pipeline.data.chat.builtin import BUILT_IN
 from pipeline.data.rows import makers
 from pipeline.training.start import check
@@ -30,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(base: Path, folder: Path, **changes: Any) -> Any:
     rows: list[Any] = [talk("Is it late?", "It is."), talk("Why?", ""), *[talk("Is it?", "No."), "{"] * 2]
-    dataset = {
+    dataset: dict[str, Any] = {
         "name": "talks",
         "dataset_type": "chat",
         "dataset_path": str(write_jsonl(folder / "a.jsonl", rows)),
@@ -38,6 +39,7 @@ def config_of(base: Path, folder: Path, **changes: Any) -> Any:
         "max_bad_rows": 0.5,
         **changes,
     }
+    dataset = {key: value for key, value in dataset.items() if value is not None}
     raw = small(model=str(base), output_dir=str(folder / "runs"), target_modules=["down_proj"], datasets=[dataset])
     return loading.validate(raw, "x.toml")
 
@@ -96,3 +98,18 @@ def test_prepare_puts_the_data_into_the_cache_and_ends(
     monkeypatch.setattr(makers.Chat, "__call__", made)
     assert check.check(config, None) == 0
     assert store.exists()
+
+
+@pytest.mark.parametrize("kind", ["pretokenized", "chat"])
+def test_one_bad_row_of_two_hundred_is_too_much_where_a_program_wrote_them(
+    base: Path, tmp_path: Path, kind: str
+) -> None:
+    """`max_bad_rows` is 0.01, and 0 of token ids, which nobody types."""
+    good = {"input_ids": [5, 6, 7]} if kind == "pretokenized" else talk("Is it?", "It is.")
+    path = write_jsonl(tmp_path / "b.jsonl", [good] * 199 + ["{"])
+    config = config_of(base, tmp_path, dataset_type=kind, dataset_path=str(path), max_bad_rows=None)
+    if kind == "chat":
+        assert check.check(config, None) == 0
+        return
+    with pytest.raises(UserError, match=r"1 of 200 rows are bad \(0\.5%\), more than max_bad_rows = 0 allows"):
+        check.check(config, None)
