@@ -51,6 +51,18 @@ NOT_RUN = {
     "llama-server -m base.gguf --lora X.gguf": NEEDS_LLAMA,
     "llama-server -m base.gguf --lora-scaled X.gguf:0.5": NEEDS_LLAMA,
 }
+# What it says besides: the next commands, ready to paste; of the doctor a line for each thing it looks at.
+SAYS = {
+    "deepspeed train.py": ("python generate.py", "python inspect_lora.py", "python merge_lora.py", "report.html"),
+    "merge_lora.py": ("Verdict: ", "python generate.py"),
+    "--format peft": ("python generate.py",),
+    "--format gguf": ("llama-server -m",),
+    "make_adapter.py": ("python generate.py", "python merge_lora.py"),
+    "make doctor": (
+        *("Python ", "packages", "main memory", "/dev/shm", "open files", "room on disk", "disk ", "GPU ", "bf16"),
+        *("between stages", "bitsandbytes", "Triton", "flash attention"),
+    ),
+}
 SERVERS = [command for command in COMMANDS if command.line.startswith("tensorboard ")]
 RUN = [command for command in COMMANDS if command.line not in NOT_RUN and command not in SERVERS]
 
@@ -128,6 +140,9 @@ def test_it_runs(tree: Path, command: Command) -> None:
     code, said = in_a_terminal(command.line.replace(*LAUNCHER).replace(*MAKE), tree, CONVERSATION)
     assert code == 0, said
     assert "Traceback" not in said, said
+    for script, words in SAYS.items():
+        if script in command.line and "--dry-run" not in command.line:
+            assert all(word in said for word in words), said
 
 
 @pytest.mark.slow

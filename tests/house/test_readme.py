@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.start import make_model
+from pipeline.config import loading
 from tests.helpers.builders import BOOKS, ROOT, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,6 +109,26 @@ def test_the_founding_run_is_ready_for_two_48_gib_gpus(tmp_path: Path, command_r
         # The sample books are three rows of 8192 tokens, of which one is held out.
         assert len(re.findall(r"(?m)^row \d+: no\.", done.stdout)) == 2
         assert "⟦EOS" in done.stdout
+
+
+def test_the_first_screen_has_what_a_newcomer_asks() -> None:
+    """What it is for, what it eats, costs and has run on; one picture of a report; what to type, to the first answer."""
+    screen = README.split("\n## ")[0]
+    rows = dict(re.findall(r"(?m)^\| \*\*(.+?)\*\* \| (.*) \|$", screen))
+    assert list(rows) == ["It eats", "It trains", "It costs", "It has run", "Afterwards"]
+    assert "2.5 GB of packages for the CPU, more with CUDA" in rows["It costs"]
+    assert "two minutes" in rows["It costs"]
+    assert "GPU" in rows["It has run"]
+    (picture,) = re.findall(r"!\[.*report.*\]\((\S+)\)", screen)
+    assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    typed = re.findall(r"(?m)^    (\S+ \S+)", screen)
+    starts = ["git clone", "source .venv/bin/activate", "tensorboard --logdir", "python generate.py", "hf download"]
+    assert typed == [*starts, "python generate.py"]
+    assert "--chat" in screen
+
+
+def test_the_founding_run_evaluates_what_it_ends_with() -> None:
+    assert loading.load("config_creative_writer.toml").eval_after_last_step
 
 
 def test_the_user_s_commands_stand_as_they_were_given() -> None:

@@ -173,6 +173,10 @@ def test_devices_in_text() -> None:
     assert [d.usable_bytes for d in parse("2x48GB")] == [usable(48e9)] * 2
     assert [d.gpu.name for d in parse("2xA6000,rtx-4090,H100")] == ["A6000", "A6000", "RTX 4090", "H100 80GB"]
     assert [d.gpu.name for d in parse("24GiB,48GiB,80GiB,141GiB")] == ["RTX 3090", "A6000", "A100 80GB", "H200"]
+    for name in ("RTX 5090", "L40S", "A100 40GB", "RTX PRO 6000", "B200", "MI300X"):
+        (device,) = parse(name)
+        assert device.gpu.name == name
+        assert 0.85 * device.gpu.sold_gib * GIB < device.usable_bytes < device.gpu.sold_gib * GIB
     assert parse("A6000")[0].usable_bytes < parse("48GiB")[0].usable_bytes, "a driver leaves less than is sold"
 
 

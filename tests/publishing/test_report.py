@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.console import UserError
 from pipeline.pages import drawing
@@ -34,6 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         output_dir=str(folder / "runs"),
         eval_steps=2,
         eval_before_first_step=True,
+        grad_norm_steps=2,
         report_every_minutes=60,
         samples={"prompts": ["The salt", NASTY], "every_steps": 2, "max_new_tokens": 8},
     )
@@ -71,7 +73,14 @@ def test_the_page_stands_alone_and_says_what_the_run_did(run: Path) -> None:
     last = metrics(run)
     losses = [line["train/loss"] for line in last if "train/loss" in line]
     best = min(line["eval/book/loss"] for line in last if "eval/book/loss" in line)
-    for words in (run.name, f"{losses[-1]:.4f}", f"{best:.4f}", "down_proj of layers 0 to 2", "merge_lora.py", NASTY):
+    facts = json.loads((run / "run.json").read_text())
+    spoken = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    expected = [run.name, f"{losses[-1]:.4f}", f"{best:.4f}", "down_proj of layers 0 to 2", "merge_lora.py", NASTY]
+    expected += [f"{one['tokens']:,}" for one in facts["data"]]  # the data with its counts
+    expected += [f"{package} {version}" for package, version in facts["parts"][-1]["versions"].items()]
+    expected += ["step 0, ", "step 5, ", "the base, ", *(one["text"] for one in spoken if one["step"] in (0, 5))]
+    expected += ["lora_rank = 4", "early_stopping_min_delta = "]  # the configuration, defaults included
+    for words in expected:
         assert words in found.text, words
     assert len(found.ids) == len(set(found.ids)), "pictures share no ids"
     assert found.tags.count("svg") == len(list((run / "report").glob("*.svg")))
@@ -86,6 +95,24 @@ def test_every_picture_is_there_as_svg_and_png(run: Path) -> None:
         ElementTree.fromstring(svg)
         assert drawing.INK not in svg, "text has the colour of the page"
         assert not re.search(r'(href|src)="http', svg)
+
+
+def test_tensorboard_has_the_same_and_texts(run: Path) -> None:
+    """What docs/tracking.md lists: memory, tokens, where the time went, gradients by layer; configuration and samples as text."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    lines = metrics(run)
+    for tag in {tag for line in lines for tag in line} - {"step"}:
+        logged = {line["step"]: line[tag] for line in lines if line.get(tag) is not None}
+        assert {e.step: e.value for e in events.Scalars(tag)} == pytest.approx(logged, rel=1e-6), tag  # fp32 there
+    tags = set(events.Tags()["scalars"])
+    parts = ("data", "forward", "backward", "optimizer", "wait", "evaluation", "saves")
+    assert {f"seconds/rank{rank}/{part}" for rank in (0, 1) for part in parts} <= tags
+    assert {"train/tokens", "memory_gib/rank0", "memory_gib/rank1"} <= tags
+    assert [e.step for e in events.Scalars("grad_norm/000")] == [2, 4]
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert "lora_rank = 4" in texts["config/text_summary"]
+    assert "The salt" in texts["samples/0/text_summary"]
 
 
 def test_the_curve_has_the_runs_numbers(run: Path) -> None:
@@ -158,6 +185,18 @@ def test_runs_beside_each_other(run: Path, other: Path, tmp_path: Path) -> None:
     html.unlink()  # the picture is still there: neither is written
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (again.returncode, "exists" in again.stderr, html.exists()) == (2, True, False)
+
+
+def test_values_are_shown_as_toml_has_them() -> None:
+    configs = [{"a": ["x", "y"], "b": True, "c": 1e-5, "d": "é", "e": [], "f": {"g": 1}}, {"a": ["x"], "f": {"g": 2}}]
+    assert {row.what: row.cells for row in comparison.differences(configs)} == {
+        "a": ('["x", "y"]', '["x"]'),
+        "b": ("true", "–"),
+        "c": ("1e-05", "–"),
+        "d": ("é", "–"),
+        "e": ("[]", "–"),
+        "f.g": ("1", "2"),
+    }
 
 
 def test_what_cannot_be_compared(run: Path) -> None:

@@ -47,6 +47,7 @@ def test_every_recipe_is_valid_and_says_what_the_page_says() -> None:
         assert (config.model, config.datasets[0].name) == (model.name, kind), file
         assert config.pipeline_stages == count, file
         assert count * replicas == int(machine.partition("x")[0]), file
+        assert config.eval_after_last_step, file
         assert ("bnb" in str(config.quantization)) == (weights == "4 bits"), file
         assert config.datasets[0].sequence_len == int(context.replace(",", "")), file
         assert config.gradient_accumulation_steps == int(gas), file

@@ -1,6 +1,7 @@
 """A run over two nodes: two launchers on 127.0.0.1 with working folders of their own and one output folder."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -281,3 +282,17 @@ def test_disks_apart_all_that_a_run_keeps_is_on_the_first(tmp_path: Path, base: 
     assert kept[0] == kept[1]
     assert bool(kept[0]) == (what != "full fine-tuning")
     assert not list(second.rglob("reference-*.arrow"))
+
+
+@pytest.mark.slow
+def test_a_start_says_what_crosses_the_network_and_how_fast_it_is(tmp_path: Path, base: Path) -> None:
+    """Measured, or as given; a pipeline that is within a node, though its replica is on the other, crosses nothing."""
+    path = config(tmp_path, base, "two", 1, activation_checkpointing="auto", after_training=[])
+    measured = " ".join(nodes.deepspeed(tmp_path, "--config", path).split())
+    assert (found := re.search(r"Between nodes: ([\d.e+]+) Gbit/s measured at this start", measured)), measured
+    assert float(found[1]) > 0
+    given = nodes.deepspeed(tmp_path, "--config", path, "--set", "link_gbit_per_s=2.5")
+    assert "Between nodes: 2.5 Gbit/s as link_gbit_per_s says" in " ".join(given.split())
+    within = nodes.deepspeed(tmp_path, "--config", path, "--set", "output_dir=within", per_node=2)
+    assert "2 replica(s)" in within
+    assert "Between nodes" not in within, within
