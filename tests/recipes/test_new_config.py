@@ -83,8 +83,8 @@ def test_sixteen_bits_come_first_and_few_stages(large: Path) -> None:
     assert "quantization" not in cut
     packed = choose(wish(large, "1x1.35GiB"))
     assert packed.raw["quantization"] == {"bnb": {"load_in_4bit": True}}
-    (refused,) = [reason for reason in packed.reasons if "bf16 weights, 1 stage" in reason]
-    assert "its weights alone are more than all GPUs have" in refused
+    beyond = "its weights alone are more than all GPUs have"
+    assert any("bf16 weights, 1 stage" in reason and beyond in reason for reason in packed.reasons)
 
 
 @pytest.mark.slow
