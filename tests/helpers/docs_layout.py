@@ -3,6 +3,7 @@
 What they name is there, small: a word in capitals is a folder of that name with a tiny model, adapter or run in it.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -108,9 +109,24 @@ def _configs(tree: Path) -> None:
         assert times == 1, key
     for name in ("config_creative_writer.toml", "YOURS.toml", "my_run.toml"):
         (tree / name).write_text(text, encoding="utf-8")
+    _preference(tree, text)
     page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
     for name, content in re.findall(r"(?m)^`(\S+)`(?: has .*)?:\n\n```\w+\n((?:.*\n)*?)```", page):
         (tree / name).write_text(content, encoding="utf-8")
+
+
+def _preference(tree: Path, founding: str) -> None:
+    """run.toml: docs/preference.md's table and data set in the place of the founding run's data."""
+    page = (ROOT / "docs/preference.md").read_text(encoding="utf-8")
+    table = page.split("```toml\n")[1].split("```")[0].replace("eval_size = 200", "eval_size = 4")
+    keys, tables = founding[: founding.index("[optimizer]")], founding[founding.index("[optimizer]") :]
+    once = re.sub(r"(?m)^(dataset_combination_mode|batch_size_tokens|group_by_length) = .*\n", "", keys)
+    optimizer = tables[: tables.index("[[datasets]]")]
+    (tree / "run.toml").write_text(f"{once}\n{table}\n{optimizer}", encoding="utf-8")
+    (tree / "pairs").mkdir()
+    pairs = [{"prompt": f"lock {n}:", "chosen": " a gate", "rejected": " a boat"} for n in range(24)]
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    (tree / "pairs/all.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _runs(tree: Path) -> None:
