@@ -43,8 +43,8 @@ from pipeline.training.engine import evaluate
 from pipeline.training.engine.engine import Place, agreement
 from pipeline.training.stage import initial_adapter
 from pipeline.training.start.objective import ObjectiveSpec
-from pipeline.training.start.resolve import initial_adapter_of
 from pipeline.training.start.resolved import Resolved
+from pipeline.training.start.to_train import initial_adapter_of
 
 FORMAT = 1
 START = "start"

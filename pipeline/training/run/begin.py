@@ -17,7 +17,7 @@ from pipeline.training.optim.pipeline_optimizer import PipelineOptimizer
 from pipeline.training.run import folder as run_folder
 from pipeline.training.run import record
 from pipeline.training.stage import initial_adapter
-from pipeline.training.start import resolve
+from pipeline.training.start import to_train
 from pipeline.training.start.objective import ObjectiveSpec
 from pipeline.training.start.resolved import Resolved
 
@@ -28,7 +28,7 @@ def begin(
     """A new run: the adapter it goes on from into the stage, if there is one."""
     if init_adapter:
         with engine.agreement(place):
-            initial_adapter.put(stage, resolve.initial_adapter_of(plan.trained, init_adapter))
+            initial_adapter.put(stage, to_train.initial_adapter_of(plan.trained, init_adapter))
     return Progress(order=batches.order_hash(0))
 
 

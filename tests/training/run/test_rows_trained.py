@@ -102,34 +102,43 @@ def answers(text: str) -> list[tuple[str, int]]:
     return found
 
 
+def killed_in_a_save(folder: Path, toml: str, step: int) -> Path:
+    """The folder of a run over two stages that died while it saved `step`."""
+    run_plan(folder, 2, [{"config": toml, "fault": f"die_in_save:{step}"}], expect=-9 & 0xFF, name="killed")
+    (run,) = [p for p in (folder / "runs").iterdir() if (p / "config.toml").exists()]
+    return run
+
+
+def resumed_equals_uncut(folder: Path, toml: str, run: Path, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Go on from `run` to the last of `steps`: state and numbers are those of a run that nothing stopped. Gives the latter's."""
+    plan: list[dict[str, Any]] = [{"config": toml, "resume": str(run)}, {"config": toml}]
+    resumed, uncut = run_plan(folder, 2, plan, name="resumed")["runs"]
+    assert_equal(final_state(resumed, steps), final_state(uncut, steps))
+    assert numbers(resumed) == numbers(uncut)
+    return numbers(uncut)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_conversations_killed_in_a_save_and_resumed_are_bit_equal(tmp_path: Path, base: Path) -> None:
     toml = config(tmp_path, base, chat_rows(tmp_path), save_steps=2, checkpoint_on_save=True, lora_dropout=0.0)
-    killed = run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")
-    assert "output" in killed
-    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
+    killed = killed_in_a_save(tmp_path, toml, 4)
     # An epoch has three steps and ends in a checkpoint as well.
-    assert sorted(p.name for p in run.glob("global_step*")) == ["global_step2", "global_step3"]
-    both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")
-    assert_equal(final_state(both["runs"][0]), final_state(both["runs"][1]))
-    assert numbers(both["runs"][0]) == numbers(both["runs"][1])
-    losses = [line["train/loss"] for line in numbers(both["runs"][1]) if "train/loss" in line]
+    assert sorted(p.name for p in killed.glob("global_step*")) == ["global_step2", "global_step3"]
+    lines = resumed_equals_uncut(tmp_path, toml, killed)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
     # fp32 sums of some 100 targets' losses in another order.
     assert losses[0] == pytest.approx(first_loss(toml, base), abs=2e-5)
-    assert any("eval/talks/loss" in line for line in numbers(both["runs"][1]))
+    assert any("eval/talks/loss" in line for line in lines)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_completions_killed_in_a_save_and_resumed_are_bit_equal(tmp_path: Path, base: Path) -> None:
     toml = config(tmp_path, base, completion_rows(tmp_path), save_steps=2, checkpoint_on_save=True)
-    run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")
-    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
-    assert not (run / "global_step4").exists()
-    both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")["runs"]
-    assert_equal(final_state(both[0]), final_state(both[1]))
-    assert numbers(both[0]) == numbers(both[1])
+    killed = killed_in_a_save(tmp_path, toml, 4)
+    assert not (killed / "global_step4").exists()
+    resumed_equals_uncut(tmp_path, toml, killed)
 
 
 @pytest.mark.slow
@@ -148,12 +157,9 @@ def test_that_a_model_will_not_stop_is_said_at_the_start_and_again_at_the_end(tm
 def test_packed_conversations_killed_in_a_save_and_resumed_are_bit_equal(tmp_path: Path, base: Path) -> None:
     packed = {**chat_rows(tmp_path), "packing": "best_fit"}
     toml = config(tmp_path, base, packed, save_steps=2, checkpoint_on_save=True, micro_batch_size_per_gpu=1)
-    run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")
-    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
-    assert not (run / "global_step4").exists()
-    both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")["runs"]
-    assert_equal(final_state(both[0]), final_state(both[1]))
-    assert numbers(both[0]) == numbers(both[1])
+    killed = killed_in_a_save(tmp_path, toml, 4)
+    assert not (killed / "global_step4").exists()
+    resumed_equals_uncut(tmp_path, toml, killed)
 
 
 @pytest.mark.slow
@@ -169,17 +175,13 @@ def test_a_streamed_run_killed_in_a_save_and_resumed_is_bit_equal(tmp_path: Path
     }
     changes: dict[str, Any] = {"epochs": None, "max_steps": 9, "eval_datasets": [held | {"max_bad_rows": 0.2}]}
     toml = config(tmp_path, base, streamed, save_steps=2, checkpoint_on_save=True, **changes)
-    run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:6"}], expect=-9 & 0xFF, name="killed")
-    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
-    assert sorted(p.name for p in run.glob("global_step*")) == ["global_step2", "global_step4"]
-    plan: list[dict[str, Any]] = [{"config": toml, "resume": str(run)}, {"config": toml}]
-    both = run_plan(tmp_path, 2, plan, name="resumed")["runs"]
-    assert_equal(final_state(both[0], 9), final_state(both[1], 9))
-    assert numbers(both[0]) == numbers(both[1])
-    windows = [line["train/window"] for line in numbers(both[1]) if "train/window" in line]
+    killed = killed_in_a_save(tmp_path, toml, 6)
+    assert sorted(p.name for p in killed.glob("global_step*")) == ["global_step2", "global_step4"]
+    lines = resumed_equals_uncut(tmp_path, toml, killed, 9)
+    windows = [line["train/window"] for line in lines if "train/window" in line]
     assert windows == sorted(windows)
     assert windows[-1] > 3  # which is the first again
-    assert not list(Path(both[1]).glob("epoch*"))
+    assert not list((tmp_path / "runs").glob("*/epoch*"))
     # Two replicas read the rows that one reads: fp32 sums of some 100 targets' losses in another order.
     alone = ["pipeline_stages=1", "lora_dropout=0.0"]
     one = run_plan(tmp_path, 1, [{"config": toml, "overrides": alone}], name="one")["runs"]
@@ -279,11 +281,7 @@ def test_a_mixed_run_killed_in_a_save_and_resumed_is_bit_equal(tmp_path: Path, b
         "dataset_processes": 2,
     }
     toml = config(tmp_path, base, {"name": "mixed"}, save_steps=2, checkpoint_on_save=True, **mixed)
-    run_plan(tmp_path, 2, [{"config": toml, "fault": "die_in_save:4"}], expect=-9 & 0xFF, name="killed")
-    (run,) = [p for p in (tmp_path / "runs").iterdir() if (p / "config.toml").exists()]
-    both = run_plan(tmp_path, 2, [{"config": toml, "resume": str(run)}, {"config": toml}], name="resumed")
-    assert_equal(final_state(both["runs"][0]), final_state(both["runs"][1]))
-    assert numbers(both["runs"][0]) == numbers(both["runs"][1])
+    resumed_equals_uncut(tmp_path, toml, killed_in_a_save(tmp_path, toml, 4))
     # What the run was given: in the order of the second epoch, whose first micro-batch is not moved, every share holds.
     spec = specs.data_of(loading.load(toml))
     data = read_data(spec, AutoTokenizer.from_pretrained(base))
