@@ -22,6 +22,7 @@ from pipeline.model.memory import activation
 from pipeline.model.memory.host_arena import HostArena
 from pipeline.model.memory.levels import ActivationPolicy, RecomputeLevel
 from pipeline.model.stage import Stage, empty_model, read_model_config
+from pipeline.training.stage.meta_model import MetaModel
 from pipeline.training.stage.spec import Trained
 from pipeline.training.start import plan as planned
 from pipeline.training.start import resolve
@@ -213,7 +214,12 @@ def test_the_plan_counts_quantised_weights_and_the_products_of_plain_ones(
     base = made.base
     plain, quantised = (
         planned.costs(
-            replace(made, base=replace(base, scheme=scheme), trained=Trained(None, [])),
+            replace(
+                made,
+                base=replace(base, scheme=scheme),
+                meta_model=MetaModel(made.meta_model.config, base.dtype, base.attn_implementation, scheme),
+                trained=Trained(None, []),
+            ),
             [RecomputeLevel.EVERYTHING],
             False,
         )(64)

@@ -198,7 +198,7 @@ def test_check_says_what_the_run_says(tmp_path: Path, capsys: pytest.CaptureFixt
     said = [line for line in train(2, "--config", str(file)).splitlines() if "kernels:" in line]
     assert said == foreseen
     assert said == [
-        "kernels:  norm in 5 modules, swiglu in 4 modules, rope in 4 modules",
+        "kernels:  norm in 5 modules, swiglu in 4 modules, rope in 4 modules, shared_input in 8 modules",
         "kernels:  no place for multiplicative: CohereMLP has an adapter with dropout (2 of them); "
         "CohereMLP has no multiplicative adapter on its down_proj (2 of them)",
         "kernels:  no place for parallel_block: CohereDecoderLayer has an MLP without the 'multiplicative' kernel, "
